@@ -1,0 +1,1 @@
+"""Prices, features, targets and splits: everything before a model."""

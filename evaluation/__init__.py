@@ -1,0 +1,1 @@
+"""Positions and returns: accounting, metrics, backtests, reports. Knows no model."""

@@ -1,0 +1,1 @@
+"""From bars to positions: saved models, forecasts, intervals, sizing."""

@@ -1,0 +1,1 @@
+"""Command-line trainers and the recipe that they fit."""

@@ -1,0 +1,1 @@
+"""Errors, settings, logs, paths, devices. Knows nothing of markets."""

@@ -1,0 +1,52 @@
+"""Deployment settings, read from the environment by entry points only.
+
+Algorithm parameters do not belong here: they are frozen dataclasses beside the code that uses them.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+PROJECT_ROOT = Path(__file__).resolve().parents[1]
+DEFAULT_ORIGINS = ("http://localhost:3000", "http://127.0.0.1:3000")
+
+
+class Settings(BaseSettings):
+    """Where things lie and who may ask; each field is ``AI_STOCKS_<NAME>`` in the environment.
+
+    Attributes
+    ----------
+    source
+        ``yahoo``, ``sample`` or ``csv:DIR``.
+    models_dir, cache_dir, results_dir, logs_dir
+        Where bundles, price caches, backtest results and training logs are kept.
+    allow_origins
+        Origins that browsers may call from, besides the two defaults; a comma list in
+        ``PYTHON_API_ALLOW_ORIGINS``.
+    log_level
+        Level of the root logger.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="AI_STOCKS_", extra="ignore", frozen=True, populate_by_name=True)
+
+    source: str = "yahoo"
+    models_dir: Path = PROJECT_ROOT / "saved_models"
+    cache_dir: Path = PROJECT_ROOT / ".cache"
+    results_dir: Path = PROJECT_ROOT / "backtest_results"
+    logs_dir: Path = PROJECT_ROOT / "training_logs"
+    allow_origins: Annotated[tuple[str, ...], NoDecode] = Field(default=(), validation_alias="PYTHON_API_ALLOW_ORIGINS")
+    log_level: str = "INFO"
+
+    @field_validator("allow_origins", mode="before")
+    @classmethod
+    def _split_commas(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """All origins that browsers may call from."""
+        return (*DEFAULT_ORIGINS, *self.allow_origins)

@@ -1,0 +1,1 @@
+"""Walk-forward validation, its metrics, and the verdict."""
