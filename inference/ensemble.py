@@ -1,0 +1,212 @@
+"""The fitted boosters as one forecaster of the volatility-scaled return: scale, predict, weigh, calibrate.
+
+A `BoosterEnsemble` holds everything that a fold fits. The trainer makes one per fold and one for the bundle,
+so what is validated is what is served.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import lightgbm
+import numpy as np
+import numpy.typing as npt
+import xgboost
+from sklearn.preprocessing import RobustScaler
+
+FloatArray = npt.NDArray[np.float64]
+FloatMatrix = npt.NDArray[np.float32]
+Booster = xgboost.Booster | lightgbm.Booster
+
+MODEL_NAMES = ("xgb", "lgb")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """What earlier out-of-sample rows say about the raw signal.
+
+    The calibrated forecast in units of the h-day volatility is ``drift + slope * (raw - raw_mean)``.
+
+    Attributes
+    ----------
+    drift
+        Mean of the volatility-scaled target over the training rows: the forecast of a model without skill.
+    raw_mean
+        Mean of the raw signal over the rows that the slope was estimated on.
+    slope
+        Slope of realised on raw, shrunk towards zero by its own standard error, within [0, 1].
+    skill_lower
+        Lower confidence bound of the slope over the slope itself, within [0, 1]; 0 means that the
+        out-of-sample rows do not rule out a signal without skill.
+    n_rows
+        Number of out-of-sample rows behind the slope.
+    """
+
+    drift: float
+    raw_mean: float
+    slope: float
+    skill_lower: float
+    n_rows: int
+
+    def apply(self, raw_scaled: FloatArray) -> FloatArray:
+        """Return the calibrated forecast, in units of the h-day volatility, shape (n,)."""
+        return self.drift + self.slope * (raw_scaled - self.raw_mean)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BoosterEnsemble:
+    """Scaler, boosters, weights and calibration that were fitted on one set of training rows.
+
+    Attributes
+    ----------
+    columns
+        Names of all columns that the scaler was fitted on, in its order.
+    selected
+        Positions in ``columns`` of the features that the boosters use, ascending.
+    scaler
+        Fitted on the training rows' ``columns``.
+    models
+        Boosters by name (``xgb``, ``lgb``).
+    weights
+        Non-negative weights by name, summing to one.
+    calibration
+        See `Calibration`.
+    """
+
+    columns: tuple[str, ...]
+    selected: tuple[int, ...]
+    scaler: RobustScaler
+    models: Mapping[str, Booster]
+    weights: Mapping[str, float]
+    calibration: Calibration
+
+    @property
+    def selected_features(self) -> tuple[str, ...]:
+        """Names of the features that the boosters use."""
+        return tuple(self.columns[i] for i in self.selected)
+
+    def prepare(self, features: FloatMatrix) -> FloatMatrix:
+        """Scale (n, len(columns)) features and keep the selected ones, shape (n, len(selected))."""
+        if features.shape[1] != len(self.columns):
+            raise ValueError(f"got {features.shape[1]} features, the model knows {len(self.columns)}")
+        return select_scaled(self.scaler, features, self.selected)
+
+    def per_model(self, features: FloatMatrix) -> dict[str, FloatArray]:
+        """Return each booster's raw prediction in units of the h-day volatility, shape (n,)."""
+        prepared = self.prepare(features)
+        return {name: predict_booster(model, prepared) for name, model in self.models.items()}
+
+    def combine(self, per_model: Mapping[str, FloatArray]) -> FloatArray:
+        """Weigh the boosters' raw predictions into one signal, shape (n,)."""
+        parts = [self.weights[name] * values for name, values in per_model.items()]
+        return np.asarray(np.sum(parts, axis=0), dtype=np.float64)
+
+    def contributions(self, features: FloatMatrix) -> FloatArray:
+        """Return the boosters' own SHAP values, weighed, shape (n, len(selected)), in volatility units."""
+        prepared = self.prepare(features)
+        parts = [self.weights[name] * shap_values(model, prepared) for name, model in self.models.items()]
+        return np.asarray(np.sum(parts, axis=0), dtype=np.float64)
+
+
+def select_scaled(scaler: RobustScaler, features: FloatMatrix, selected: tuple[int, ...]) -> FloatMatrix:
+    """Scale every column and keep the selected ones as contiguous float32."""
+    columns = list(selected)
+    centred = features[:, columns] - scaler.center_[columns].astype(np.float32)
+    return np.ascontiguousarray(centred / scaler.scale_[columns].astype(np.float32), dtype=np.float32)
+
+
+def predict_booster(model: Booster, prepared: FloatMatrix) -> FloatArray:
+    """Predict on an array; both boosters check nothing about columns, so callers select by saved names."""
+    if isinstance(model, xgboost.Booster):
+        return np.asarray(model.inplace_predict(prepared), dtype=np.float64)
+    return np.asarray(model.predict(prepared), dtype=np.float64)
+
+
+def shap_values(model: Booster, prepared: FloatMatrix) -> FloatArray:
+    """Return exact SHAP values without the bias column, shape (n, p)."""
+    if isinstance(model, xgboost.Booster):
+        values = model.predict(xgboost.DMatrix(prepared), pred_contribs=True)
+    else:
+        values = model.predict(prepared, pred_contrib=True)
+    return np.asarray(values, dtype=np.float64)[:, :-1]
+
+
+def shrunk_weights(
+    per_model: Mapping[str, FloatArray], realised_scaled: FloatArray, *, half_trust_rows: int = 2_000
+) -> dict[str, float]:
+    """Weigh models by their out-of-sample covariance with what happened, shrunk towards equal weights.
+
+    Parameters
+    ----------
+    per_model
+        Out-of-sample raw predictions by model, each (n,).
+    realised_scaled
+        Realised volatility-scaled returns of the same rows, (n,).
+    half_trust_rows
+        Number of rows at which half of the way from equal weights to the estimated ones is gone.
+
+    Returns
+    -------
+    dict
+        Non-negative weights that sum to one; equal where nothing is known.
+    """
+    equal = 1.0 / len(per_model)
+    n_rows = len(realised_scaled)
+    skill = {}
+    for name, values in per_model.items():
+        spread = float(np.std(values)) if n_rows > 1 else 0.0
+        centred = values - np.mean(values) if n_rows else values
+        skill[name] = max(float(np.mean(centred * realised_scaled)) / spread, 0.0) if spread > 0 else 0.0
+    total = sum(skill.values())
+    if total <= 0:
+        return dict.fromkeys(per_model, equal)
+    trust = n_rows / (n_rows + half_trust_rows)
+    return {name: equal + trust * (value / total - equal) for name, value in skill.items()}
+
+
+def calibrate(
+    raw_scaled: FloatArray,
+    realised_scaled: FloatArray,
+    *,
+    drift: float,
+    horizon_bars: int,
+    prior_std: float = 0.5,
+    confidence_z: float = 1.645,
+) -> Calibration:
+    """Estimate how far the raw signal may be believed, from out-of-sample rows.
+
+    The least-squares slope of realised on raw is shrunk as a normal posterior with prior N(0, `prior_std`)
+    and clipped into [0, 1]: boosters fitted to returns are overconfident, never too humble. Labels of h bars
+    overlap, so the standard error counts n / h independent rows.
+
+    Parameters
+    ----------
+    raw_scaled, realised_scaled
+        Signal and outcome of the same out-of-sample rows, (n,), both known before the calibration is used.
+    drift
+        Mean of the scaled target over the training rows.
+    horizon_bars
+        Length of the labels.
+    prior_std
+        How large a slope is thought possible before looking.
+    confidence_z
+        Normal quantile of the lower bound (1.645 is one-sided 95 %).
+    """
+    n_rows = len(raw_scaled)
+    spread = float(np.var(raw_scaled)) if n_rows else 0.0
+    n_independent = n_rows / horizon_bars
+    if n_independent < 30 or spread <= 1e-12:
+        return Calibration(drift=drift, raw_mean=0.0, slope=0.0, skill_lower=0.0, n_rows=n_rows)
+    raw_mean = float(np.mean(raw_scaled))
+    centred = raw_scaled - raw_mean
+    slope = float(np.mean(centred * (realised_scaled - np.mean(realised_scaled))) / spread)
+    residual = realised_scaled - np.mean(realised_scaled) - slope * centred
+    error = float(np.sqrt(np.var(residual) / (spread * n_independent)))
+    shrunk = slope * prior_std**2 / (prior_std**2 + error**2)
+    lower = (slope - confidence_z * error) / slope if slope > 0 else 0.0
+    return Calibration(
+        drift=drift,
+        raw_mean=raw_mean,
+        slope=float(np.clip(shrunk, 0.0, 1.0)),
+        skill_lower=float(np.clip(lower, 0.0, 1.0)),
+        n_rows=n_rows,
+    )

@@ -1,0 +1,275 @@
+"""The one path from bars to positions.
+
+Backtests, charts and the service all call `decide`. It has no memory: deciding on ``bars[:t + 1]`` gives at t what
+deciding on all bars gives at t.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from data.feature_engineer import engineer_features
+from data.target_engineering import make_target
+from evaluation.accounting import CostModel
+from inference.intervals import ForecastPath, forecast_path, residual_quantiles
+from inference.load_gbm_models import GBMBundle
+from inference.position_sizing import Sizer, SizingInputs
+
+FloatArray = npt.NDArray[np.float64]
+
+FORECAST_COLUMNS = (
+    "expected_return",
+    "baseline_return",
+    "sigma",
+    "lower",
+    "upper",
+    "prob_up",
+    "p_win",
+    "payoff_ratio",
+    "skill_lower",
+    "is_out_of_sample",
+    "expected_log",
+    "baseline_log",
+    "sigma_log",
+    "lower_z",
+    "upper_z",
+)
+# Imagined forecasts behind the win rate before any is resolved: half of them right, wins as large as losses.
+PRIOR_FORECASTS = 50.0
+
+
+class Forecaster(Protocol):
+    """Turns bars into one forecast per bar; the forecast of bar t uses bars up to t only."""
+
+    @property
+    def horizon_bars(self) -> int:
+        """Number of bars that a forecast looks ahead."""
+        ...
+
+    def forecast(self, bars: pd.DataFrame) -> pd.DataFrame:
+        """Return a frame indexed like ``bars`` with `FORECAST_COLUMNS`; NaN where there is no forecast."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decisions:
+    """Forecasts and target weights of one symbol, bar by bar.
+
+    Attributes
+    ----------
+    symbol
+        The symbol.
+    frame
+        Indexed by session; columns ``close``, ``asset_return`` (simple, of the bar itself; NaN on the first) and
+        all forecast columns (h-day simple returns), and ``target_weight``: decided at the close of the session,
+        as a fraction of equity, earning from the next bar on.
+    horizon_bars
+        Number of bars that a forecast looks ahead.
+    sizing_id
+        Name and content hash of the sizing configuration.
+    """
+
+    symbol: str
+    frame: pd.DataFrame
+    horizon_bars: int
+    sizing_id: str
+
+    @property
+    def out_of_sample_from(self) -> pd.Timestamp | None:
+        """First session whose forecast is out of sample; None when there is none."""
+        flags = self.frame["is_out_of_sample"]
+        return pd.Timestamp(flags.index[int(np.argmax(flags.to_numpy()))]) if bool(flags.any()) else None
+
+
+def decide(
+    symbol: str,
+    bars: pd.DataFrame,
+    forecaster: Forecaster,
+    sizer: Sizer,
+    *,
+    costs: CostModel | None = None,
+) -> Decisions:
+    """Forecast every bar and fold the sizer over the forecasts.
+
+    Parameters
+    ----------
+    symbol
+        The symbol that the bars belong to.
+    bars
+        Adjusted OHLCV, ascending sessions.
+    forecaster
+        See `Forecaster`.
+    sizer
+        A state machine whose step sees the forecasts and returns up to bar t.
+    costs
+        What the sizer's own equity pays, so that its drawdown breaker follows the equity that is booked.
+
+    Returns
+    -------
+    Decisions
+        One row per bar. Row t is known at the close of t.
+    """
+    forecast = forecaster.forecast(bars)
+    close = np.asarray(bars["Close"], dtype=np.float64)
+    asset_return = np.full(len(close), np.nan)
+    asset_return[1:] = close[1:] / close[:-1] - 1.0
+
+    def column(name: str) -> FloatArray:
+        return np.asarray(forecast[name], dtype=np.float64)
+
+    weights = sizer.fold(
+        SizingInputs(
+            expected_return=column("expected_return"),
+            baseline_return=column("baseline_return"),
+            sigma=column("sigma"),
+            p_win=column("p_win"),
+            payoff_ratio=column("payoff_ratio"),
+            skill_lower=column("skill_lower"),
+            asset_return_simple=np.nan_to_num(asset_return),
+            horizon_bars=forecaster.horizon_bars,
+        ),
+        costs or CostModel(),
+    )
+    frame = forecast.copy()
+    frame.insert(0, "close", close)
+    frame.insert(1, "asset_return", asset_return)
+    frame["target_weight"] = weights
+    return Decisions(
+        symbol=symbol,
+        frame=frame,
+        horizon_bars=forecaster.horizon_bars,
+        sizing_id=f"{sizer.name}:{sizer.config_id}",
+    )
+
+
+def path_ahead(decisions: Decisions, dates: pd.DatetimeIndex) -> ForecastPath:
+    """Return the forecast path from the last bar over the coming sessions ``dates``."""
+    last = decisions.frame.iloc[-1]
+    return forecast_path(
+        dates=dates,
+        last_close=float(last["close"]),
+        expected_log=float(last["expected_log"]),
+        baseline_log=float(last["baseline_log"]),
+        sigma_log=float(last["sigma_log"]),
+        lower_z=float(last["lower_z"]),
+        upper_z=float(last["upper_z"]),
+        horizon_bars=decisions.horizon_bars,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GBMForecaster:
+    """Forecasts of a bundle: its out-of-sample record where that reaches, the final model after it.
+
+    Attributes
+    ----------
+    bundle
+        The loaded bundle.
+    include_in_sample
+        Also forecast bars that the final model was trained on and that the record does not cover; such rows
+        carry ``is_out_of_sample`` False.
+    """
+
+    bundle: GBMBundle
+    include_in_sample: bool = False
+
+    @property
+    def horizon_bars(self) -> int:
+        """Number of bars that a forecast looks ahead."""
+        return self.bundle.horizon_bars
+
+    def forecast(self, bars: pd.DataFrame) -> pd.DataFrame:
+        """Forecast every bar; see `FORECAST_COLUMNS` and one ``model_<name>`` column per booster.
+
+        Returns are simple h-day returns; ``*_log`` columns are log returns over h bars. The band and the
+        probabilities at t come from forecasts that were resolved by t.
+        """
+        target = make_target(bars, self.horizon_bars)
+        frame = self._centre(bars, np.asarray(target["sigma_log"], dtype=np.float64))
+        mean_log, sigma_log = frame["expected_log"].to_numpy(), frame["sigma_log"].to_numpy()
+        realised_log = np.asarray(target["target_log"], dtype=np.float64)
+        residuals = residual_quantiles(mean_log, sigma_log, realised_log, horizon_bars=self.horizon_bars)
+        frame["lower_z"], frame["upper_z"] = residuals.lower_z, residuals.upper_z
+        frame["lower"] = np.expm1(mean_log + residuals.lower_z * sigma_log)
+        frame["upper"] = np.expm1(mean_log + residuals.upper_z * sigma_log)
+        frame["prob_up"] = residuals.probability_above(-mean_log / sigma_log)
+        # The mean of a log-normal variable lies above its median; sizing wants the mean.
+        frame["expected_return"] = np.expm1(mean_log + sigma_log**2 / 2)
+        frame["baseline_return"] = np.expm1(frame["baseline_log"].to_numpy() + sigma_log**2 / 2)
+        frame["sigma"] = sigma_log
+        frame["p_win"], frame["payoff_ratio"] = win_record(mean_log, realised_log, horizon_bars=self.horizon_bars)
+        return frame
+
+    def _centre(self, bars: pd.DataFrame, sigma_log: FloatArray) -> pd.DataFrame:
+        """Return centre, scale and skill per bar: the record's rows, then the final model's."""
+        bundle, index = self.bundle, pd.DatetimeIndex(bars.index)
+        record = bundle.record.set_index("date").reindex(index)
+        frame = pd.DataFrame(index=index)
+        frame["expected_log"] = record["predicted_log"]
+        frame["baseline_log"] = record["baseline_log"]
+        frame["sigma_log"] = record["sigma_log"].fillna(pd.Series(sigma_log, index=index))
+        frame["skill_lower"] = record["skill_lower"].fillna(0.0)
+        for name in bundle.ensemble.models:
+            frame[f"model_{name}"] = record[f"model_{name}"]
+        after = np.asarray(index > bundle.record["date"].max())
+        frame["is_out_of_sample"] = record["predicted_log"].notna() | after
+        wanted = after | (np.asarray(record["predicted_log"].isna()) if self.include_in_sample else False)
+        if wanted.any():
+            self._fill_from_model(frame, bars, wanted)
+        return frame
+
+    def _fill_from_model(self, frame: pd.DataFrame, bars: pd.DataFrame, wanted: npt.NDArray[np.bool_]) -> None:
+        """Forecast the wanted bars with the final model, where their features are known."""
+        ensemble = self.bundle.ensemble
+        features = engineer_features(bars)[list(ensemble.columns)].to_numpy(dtype=np.float32)
+        rows = np.flatnonzero(wanted & np.isfinite(features).all(axis=1) & np.isfinite(frame["sigma_log"].to_numpy()))
+        if not len(rows):
+            return
+        per_model = ensemble.per_model(features[rows])
+        sigma = frame["sigma_log"].to_numpy()[rows]
+        calibrated = ensemble.calibration.apply(ensemble.combine(per_model))
+        where = frame.index[rows]
+        frame.loc[where, "expected_log"] = calibrated * sigma
+        frame.loc[where, "baseline_log"] = ensemble.calibration.drift * sigma
+        frame.loc[where, "skill_lower"] = self._live_skill()
+        for name, values in per_model.items():
+            frame.loc[where, f"model_{name}"] = values
+
+    def _live_skill(self) -> float:
+        """Return the skill that future positions may use: none unless the verdict is an edge."""
+        verdict = self.bundle.metadata["verdict"]["label"]
+        return self.bundle.ensemble.calibration.skill_lower if verdict == "edge" else 0.0
+
+
+def win_record(
+    mean_log: FloatArray, realised_log: FloatArray, *, horizon_bars: int
+) -> tuple[FloatArray, FloatArray]:
+    """Follow how often the sign of the forecast was right, and what a win paid for a loss.
+
+    Parameters
+    ----------
+    mean_log, realised_log
+        Forecast at t and outcome from t to t + h, (n,); row t is used from row t + h on.
+    horizon_bars
+        The h above.
+
+    Returns
+    -------
+    tuple of arrays
+        Probability of a win and ratio of the mean win to the mean loss as known at t, (n,), starting from
+        `PRIOR_FORECASTS` even forecasts.
+    """
+    outcome = np.sign(mean_log) * realised_log
+    known = np.full(len(outcome), np.nan)
+    known[horizon_bars:] = outcome[: max(len(outcome) - horizon_bars, 0)]
+    known = np.nan_to_num(known)
+    wins, losses = np.cumsum(known > 0), np.cumsum(known < 0)
+    size = np.cumsum(np.abs(known)) / np.maximum(wins + losses, 1)
+    prior = PRIOR_FORECASTS / 2
+    mean_win = (np.cumsum(np.maximum(known, 0.0)) + prior * size) / (wins + prior)
+    mean_loss = (np.cumsum(np.maximum(-known, 0.0)) + prior * size) / (losses + prior)
+    ratio = np.divide(mean_win, mean_loss, out=np.ones_like(mean_win), where=mean_loss > 0)
+    return (wins + prior) / (wins + losses + PRIOR_FORECASTS), ratio
