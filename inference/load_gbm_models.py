@@ -208,7 +208,9 @@ def _write_files(bundle: GBMBundle, folder: Path, golden_inputs: FloatMatrix) ->
     _flush(folder)
 
 
-def golden_outputs(ensemble: BoosterEnsemble, inputs: FloatMatrix) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def golden_outputs(
+    ensemble: BoosterEnsemble, inputs: FloatMatrix
+) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """Return raw forecasts of the golden rows, in units of volatility, (k,)."""
     return ensemble.combine(ensemble.per_model(np.asarray(inputs, dtype=np.float32)))
 
@@ -301,7 +303,9 @@ def read_manifest(folder: Path) -> Manifest:
 def _check_file(folder: Path, name: str, expected_sha256: str) -> None:
     path = folder / name
     if Path(name).name != name or path.is_symlink() or not path.is_file():
-        raise ModelCorruptError(f"bundle {folder.name}: {name!r} is not a plain file of the bundle: train again")
+        raise ModelCorruptError(
+            f"bundle {folder.name}: {name!r} is not a plain file of the bundle: train again"
+        )
     if _sha256(path) != expected_sha256:
         raise ModelCorruptError(f"bundle {folder.name}: {name} is not the file that was saved: train again")
 
@@ -312,7 +316,9 @@ def _check_golden(ensemble: BoosterEnsemble, manifest: Manifest) -> None:
     if not error <= GOLDEN_TOLERANCE:
         here = library_versions()
         changed = [
-            f"{name} {then} -> {here.get(name)}" for name, then in manifest.libraries.items() if here.get(name) != then
+            f"{name} {then} -> {here.get(name)}"
+            for name, then in manifest.libraries.items()
+            if here.get(name) != then
         ]
         raise ModelIncompatibleError(
             f"bundle {manifest.model_version} forecasts differently here (by {error:.2g}; changed: "

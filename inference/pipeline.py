@@ -200,7 +200,9 @@ class GBMForecaster:
         frame["expected_return"] = np.expm1(mean_log + sigma_log**2 / 2)
         frame["baseline_return"] = np.expm1(frame["baseline_log"].to_numpy() + sigma_log**2 / 2)
         frame["sigma"] = sigma_log
-        frame["p_win"], frame["payoff_ratio"] = win_record(mean_log, realised_log, horizon_bars=self.horizon_bars)
+        frame["p_win"], frame["payoff_ratio"] = win_record(
+            mean_log, realised_log, horizon_bars=self.horizon_bars
+        )
         return frame
 
     def _centre(self, bars: pd.DataFrame, sigma_log: FloatArray) -> pd.DataFrame:
@@ -221,11 +223,15 @@ class GBMForecaster:
             self._fill_from_model(frame, bars, wanted)
         return frame
 
-    def _fill_from_model(self, frame: pd.DataFrame, bars: pd.DataFrame, wanted: npt.NDArray[np.bool_]) -> None:
+    def _fill_from_model(
+        self, frame: pd.DataFrame, bars: pd.DataFrame, wanted: npt.NDArray[np.bool_]
+    ) -> None:
         """Forecast the wanted bars with the final model, where their features are known."""
         ensemble = self.bundle.ensemble
         features = engineer_features(bars)[list(ensemble.columns)].to_numpy(dtype=np.float32)
-        rows = np.flatnonzero(wanted & np.isfinite(features).all(axis=1) & np.isfinite(frame["sigma_log"].to_numpy()))
+        rows = np.flatnonzero(
+            wanted & np.isfinite(features).all(axis=1) & np.isfinite(frame["sigma_log"].to_numpy())
+        )
         if not len(rows):
             return
         per_model = ensemble.per_model(features[rows])

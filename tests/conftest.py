@@ -10,21 +10,11 @@ import exchange_calendars
 import numpy as np
 import pandas as pd
 import pytest
-from pytest_socket import disable_socket
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 MARKET_DIR = PROJECT_ROOT.parent / "shared" / "market"
 
 MakeBars = Callable[..., pd.DataFrame]
-
-
-@pytest.fixture(autouse=True)
-def _no_internet() -> None:
-    """Refuse every connection, but for loopback servers that a test starts itself."""
-    from pytest_socket import socket_allow_hosts
-
-    disable_socket(allow_unix_socket=True)
-    socket_allow_hosts(["127.0.0.1", "::1", "localhost"], allow_unix_socket=True)
 
 
 @pytest.fixture(scope="session")

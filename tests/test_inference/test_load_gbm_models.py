@@ -1,0 +1,270 @@
+import errno
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import lightgbm
+import numpy as np
+import pandas as pd
+import pytest
+import xgboost
+from sklearn.preprocessing import RobustScaler
+
+from inference import load_gbm_models as store
+from inference.ensemble import BoosterEnsemble, calibrate
+from inference.load_gbm_models import GBMBundle, load_bundle, new_version_id, rollback, save_bundle
+from utils.errors import (
+    AIStocksError,
+    ModelCorruptError,
+    ModelIncompatibleError,
+    ModelMissingError,
+    StorageError,
+)
+
+COLUMNS = ("a", "b", "c", "d")
+
+
+def make_bundle(symbol: str = "AAPL", seed: int = 0) -> GBMBundle:
+    rng = np.random.default_rng(seed)
+    features = rng.normal(size=(200, 4)).astype(np.float32)
+    target = features[:, 0] + rng.normal(size=200)
+    data = lightgbm.Dataset(features[:, :3], target, params={"verbosity": -1})
+    ensemble = BoosterEnsemble(
+        columns=COLUMNS,
+        selected=(0, 1, 2),
+        scaler=RobustScaler().fit(features),
+        models={
+            "xgb": xgboost.train({"max_depth": 2, "nthread": 1}, xgboost.DMatrix(features[:, :3], target), 5),
+            "lgb": lightgbm.train({"num_leaves": 4, "num_threads": 1, "verbosity": -1}, data, 5),
+        },
+        weights={"xgb": 0.5, "lgb": 0.5},
+        calibration=calibrate(target, target, drift=0.1, horizon_bars=1),
+    )
+    dates = pd.bdate_range("2020-01-01", periods=5)
+    record = pd.DataFrame({name: np.zeros(5) for name in store.RECORD_COLUMNS[1:]}).assign(date=dates)
+    return GBMBundle(
+        symbol=symbol,
+        horizon_bars=5,
+        ensemble=ensemble,
+        record=record,
+        metadata={
+            "symbol": symbol,
+            "horizon_bars": 5,
+            "model_version": new_version_id(datetime.now(UTC)),
+            "data_hash": "0" * 64,
+            "seed": seed,
+            "verdict": {"label": "no-edge"},
+        },
+        importance=dict.fromkeys(COLUMNS, 0.25),
+        hyperparameters={"xgb": {"rounds": 5}},
+    )
+
+
+GOLDEN = np.random.default_rng(9).normal(size=(6, 4)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two versions, the second verified by a fresh process like any real one."""
+    root = tmp_path_factory.mktemp("models")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "verify_in_fresh_process", lambda folder: None)
+        first = replace(
+            make_bundle(seed=1),
+            metadata={**make_bundle(seed=1).metadata, "model_version": "20200101T000000-a"},
+        )
+        save_bundle(first, root, golden_inputs=GOLDEN)
+    save_bundle(make_bundle(seed=2), root, golden_inputs=GOLDEN)
+    return root
+
+
+@pytest.fixture
+def models(saved: Path, tmp_path: Path) -> Path:
+    shutil.copytree(saved, tmp_path / "models", symlinks=True)
+    return tmp_path / "models"
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "verify_in_fresh_process", lambda folder: None)
+
+
+def test_what_is_loaded_forecasts_what_was_saved(models: Path):
+    loaded = load_bundle(models, "AAPL")
+    assert loaded.metadata["seed"] == 2
+    expected = store.golden_outputs(make_bundle(seed=2).ensemble, GOLDEN)
+    np.testing.assert_allclose(store.golden_outputs(loaded.ensemble, GOLDEN), expected, rtol=1e-6)
+    assert loaded.ensemble.selected_features == ("a", "b", "c")
+    assert loaded.record["date"].iloc[0] == pd.Timestamp("2020-01-01")
+    assert store.list_symbols(models) == ["AAPL"]
+    assert store.read_metadata(models, "AAPL")["seed"] == 2
+
+
+def test_a_symbol_without_a_model_names_the_command(models: Path):
+    with pytest.raises(ModelMissingError, match="python -m training.train_gbm MSFT"):
+        load_bundle(models, "MSFT")
+
+
+@pytest.mark.parametrize("name", sorted(["xgb_model.joblib", "lgb_model.joblib", "scaler.joblib", "oos_predictions.parquet",
+    "feature_columns.json", "hyperparameters.json", "training_metadata.json", "feature_importance.json"]))  # fmt: skip
+@pytest.mark.parametrize("fault", ["flip", "empty", "truncate", "html", "absent"])
+def test_a_damaged_file_is_never_read_and_the_earlier_version_serves(models: Path, name: str, fault: str):
+    path = store.current_version(models, "AAPL") / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged = {
+        "flip": bytes(content),
+        "empty": b"",
+        "truncate": bytes(content[:-9]),
+        "html": b"<html>no</html>",
+    }
+    if fault == "absent":
+        path.unlink()
+    else:
+        path.write_bytes(damaged[fault])
+    with pytest.raises(ModelCorruptError, match=name):
+        store.load_folder(path.parent)
+    loaded = load_bundle(models, "AAPL")
+    assert loaded.metadata["seed"] == 1
+    assert "serves instead" in loaded.warnings[0]
+
+
+def test_when_every_version_is_damaged_the_answer_is_an_error(models: Path):
+    for folder in store.list_versions(models, "AAPL"):
+        (folder / "scaler.joblib").write_bytes(b"")
+    with pytest.raises(ModelCorruptError):
+        load_bundle(models, "AAPL")
+
+
+def test_a_malicious_pickle_is_not_executed(models: Path, tmp_path: Path):
+    class Evil:
+        def __reduce__(self):
+            return (os.system, (f"touch {tmp_path}/owned",))
+
+    (store.current_version(models, "AAPL") / "xgb_model.joblib").write_bytes(pickle.dumps(Evil()))
+    load_bundle(models, "AAPL")
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("name", ["../../outside.joblib", "/etc/passwd", "link.joblib"])
+def test_a_manifest_that_points_elsewhere_is_refused(models: Path, tmp_path: Path, name: str):
+    folder = store.current_version(models, "AAPL")
+    (folder / "link.joblib").symlink_to("/etc/passwd")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][name] = "0" * 64
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ModelCorruptError, match="not a plain file"):
+        store.load_folder(folder)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", "<html>", '{"schema_version": "x"}'])
+def test_a_damaged_manifest_is_corrupt_not_a_crash(models: Path, content: str):
+    folder = store.current_version(models, "AAPL")
+    (folder / "manifest.json").write_text(content)
+    with pytest.raises(ModelCorruptError):
+        store.load_folder(folder)
+
+
+def test_a_link_that_leaves_the_symbol_is_refused(models: Path, tmp_path: Path):
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(store.current_version(models, "AAPL"), elsewhere)
+    (models / "AAPL" / "gbm").unlink()
+    (models / "AAPL" / "gbm").symlink_to(elsewhere)
+    with pytest.raises(ModelCorruptError, match="outside"):
+        load_bundle(models, "AAPL")
+
+
+def test_other_library_versions_that_forecast_differently_are_named(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+):
+    real = store.golden_outputs
+    monkeypatch.setattr(store, "golden_outputs", lambda *args: real(*args) + 0.5)
+    monkeypatch.setattr(
+        store, "library_versions", lambda: {**dict.fromkeys(store.LIBRARIES, "0"), "xgboost": "2.0.3"}
+    )
+    with pytest.raises(ModelIncompatibleError, match=r"xgboost .* -> 2\.0\.3"):
+        load_bundle(models, "AAPL")
+
+
+def test_rollback_serves_the_earlier_version_and_stops_at_the_first(models: Path):
+    rollback(models, "AAPL")
+    assert load_bundle(models, "AAPL").metadata["seed"] == 1
+    with pytest.raises(ModelMissingError, match="no version before"):
+        rollback(models, "AAPL")
+
+
+@pytest.mark.usefixtures("quick")
+def test_versions_are_bounded(models: Path):
+    for seed in range(7):
+        save_bundle(make_bundle(seed=seed), models, golden_inputs=GOLDEN)
+    assert len(store.list_versions(models, "AAPL")) == store.KEEP_VERSIONS
+    assert load_bundle(models, "AAPL").metadata["seed"] == 6
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("step", ["to_parquet", "dump", "replace", "rename"])
+def test_a_full_disk_leaves_the_old_bundle(models: Path, monkeypatch: pytest.MonkeyPatch, step: str):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    targets = {"to_parquet": pd.DataFrame, "dump": store.joblib, "replace": Path, "rename": Path}
+    monkeypatch.setattr(targets[step], step, full)
+    with pytest.raises(StorageError, match="disk is full"):
+        save_bundle(make_bundle(seed=3), models, golden_inputs=GOLDEN)
+    monkeypatch.undo()
+    assert load_bundle(models, "AAPL").metadata["seed"] == 2
+    assert not [path for path in (models / "AAPL" / "versions").iterdir() if path.name.startswith(".")]
+
+
+def test_a_bundle_that_does_not_load_elsewhere_does_not_serve(models: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(store, "golden_outputs", lambda ensemble, inputs: np.full(len(inputs), 99.0))
+    with pytest.raises(ModelCorruptError, match="fresh process"):
+        save_bundle(make_bundle(seed=3), models, golden_inputs=GOLDEN)
+    monkeypatch.undo()
+    assert load_bundle(models, "AAPL").metadata["seed"] == 2
+
+
+KILLED = textwrap.dedent(
+    """
+    import os, sys
+    sys.path[:0] = [{tests!r}, {root!r}]
+    from pathlib import Path
+    import test_load_gbm_models as case
+    from inference import load_gbm_models as store
+    store.verify_in_fresh_process = lambda folder: None
+    countdown = int(sys.argv[2])
+    real = os.fsync
+    def counted(descriptor):
+        global countdown
+        countdown -= 1
+        if countdown < 0:
+            os.kill(os.getpid(), 9)
+        real(descriptor)
+    os.fsync = counted
+    store.save_bundle(case.make_bundle(seed=7), Path(sys.argv[1]), golden_inputs=case.GOLDEN)
+    """
+)
+
+
+@pytest.mark.parametrize("after_flushes", [0, 5, 10, 11, 12, 99])
+def test_kill_9_while_saving_leaves_old_or_new_never_a_mixture(models: Path, after_flushes: int):
+    here = Path(__file__).resolve()
+    script = KILLED.format(tests=str(here.parent), root=str(here.parents[2]))
+    done = subprocess.run([sys.executable, "-c", script, str(models), str(after_flushes)], check=False)
+    assert done.returncode in (0, -signal.SIGKILL)
+    loaded = load_bundle(models, "AAPL")
+    assert loaded.metadata["seed"] in ((7,) if done.returncode == 0 else (2, 7))
+    assert not loaded.warnings
+
+
+def test_every_error_belongs_to_the_tree():
+    for kind in (ModelCorruptError, ModelIncompatibleError, ModelMissingError, StorageError):
+        assert issubclass(kind, AIStocksError)
