@@ -42,7 +42,7 @@ class Residuals:
     count: npt.NDArray[np.int64]
 
     def probability_above(self, threshold_z: FloatArray) -> FloatArray:
-        """Return the share of residuals resolved by t, among the last `WINDOW_ROWS`, above ``threshold_z``, (n,).
+        """Return the share of the last `WINDOW_ROWS` residuals resolved by t above ``threshold_z``, (n,).
 
         Laplace's rule keeps the probability off 0 and 1; 0.5 while fewer than `MINIMUM_ROWS` are resolved.
         """

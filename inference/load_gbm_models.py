@@ -295,7 +295,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise ModelCorruptError(f"bundle {folder.name}: its manifest cannot be read: train again") from error
     if manifest.schema_version != SCHEMA_VERSION:
         raise ModelIncompatibleError(
-            f"bundle {folder.name} has schema {manifest.schema_version}, this program reads {SCHEMA_VERSION}: train again"
+            f"bundle {folder.name} has schema {manifest.schema_version}, "
+            f"this program reads {SCHEMA_VERSION}: train again"
         )
     return manifest
 

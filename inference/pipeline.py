@@ -1,7 +1,7 @@
 """The one path from bars to positions.
 
-Backtests, charts and the service all call `decide`. It has no memory: deciding on ``bars[:t + 1]`` gives at t what
-deciding on all bars gives at t.
+Backtests, charts and the service all call `decide`. It has no memory: deciding on ``bars[:t + 1]`` gives at t
+what deciding on all bars gives at t.
 """
 
 from dataclasses import dataclass
@@ -63,9 +63,9 @@ class Decisions:
     symbol
         The symbol.
     frame
-        Indexed by session; columns ``close``, ``asset_return`` (simple, of the bar itself; NaN on the first) and
-        all forecast columns (h-day simple returns), and ``target_weight``: decided at the close of the session,
-        as a fraction of equity, earning from the next bar on.
+        Indexed by session; columns ``close``, ``asset_return`` (simple, of the bar itself; NaN on the first),
+        all forecast columns (h-day simple returns), and ``target_weight``: decided at the close of the
+        session, as a fraction of equity, earning from the next bar on.
     horizon_bars
         Number of bars that a forecast looks ahead.
     sizing_id

@@ -33,7 +33,12 @@ class Selection:
 
 
 def select_features(
-    models: Mapping[str, Booster], features: FloatMatrix, *, max_features: int, seed: int, sample_rows: int = 600
+    models: Mapping[str, Booster],
+    features: FloatMatrix,
+    *,
+    max_features: int,
+    seed: int,
+    sample_rows: int = 600,
 ) -> Selection:
     """Keep the ``max_features`` columns that move the boosters most.
 

@@ -7,6 +7,7 @@ label end, so the search judges a setting the way the outer walk-forward judges 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import lightgbm
@@ -169,19 +170,20 @@ def _lgb_dataset(rows: Rows, reference: lightgbm.Dataset | None = None) -> light
     return dataset.construct()
 
 
-def fit_booster(name: str, rows: Rows, params: Params, rounds: int, config: SearchConfig, seed: int) -> Booster:
+def fit_booster(
+    name: str, rows: Rows, params: Params, rounds: int, config: SearchConfig, seed: int
+) -> Booster:
     """Fit one booster on all ``rows`` for a fixed number of rounds."""
     if name == "xgb":
         return xgboost.train(_xgb_params(params, config, seed), _xgb_matrix(rows), num_boost_round=rounds)
     return lightgbm.train(_lgb_params(params, config, seed), _lgb_dataset(rows), num_boost_round=rounds)
 
 
-def fit_boosters(rows: Rows, tuned: Mapping[str, Tuned], config: SearchConfig, seed: int) -> dict[str, Booster]:
+def fit_boosters(
+    rows: Rows, tuned: Mapping[str, Tuned], config: SearchConfig, seed: int
+) -> dict[str, Booster]:
     """Fit every library with its tuned parameters; libraries run side by side."""
-    jobs = {
-        name: lambda name=name: fit_booster(name, rows, tuned[name].params, tuned[name].rounds, config, seed)
-        for name in config.models
-    }
+    jobs = {name: partial(fit_booster, name, rows, tuned[name], config, seed) for name in config.models}
     return run_side_by_side(jobs)
 
 
@@ -195,7 +197,9 @@ def run_side_by_side(jobs: Mapping[str, Callable[[], T]]) -> dict[str, T]:
 def inner_blocks(rows: Rows, config: SearchConfig) -> list[tuple[Rows, Rows]]:
     """Split training rows into (fit, score) blocks: expanding, purged by label end, over the later half."""
     n_rows = len(rows.target_scaled)
-    splitter = PurgedTimeSeriesSplit(config.n_inner_blocks, test_size_bars=n_rows // (2 * config.n_inner_blocks))
+    splitter = PurgedTimeSeriesSplit(
+        config.n_inner_blocks, test_size_bars=n_rows // (2 * config.n_inner_blocks)
+    )
     folds = splitter.split(rows.features, rows.label_end_position)
     return [(rows.take(fit), rows.take(score)) for fit, score in folds]
 
@@ -309,4 +313,4 @@ def tune(rows: Rows, config: SearchConfig, seed: int) -> dict[str, Tuned]:
     """Search every library of ``config``; libraries run side by side, each with its own seeded study."""
     # Optuna announces each trial at INFO on its own handler; the trials are recorded in the bundle instead.
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return run_side_by_side({name: lambda name=name: search(name, rows, config, seed) for name in config.models})
+    return run_side_by_side({name: partial(search, name, rows, config, seed) for name in config.models})

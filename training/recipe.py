@@ -1,4 +1,4 @@
-"""The recipe: scale, tune, select, weigh, fit, calibrate. It is what the walk-forward validates, fold by fold.
+"""The recipe that is validated fold by fold: scale, tune, select, weigh, fit, calibrate.
 
 Every step sees rows before the fold only. Tuning and selection are redone every few folds and carried over in
 between: what is carried over was chosen on still earlier rows.
@@ -12,7 +12,14 @@ import pandas as pd
 from sklearn.preprocessing import RobustScaler
 
 from data.target_engineering import Dataset
-from inference.ensemble import BoosterEnsemble, Calibration, FloatArray, calibrate, select_scaled, shrunk_weights
+from inference.ensemble import (
+    BoosterEnsemble,
+    Calibration,
+    FloatArray,
+    calibrate,
+    select_scaled,
+    shrunk_weights,
+)
 from training.feature_selection import Selection, select_features
 from training.gbm_search import Rows, SearchConfig, Tuned, fit_boosters, tune
 from validation.walk_forward import RecipePrediction

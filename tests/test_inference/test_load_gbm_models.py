@@ -109,12 +109,23 @@ def test_what_is_loaded_forecasts_what_was_saved(models: Path):
 
 
 def test_a_symbol_without_a_model_names_the_command(models: Path):
-    with pytest.raises(ModelMissingError, match="python -m training.train_gbm MSFT"):
+    with pytest.raises(ModelMissingError, match=r"python -m training\.train_gbm MSFT"):
         load_bundle(models, "MSFT")
 
 
-@pytest.mark.parametrize("name", sorted(["xgb_model.joblib", "lgb_model.joblib", "scaler.joblib", "oos_predictions.parquet",
-    "feature_columns.json", "hyperparameters.json", "training_metadata.json", "feature_importance.json"]))  # fmt: skip
+FILES = (
+    "xgb_model.joblib",
+    "lgb_model.joblib",
+    "scaler.joblib",
+    "oos_predictions.parquet",
+    "feature_columns.json",
+    "hyperparameters.json",
+    "training_metadata.json",
+    "feature_importance.json",
+)
+
+
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("fault", ["flip", "empty", "truncate", "html", "absent"])
 def test_a_damaged_file_is_never_read_and_the_earlier_version_serves(models: Path, name: str, fault: str):
     path = store.current_version(models, "AAPL") / name
