@@ -124,10 +124,10 @@ def predict_booster(model: Booster, prepared: FloatMatrix) -> FloatArray:
 def shap_values(model: Booster, prepared: FloatMatrix) -> FloatArray:
     """Return exact SHAP values without the bias column, shape (n, p)."""
     if isinstance(model, xgboost.Booster):
-        values = model.predict(xgboost.DMatrix(prepared), pred_contribs=True)
+        values = np.asarray(model.predict(xgboost.DMatrix(prepared), pred_contribs=True), dtype=np.float64)
     else:
-        values = model.predict(prepared, pred_contrib=True)
-    return np.asarray(values, dtype=np.float64)[:, :-1]
+        values = np.asarray(model.predict(prepared, pred_contrib=True), dtype=np.float64)
+    return values[:, :-1]
 
 
 def shrunk_weights(

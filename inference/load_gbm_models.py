@@ -20,7 +20,7 @@ import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from importlib import metadata as package_metadata
 from pathlib import Path
@@ -39,7 +39,7 @@ from utils.errors import (
     ModelMissingError,
     StorageError,
 )
-from utils.model_paths import gbm_link, versions_dir
+from utils.model_paths import current_version, gbm_link, list_versions, versions_dir
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class GBMBundle:
     importance: Mapping[str, float]
     hyperparameters: Mapping[str, object]
     path: Path | None = None
-    warnings: tuple[str, ...] = field(default=())
+    warnings: tuple[str, ...] = ()
 
     @property
     def model_version(self) -> str:
@@ -325,32 +325,6 @@ def _check_golden(ensemble: BoosterEnsemble, manifest: Manifest) -> None:
             f"bundle {manifest.model_version} forecasts differently here (by {error:.2g}; changed: "
             f"{', '.join(changed) or 'no library'}): train again with --overwrite"
         )
-
-
-def current_version(models_dir: Path, symbol: str) -> Path:
-    """Return the folder that the symbol's link points to."""
-    link = gbm_link(models_dir, symbol)
-    folder = link.resolve()
-    if not folder.is_dir():
-        raise ModelMissingError(f"no model for {symbol}: run `python -m training.train_gbm {symbol}`")
-    if folder.parent != versions_dir(models_dir, symbol).resolve():
-        raise ModelCorruptError(f"the model of {symbol} lies outside its folder: train again")
-    return folder
-
-
-def list_versions(models_dir: Path, symbol: str) -> list[Path]:
-    """Return the kept versions of a symbol, oldest first."""
-    versions = versions_dir(models_dir, symbol)
-    if not versions.is_dir():
-        return []
-    return sorted(path for path in versions.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def list_symbols(models_dir: Path) -> list[str]:
-    """Return the symbols that have a bundle, sorted."""
-    if not models_dir.is_dir():
-        return []
-    return sorted(path.name for path in models_dir.iterdir() if (path / "gbm" / "manifest.json").is_file())
 
 
 def read_metadata(models_dir: Path, symbol: str) -> dict[str, Any]:

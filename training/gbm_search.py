@@ -170,10 +170,9 @@ def _lgb_dataset(rows: Rows, reference: lightgbm.Dataset | None = None) -> light
     return dataset.construct()
 
 
-def fit_booster(
-    name: str, rows: Rows, params: Params, rounds: int, config: SearchConfig, seed: int
-) -> Booster:
-    """Fit one booster on all ``rows`` for a fixed number of rounds."""
+def fit_booster(name: str, rows: Rows, tuned: Tuned, config: SearchConfig, seed: int) -> Booster:
+    """Fit one booster on all ``rows`` for the tuned number of rounds."""
+    params, rounds = tuned.params, tuned.rounds
     if name == "xgb":
         return xgboost.train(_xgb_params(params, config, seed), _xgb_matrix(rows), num_boost_round=rounds)
     return lightgbm.train(_lgb_params(params, config, seed), _lgb_dataset(rows), num_boost_round=rounds)

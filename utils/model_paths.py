@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from utils.errors import InvalidSymbolError
+from utils.errors import InvalidSymbolError, ModelCorruptError, ModelMissingError
 
 
 def symbol_dir(root: Path, symbol: str) -> Path:
@@ -35,3 +35,29 @@ def gbm_link(root: Path, symbol: str) -> Path:
 def versions_dir(root: Path, symbol: str) -> Path:
     """Return the folder that keeps the symbol's earlier bundles."""
     return symbol_dir(root, symbol) / "versions"
+
+
+def current_version(models_dir: Path, symbol: str) -> Path:
+    """Return the folder that the symbol's link points to."""
+    link = gbm_link(models_dir, symbol)
+    folder = link.resolve()
+    if not folder.is_dir():
+        raise ModelMissingError(f"no model for {symbol}: run `python -m training.train_gbm {symbol}`")
+    if folder.parent != versions_dir(models_dir, symbol).resolve():
+        raise ModelCorruptError(f"the model of {symbol} lies outside its folder: train again")
+    return folder
+
+
+def list_versions(models_dir: Path, symbol: str) -> list[Path]:
+    """Return the kept versions of a symbol, oldest first."""
+    versions = versions_dir(models_dir, symbol)
+    if not versions.is_dir():
+        return []
+    return sorted(path for path in versions.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def list_symbols(models_dir: Path) -> list[str]:
+    """Return the symbols that have a bundle, sorted."""
+    if not models_dir.is_dir():
+        return []
+    return sorted(path.name for path in models_dir.iterdir() if (path / "gbm" / "manifest.json").is_file())

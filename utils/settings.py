@@ -29,14 +29,18 @@ class Settings(BaseSettings):
         Level of the root logger.
     """
 
-    model_config = SettingsConfigDict(env_prefix="AI_STOCKS_", extra="ignore", frozen=True, populate_by_name=True)
+    model_config = SettingsConfigDict(
+        env_prefix="AI_STOCKS_", extra="ignore", frozen=True, populate_by_name=True
+    )
 
     source: str = "yahoo"
     models_dir: Path = PROJECT_ROOT / "saved_models"
     cache_dir: Path = PROJECT_ROOT / ".cache"
     results_dir: Path = PROJECT_ROOT / "backtest_results"
     logs_dir: Path = PROJECT_ROOT / "training_logs"
-    allow_origins: Annotated[tuple[str, ...], NoDecode] = Field(default=(), validation_alias="PYTHON_API_ALLOW_ORIGINS")
+    allow_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), validation_alias="PYTHON_API_ALLOW_ORIGINS"
+    )
     log_level: str = "INFO"
 
     @field_validator("allow_origins", mode="before")

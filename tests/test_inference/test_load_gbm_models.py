@@ -28,6 +28,7 @@ from utils.errors import (
     ModelMissingError,
     StorageError,
 )
+from utils.model_paths import current_version, list_symbols, list_versions
 
 COLUMNS = ("a", "b", "c", "d")
 
@@ -104,7 +105,7 @@ def test_what_is_loaded_forecasts_what_was_saved(models: Path):
     np.testing.assert_allclose(store.golden_outputs(loaded.ensemble, GOLDEN), expected, rtol=1e-6)
     assert loaded.ensemble.selected_features == ("a", "b", "c")
     assert loaded.record["date"].iloc[0] == pd.Timestamp("2020-01-01")
-    assert store.list_symbols(models) == ["AAPL"]
+    assert list_symbols(models) == ["AAPL"]
     assert store.read_metadata(models, "AAPL")["seed"] == 2
 
 
@@ -128,7 +129,7 @@ FILES = (
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("fault", ["flip", "empty", "truncate", "html", "absent"])
 def test_a_damaged_file_is_never_read_and_the_earlier_version_serves(models: Path, name: str, fault: str):
-    path = store.current_version(models, "AAPL") / name
+    path = current_version(models, "AAPL") / name
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     damaged = {
@@ -149,7 +150,7 @@ def test_a_damaged_file_is_never_read_and_the_earlier_version_serves(models: Pat
 
 
 def test_when_every_version_is_damaged_the_answer_is_an_error(models: Path):
-    for folder in store.list_versions(models, "AAPL"):
+    for folder in list_versions(models, "AAPL"):
         (folder / "scaler.joblib").write_bytes(b"")
     with pytest.raises(ModelCorruptError):
         load_bundle(models, "AAPL")
@@ -160,14 +161,14 @@ def test_a_malicious_pickle_is_not_executed(models: Path, tmp_path: Path):
         def __reduce__(self):
             return (os.system, (f"touch {tmp_path}/owned",))
 
-    (store.current_version(models, "AAPL") / "xgb_model.joblib").write_bytes(pickle.dumps(Evil()))
+    (current_version(models, "AAPL") / "xgb_model.joblib").write_bytes(pickle.dumps(Evil()))
     load_bundle(models, "AAPL")
     assert not (tmp_path / "owned").exists()
 
 
 @pytest.mark.parametrize("name", ["../../outside.joblib", "/etc/passwd", "link.joblib"])
 def test_a_manifest_that_points_elsewhere_is_refused(models: Path, tmp_path: Path, name: str):
-    folder = store.current_version(models, "AAPL")
+    folder = current_version(models, "AAPL")
     (folder / "link.joblib").symlink_to("/etc/passwd")
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"][name] = "0" * 64
@@ -178,7 +179,7 @@ def test_a_manifest_that_points_elsewhere_is_refused(models: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", "<html>", '{"schema_version": "x"}'])
 def test_a_damaged_manifest_is_corrupt_not_a_crash(models: Path, content: str):
-    folder = store.current_version(models, "AAPL")
+    folder = current_version(models, "AAPL")
     (folder / "manifest.json").write_text(content)
     with pytest.raises(ModelCorruptError):
         store.load_folder(folder)
@@ -186,7 +187,7 @@ def test_a_damaged_manifest_is_corrupt_not_a_crash(models: Path, content: str):
 
 def test_a_link_that_leaves_the_symbol_is_refused(models: Path, tmp_path: Path):
     elsewhere = tmp_path / "elsewhere"
-    shutil.copytree(store.current_version(models, "AAPL"), elsewhere)
+    shutil.copytree(current_version(models, "AAPL"), elsewhere)
     (models / "AAPL" / "gbm").unlink()
     (models / "AAPL" / "gbm").symlink_to(elsewhere)
     with pytest.raises(ModelCorruptError, match="outside"):
@@ -216,7 +217,7 @@ def test_rollback_serves_the_earlier_version_and_stops_at_the_first(models: Path
 def test_versions_are_bounded(models: Path):
     for seed in range(7):
         save_bundle(make_bundle(seed=seed), models, golden_inputs=GOLDEN)
-    assert len(store.list_versions(models, "AAPL")) == store.KEEP_VERSIONS
+    assert len(list_versions(models, "AAPL")) == store.KEEP_VERSIONS
     assert load_bundle(models, "AAPL").metadata["seed"] == 6
 
 
