@@ -1,0 +1,385 @@
+"""Cash, shares and costs: the one place where positions become money.
+
+Who knows what when
+-------------------
+``target_weight[t]`` is decided at the close of bar t, traded after it, held during bar t + 1, and booked, costs
+included, in row t + 1. Row 0 earns nothing and pays nothing.
+
+What is paid
+------------
+- Commission and slippage, on the value that is traded. The order moves the position from the weight to which
+  it has drifted to the target, measured in the equity that is left after the order is paid: a target of 1.0
+  spends all cash and not a cent more, and a constant 1.0 trades once.
+- Financing, on the cash that is borrowed: exposure over 1.
+- A borrow fee, on the value that is sold short.
+Idle cash, short proceeds included, earns nothing: conservative, and the same for every benchmark.
+
+Ruin is final: once equity is zero or below, the position is closed and nothing is traded any more.
+
+Note on numba's cache: the machine code of a caller (the sizer) holds its own copy of `book_bar` and is not
+renewed when only this file changes; deleting ``__pycache__`` renews it.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from utils.errors import DataError, UsageError
+
+FloatArray = npt.NDArray[np.float64]
+
+DEFAULT_CAPITAL = 10_000.0
+# No broker lends more; past it, one order would cost a good part of the equity.
+MAX_WEIGHT = 20.0
+_BPS = 1e-4
+# Orders below this fraction of equity are rounding, not trades.
+_DUST = 1e-9
+
+
+class Rates(NamedTuple):
+    """What `CostModel` means per order and per bar; fractions, but for the minimum, which is money."""
+
+    commission: float
+    slippage: float
+    minimum_commission: float
+    financing_per_bar: float
+    borrow_per_bar: float
+
+
+class Booking(NamedTuple):
+    """Money after one bar, and what the bar cost.
+
+    Attributes
+    ----------
+    cash, position
+        Cash (negative when borrowed) and signed value of the shares at the close of the bar.
+    traded
+        Signed value of the order that opened the bar; 0 for none.
+    held
+        Weight in equity right after that order: what earns during the bar.
+    gain
+        Money that the shares earned in the bar, before any cost.
+    commission, slippage, financing, borrow
+        Money paid in the bar, each >= 0.
+    """
+
+    cash: float
+    position: float
+    traded: float
+    held: float
+    gain: float
+    commission: float
+    slippage: float
+    financing: float
+    borrow: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostModel:
+    """What trading and holding cost.
+
+    Attributes
+    ----------
+    commission_bps, slippage_bps
+        One-way, in basis points of the traded value.
+    minimum_commission
+        Money per order at least.
+    financing_annual
+        Simple annual rate on borrowed cash (exposure over 1), a fraction.
+    borrow_annual
+        Simple annual rate on the value sold short, a fraction.
+    periods_per_year
+        Bars per year, over which the annual rates are spread.
+
+    Raises
+    ------
+    UsageError
+        When a figure is negative, not finite, or a one-way cost is 10 % or more.
+    """
+
+    commission_bps: float = 5.0
+    slippage_bps: float = 3.0
+    minimum_commission: float = 0.0
+    financing_annual: float = 0.05
+    borrow_annual: float = 0.03
+    periods_per_year: int = 252
+
+    def __post_init__(self) -> None:
+        for name in (
+            "commission_bps",
+            "slippage_bps",
+            "minimum_commission",
+            "financing_annual",
+            "borrow_annual",
+        ):
+            value = getattr(self, name)
+            if not (np.isfinite(value) and value >= 0.0):
+                raise UsageError(f"{name} must be finite and at least 0, got {value!r}")
+        if self.one_way_rate >= 0.1:
+            raise UsageError(f"one-way costs must be below 1000 bps, got {self.one_way_rate / _BPS:g}")
+        if self.periods_per_year < 1:
+            raise UsageError(f"periods_per_year must be at least 1, got {self.periods_per_year!r}")
+
+    @property
+    def one_way_rate(self) -> float:
+        """Commission and slippage of one order, as a fraction of its value."""
+        return (self.commission_bps + self.slippage_bps) * _BPS
+
+    def rates(self) -> Rates:
+        """Return the figures in the units that `book_bar` takes."""
+        return Rates(
+            commission=float(self.commission_bps) * _BPS,
+            slippage=float(self.slippage_bps) * _BPS,
+            minimum_commission=float(self.minimum_commission),
+            financing_per_bar=self.financing_annual / self.periods_per_year,
+            borrow_per_bar=self.borrow_annual / self.periods_per_year,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ledger:
+    """The books, one entry per bar; every array is (n,) float64 and known at the close of its bar.
+
+    Attributes
+    ----------
+    equity, cash, position_value
+        Money at the close; ``equity == cash + position_value``.
+    held_weight
+        Weight in equity that earned during the bar.
+    gross_return, net_return
+        Simple return of the bar on the equity before it, before and after all costs.
+    turnover
+        Value traded over the equity before the bar, one-way, >= 0.
+    traded_value
+        Signed value traded, money.
+    commission, slippage, financing_cost, borrow_cost
+        Money paid in the bar.
+    initial_capital
+        Money at the start.
+    """
+
+    equity: FloatArray
+    cash: FloatArray
+    position_value: FloatArray
+    held_weight: FloatArray
+    gross_return: FloatArray
+    net_return: FloatArray
+    turnover: FloatArray
+    traded_value: FloatArray
+    commission: FloatArray
+    slippage: FloatArray
+    financing_cost: FloatArray
+    borrow_cost: FloatArray
+    initial_capital: float
+
+    @property
+    def trade_cost(self) -> FloatArray:
+        """Commission and slippage of each bar, money."""
+        return self.commission + self.slippage
+
+    @property
+    def total_cost(self) -> FloatArray:
+        """All that was paid in each bar, money."""
+        return self.commission + self.slippage + self.financing_cost + self.borrow_cost
+
+    @property
+    def ruined_at(self) -> int | None:
+        """Row in which equity fell to zero or below; None if it never did."""
+        gone = self.equity <= 0.0
+        return int(np.argmax(gone)) if gone.any() else None
+
+
+@njit(cache=True, inline="always", error_model="numpy")
+def book_bar(cash: float, position: float, target: float, asset_return: float, rates: Rates) -> Booking:
+    """Trade to the target, then live through one bar.
+
+    Parameters
+    ----------
+    cash, position
+        Money and signed value of the shares at the last close.
+    target
+        Weight decided at that close.
+    asset_return
+        Simple return of the bar that follows.
+    rates
+        Costs, see `CostModel.rates`.
+
+    Returns
+    -------
+    Booking
+        The books at the close of the bar.
+    """
+    equity = cash + position
+    if equity <= 0.0:
+        return Booking(equity, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    # Both quotients wait for nothing but the target, which keeps division off the chain from bar to bar.
+    cost = target * (rates.commission + rates.slippage)
+    buying = 1.0 / (1.0 + cost)
+    selling = 1.0 / (1.0 - cost)
+    gap = target * equity - position
+    traded = 0.0
+    commission = 0.0
+    slippage = 0.0
+    if abs(gap) > _DUST * equity:
+        # The order is paid from the equity that the target refers to: solve for it instead of overspending.
+        side = 1.0 if gap > 0.0 else -1.0
+        traded = gap * (buying if gap > 0.0 else selling)
+        commission = rates.commission * abs(traded)
+        if commission < rates.minimum_commission:
+            commission = rates.minimum_commission
+            traded = (gap - target * commission) / (1.0 + side * target * rates.slippage)
+            if traded * side <= 0.0:
+                # The fee alone is more than the order would move: it is not sent.
+                traded = 0.0
+                commission = 0.0
+        slippage = rates.slippage * abs(traded)
+        if traded != 0.0:
+            equity -= commission + slippage
+            position = target * equity
+            cash = equity - position
+    held = position / equity
+    financing = rates.financing_per_bar * -cash if cash < 0.0 else 0.0
+    borrow = rates.borrow_per_bar * -position if position < 0.0 else 0.0
+    gain = position * asset_return
+    return Booking(
+        cash - financing - borrow,
+        position + gain,
+        traded,
+        held,
+        gain,
+        commission,
+        slippage,
+        financing,
+        borrow,
+    )
+
+
+@njit(cache=True, error_model="numpy")
+def _run(
+    held_target: FloatArray, asset_return: FloatArray, no_trade_band: float, rates: Rates, books: FloatArray
+) -> None:
+    """Book every bar into ``books``, whose columns `_ledger` names; ``books[0]`` holds the capital."""
+    cash = books[0, 0]
+    position = 0.0
+    for t in range(1, held_target.shape[0]):
+        before = cash + position
+        wanted = held_target[t]
+        drifted = abs(wanted * before - position) <= no_trade_band * before
+        if no_trade_band > 0.0 and position != 0.0 and drifted:
+            wanted = position / before
+        booked = book_bar(cash, position, wanted, asset_return[t], rates)
+        cash = booked.cash
+        position = booked.position
+        after = cash + position
+        books[t, 0] = after
+        books[t, 1] = cash
+        books[t, 2] = position
+        books[t, 3] = booked.held
+        if before > 0.0:
+            books[t, 4] = booked.gain / before
+            books[t, 5] = after / before - 1.0
+            books[t, 6] = abs(booked.traded) / before
+        books[t, 7] = booked.traded
+        books[t, 8] = booked.commission
+        books[t, 9] = booked.slippage
+        books[t, 10] = booked.financing
+        books[t, 11] = booked.borrow
+
+
+def account(
+    target_weight: FloatArray,
+    asset_return_simple: FloatArray,
+    costs: CostModel,
+    *,
+    apply_position_lag: bool = True,
+    initial_capital: float = DEFAULT_CAPITAL,
+    no_trade_band: float = 0.0,
+) -> Ledger:
+    """Book a whole history.
+
+    Parameters
+    ----------
+    target_weight
+        (n,), decided at the close of each bar, as a fraction of equity; finite.
+    asset_return_simple
+        (n,), return of each bar over the one before it; the first may be NaN and is not used.
+    costs
+        What trading and holding cost.
+    apply_position_lag
+        True: ``target_weight[t]`` earns from bar t + 1 on. False: the caller has lagged it already and
+        ``target_weight[t]`` is what is held during bar t.
+    initial_capital
+        Money at the start, > 0.
+    no_trade_band
+        Orders that would move less than this fraction of equity are not sent and the shares drift; 0 sends
+        all. For constant benchmarks, which else would pay a minimum commission every day.
+
+    Returns
+    -------
+    Ledger
+        One entry per bar; row 0 earns nothing.
+
+    Raises
+    ------
+    DataError
+        When lengths differ, there are no bars, a weight is not finite or beyond `MAX_WEIGHT`, or a return is
+        not finite or not above -1.
+    UsageError
+        When the capital or the band is out of range.
+    """
+    target = np.ascontiguousarray(target_weight, dtype=np.float64)
+    returns = np.ascontiguousarray(asset_return_simple, dtype=np.float64)
+    _check(target, returns, costs)
+    if not (np.isfinite(initial_capital) and initial_capital > 0.0):
+        raise UsageError(f"initial_capital must be finite and above 0, got {initial_capital!r}")
+    if not (np.isfinite(no_trade_band) and no_trade_band >= 0.0):
+        raise UsageError(f"no_trade_band must be finite and at least 0, got {no_trade_band!r}")
+    if apply_position_lag:
+        # The one lag: what was decided at the last close is held during this bar.
+        target = np.concatenate([np.zeros(1), target[:-1]])
+    books = np.zeros((12, len(target))).T
+    books[0, :2] = initial_capital
+    _run(target, returns, float(no_trade_band), costs.rates(), books)
+    return _ledger(books, float(initial_capital))
+
+
+def _ledger(books: FloatArray, capital: float) -> Ledger:
+    return Ledger(
+        equity=books[:, 0],
+        cash=books[:, 1],
+        position_value=books[:, 2],
+        held_weight=books[:, 3],
+        gross_return=books[:, 4],
+        net_return=books[:, 5],
+        turnover=books[:, 6],
+        traded_value=books[:, 7],
+        commission=books[:, 8],
+        slippage=books[:, 9],
+        financing_cost=books[:, 10],
+        borrow_cost=books[:, 11],
+        initial_capital=capital,
+    )
+
+
+def _check(target: FloatArray, returns: FloatArray, costs: CostModel) -> None:
+    if target.ndim != 1 or target.shape != returns.shape:
+        raise DataError(
+            f"target_weight has shape {target.shape} and asset_return_simple {returns.shape}; "
+            "both must be (n,) with one entry per bar"
+        )
+    if not len(target):
+        raise DataError("no bars to account for; pass at least one")
+    limit = MAX_WEIGHT if costs.one_way_rate == 0.0 else min(MAX_WEIGHT, 0.5 / costs.one_way_rate)
+    bad_weight = ~(np.abs(target) <= limit)
+    if bad_weight.any():
+        row = int(np.argmax(bad_weight))
+        raise DataError(f"target_weight[{row}] is {target[row]}; must be finite and within +-{limit:g}")
+    bad_return = ~(np.isfinite(returns[1:]) & (returns[1:] > -1.0))
+    if bad_return.any():
+        row = int(np.argmax(bad_return)) + 1
+        raise DataError(
+            f"asset_return_simple[{row}] is {returns[row]}; must be finite and above -1: clean the bars"
+        )
