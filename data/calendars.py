@@ -1,0 +1,239 @@
+"""Which sessions an exchange holds, and when they close.
+
+Exchanges come from ``exchange_calendars``, chosen by the suffix of Yahoo's symbol. Crypto pairs trade every
+day and close at midnight UTC; currency pairs trade from Monday to Friday. Answers are tz-naive session dates.
+"""
+
+import functools
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from utils.errors import UsageError
+
+_FIRST_DAY = np.datetime64("1960-01-01")
+# Far enough for a forecast of 252 sessions made at any moment of the year after the current one.
+_YEARS_AHEAD = 3
+
+WEEKDAYS = "weekdays"
+ALWAYS = "24/7"
+UNMAPPED = "unmapped"
+
+_SUFFIXES = {
+    "AS": "XAMS", "AX": "XASX", "BA": "XBUE", "BK": "XBKK", "BO": "XBOM", "BR": "XBRU", "CO": "XCSE",
+    "DE": "XETR", "F": "XFRA", "HE": "XHEL", "HK": "XHKG", "IC": "XICE", "IR": "XDUB", "IS": "XIST",
+    "JK": "XIDX", "JO": "XJSE", "KL": "XKLS", "KQ": "XKRX", "KS": "XKRX", "L": "XLON", "LS": "XLIS",
+    "MC": "XMAD", "MI": "XMIL", "MX": "XMEX", "NS": "XBOM", "NZ": "XNZE", "OL": "XOSL", "PA": "XPAR",
+    "PR": "XPRA", "SA": "BVMF", "SI": "XSES", "SN": "XSGO", "SR": "XSAU", "SS": "XSHG", "ST": "XSTO",
+    "SW": "XSWX", "SZ": "XSHG", "T": "XTKS", "TO": "XTSE", "TW": "XTAI", "TWO": "XTAI", "V": "XTSE",
+    "VI": "XWBO", "WA": "XWAR",
+}  # fmt: skip
+_INDICES = {
+    "^N225": "XTKS", "^FTSE": "XLON", "^GDAXI": "XETR", "^FCHI": "XPAR", "^HSI": "XHKG", "^STOXX50E": "XETR",
+    "^AXJO": "XASX", "^KS11": "XKRX", "^BSESN": "XBOM", "^NSEI": "XBOM", "^TWII": "XTAI", "^BVSP": "BVMF",
+    "^GSPTSE": "XTSE", "^SSMI": "XSWX", "^AEX": "XAMS", "^IBEX": "XMAD", "000001.SS": "XSHG",
+}  # fmt: skip
+_CRYPTO = re.compile(r"[A-Z0-9]+-(USD|EUR|GBP|JPY|CAD|AUD|CHF|KRW|INR|BTC|ETH|USDT|USDC)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SessionCalendar:
+    """Sessions of one exchange.
+
+    Attributes
+    ----------
+    name
+        Market identifier (``XNYS``), ``24/7``, ``weekdays`` or ``unmapped``.
+    timezone
+        IANA name of the zone whose dates the sessions are.
+    sessions_per_year
+        For annualising: 252, 365 or 260.
+    known_from, known_to
+        First and last date whose holidays are recorded. Later sessions are Mondays to Fridays (some exchanges
+        announce a year's holidays only shortly before it); before the first date there are no sessions, and
+        outside of both nothing is called missing or out of place.
+    """
+
+    name: str
+    timezone: str
+    sessions_per_year: int
+    known_from: pd.Timestamp
+    known_to: pd.Timestamp
+    _days: NDArray[np.datetime64]
+    _closes: NDArray[np.datetime64]
+
+    def sessions(self, start: pd.Timestamp, end: pd.Timestamp) -> pd.DatetimeIndex:
+        """Return the sessions from ``start`` to ``end``, both included."""
+        first = np.searchsorted(self._days, _day(start), side="left")
+        last = np.searchsorted(self._days, _day(end), side="right")
+        return _index(self._days[first:last])
+
+    def next_sessions(self, after: pd.Timestamp, count: int) -> pd.DatetimeIndex:
+        """Return the first ``count`` sessions strictly after ``after``.
+
+        Raises
+        ------
+        UsageError
+            If the calendar does not reach that far.
+        """
+        first = int(np.searchsorted(self._days, _day(after), side="right"))
+        found = self._days[first : first + count]
+        if len(found) < count:
+            raise UsageError(
+                f"calendar {self.name} ends {self._days[-1]}: it has {len(found)} sessions after "
+                f"{_day(after)}, asked for {count}"
+            )
+        return _index(found)
+
+    def missing(self, index: pd.DatetimeIndex) -> pd.DatetimeIndex:
+        """Return the sessions between the first and the last date of ``index`` that it lacks."""
+        if len(index) == 0:
+            return _index(self._days[:0])
+        days = _days(index)
+        last = min(days.max(), _day(self.known_to))
+        inside = self._days[(self._days >= days.min()) & (self._days <= last)]
+        return _index(np.setdiff1d(inside, days))
+
+    def off_calendar(self, index: pd.DatetimeIndex) -> pd.DatetimeIndex:
+        """Return the dates of ``index`` on which the exchange held no session, as far as is known."""
+        days = _days(index)
+        known = days[(days >= _day(self.known_from)) & (days <= _day(self.known_to))]
+        return _index(np.setdiff1d(known, self._days))
+
+    def last_closed_session(self, now: datetime) -> pd.Timestamp:
+        """Return the latest session whose close is at or before ``now``.
+
+        Parameters
+        ----------
+        now
+            A moment with a zone.
+
+        Raises
+        ------
+        UsageError
+            If ``now`` has no zone, or lies outside the calendar.
+        """
+        if now.tzinfo is None:
+            raise UsageError(f"the moment {now.isoformat()} has no time zone: give UTC")
+        moment = np.datetime64(now.astimezone(UTC).replace(tzinfo=None), "s")
+        position = int(np.searchsorted(self._closes, moment, side="right")) - 1
+        if position < 0 or position == len(self._closes) - 1:
+            raise UsageError(
+                f"calendar {self.name} knows {self._days[0]} to {self._days[-1]}, not {now:%Y-%m-%d}"
+            )
+        return pd.Timestamp(self._days[position]).as_unit("us")
+
+    def sessions_between(self, a: pd.Timestamp, b: pd.Timestamp) -> int:
+        """Count the sessions after ``a`` up to and with ``b``: how many steps from one bar to the other.
+
+        Negative when ``b`` lies before ``a``.
+        """
+        first, last = np.searchsorted(self._days, [_day(a), _day(b)], side="right")
+        return int(last) - int(first)
+
+
+def calendar_for(symbol: str) -> SessionCalendar:
+    """Return the calendar of the exchange that lists ``symbol``.
+
+    A symbol without a suffix is taken to trade in New York. One whose suffix nobody mapped gets weekdays for
+    its forecasts, and no check of gaps: a week may start on Sunday there.
+
+    Parameters
+    ----------
+    symbol
+        Normalised symbol in Yahoo's spelling.
+    """
+    return _load(calendar_name(symbol), datetime.now(UTC).year + _YEARS_AHEAD)
+
+
+def calendar_name(symbol: str) -> str:
+    """Return the name of the calendar that ``symbol`` follows."""
+    if symbol in _INDICES:
+        return _INDICES[symbol]
+    if symbol.endswith("=X"):
+        return WEEKDAYS
+    if symbol.endswith("=F"):
+        return "CMES"
+    if _CRYPTO.fullmatch(symbol):
+        return ALWAYS
+    stem, dot, suffix = symbol.rpartition(".")
+    return _SUFFIXES.get(suffix, UNMAPPED) if dot and stem else "XNYS"
+
+
+# A calendar takes .05 to 1.4 s to build and never changes: a pure function of its arguments, kept.
+@functools.cache
+def _load(name: str, last_year: int) -> SessionCalendar:
+    end = np.datetime64(f"{last_year}-12-31")
+    if name not in {ALWAYS, WEEKDAYS, UNMAPPED}:
+        return _from_exchange(name, end)
+    days = np.arange(_FIRST_DAY, end + 1, dtype="datetime64[D]")
+    if name != ALWAYS:
+        days = days[np.is_busday(days)]
+    return _calendar(
+        name,
+        # Yahoo dates currency pairs by London, where a day of theirs ends at the latest at midnight UTC.
+        timezone="Europe/London" if name == WEEKDAYS else "UTC",
+        per_year={ALWAYS: 365, WEEKDAYS: 260, UNMAPPED: 252}[name],
+        days=days,
+        closes=(days + 1).astype("datetime64[s]"),
+        known_to=days[0] - 1 if name == UNMAPPED else end,
+    )
+
+
+def _from_exchange(name: str, end: np.datetime64) -> SessionCalendar:
+    import exchange_calendars  # noqa: PLC0415 - takes half a second, which a help text need not wait for
+
+    factory = type(exchange_calendars.get_calendar(name, start="2025-01-02", end="2025-03-31"))
+    earliest, latest = factory.bound_min(), factory.bound_max()
+    first = max(_FIRST_DAY, _day(earliest)) if earliest is not None else _FIRST_DAY
+    known_to = min(end, _day(latest)) if latest is not None else end
+    calendar = exchange_calendars.get_calendar(name, start=pd.Timestamp(first), end=pd.Timestamp(known_to))
+    days = np.asarray(calendar.sessions.tz_localize(None)).astype("datetime64[D]")
+    closes = np.asarray(calendar.closes.dt.tz_convert("UTC").dt.tz_localize(None)).astype("datetime64[s]")
+    if known_to < end:
+        later = np.arange(known_to + 1, end + 1, dtype="datetime64[D]")
+        later = later[np.is_busday(later)]
+        time_of_close = closes[-1] - days[-1].astype("datetime64[s]")
+        days = np.concatenate([days, later])
+        closes = np.concatenate([closes, later.astype("datetime64[s]") + time_of_close])
+    return _calendar(
+        name, timezone=str(calendar.tz), per_year=252, days=days, closes=closes, known_to=known_to
+    )
+
+
+def _calendar(
+    name: str,
+    *,
+    timezone: str,
+    per_year: int,
+    days: NDArray[np.datetime64],
+    closes: NDArray[np.datetime64],
+    known_to: np.datetime64,
+) -> SessionCalendar:
+    days.flags.writeable = False
+    closes.flags.writeable = False
+    return SessionCalendar(
+        name=name,
+        timezone=timezone,
+        sessions_per_year=per_year,
+        known_from=pd.Timestamp(days[0]),
+        known_to=pd.Timestamp(known_to),
+        _days=days,
+        _closes=closes,
+    )
+
+
+def _day(moment: pd.Timestamp) -> np.datetime64:
+    return np.datetime64(pd.Timestamp(moment).date(), "D")
+
+
+def _days(index: pd.DatetimeIndex) -> NDArray[np.datetime64]:
+    return np.asarray(index).astype("datetime64[D]")
+
+
+def _index(days: NDArray[np.datetime64]) -> pd.DatetimeIndex:
+    return pd.DatetimeIndex(days.astype("datetime64[us]"), name="date")

@@ -1,0 +1,303 @@
+"""Where bars come from: Yahoo Finance, a folder of CSV files, or the prices embedded in ``bokeh_sampledata``.
+
+A source answers with a raw table in Yahoo's convention; :func:`fetch_stock_data` is the one door through
+which the product reads prices, whatever the source. Nothing falls back from one source to another.
+"""
+
+import hashlib
+import importlib.util
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, date, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import pandas as pd
+
+from data.calendars import SessionCalendar, calendar_for
+from data.schema import (
+    RAW_COLUMNS,
+    Bars,
+    Provenance,
+    check_sessions,
+    clean_bars,
+    normalise_symbol,
+    settled_rows,
+)
+from utils.errors import DataError, UnknownSymbolError, UsageError
+
+logger = logging.getLogger(__name__)
+
+SOURCES_HELP = "yahoo, sample or csv:DIR"
+
+
+class BarSource(Protocol):
+    """Anything that knows raw daily prices."""
+
+    @property
+    def name(self) -> str:
+        """What goes into provenance and metadata."""
+        ...
+
+    @property
+    def is_live(self) -> bool:
+        """True when a newer session may appear; False for files, whose last bar is what it is."""
+        ...
+
+    def fetch(self, symbol: str, *, start: date | None = None) -> pd.DataFrame:
+        """Return ``RAW_COLUMNS`` over tz-naive session dates, from ``start`` on or all there is.
+
+        Raises
+        ------
+        UnknownSymbolError
+            If the source answers and has nothing for the symbol.
+        UpstreamError
+            If the source cannot be asked.
+        """
+        ...
+
+
+@runtime_checkable
+class RevisionedSource(Protocol):
+    """A source that can say cheaply whether its answer would be another one than before."""
+
+    def revision(self, symbol: str) -> str:
+        """Return a string that changes with the data of ``symbol``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RawAnswer:
+    """A raw table with the moment at which its source was asked.
+
+    Attributes
+    ----------
+    raw
+        As :meth:`BarSource.fetch` returns it.
+    fetched_at
+        UTC.
+    failure
+        Why a newer answer could not be had, when it was tried in vain.
+    """
+
+    raw: pd.DataFrame
+    fetched_at: datetime
+    failure: str | None = None
+
+
+class ReadsThrough(Protocol):
+    """What :func:`fetch_stock_data` needs of a cache; see ``data.cache_manager.BarCache``."""
+
+    def read_through(
+        self, symbol: str, source: BarSource, *, now: datetime, force_refresh: bool
+    ) -> RawAnswer:
+        """Return the cached raw table, asking ``source`` when it may know more."""
+        ...
+
+
+def fetch_stock_data(
+    symbol: str,
+    *,
+    source: BarSource,
+    cache: ReadsThrough | None = None,
+    force_refresh: bool = False,
+    now: datetime | None = None,
+) -> Bars:
+    """Return adjusted, checked daily bars of one symbol.
+
+    Only sessions that have closed are returned. With a cache, a source that fails does no harm as long as
+    older bars are at hand: they come with ``provenance.stale``.
+
+    Parameters
+    ----------
+    symbol
+        As people write it; normalised here.
+    source, cache
+        Where to ask, and where to keep the answer.
+    force_refresh
+        Ask the source for the whole history whatever the cache holds.
+    now
+        Moment of asking (UTC), by default the present; bars of later sessions are not returned.
+
+    Raises
+    ------
+    InvalidSymbolError, UnknownSymbolError, UpstreamError, DataError
+        As named by the error tree; the message says what to do.
+    """
+    symbol = normalise_symbol(symbol)
+    now = now or datetime.now(UTC)
+    if cache is None:
+        answer = RawAnswer(raw=source.fetch(symbol), fetched_at=now)
+    else:
+        answer = cache.read_through(symbol, source, now=now, force_refresh=force_refresh)
+    return _to_bars(symbol, answer, source.name, calendar_for(symbol), now)
+
+
+def _to_bars(
+    symbol: str, answer: RawAnswer, source_name: str, calendar: SessionCalendar, now: datetime
+) -> Bars:
+    last_closed = calendar.last_closed_session(now)
+    settled = settled_rows(answer.raw, last_closed)
+    if settled.empty:
+        raise DataError(f"{symbol}: {source_name} has no session that had closed by {now:%Y-%m-%d %H:%M} UTC")
+    try:
+        frame, report = clean_bars(settled)
+        off_calendar = calendar.off_calendar(pd.DatetimeIndex(frame.index))
+        frame = frame.drop(index=off_calendar) if len(off_calendar) else frame
+        report = replace(
+            report,
+            rows=len(frame),
+            unfinished_dropped=len(answer.raw) - len(settled),
+            off_calendar=len(off_calendar),
+            missing_sessions=len(calendar.missing(pd.DatetimeIndex(frame.index))),
+        )
+        check_sessions(report)
+    except DataError as error:
+        raise type(error)(f"{symbol} from {source_name}: {error}") from error
+    for problem in report.problems():
+        logger.info("%s from %s: %s", symbol, source_name, problem)
+    last = pd.Timestamp(frame.index[-1])
+    return Bars(
+        symbol=symbol,
+        frame=frame,
+        provenance=Provenance(
+            source=source_name,
+            fetched_at=answer.fetched_at,
+            last_session=last,
+            stale=last < last_closed or answer.failure is not None,
+        ),
+        report=report,
+    )
+
+
+def make_source(spec: str) -> BarSource:
+    """Return the source that ``spec`` names: ``yahoo``, ``sample`` or ``csv:DIR``.
+
+    Raises
+    ------
+    UsageError
+        For anything else, and for a folder that does not exist.
+    """
+    if spec == "sample":
+        return SampleSource()
+    kind, colon, directory = spec.partition(":")
+    if kind == "csv" and colon and directory:
+        return CsvSource(Path(directory).expanduser())
+    raise UsageError(f"there is no source {spec!r}: use {SOURCES_HELP}")
+
+
+class CsvSource:
+    """A folder that holds ``<SYMBOL>.csv`` with the columns ``Date`` and ``RAW_COLUMNS``.
+
+    Parameters
+    ----------
+    directory
+        The folder; its last part goes into the source's name, its place does not.
+    """
+
+    is_live = False
+
+    def __init__(self, directory: Path) -> None:
+        if not directory.is_dir():
+            raise UsageError(f"--source csv:{directory}: there is no such folder")
+        self._directory = directory
+        self.name = f"csv:{directory.resolve().name}"
+
+    def fetch(self, symbol: str, *, start: date | None = None) -> pd.DataFrame:
+        """Return the file's rows; see :class:`BarSource`."""
+        path = self._path(symbol)
+        try:
+            # "round_trip" reads a number as the nearest double; the default parser may miss it by one bit.
+            table = pd.read_csv(path, float_precision="round_trip", encoding="utf-8")
+            if "Date" not in table.columns:
+                raise DataError(f"{path.name} has no column Date")
+            # The first ten characters: what follows is a time of day, whose offset changes with summer time.
+            table.index = pd.DatetimeIndex(
+                pd.to_datetime(table.pop("Date").astype(str).str[:10], format="%Y-%m-%d"), name="Date"
+            )
+        except (ValueError, pd.errors.ParserError) as error:
+            raise DataError(f"{path.name} cannot be read as prices: {error}") from error
+        return _since(table, start)
+
+    def revision(self, symbol: str) -> str:
+        """Return the sha256 of the file."""
+        return hashlib.sha256(self._path(symbol).read_bytes()).hexdigest()
+
+    def _path(self, symbol: str) -> Path:
+        path = self._directory / f"{symbol}.csv"
+        if not path.is_file():
+            there = sorted(file.stem for file in self._directory.glob("*.csv"))
+            raise UnknownSymbolError(f"{self.name} has no {symbol}.csv; it has {_listed(there)}")
+        return path
+
+
+class SampleSource:
+    """Real prices of AAPL, FB, GOOG, IBM and MSFT from 2000 to March 2013, embedded in ``bokeh_sampledata``.
+
+    Its table holds prices and volumes as they were printed on the day, and ``Adj Close`` as of years later.
+    Here it is brought to Yahoo's convention: a split shows as a jump of ``Adj Close / Close`` by a simple
+    ratio; prices before it are divided by the ratio and volumes multiplied by it, and ``Adj Close`` is scaled
+    to meet the last close. Volumes then equal Yahoo's (up to later splits), but for the days of the splits
+    themselves, which the table has at half.
+
+    References
+    ----------
+    Quandl WIKI Prices, public domain.
+    """
+
+    name = "sample"
+    is_live = False
+    # A factor jumps by 11 % at the largest special dividend (MSFT 2004), by 50 % at the smallest usual split.
+    _SMALLEST_SPLIT = 1.25
+
+    def fetch(self, symbol: str, *, start: date | None = None) -> pd.DataFrame:
+        """Return the embedded rows; see :class:`BarSource`."""
+        table = self._everything
+        known = sorted(set(table["Ticker"]))
+        if symbol not in known:
+            raise UnknownSymbolError(f"the source sample has no {symbol}; it has {_listed(known)}")
+        one = table.loc[np.asarray(table["Ticker"] == symbol)].set_index("Date")
+        return _since(self._in_yahoos_convention(one.loc[:, list(RAW_COLUMNS)].astype(np.float64)), start)
+
+    def revision(self, symbol: str) -> str:
+        """Return the sha256 of the embedded file."""
+        return hashlib.sha256(self._path.read_bytes()).hexdigest()
+
+    @cached_property
+    def _path(self) -> Path:
+        spec = importlib.util.find_spec("bokeh_sampledata")
+        folders = spec.submodule_search_locations if spec is not None else None
+        if not folders:
+            raise UsageError("--source sample needs the package bokeh_sampledata: pip install -e '.[sample]'")
+        path = Path(folders[0]) / "_data" / "stocks.csv.gz"
+        if not path.is_file():
+            raise UsageError("--source sample needs bokeh_sampledata 2026.1 or later")
+        return path
+
+    @cached_property
+    def _everything(self) -> pd.DataFrame:
+        return pd.read_csv(self._path, parse_dates=["Date"], float_precision="round_trip")
+
+    def _in_yahoos_convention(self, table: pd.DataFrame) -> pd.DataFrame:
+        factor = np.asarray(table["Adj Close"] / table["Close"], dtype=np.float64)
+        jump = factor[1:] / factor[:-1]
+        halves = np.round(2.0 * np.where(jump > self._SMALLEST_SPLIT, jump, 1.0)) / 2.0
+        later_splits = np.append(np.cumprod(halves[::-1])[::-1], 1.0)
+        prices = {name: table[name] / later_splits for name in ("Open", "High", "Low", "Close")}
+        return table.assign(
+            **prices, Volume=table["Volume"] * later_splits, **{"Adj Close": table["Adj Close"] / factor[-1]}
+        )
+
+
+def _since(table: pd.DataFrame, start: date | None) -> pd.DataFrame:
+    return table if start is None else table.loc[np.asarray(table.index >= pd.Timestamp(start))]
+
+
+def _listed(names: Sequence[str], most: int = 12) -> str:
+    if not names:
+        return "no symbol"
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
