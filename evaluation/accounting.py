@@ -2,8 +2,8 @@
 
 Who knows what when
 -------------------
-``target_weight[t]`` is decided at the close of bar t, traded after it, held during bar t + 1, and booked, costs
-included, in row t + 1. Row 0 earns nothing and pays nothing.
+``target_weight[t]`` is decided at the close of bar t, traded after it, held during bar t + 1, and booked with
+its costs in row t + 1. Row 0 earns nothing and pays nothing.
 
 What is paid
 ------------

@@ -1,0 +1,418 @@
+"""From forecasts to target weights: one state machine, four presets.
+
+A sizer folds one step over the bars. The step at t books bar t with the accountant's own `book_bar`, lets the
+breaker look at the equity that results, turns the forecast of t into an exposure, and keeps it inside the
+no-trade band and the limits. It sees rows up to t only, so a backtest and a live decision are the same fold.
+
+Two rules turn a forecast into an exposure:
+
+odds (`half-kelly`, `long-biased`)
+    Kelly's share of capital at risk is ``(p b - q) / b``, of which `kelly_fraction` is used. A losing trade
+    costs about one sigma of exposure, so the exposure is that share over sigma. It is scaled by conviction:
+    predicted return over predicted std, annualised, at most 1; its sign is the side. Inside the dead zone the
+    exposure is neutral.
+excess (`calibrated`, `passive`)
+    Neutral exposure plus `kelly_fraction` x skill x (forecast - no-skill forecast) / sigma^2, where skill is
+    the lower confidence bound of what the forecast was worth out of sample. No skill: exactly neutral.
+
+The breaker
+-----------
+It watches equity; with a reference exposure, equity over the equity of holding that. When this has fallen
+`breaker_drawdown` below its high-water mark, the exposure may differ from the reference by `breaker_cap` at
+most. A capped position earns slowly: waiting for the old high would lock a strategy out for years. So the cap
+is lifted when the watched equity has risen from its lowest by half of the trigger times the cap (the market has
+made half of the trigger good), or after `breaker_patience_bars`; the high-water mark starts anew from there.
+
+References
+----------
+Kelly (1956), A new interpretation of information rate. Thorp (2006), The Kelly criterion in blackjack, sports
+betting and the stock market. Gerhold, Guasoni, Muhle-Karbe, Schachermayer (2014), Transaction costs, trading
+volume, and the liquidity premium: the no-trade band grows with the cube root of the cost.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from evaluation.accounting import DEFAULT_CAPITAL, CostModel, Rates, book_bar
+from utils.errors import DataError, UsageError
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SizingInputs:
+    """What a sizer sees; every array is (n,), row t known at the close of t.
+
+    Attributes
+    ----------
+    expected_return
+        Forecast of the simple return from t to t + h; NaN where there is none.
+    baseline_return
+        What a forecast without skill would have said (the drift), same unit.
+    sigma
+        Forecast of the standard deviation of that return, > 0.
+    p_win
+        Probability that a trade on the side of the forecast wins.
+    payoff_ratio
+        Mean win over mean loss of such trades, > 0.
+    skill_lower
+        Lower confidence bound of out-of-sample skill, clipped to [0, 1]; NaN counts as none.
+    asset_return_simple
+        Return of bar t itself; the first may be NaN and is not used.
+    horizon_bars
+        The h above.
+    """
+
+    expected_return: FloatArray
+    baseline_return: FloatArray
+    sigma: FloatArray
+    p_win: FloatArray
+    payoff_ratio: FloatArray
+    skill_lower: FloatArray
+    asset_return_simple: FloatArray
+    horizon_bars: int
+
+
+class SizingRules(NamedTuple):
+    """All that a sizer's answer depends on besides its inputs and the costs; weights are fractions of equity.
+
+    Attributes
+    ----------
+    uses_odds
+        Which rule turns a forecast into an exposure, see the module.
+    neutral, bullish, bearish
+        Exposure without a signal, and before Kelly's part on each side (odds).
+    kelly_fraction
+        Part of Kelly's exposure that is used.
+    dead_zone_simple
+        Forecasts up to this size are no signal (odds).
+    max_long, max_short
+        Limits of the exposure, both >= 0.
+    no_trade_band_scale
+        Half-width of the no-trade band over the cube root of the one-way cost (.093 at 8 bps); 0 for no band.
+        Past the band the position moves to its edge.
+    without_forecast
+        Exposure on bars without a forecast.
+    holds_without_forecast
+        After the first forecast, keep the last target on bars without one instead.
+    volatility_target_annual, volatility_low, volatility_high
+        Scale the neutral exposure by target over forecast volatility, within bounds (excess); 0 is off.
+    breaker_drawdown, breaker_cap, breaker_patience_bars, breaker_reference
+        See the module; a drawdown of 1 never happens: no breaker.
+    """
+
+    uses_odds: bool
+    neutral: float = 0.0
+    bullish: float = 0.0
+    bearish: float = 0.0
+    kelly_fraction: float = 0.5
+    dead_zone_simple: float = 0.001
+    max_long: float = 1.0
+    max_short: float = 0.0
+    no_trade_band_scale: float = 0.0
+    without_forecast: float = 0.0
+    holds_without_forecast: bool = False
+    volatility_target_annual: float = 0.0
+    volatility_low: float = 0.5
+    volatility_high: float = 1.5
+    breaker_drawdown: float = 1.0
+    breaker_cap: float = 0.25
+    breaker_patience_bars: float = 126
+    breaker_reference: float = 0.0
+
+
+# `calibrated` deviates from passive by the model's part only, so its breaker watches the equity over passive:
+# it stops a model that loses, not a market that falls.
+PRESETS: Mapping[str, SizingRules] = MappingProxyType(
+    {
+        "half-kelly": SizingRules(
+            uses_odds=True,
+            max_short=0.3,
+            holds_without_forecast=True,
+            breaker_drawdown=0.15,
+            breaker_cap=0.25,
+        ),
+        "long-biased": SizingRules(
+            uses_odds=True,
+            neutral=1.3,
+            bullish=1.3,
+            bearish=0.1,
+            max_long=1.8,
+            max_short=0.1,
+            without_forecast=1.0,
+            holds_without_forecast=True,
+            breaker_drawdown=0.25,
+            breaker_cap=0.6,
+        ),
+        "calibrated": SizingRules(
+            uses_odds=False,
+            neutral=1.0,
+            max_long=1.5,
+            no_trade_band_scale=1.0,
+            without_forecast=1.0,
+            breaker_drawdown=0.1,
+            breaker_cap=0.1,
+            breaker_reference=1.0,
+        ),
+        "passive": SizingRules(uses_odds=False, neutral=1.0, kelly_fraction=0.0, without_forecast=1.0),
+    }
+)
+DEFAULT_PRESET = "calibrated"
+
+
+_COLUMNS = tuple(SizingInputs.__dataclass_fields__)[:7]
+
+
+class _Scales(NamedTuple):
+    """What the surroundings of a fold set: money, half-width of the band, horizons per year."""
+
+    capital: float
+    band: float
+    horizons_per_year: float
+
+
+class _Row(NamedTuple):
+    """One row of `SizingInputs`, in the order of `_COLUMNS`."""
+
+    expected: float
+    baseline: float
+    sigma: float
+    p_win: float
+    payoff: float
+    skill: float
+    asset_return: float
+
+
+class _State(NamedTuple):
+    """All that a sizer remembers from bar to bar."""
+
+    cash: float
+    position: float
+    target: float
+    started: bool
+    reference: float
+    peak: float
+    trough: float
+    capped_bars: float  # -1 while the breaker is closed
+
+
+@njit(cache=True, error_model="numpy")
+def _exposure(row: _Row, rules: SizingRules, per_year: float) -> float:
+    """Return the exposure that the forecast asks for, before band and limits; NaN without a forecast."""
+    exposure = np.nan
+    if not (np.isfinite(row.expected) and row.sigma > 0.0):
+        return exposure
+    if rules.uses_odds > 0.0:
+        if abs(row.expected) <= rules.dead_zone_simple:
+            exposure = rules.neutral
+        elif np.isfinite(row.p_win) and row.payoff > 0.0:
+            at_risk = max(row.p_win - (1.0 - row.p_win) / row.payoff, 0.0) * rules.kelly_fraction
+            conviction = min(abs(row.expected) / row.sigma * np.sqrt(per_year), 1.0)
+            size = at_risk / row.sigma * conviction
+            exposure = rules.bullish + size if row.expected > 0.0 else rules.bearish - size
+    elif np.isfinite(row.baseline):
+        exposure = rules.neutral
+        if rules.volatility_target_annual > 0.0:
+            scale = rules.volatility_target_annual / (row.sigma * np.sqrt(per_year))
+            exposure *= min(max(scale, rules.volatility_low), rules.volatility_high)
+        if row.skill > 0.0:
+            excess = row.expected - row.baseline
+            exposure += rules.kelly_fraction * min(row.skill, 1.0) * excess / (row.sigma * row.sigma)
+    return exposure
+
+
+@njit(cache=True, error_model="numpy")
+def _step(state: _State, row: _Row, rules: SizingRules, scales: _Scales, rates: Rates) -> _State:
+    """Book bar t, then decide at its close; the target of the returned state is the decision."""
+    booked = book_bar(state.cash, state.position, state.target, row.asset_return, rates)
+    equity = booked.cash + booked.position
+    reference = state.reference * (1.0 + rules.breaker_reference * row.asset_return)
+    watched = equity / reference
+    peak = state.peak
+    trough = state.trough
+    capped = state.capped_bars
+    if capped < 0.0:
+        peak = max(peak, watched)
+        if watched < peak * (1.0 - rules.breaker_drawdown):
+            capped = 0.0
+            trough = watched
+    else:
+        trough = min(trough, watched)
+        capped += 1.0
+        recovered = watched >= trough * (1.0 + rules.breaker_drawdown / 2.0 * rules.breaker_cap)
+        if recovered or capped >= rules.breaker_patience_bars:
+            capped = -1.0
+            peak = watched
+    wanted = _exposure(row, rules, scales.horizons_per_year)
+    known = not np.isnan(wanted)
+    if not known:
+        wanted = (
+            state.target if rules.holds_without_forecast > 0.0 and state.started else rules.without_forecast
+        )
+    elif scales.band > 0.0 and wanted != rules.neutral and equity > 0.0:
+        drifted = booked.position / equity
+        wanted = min(max(drifted, wanted - scales.band), wanted + scales.band)
+    if capped >= 0.0:
+        reach = rules.breaker_cap
+        wanted = min(max(wanted, rules.breaker_reference - reach), rules.breaker_reference + reach)
+    wanted = min(max(wanted, -rules.max_short), rules.max_long)
+    if equity <= 0.0:
+        wanted = 0.0
+    return _State(
+        booked.cash, booked.position, wanted, state.started or known, reference, peak, trough, capped
+    )
+
+
+@njit(cache=True, error_model="numpy")
+def _fold(rows: FloatArray, rules: SizingRules, scales: _Scales, rates: Rates, out: FloatArray) -> None:
+    """Fold `_step` over the rows (7, n); write target, equity and capped bars into ``out`` (3, n)."""
+    state = _State(scales.capital, 0.0, 0.0, False, scales.capital, 1.0, 1.0, -1.0)  # noqa: FBT003
+    for t in range(rows.shape[1]):
+        own = rows[6, t] if t > 0 else 0.0
+        row = _Row(rows[0, t], rows[1, t], rows[2, t], rows[3, t], rows[4, t], rows[5, t], own)
+        state = _step(state, row, rules, scales, rates)
+        out[0, t] = state.target
+        out[1, t] = state.cash + state.position
+        out[2, t] = state.capped_bars
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SizingTrace:
+    """What a fold decided and saw at the close of each bar, (n,): targets, own equity, where the breaker caps."""
+
+    target_weight: FloatArray
+    equity: FloatArray
+    capped: npt.NDArray[np.bool_]
+
+
+class Sizer(Protocol):
+    """Anything that turns forecasts into target weights, one bar after the other."""
+
+    @property
+    def name(self) -> str:
+        """Name for people."""
+        ...
+
+    @property
+    def config_id(self) -> str:
+        """Hash of all that the weights depend on besides inputs and costs."""
+        ...
+
+    def fold(self, inputs: SizingInputs, costs: CostModel) -> FloatArray:
+        """Return target_weight (n,); entry t depends on rows up to t only."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuleSizer:
+    """The `Sizer` that follows `SizingRules`.
+
+    Attributes
+    ----------
+    name
+        Name of the preset.
+    rules
+        The frozen configuration.
+    initial_capital
+        Money that the sizer's equity starts with; matters only with a minimum commission.
+    """
+
+    name: str
+    rules: SizingRules
+    initial_capital: float = DEFAULT_CAPITAL
+
+    def __post_init__(self) -> None:
+        for key, value in self.rules._asdict().items():
+            if not np.isfinite(value) or (value < 0.0 and key not in {"neutral", "bullish", "bearish"}):
+                raise UsageError(f"{key} must be finite and at least 0, got {value!r}")
+        if self.rules.breaker_drawdown == 0.0 or self.rules.breaker_cap == 0.0:
+            raise UsageError("breaker_drawdown and breaker_cap must be above 0, or there is no way back in")
+
+    @property
+    def config_id(self) -> str:
+        """Hash of name and rules: equal ids mean equal decisions on equal inputs and costs."""
+        numbers = {key: float(value) for key, value in self.rules._asdict().items()}
+        content = json.dumps([self.name, numbers], sort_keys=True).encode()
+        return hashlib.sha256(content).hexdigest()[:12]
+
+    def fold(self, inputs: SizingInputs, costs: CostModel) -> FloatArray:
+        """Return target_weight (n,); see `trace`."""
+        return self.trace(inputs, costs).target_weight
+
+    def trace(self, inputs: SizingInputs, costs: CostModel) -> SizingTrace:
+        """Fold the step over all rows; entry t of the trace depends on rows up to t only.
+
+        Parameters
+        ----------
+        inputs
+            One row per bar.
+        costs
+            What the sizer's equity pays; pass what the backtest will charge.
+
+        Raises
+        ------
+        DataError
+            When lengths differ, an input is infinite, or a bar's return is not finite and above -1.
+        """
+        rows = _rows(inputs)
+        out = np.empty((3, rows.shape[1]))
+        scales = _Scales(
+            capital=float(self.initial_capital),
+            band=self.rules.no_trade_band_scale * float(np.cbrt(costs.one_way_rate)),
+            horizons_per_year=costs.periods_per_year / inputs.horizon_bars,
+        )
+        # One type for every field, or numba compiles once per mixture of ints and floats.
+        _fold(rows, SizingRules._make(map(float, self.rules)), scales, costs.rates(), out)
+        return SizingTrace(target_weight=out[0], equity=out[1], capped=out[2] >= 0.0)
+
+
+def make_sizer(
+    name: str = DEFAULT_PRESET, *, max_long: float | None = None, max_short: float | None = None
+) -> RuleSizer:
+    """Return the preset of that name, with other limits where given.
+
+    Raises
+    ------
+    UsageError
+        When there is no such preset, or a limit is negative or not finite.
+    """
+    if name not in PRESETS:
+        raise UsageError(f"no sizing preset {name!r}; use one of {', '.join(PRESETS)}")
+    rules = PRESETS[name]
+    return RuleSizer(
+        name=name,
+        rules=rules._replace(
+            max_long=rules.max_long if max_long is None else max_long,
+            max_short=rules.max_short if max_short is None else max_short,
+        ),
+    )
+
+
+def _rows(inputs: SizingInputs) -> FloatArray:
+    """Return the inputs as a checked block (7, n) in the order of `_Row`."""
+    n = len(inputs.expected_return)
+    rows = np.empty((len(_COLUMNS), n))
+    for number, name in enumerate(_COLUMNS):
+        column = getattr(inputs, name)
+        if np.shape(column) != (n,):
+            raise DataError(f"{name} has shape {np.shape(column)}; every input must be ({n},)")
+        rows[number] = column
+    if inputs.horizon_bars < 1:
+        raise UsageError(f"horizon_bars must be at least 1, got {inputs.horizon_bars!r}")
+    infinite = np.argwhere(np.isinf(rows))
+    if len(infinite):
+        number, row = infinite[0]
+        raise DataError(f"{_COLUMNS[number]}[{row}] is infinite; use NaN where there is no forecast")
+    bad = ~(rows[6, 1:] > -1.0)
+    if bad.any():
+        row = int(np.argmax(bad)) + 1
+        raise DataError(f"asset_return_simple[{row}] is {rows[6, row]}; must be finite and above -1")
+    return rows
