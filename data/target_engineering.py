@@ -1,0 +1,361 @@
+"""Targets, the volatility that scales them, the converters between returns, and the panel that learners read.
+
+The target of bar t is the log return over the next ``horizon_bars`` bars. Learners see it divided by the
+volatility that is known at the close of t, so that calm and wild stocks, calm and wild years weigh alike.
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import overload
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from numba import njit
+
+from data.feature_engineer import MAX_WARMUP_BARS, engineer_features, get_feature_columns
+from data.indicators import MIN_SIGMA_LOG, bar_logs
+from utils.errors import DataError, InsufficientDataError, UsageError
+
+logger = logging.getLogger(__name__)
+
+FloatArray = npt.NDArray[np.float64]
+DateArray = npt.NDArray[np.datetime64]
+DEFAULT_HORIZON_BARS = 5
+MAX_HORIZON_BARS = 252
+# Share of a symbol's rows after the warm-up that may be unusable before the data are refused.
+MAX_DROPPED_FRACTION = 0.01
+# Spans and weights of the variance forecast: week, month, quarter, year.
+HAR_SPANS_BARS = (5.0, 22.0, 66.0, 252.0)
+HAR_WEIGHTS = (0.3, 0.4, 0.2, 0.1)
+
+
+@overload
+def simple_from_log(return_log: float) -> float: ...
+@overload
+def simple_from_log(return_log: FloatArray) -> FloatArray: ...
+def simple_from_log(return_log: float | FloatArray) -> float | FloatArray:
+    """Return the simple return of a log return over the same bars."""
+    return np.expm1(return_log)
+
+
+@overload
+def log_from_simple(return_simple: float) -> float: ...
+@overload
+def log_from_simple(return_simple: FloatArray) -> FloatArray: ...
+def log_from_simple(return_simple: float | FloatArray) -> float | FloatArray:
+    """Return the log return of a simple return over the same bars; needs values above -1."""
+    return np.log1p(return_simple)
+
+
+def rescale_log(mean_log: FloatArray, *, from_bars: float, to_bars: float) -> FloatArray:
+    """Spread an expected log return over another number of bars: log returns add up."""
+    return mean_log * (to_bars / from_bars)
+
+
+def rescale_sigma(sigma_log: FloatArray, *, from_bars: float, to_bars: float) -> FloatArray:
+    """Carry a volatility to another number of bars: variances of uncorrelated returns add up."""
+    return sigma_log * math.sqrt(to_bars / from_bars)
+
+
+def annualise_simple(return_simple: FloatArray, *, bars: float, bars_per_year: float) -> FloatArray:
+    """Compound a simple return over ``bars`` bars to a year of ``bars_per_year`` bars."""
+    return simple_from_log(rescale_log(log_from_simple(return_simple), from_bars=bars, to_bars=bars_per_year))
+
+
+def check_horizon(horizon_bars: int) -> int:
+    """Return the horizon, or refuse it.
+
+    Raises
+    ------
+    UsageError
+        When it is not a whole number of bars from 1 to `MAX_HORIZON_BARS`.
+    """
+    is_whole = isinstance(horizon_bars, int | np.integer) and not isinstance(horizon_bars, bool)
+    if not is_whole or not 1 <= horizon_bars <= MAX_HORIZON_BARS:
+        raise UsageError(
+            f"a horizon is a whole number of bars from 1 to {MAX_HORIZON_BARS} (usual: 1, 5, 10, 20), "
+            f"got {horizon_bars!r}"
+        )
+    return int(horizon_bars)
+
+
+@njit(cache=True)
+def har_variance(logs: FloatArray) -> FloatArray:
+    """Forecast the next bar's variance of the log return from ranges, corrected by closes.
+
+    Parameters
+    ----------
+    logs
+        Shape (5, n), as `bar_logs` gives.
+
+    Returns
+    -------
+    array of shape (n,)
+        Weighted mean of four exponential means (spans `HAR_SPANS_BARS`) of overnight squared plus
+        Garman-Klass variance, times the mean of 1 and the year's ratio of squared returns to that range
+        measure (kept within 1/2 to 2). The means are normalised by their weights: the first rows are noisy, not
+        biased. Row t is known at the close of t.
+
+    References
+    ----------
+    Corsi (2009), A simple approximate long-memory model of realized volatility; Garman, Klass (1980).
+    """
+    n = logs.shape[1]
+    out = np.empty(n)
+    means = np.zeros(4)
+    closes = 0.0
+    weight = np.zeros(4)
+    for t in range(n):
+        ranged = logs[2, t] * logs[2, t] + logs[4, t]
+        squared = logs[1, t] * logs[1, t] if t > 0 else ranged
+        blend = 0.0
+        for k in range(4):
+            alpha = 2.0 / (HAR_SPANS_BARS[k] + 1.0)
+            weight[k] = 1.0 - (1.0 - weight[k]) * (1.0 - alpha)
+            means[k] += alpha / weight[k] * (ranged - means[k])
+            blend += HAR_WEIGHTS[k] * means[k]
+        closes += 2.0 / (HAR_SPANS_BARS[3] + 1.0) / weight[3] * (squared - closes)
+        ratio = closes / means[3] if means[3] > 0.0 else 1.0
+        out[t] = blend * 0.5 * (1.0 + min(max(ratio, 0.5), 2.0))
+    return out
+
+
+def daily_volatility_log(bars: pd.DataFrame) -> "pd.Series[float]":
+    """Forecast the standard deviation of the next bar's log return.
+
+    Parameters
+    ----------
+    bars
+        Adjusted OHLCV bars.
+
+    Returns
+    -------
+    Series
+        Indexed like ``bars``, never below `MIN_SIGMA_LOG`; row t is known at the close of t.
+
+    References
+    ----------
+    See `har_variance`.
+    """
+    prices = [np.ascontiguousarray(bars[name], dtype=np.float64) for name in ("Open", "High", "Low", "Close")]
+    daily = np.sqrt(har_variance(bar_logs(*prices)))
+    return pd.Series(
+        np.maximum(daily, MIN_SIGMA_LOG), index=bars.index, name="daily_volatility_log", copy=False
+    )
+
+
+def make_target(bars: pd.DataFrame, horizon_bars: int = DEFAULT_HORIZON_BARS) -> pd.DataFrame:
+    """Return what the next ``horizon_bars`` bars brought, and the scale that was known before.
+
+    Parameters
+    ----------
+    bars
+        Adjusted OHLCV bars.
+    horizon_bars
+        Number of bars ahead.
+
+    Returns
+    -------
+    DataFrame
+        Indexed like ``bars``. ``target_log`` = log(Close[t+h] / Close[t]), known at the close of t+h, NaN in
+        the last h rows; ``sigma_log``: volatility over h bars, known at the close of t, never missing;
+        ``target_scaled`` = ``target_log / sigma_log``; ``label_end``: session of t+h, NaT if not yet known.
+
+    Raises
+    ------
+    UsageError
+        When the horizon is no whole number of bars in range.
+    """
+    horizon = check_horizon(horizon_bars)
+    n = len(bars)
+    known = max(n - horizon, 0)
+    close = np.asarray(bars["Close"], dtype=np.float64)
+    target_log = np.full(n, np.nan)
+    target_log[:known] = np.log(close[horizon:] / close[:known])
+    sigma_log = rescale_sigma(np.array(daily_volatility_log(bars)), from_bars=1, to_bars=horizon)
+    sessions = np.asarray(bars.index, dtype="datetime64[us]")
+    label_end = np.full(n, np.datetime64("NaT", "us"))
+    label_end[:known] = sessions[horizon:]
+    return pd.DataFrame(
+        {
+            "target_log": target_log,
+            "sigma_log": sigma_log,
+            "target_scaled": target_log / sigma_log,
+            "label_end": label_end,
+        },
+        index=bars.index,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dataset:
+    """A panel of feature rows with their targets; a single symbol is a panel of one.
+
+    Attributes
+    ----------
+    columns
+        Names of the p features.
+    features
+        float32, shape (n, p), finite; row i is known at the close of ``date[i]``.
+    date
+        datetime64[D], shape (n,), ascending; symbols of one session stand side by side.
+    label_end
+        datetime64[D], shape (n,): the session at whose close the target is known; NaT where not known yet.
+    symbol_code
+        int32, shape (n,): position in ``symbols``.
+    symbols
+        The symbols.
+    target_scaled, target_log, sigma_log
+        float64, shape (n,); see `make_target`. Targets are NaN where unknown.
+    horizon_bars
+        Number of bars that the target looks ahead.
+    dropped_rows
+        Rows after the warm-up that `build_dataset` left out because something in them was not finite.
+    """
+
+    columns: tuple[str, ...]
+    features: npt.NDArray[np.float32]
+    date: DateArray
+    label_end: DateArray
+    symbol_code: npt.NDArray[np.int32]
+    symbols: tuple[str, ...]
+    target_scaled: FloatArray
+    target_log: FloatArray
+    sigma_log: FloatArray
+    horizon_bars: int
+    dropped_rows: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse arrays that do not belong together."""
+        n = len(self.date)
+        if self.features.shape != (n, len(self.columns)):
+            raise DataError(
+                f"features of shape {self.features.shape} for {n} rows and {len(self.columns)} columns"
+            )
+        for name in _ROW_FIELDS:
+            if len(getattr(self, name)) != n:
+                raise DataError(f"{name} has {len(getattr(self, name))} rows, the dates have {n}")
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.date)
+
+    @property
+    def labelled(self) -> npt.NDArray[np.bool_]:
+        """Mask of the rows whose target is known, shape (n,)."""
+        return np.isfinite(self.target_log)
+
+    @property
+    def sessions(self) -> DateArray:
+        """The sessions that occur, unique and ascending."""
+        return np.unique(self.date)
+
+    def take(self, idx: npt.NDArray[np.integer] | npt.NDArray[np.bool_]) -> "Dataset":
+        """Return the rows at positions ``idx`` (or where a mask is true), in that order."""
+        rows = {name: getattr(self, name)[idx] for name in _ROW_FIELDS}
+        return replace(self, **rows)
+
+
+_ROW_FIELDS = ("features", "date", "label_end", "symbol_code", "target_scaled", "target_log", "sigma_log")
+
+
+def _check_frames(frames: Mapping[str, pd.DataFrame], horizon_bars: int) -> None:
+    needed = MAX_WARMUP_BARS + horizon_bars + 1
+    if not frames:
+        raise UsageError("no symbol given: a dataset needs the bars of at least one")
+    short = {symbol: len(bars) for symbol, bars in frames.items() if len(bars) < needed}
+    if short:
+        listed = ", ".join(f"{symbol} ({have})" for symbol, have in short.items())
+        raise InsufficientDataError(
+            f"a dataset with a horizon of {horizon_bars} bars needs {needed} bars a symbol, there are "
+            f"fewer for {listed}: leave them out or take an earlier start"
+        )
+
+
+def _empty_dataset(
+    frames: Mapping[str, pd.DataFrame], horizon_bars: int
+) -> tuple[Dataset, npt.NDArray[np.intp]]:
+    """Allocate the whole panel at once; also return where row i, counted symbol after symbol, belongs."""
+    columns = tuple(get_feature_columns())
+    dates = [np.asarray(bars.index[MAX_WARMUP_BARS:], dtype="datetime64[D]") for bars in frames.values()]
+    codes = np.repeat(np.arange(len(dates), dtype=np.int32), [len(part) for part in dates])
+    date = np.concatenate(dates)
+    order = np.lexsort((codes, date))
+    place = np.empty(len(order), dtype=np.intp)
+    place[order] = np.arange(len(order))
+    n = len(date)
+    empty = Dataset(
+        columns=columns,
+        features=np.empty((n, len(columns)), dtype=np.float32),
+        date=date[order],
+        label_end=np.empty(n, dtype="datetime64[D]"),
+        symbol_code=codes[order],
+        symbols=tuple(frames),
+        target_scaled=np.empty(n),
+        target_log=np.empty(n),
+        sigma_log=np.empty(n),
+        horizon_bars=horizon_bars,
+    )
+    return empty, place
+
+
+def build_dataset(frames: Mapping[str, pd.DataFrame], horizon_bars: int = DEFAULT_HORIZON_BARS) -> Dataset:
+    """Build the panel of all symbols: features of each bar, and its target where it is known.
+
+    The first `MAX_WARMUP_BARS` rows of a symbol are left out; rows that are not finite are counted and left
+    out. The panel is allocated once and filled symbol by symbol.
+
+    Parameters
+    ----------
+    frames
+        Bars by symbol, adjusted OHLCV.
+    horizon_bars
+        Number of bars that the target looks ahead.
+
+    Returns
+    -------
+    Dataset
+        Rows ascending by date, then in the order of ``frames``. The last ``horizon_bars`` rows of each symbol
+        are there, without a target.
+
+    Raises
+    ------
+    InsufficientDataError
+        When a symbol has no labelled row after the warm-up.
+    DataError
+        When more than `MAX_DROPPED_FRACTION` of a symbol's rows would have to be dropped.
+    """
+    horizon = check_horizon(horizon_bars)
+    _check_frames(frames, horizon)
+    panel, place = _empty_dataset(frames, horizon)
+    usable = np.empty(len(panel), dtype=np.bool_)
+    start = 0
+    for symbol, bars in frames.items():
+        rows = place[start : start + len(bars) - MAX_WARMUP_BARS]
+        start += len(rows)
+        target = make_target(bars, horizon).iloc[MAX_WARMUP_BARS:]
+        features = engineer_features(bars).to_numpy()[MAX_WARMUP_BARS:]
+        # A missing target is right in the last rows only; before them it is a broken price.
+        bad = ~np.isfinite(features).all(axis=1) | ~np.isfinite(np.asarray(target["sigma_log"]))
+        bad[: len(rows) - horizon] |= ~np.isfinite(np.asarray(target["target_log"])[: len(rows) - horizon])
+        if bad.mean() > MAX_DROPPED_FRACTION:
+            raise DataError(
+                f"{symbol}: {int(bad.sum())} of {len(bad)} rows after the warm-up are not finite, more than "
+                f"the {MAX_DROPPED_FRACTION:.0%} that may be dropped; check its prices"
+            )
+        usable[rows] = ~bad
+        panel.features[rows] = features
+        panel.label_end[rows] = np.asarray(target["label_end"], dtype="datetime64[D]")
+        for name in ("target_scaled", "target_log", "sigma_log"):
+            getattr(panel, name)[rows] = np.asarray(target[name])
+    return panel if usable.all() else _without(panel, usable)
+
+
+def _without(panel: Dataset, usable: npt.NDArray[np.bool_]) -> Dataset:
+    kept = panel.take(usable)
+    dropped = len(panel) - len(kept)
+    logger.warning("dropped %d of %d rows that were not finite", dropped, len(panel))
+    return replace(kept, dropped_rows=dropped)
