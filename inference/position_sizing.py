@@ -19,8 +19,8 @@ The breaker
 -----------
 It watches equity; with a reference exposure, equity over the equity of holding that. When this has fallen
 `breaker_drawdown` below its high-water mark, the exposure may differ from the reference by `breaker_cap` at
-most. A capped position earns slowly: waiting for the old high would lock a strategy out for years. So the cap
-is lifted when the watched equity has risen from its lowest by half of the trigger times the cap (the market has
+most. A capped position earns slowly: waiting for the old high would lock a strategy out for years. The cap is
+lifted when the watched equity has risen from its lowest by half of the trigger times the cap (the market has
 made half of the trigger good), or after `breaker_patience_bars`; the high-water mark starts anew from there.
 
 References
@@ -104,7 +104,7 @@ class SizingRules(NamedTuple):
     holds_without_forecast
         After the first forecast, keep the last target on bars without one instead.
     volatility_target_annual, volatility_low, volatility_high
-        Scale the neutral exposure by target over forecast volatility, within bounds (excess); 0 is off.
+        Scale the neutral exposure by target over forecast volatility, within bounds (excess); 0: off.
     breaker_drawdown, breaker_cap, breaker_patience_bars, breaker_reference
         See the module; a drawdown of 1 never happens: no breaker.
     """
@@ -236,9 +236,7 @@ def _step(state: _State, row: _Row, rules: SizingRules, scales: _Scales, rates: 
     equity = booked.cash + booked.position
     reference = state.reference * (1.0 + rules.breaker_reference * row.asset_return)
     watched = equity / reference
-    peak = state.peak
-    trough = state.trough
-    capped = state.capped_bars
+    peak, trough, capped = state.peak, state.trough, state.capped_bars
     if capped < 0.0:
         peak = max(peak, watched)
         if watched < peak * (1.0 - rules.breaker_drawdown):
@@ -263,12 +261,9 @@ def _step(state: _State, row: _Row, rules: SizingRules, scales: _Scales, rates: 
     if capped >= 0.0:
         reach = rules.breaker_cap
         wanted = min(max(wanted, rules.breaker_reference - reach), rules.breaker_reference + reach)
-    wanted = min(max(wanted, -rules.max_short), rules.max_long)
-    if equity <= 0.0:
-        wanted = 0.0
-    return _State(
-        booked.cash, booked.position, wanted, state.started or known, reference, peak, trough, capped
-    )
+    wanted = min(max(wanted, -rules.max_short), rules.max_long) if equity > 0.0 else 0.0
+    started = state.started or known
+    return _State(booked.cash, booked.position, wanted, started, reference, peak, trough, capped)
 
 
 @njit(cache=True, error_model="numpy")
@@ -286,7 +281,7 @@ def _fold(rows: FloatArray, rules: SizingRules, scales: _Scales, rates: Rates, o
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SizingTrace:
-    """What a fold decided and saw at the close of each bar, (n,): targets, own equity, where the breaker caps."""
+    """What a fold decided and saw at each close, (n,): targets, own equity, where the breaker caps."""
 
     target_weight: FloatArray
     equity: FloatArray
@@ -315,14 +310,7 @@ class Sizer(Protocol):
 class RuleSizer:
     """The `Sizer` that follows `SizingRules`.
 
-    Attributes
-    ----------
-    name
-        Name of the preset.
-    rules
-        The frozen configuration.
-    initial_capital
-        Money that the sizer's equity starts with; matters only with a minimum commission.
+    ``initial_capital`` is the money that its equity starts with; it matters only with a minimum commission.
     """
 
     name: str
@@ -350,12 +338,7 @@ class RuleSizer:
     def trace(self, inputs: SizingInputs, costs: CostModel) -> SizingTrace:
         """Fold the step over all rows; entry t of the trace depends on rows up to t only.
 
-        Parameters
-        ----------
-        inputs
-            One row per bar.
-        costs
-            What the sizer's equity pays; pass what the backtest will charge.
+        The costs are what the sizer's own equity pays: pass what the backtest will charge.
 
         Raises
         ------
@@ -407,12 +390,10 @@ def _rows(inputs: SizingInputs) -> FloatArray:
         rows[number] = column
     if inputs.horizon_bars < 1:
         raise UsageError(f"horizon_bars must be at least 1, got {inputs.horizon_bars!r}")
-    infinite = np.argwhere(np.isinf(rows))
-    if len(infinite):
-        number, row = infinite[0]
+    if np.isinf(rows).any():
+        number, row = np.argwhere(np.isinf(rows))[0]
         raise DataError(f"{_COLUMNS[number]}[{row}] is infinite; use NaN where there is no forecast")
-    bad = ~(rows[6, 1:] > -1.0)
-    if bad.any():
-        row = int(np.argmax(bad)) + 1
+    if not (rows[6, 1:] > -1.0).all():
+        row = int(np.argmin(rows[6, 1:] > -1.0)) + 1
         raise DataError(f"asset_return_simple[{row}] is {rows[6, row]}; must be finite and above -1")
     return rows
