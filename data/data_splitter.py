@@ -56,11 +56,8 @@ class PurgedTimeSeriesSplit:
         embargo_bars: int = 0,
         max_train_bars: int | None = None,
     ) -> None:
-        self.n_splits = n_splits
-        self.test_size_bars = test_size_bars
-        self.purge_bars = purge_bars
-        self.embargo_bars = embargo_bars
-        self.max_train_bars = max_train_bars
+        self.n_splits, self.test_size_bars, self.max_train_bars = n_splits, test_size_bars, max_train_bars
+        self.purge_bars, self.embargo_bars = purge_bars, embargo_bars
         _check_at_least(1, self, "n_splits", "test_size_bars", "max_train_bars")
         _check_at_least(0, self, "purge_bars", "embargo_bars")
 
@@ -177,15 +174,12 @@ def create_train_val_test_split(
 class CombinatorialPurgedSplit:
     """Every choice of ``n_test_blocks`` out of ``n_blocks`` as the test, purged on both sides.
 
-    Training rows may follow a test block here: those that a test label reaches into are dropped, and
-    ``embargo_bars`` after them as well.
+    Training rows may follow a test block here: those that its labels reach into are dropped, and an embargo.
 
     Parameters
     ----------
-    n_blocks
-        Number of consecutive blocks, of nearly equal length.
-    n_test_blocks
-        How many of them are the test of one split.
+    n_blocks, n_test_blocks
+        Number of consecutive blocks of nearly equal length, and how many are the test of one split.
     purge_bars
         Rows that a label spans at least.
     embargo_bars
@@ -337,7 +331,7 @@ class WalkForwardSplit:
         label_position = np.searchsorted(sessions, label_end, side="left")
         _check_spans(date[labelled], label_end[labelled], horizon_bars)
         distance = self.lag_bars + self.embargo_bars
-        first = self.min_train_bars + horizon_bars + distance
+        first = self.min_train_bars + horizon_bars + distance - 1
         if len(sessions) <= first:
             raise InsufficientDataError(
                 f"{len(sessions)} sessions are too few to walk forward: {self.min_train_bars} to train on, "

@@ -1,0 +1,391 @@
+"""Walk forward through a panel: fit the recipe on what was known, predict what was not, keep the record.
+
+The recipe is what is validated, whatever it is: this module knows no model. Every row from the first test
+session on gets exactly one forecast, made by a fit whose labels had all ended before.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from data.data_splitter import Fold, WalkForwardSplit
+from data.target_engineering import Dataset
+from utils.errors import ModelError, UsageError
+from validation.wfe_metrics import (
+    FloatArray,
+    FoldMeasures,
+    IntArray,
+    WalkForwardSummary,
+    block_bootstrap_means,
+    block_length,
+    calibration_slope,
+    hit_minus_base,
+    hit_rate,
+    ic_by_session,
+    mean_or_none,
+    ratio,
+    share_up,
+    summarise_folds,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecipePrediction:
+    """Forecasts of rows that the fit has not seen.
+
+    Attributes
+    ----------
+    mean_log
+        Calibrated forecast of the h-day log return, (n,).
+    baseline_log
+        What a model without skill would forecast: the drift, as an h-day log return, (n,).
+    raw_scaled
+        The uncalibrated signal: deviation from the drift in units of the h-day volatility, (n,).
+    per_model
+        Each model's share of the signal before weighing, (n,) each.
+    skill_lower
+        Lower confidence bound of the skill, within [0, 1], as known when the fit was made.
+    """
+
+    mean_log: FloatArray
+    baseline_log: FloatArray
+    raw_scaled: FloatArray
+    per_model: Mapping[str, FloatArray]
+    skill_lower: float
+
+
+class FittedRecipe(Protocol):
+    """What a recipe leaves behind after fitting one fold."""
+
+    @property
+    def selected_features(self) -> tuple[str, ...]:
+        """Names of the features that the fit uses."""
+        ...
+
+    @property
+    def notes(self) -> Mapping[str, object]:
+        """What a fold table should show beside the measures."""
+        ...
+
+    def predict(self, rows: Dataset) -> RecipePrediction:
+        """Forecast ``rows`` from their features and volatility."""
+        ...
+
+
+class Recipe(Protocol):
+    """Everything from training rows to a forecaster: scale, select, tune, weigh, fit, calibrate."""
+
+    def fit(self, train: Dataset, *, fold: int, earlier: pd.DataFrame) -> FittedRecipe:
+        """Fit on labelled rows.
+
+        Parameters
+        ----------
+        train
+            Rows whose labels were known before the fold.
+        fold
+            Number of the fold, ascending from 0.
+        earlier
+            The record of earlier folds, rows whose labels were known before the fold; may be empty.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WalkForwardConfig(WalkForwardSplit):
+    """How a recipe is walked forward: the split (see `WalkForwardSplit`), and the intervals of the measures.
+
+    Attributes
+    ----------
+    n_resamples
+        Bootstrap resamples of a fold's interval.
+    interval_level
+        Coverage of the interval of the IC.
+    seed
+        Seed of the resampling.
+    """
+
+    n_resamples: int = 1_000
+    interval_level: float = 0.90
+    seed: int = 7
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoldResult:
+    """What one fold showed; None where a measure is undefined.
+
+    Attributes
+    ----------
+    number, test_start, test_end
+        Which fold, and its first and last session.
+    trained_through
+        Latest session whose prices the fit has used.
+    n
+        Test rows with a known outcome.
+    ic, ic_low, ic_high
+        Rank correlation of signal and outcome (both in volatilities) over time, mean over symbols, and its
+        block-bootstrap interval.
+    hit_minus_base
+        Hit rate of the calibrated forecast over that of "always up".
+    calibration_slope
+        Slope of outcome on calibrated forecast, both in volatilities.
+    pred_std_over_target_std
+        Spread of the calibrated forecast over that of the outcomes, both in volatilities.
+    share_positive
+        Share of test rows whose signal lies above the drift.
+    selected_features, notes
+        As the fitted recipe tells.
+    measures
+        What the summary across folds reads.
+    """
+
+    number: int
+    test_start: pd.Timestamp
+    test_end: pd.Timestamp
+    trained_through: pd.Timestamp
+    n: int
+    ic: float | None
+    ic_low: float | None
+    ic_high: float | None
+    hit_minus_base: float | None
+    calibration_slope: float | None
+    pred_std_over_target_std: float | None
+    share_positive: float | None
+    selected_features: tuple[str, ...]
+    notes: Mapping[str, object] = field(default_factory=dict)
+    measures: FoldMeasures
+
+    def as_dict(self) -> dict[str, object]:
+        """Return plain data for JSON; sessions as ISO dates."""
+        names = (name for name in self.__dataclass_fields__ if name not in {"measures", "notes"})
+        plain = {name: getattr(self, name) for name in names}
+        days = {name: f"{plain[name]:%Y-%m-%d}" for name in ("test_start", "test_end", "trained_through")}
+        extra = {"fit_ic": self.measures.fit_ic, "selected_features": list(self.selected_features)}
+        return {**plain, **days, **extra, "notes": dict(self.notes)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WalkForwardResult:
+    """Outcome of a walk-forward.
+
+    Attributes
+    ----------
+    record
+        One row per (date, symbol), ascending: ``date``, ``symbol``, ``predicted_log``, ``baseline_log``,
+        ``raw_scaled``, ``model_<name>``, ``realised_log`` (NaN where not known yet), ``sigma_log``,
+        ``label_end``, ``skill_lower``, ``fold``, ``trained_through``.
+    folds
+        The folds in order.
+    summary
+        Measures across folds.
+    """
+
+    record: pd.DataFrame
+    folds: tuple[FoldResult, ...]
+    summary: WalkForwardSummary
+
+
+class WalkForwardValidator:
+    """Walks a recipe forward.
+
+    Parameters
+    ----------
+    config
+        See `WalkForwardConfig`.
+    """
+
+    def __init__(self, config: WalkForwardConfig) -> None:
+        if not 0.5 <= config.interval_level < 1 or config.n_resamples < 100:
+            raise UsageError(
+                f"interval_level {config.interval_level} must lie in [0.5, 1) and n_resamples "
+                f"{config.n_resamples} be at least 100"
+            )
+        self.config = config
+
+    def folds(self, dataset: Dataset) -> list[Fold]:
+        """Return the folds of ``dataset``; see `WalkForwardSplit.folds`."""
+        label_end = np.where(dataset.labelled, dataset.label_end, np.datetime64("NaT"))
+        return self.config.folds(dataset.date, label_end, horizon_bars=dataset.horizon_bars)
+
+    def n_folds(self, dataset: Dataset) -> int:
+        """Return how many fits a run will make."""
+        return len(self.folds(dataset))
+
+    def run(
+        self, dataset: Dataset, recipe: Recipe, *, on_fold: Callable[[FoldResult], None] | None = None
+    ) -> WalkForwardResult:
+        """Fit and predict fold after fold.
+
+        Parameters
+        ----------
+        dataset
+            The panel.
+        recipe
+            What is validated; fitted once per fold, in order of time.
+        on_fold
+            Called after each fold.
+
+        Raises
+        ------
+        InsufficientDataError
+            If there is no session left to test on.
+        ModelError
+            If a forecast is missing or not finite.
+        """
+        frames: list[pd.DataFrame] = []
+        results: list[FoldResult] = []
+        for fold in self.folds(dataset):
+            fitted = recipe.fit(
+                dataset.take(fold.train_idx), fold=fold.number, earlier=_resolved(frames, fold.train_end)
+            )
+            frames.append(_predict(fitted, dataset.take(fold.test_idx), fold))
+            tail = self._tail(dataset, fold)
+            results.append(self._judge(fold, frames[-1], _predict(fitted, tail, fold), fitted, dataset))
+            logger.info(
+                "fold %d, %s to %s: ic %s", fold.number, fold.test_start, fold.test_end, results[-1].ic
+            )
+            if on_fold is not None:
+                on_fold(results[-1])
+        return WalkForwardResult(
+            record=pd.concat(frames, ignore_index=True),
+            folds=tuple(results),
+            summary=summarise_folds([result.measures for result in results]),
+        )
+
+    def _tail(self, dataset: Dataset, fold: Fold) -> Dataset:
+        """Return the last training rows, as many sessions as a test block has: what the fit knows."""
+        sessions = np.unique(dataset.date[fold.train_idx])
+        first = sessions[-min(self.config.test_bars, len(sessions))]
+        return dataset.take(fold.train_idx[dataset.date[fold.train_idx] >= first])
+
+    def _judge(
+        self, fold: Fold, test: pd.DataFrame, tail: pd.DataFrame, fitted: FittedRecipe, dataset: Dataset
+    ) -> FoldResult:
+        rows, known = _Rows(test), _Rows(tail)
+        scores = rows.ic_by_session()
+        low, high = self._interval(scores, dataset.horizon_bars, fold.number)
+        measures = FoldMeasures(
+            ic=mean_or_none(scores),
+            fit_ic=mean_or_none(known.ic_by_session()),
+            test_hits=hit_rate(rows.uncalibrated, rows.outcome),
+            test_base=share_up(rows.outcome),
+            fit_hits=hit_rate(known.uncalibrated, known.outcome),
+            fit_base=share_up(known.outcome),
+            signal_std=float(rows.signal.std()) if len(rows.signal) else None,
+            share_positive=float(np.mean(rows.signal > 0)) if len(rows.signal) else None,
+            selected_features=tuple(fitted.selected_features),
+        )
+        return FoldResult(
+            number=fold.number,
+            test_start=pd.Timestamp(fold.test_start),
+            test_end=pd.Timestamp(fold.test_end),
+            trained_through=pd.Timestamp(fold.train_end),
+            n=len(rows.outcome),
+            ic=measures.ic,
+            ic_low=low,
+            ic_high=high,
+            hit_minus_base=hit_minus_base(rows.forecast, rows.outcome),
+            calibration_slope=calibration_slope(rows.forecast, rows.outcome),
+            pred_std_over_target_std=ratio(_std(rows.forecast), _std(rows.outcome)),
+            share_positive=measures.share_positive,
+            selected_features=measures.selected_features,
+            notes=dict(fitted.notes),
+            measures=measures,
+        )
+
+    def _interval(
+        self, scores: FloatArray, horizon_bars: int, number: int
+    ) -> tuple[float, float] | tuple[None, None]:
+        if not len(scores):
+            return None, None
+        rng = np.random.default_rng([self.config.seed, number])
+        block = block_length(len(scores), horizon_bars)
+        means = block_bootstrap_means(scores, block, self.config.n_resamples, rng)
+        tail = (1 - self.config.interval_level) / 2
+        low, high = np.quantile(means, [tail, 1 - tail])
+        return float(low), float(high)
+
+
+class _Rows:
+    """The resolved rows of a fold as arrays, in units of the volatility known at the time."""
+
+    def __init__(self, frame: pd.DataFrame) -> None:
+        resolved = frame[frame["realised_log"].notna()]
+        sigma = _floats(resolved, "sigma_log")
+        self.signal = _floats(resolved, "raw_scaled")
+        self.outcome = _floats(resolved, "realised_log") / sigma
+        self.forecast = _floats(resolved, "predicted_log") / sigma
+        self.uncalibrated = _floats(resolved, "baseline_log") / sigma + self.signal
+        self.session_code = cast("IntArray", pd.factorize(resolved["date"])[0])
+        self.symbol_code = cast("IntArray", pd.factorize(resolved["symbol"])[0])
+
+    def ic_by_session(self) -> FloatArray:
+        if not len(self.signal):
+            return np.empty(0)
+        return ic_by_session(self.signal, self.outcome, self.session_code, self.symbol_code)
+
+
+def _std(values: FloatArray) -> float | None:
+    return float(values.std()) if len(values) else None
+
+
+def _floats(frame: pd.DataFrame, name: str) -> FloatArray:
+    return np.asarray(frame[name], dtype=np.float64)
+
+
+def _resolved(frames: list[pd.DataFrame], train_end: np.datetime64) -> pd.DataFrame:
+    if not frames:
+        return pd.DataFrame()
+    record = pd.concat(frames, ignore_index=True)
+    return record[record["label_end"] <= pd.Timestamp(train_end)].reset_index(drop=True)
+
+
+def _predict(fitted: FittedRecipe, rows: Dataset, fold: Fold) -> pd.DataFrame:
+    """Forecast ``rows`` and lay forecast and outcome side by side."""
+    prediction = fitted.predict(_without_outcome(rows))
+    columns: dict[str, npt.ArrayLike] = {
+        "date": rows.date.astype("datetime64[us]"),
+        "symbol": np.asarray(rows.symbols)[rows.symbol_code],
+        "predicted_log": prediction.mean_log,
+        "baseline_log": prediction.baseline_log,
+        "raw_scaled": prediction.raw_scaled,
+        **{f"model_{name}": values for name, values in prediction.per_model.items()},
+    }
+    for name in list(columns)[2:]:
+        values = np.asarray(columns[name], dtype=np.float64)
+        if values.shape != (len(rows),) or not np.isfinite(values).all():
+            raise ModelError(
+                f"fold {fold.number}: {name} has shape {values.shape} and "
+                f"{int((~np.isfinite(values)).sum())} values not finite, expected {len(rows)} finite ones"
+            )
+    frame = pd.DataFrame(columns)
+    frame["realised_log"] = np.where(rows.labelled, rows.target_log, np.nan)
+    frame["sigma_log"] = rows.sigma_log
+    frame["label_end"] = rows.label_end.astype("datetime64[us]")
+    frame["skill_lower"] = prediction.skill_lower
+    frame["fold"] = fold.number
+    frame["trained_through"] = pd.Timestamp(fold.train_end).as_unit("us")
+    return frame
+
+
+def _without_outcome(rows: Dataset) -> Dataset:
+    """Return the rows with their targets blanked: a fitted recipe cannot see what it is asked for."""
+    unknown = np.full(len(rows), np.nan)
+    return Dataset(
+        columns=rows.columns,
+        features=rows.features,
+        date=rows.date,
+        label_end=np.full(len(rows), np.datetime64("NaT", "D")),
+        symbol_code=rows.symbol_code,
+        symbols=rows.symbols,
+        target_scaled=unknown,
+        target_log=unknown,
+        sigma_log=rows.sigma_log,
+        horizon_bars=rows.horizon_bars,
+    )
