@@ -47,8 +47,8 @@ class RecipeConfig:
 
     search: SearchConfig = field(default_factory=SearchConfig)
     max_features: int = 40
-    refresh_every_folds: int = 5
-    weight_half_life_sessions: float = 252.0 * 8
+    refresh_every_folds: int = 4
+    weight_half_life_sessions: float = 252.0 * 20
     target_limit_sigma: float = 4.0
     seed: int = 7
 
