@@ -165,7 +165,7 @@ PRESETS: Mapping[str, SizingRules] = MappingProxyType(
         "passive": SizingRules(uses_odds=False, neutral=1.0, kelly_fraction=0.0, without_forecast=1.0),
     }
 )
-DEFAULT_PRESET = "calibrated"
+DEFAULT_SIZING = "calibrated"
 
 
 _COLUMNS = tuple(SizingInputs.__dataclass_fields__)[:7]
@@ -358,7 +358,7 @@ class RuleSizer:
 
 
 def make_sizer(
-    name: str = DEFAULT_PRESET, *, max_long: float | None = None, max_short: float | None = None
+    name: str = DEFAULT_SIZING, *, max_long: float | None = None, max_short: float | None = None
 ) -> RuleSizer:
     """Return the preset of that name, with other limits where given.
 

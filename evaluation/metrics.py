@@ -1,0 +1,386 @@
+"""Figures of merit, each with its unit, each honest about not being defined.
+
+Every function is pure and returns a `Measured`: a finite value, or None with the reason. Arrays are (n,)
+float64; returns are simple, one per bar, and must be finite: NaN raises `DataError` instead of vanishing into a
+mean. Only forecasts may hold NaN, where there was none; such rows are left out. The risk-free rate is zero.
+
+References
+----------
+Sharpe (1994), The Sharpe ratio. Jensen (1968), The performance of mutual funds. Newey, West (1987), A simple,
+positive semi-definite, heteroskedasticity and autocorrelation consistent covariance matrix.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from evaluation.accounting import Ledger
+from utils.errors import DataError
+
+FloatArray = npt.NDArray[np.float64]
+Unit = Literal["fraction", "ratio", "money", "bars", "count"]
+
+# Below this, differences are rounding and a quotient by them says nothing.
+_TINY = 1e-12
+_MIN_TAIL_BARS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A figure, or the reason why there is none; exactly one of the two is None."""
+
+    value: float | None
+    unit: Unit
+    reason: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.value is None) == (self.reason is None):
+            raise ValueError("a figure has a value or a reason, exactly one of them")
+        if self.value is not None and not np.isfinite(self.value):
+            raise ValueError(f"a figure must be finite, got {self.value!r}")
+
+
+Metrics = Mapping[str, Measured]
+
+
+def values(metrics: Metrics) -> dict[str, float | None]:
+    """Return the plain values, None where undefined."""
+    return {name: measured.value for name, measured in metrics.items()}
+
+
+def reasons(metrics: Metrics) -> dict[str, str]:
+    """Return why figures are undefined, by name."""
+    return {name: measured.reason for name, measured in metrics.items() if measured.reason is not None}
+
+
+def total_return(equity: FloatArray) -> Measured:
+    """Last equity over first, minus 1; a fraction."""
+    curve = _finite(equity, "equity")
+    if len(curve) < 2:
+        return Measured(None, "fraction", f"needs 2 bars, has {len(curve)}")
+    return Measured(float(curve[-1] / curve[0] - 1.0), "fraction")
+
+
+def cagr(equity: FloatArray, periods_per_year: int) -> Measured:
+    """Constant yearly growth that leads from first to last equity; a fraction."""
+    grown = total_return(equity)
+    if grown.value is None:
+        return grown
+    if grown.value <= -1.0:
+        return Measured(None, "fraction", "the capital was lost")
+    years = (len(equity) - 1) / periods_per_year
+    log_growth = float(np.log1p(grown.value)) / years
+    if log_growth > 100.0:
+        return Measured(None, "fraction", f"{len(equity)} bars are too few to annualise")
+    return Measured(float(np.expm1(log_growth)), "fraction")
+
+
+def volatility(returns: FloatArray, periods_per_year: int) -> Measured:
+    """Standard deviation of returns (ddof 1), annualised; a fraction."""
+    sample = _finite(returns, "returns")
+    if len(sample) < 2:
+        return Measured(None, "fraction", f"needs 2 returns, has {len(sample)}")
+    return Measured(float(sample.std(ddof=1) * np.sqrt(periods_per_year)), "fraction")
+
+
+def sharpe(returns: FloatArray, periods_per_year: int) -> Measured:
+    """Mean over standard deviation (ddof 1), annualised; undefined when returns do not vary."""
+    sample = _finite(returns, "returns")
+    if len(sample) < 2:
+        return Measured(None, "ratio", f"needs 2 returns, has {len(sample)}")
+    spread = sample.std(ddof=1)
+    if spread <= _TINY:
+        return Measured(None, "ratio", "returns do not vary")
+    return Measured(float(sample.mean() / spread * np.sqrt(periods_per_year)), "ratio")
+
+
+def sortino(returns: FloatArray, periods_per_year: int) -> Measured:
+    """Mean over the root of the mean squared loss, annualised; undefined without a loss."""
+    sample = _finite(returns, "returns")
+    if len(sample) < 2:
+        return Measured(None, "ratio", f"needs 2 returns, has {len(sample)}")
+    downside = float(np.sqrt(np.mean(np.minimum(sample, 0.0) ** 2)))
+    if downside <= _TINY:
+        return Measured(None, "ratio", "no return is negative")
+    return Measured(float(sample.mean() / downside * np.sqrt(periods_per_year)), "ratio")
+
+
+def drawdowns(equity: FloatArray) -> FloatArray:
+    """Equity over its highest so far, minus 1, (n,), each <= 0, known at the close of its bar."""
+    curve = _finite(equity, "equity")
+    if not len(curve):
+        return curve
+    if curve[0] <= 0.0:
+        raise DataError(f"equity starts at {curve[0]}; must be above 0")
+    return curve / np.maximum.accumulate(curve) - 1.0
+
+
+def max_drawdown(equity: FloatArray) -> Measured:
+    """Deepest drawdown; a fraction <= 0."""
+    depth = drawdowns(equity)
+    if not len(depth):
+        return Measured(None, "fraction", "no bars")
+    return Measured(float(depth.min()), "fraction")
+
+
+def max_drawdown_bars(equity: FloatArray) -> Measured:
+    """Bars from the high before the deepest drawdown to the recovery of that high, or to the end."""
+    depth = drawdowns(equity)
+    if not len(depth):
+        return Measured(None, "bars", "no bars")
+    trough = int(depth.argmin())
+    if depth[trough] == 0.0:
+        return Measured(0.0, "bars")
+    peak = int(np.flatnonzero(depth[:trough] == 0.0)[-1])
+    recovered = np.flatnonzero(depth[trough:] == 0.0)
+    end = trough + int(recovered[0]) if len(recovered) else len(depth) - 1
+    return Measured(float(end - peak), "bars")
+
+
+def calmar(equity: FloatArray, periods_per_year: int) -> Measured:
+    """CAGR over the size of the deepest drawdown."""
+    growth, depth = cagr(equity, periods_per_year), max_drawdown(equity)
+    if growth.value is None:
+        return Measured(None, "ratio", growth.reason)
+    if depth.value is None or depth.value >= -_TINY:
+        return Measured(None, "ratio", "there was no drawdown")
+    return Measured(growth.value / -depth.value, "ratio")
+
+
+def value_at_risk(returns: FloatArray, tail: float = 0.05) -> Measured:
+    """Return of one bar that is undercut in a share ``tail`` of the bars; a fraction, a loss is negative."""
+    sample = _finite(returns, "returns")
+    if len(sample) < _MIN_TAIL_BARS:
+        return Measured(None, "fraction", f"needs {_MIN_TAIL_BARS} returns, has {len(sample)}")
+    return Measured(float(np.quantile(sample, tail)), "fraction")
+
+
+def conditional_value_at_risk(returns: FloatArray, tail: float = 0.05) -> Measured:
+    """Mean return of the worst share ``tail`` of the bars; a fraction, a loss is negative."""
+    sample = _finite(returns, "returns")
+    if len(sample) < _MIN_TAIL_BARS:
+        return Measured(None, "fraction", f"needs {_MIN_TAIL_BARS} returns, has {len(sample)}")
+    worst = np.sort(sample)[: int((len(sample) - 1) * tail) + 1]
+    return Measured(float(worst.mean()), "fraction")
+
+
+def win_rate(closed_pnl: FloatArray) -> Measured:
+    """Share of closing orders that realised a profit after costs; a fraction."""
+    pnl = _finite(closed_pnl, "closed_pnl")
+    if not len(pnl):
+        return Measured(None, "fraction", "no trade was closed")
+    return Measured(float(np.mean(pnl > 0.0)), "fraction")
+
+
+def profit_factor(closed_pnl: FloatArray) -> Measured:
+    """Sum of realised profits over the size of the sum of realised losses."""
+    pnl = _finite(closed_pnl, "closed_pnl")
+    if not len(pnl):
+        return Measured(None, "ratio", "no trade was closed")
+    loss = -float(pnl[pnl < 0.0].sum())
+    if loss <= _TINY:
+        return Measured(None, "ratio", "no trade was closed at a loss")
+    return Measured(float(pnl[pnl > 0.0].sum()) / loss, "ratio")
+
+
+def information_ratio(returns: FloatArray, benchmark: FloatArray, periods_per_year: int) -> Measured:
+    """Sharpe ratio of the return over the benchmark's."""
+    active = _finite(returns, "returns") - _finite(benchmark, "benchmark")
+    found = sharpe(active, periods_per_year)
+    if found.reason == "returns do not vary":
+        return Measured(None, "ratio", "returns do not differ from the benchmark's")
+    return found
+
+
+def market_line(returns: FloatArray, benchmark: FloatArray, periods_per_year: int) -> dict[str, Measured]:
+    """Jensen's regression of returns on the benchmark's, with t-values that allow for autocorrelation.
+
+    Parameters
+    ----------
+    returns, benchmark
+        (n,), simple, bar by bar.
+    periods_per_year
+        Annualises alpha.
+
+    Returns
+    -------
+    dict
+        ``alpha`` (a fraction a year), ``beta``, ``alpha_t``, ``beta_t`` (Newey-West with Bartlett weights and
+        ``4 (n / 100)^(2/9)`` lags, no small-sample correction).
+    """
+    y, x = _finite(returns, "returns"), _finite(benchmark, "benchmark")
+    units: dict[str, Unit] = {"alpha": "fraction", "alpha_t": "ratio", "beta": "ratio", "beta_t": "ratio"}
+    if len(y) != len(x):
+        raise DataError(f"returns has {len(y)} entries and benchmark {len(x)}; must be equal")
+    why = None
+    if len(y) < 3:
+        why = f"needs 3 returns, has {len(y)}"
+    elif x.std() <= _TINY:
+        why = "the benchmark does not vary"
+    if why is not None:
+        return {name: Measured(None, unit, why) for name, unit in units.items()}
+    design = np.column_stack([np.ones(len(x)), x])
+    bread = np.linalg.inv(design.T @ design)
+    coefficients = bread @ (design.T @ y)
+    residuals = y - design @ coefficients
+    out = {
+        "alpha": Measured(float(coefficients[0] * periods_per_year), "fraction"),
+        "beta": Measured(float(coefficients[1]), "ratio"),
+    }
+    if residuals.std() <= _TINY * max(1.0, float(y.std())):
+        why = "the line fits exactly"
+        return out | {name: Measured(None, "ratio", why) for name in ("alpha_t", "beta_t")}
+    scores = design * residuals[:, None]
+    lags = int(4.0 * (len(y) / 100.0) ** (2.0 / 9.0))
+    meat = scores.T @ scores
+    for lag in range(1, min(lags, len(y) - 1) + 1):
+        cross = scores[lag:].T @ scores[:-lag]
+        meat += (1.0 - lag / (lags + 1.0)) * (cross + cross.T)
+    errors = np.sqrt(np.diag(bread @ meat @ bread))
+    for name, coefficient, error in zip(("alpha_t", "beta_t"), coefficients, errors, strict=True):
+        out[name] = Measured(float(coefficient / error), "ratio")
+    return out
+
+
+def spearman(first: FloatArray, second: FloatArray) -> Measured:
+    """Rank correlation of two arrays without NaN, ties at their mean rank."""
+    a, b = _finite(first, "first"), _finite(second, "second")
+    if len(a) < 3:
+        return Measured(None, "ratio", f"needs 3 pairs, has {len(a)}")
+    ranks_a, ranks_b = _ranks(a), _ranks(b)
+    if ranks_a.std() == 0.0 or ranks_b.std() == 0.0:
+        return Measured(None, "ratio", "one side does not vary")
+    return Measured(float(np.corrcoef(ranks_a, ranks_b)[0, 1]), "ratio")
+
+
+def forecast_metrics(expected_return: FloatArray, realised_return: FloatArray) -> dict[str, Measured]:
+    """Judge forecasts by what happened.
+
+    Parameters
+    ----------
+    expected_return
+        Forecast of the simple h-day return made at t; NaN where there is none.
+    realised_return
+        What it became, NaN where not known yet. Overlapping windows are counted one by one; they hold a sample
+        only n / h strong.
+
+    Returns
+    -------
+    dict
+        ``direction_accuracy`` and, for always-up, ``direction_base_rate`` (zero outcomes left out),
+        ``hit_rate_down_days`` (share of falls forecast as falls), ``information_coefficient`` (Spearman),
+        ``prediction_std``, ``pred_positive_share``, ``rmse``, ``n_forecasts``.
+    """
+    expected, realised = np.asarray(expected_return, float), np.asarray(realised_return, float)
+    if expected.shape != realised.shape:
+        raise DataError(f"forecasts have shape {expected.shape}, outcomes {realised.shape}; must be equal")
+    made = expected[np.isfinite(expected)]
+    known = np.isfinite(expected) & np.isfinite(realised)
+    x, y = expected[known], realised[known]
+    up, down = y > 0.0, y < 0.0
+    moved = up | down
+    right = np.sign(x) == np.sign(y)
+    none = "no forecast has an outcome yet"
+    return {
+        "direction_accuracy": _mean(right[moved], none),
+        "direction_base_rate": _mean(up[moved], none),
+        "hit_rate_down_days": _mean(right[down], "no forecast was followed by a fall"),
+        "information_coefficient": spearman(x, y),
+        "prediction_std": _std(made),
+        "pred_positive_share": _mean(made > 0.0, "no forecasts"),
+        "rmse": _root_mean_square(x - y, none),
+        "n_forecasts": Measured(float(len(made)), "count"),
+    }
+
+
+def ledger_metrics(
+    ledger: Ledger, benchmark_return: FloatArray, periods_per_year: int
+) -> dict[str, Measured]:
+    """Judge the books of a strategy; row 0, which earns nothing, is not counted as a return.
+
+    ``sharpe_ratio`` and ``cost_adjusted_sharpe`` are one figure, after all costs: the headline is never gross.
+    ``gross_sharpe_ratio`` is what it would be without costs. ``turnover`` is one-way, per year.
+
+    Parameters
+    ----------
+    ledger
+        The books.
+    benchmark_return
+        (n,), net return of buy and hold, row by row.
+    periods_per_year
+        Annualises.
+    """
+    net, gross, held = ledger.net_return[1:], ledger.gross_return[1:], ledger.held_weight[1:]
+    market = benchmark_return[1:]
+    after_costs = sharpe(net, periods_per_year)
+    none = "no bar was held"
+    return {
+        "total_return": total_return(ledger.equity),
+        "cagr": cagr(ledger.equity, periods_per_year),
+        "volatility": volatility(net, periods_per_year),
+        "sharpe_ratio": after_costs,
+        "cost_adjusted_sharpe": after_costs,
+        "gross_sharpe_ratio": sharpe(gross, periods_per_year),
+        "sortino_ratio": sortino(net, periods_per_year),
+        "calmar_ratio": calmar(ledger.equity, periods_per_year),
+        "max_drawdown": max_drawdown(ledger.equity),
+        "max_drawdown_bars": max_drawdown_bars(ledger.equity),
+        "var_95": value_at_risk(net),
+        "cvar_95": conditional_value_at_risk(net),
+        **market_line(net, market, periods_per_year),
+        "information_ratio": information_ratio(net, market, periods_per_year),
+        "exposure_mean": _mean(held, none),
+        "exposure_std": _std(held),
+        "turnover": _mean(ledger.turnover[1:] * periods_per_year, none, "ratio"),
+        "total_transaction_costs": Measured(float(ledger.trade_cost.sum()), "money"),
+        "total_financing_costs": Measured(float(ledger.financing_cost.sum()), "money"),
+        "total_borrow_costs": Measured(float(ledger.borrow_cost.sum()), "money"),
+        "final_equity": Measured(float(ledger.equity[-1]), "money"),
+        "n_bars": Measured(float(len(ledger.equity)), "count"),
+    }
+
+
+def trade_metrics(closed_pnl: FloatArray, n_orders: int) -> dict[str, Measured]:
+    """Judge the orders: ``closed_pnl`` (m,) is what each closing order realised after costs, money."""
+    return {
+        "win_rate": win_rate(closed_pnl),
+        "profit_factor": profit_factor(closed_pnl),
+        "average_trade_profit": _mean(closed_pnl, "no trade was closed", "money"),
+        "total_trades": Measured(float(len(closed_pnl)), "count"),
+        "total_orders": Measured(float(n_orders), "count"),
+    }
+
+
+def _finite(array: FloatArray, name: str) -> FloatArray:
+    checked = np.asarray(array, dtype=np.float64)
+    if checked.ndim != 1:
+        raise DataError(f"{name} has shape {checked.shape}; must be (n,)")
+    if not np.isfinite(checked).all():
+        raise DataError(
+            f"{name}[{int(np.argmin(np.isfinite(checked)))}] is not finite; drop or mend such rows"
+        )
+    return checked
+
+
+def _ranks(sample: FloatArray) -> FloatArray:
+    _, where, counts = np.unique(sample, return_inverse=True, return_counts=True)
+    return np.asarray((np.cumsum(counts) - (counts - 1) / 2.0)[where], dtype=np.float64)
+
+
+def _mean(sample: FloatArray | npt.NDArray[np.bool_], reason: str, unit: Unit = "fraction") -> Measured:
+    return Measured(float(np.mean(sample)), unit) if len(sample) else Measured(None, unit, reason)
+
+
+def _std(sample: FloatArray) -> Measured:
+    if len(sample) < 2:
+        return Measured(None, "fraction", f"needs 2 values, has {len(sample)}")
+    return Measured(float(sample.std(ddof=1)), "fraction")
+
+
+def _root_mean_square(sample: FloatArray, reason: str) -> Measured:
+    if not len(sample):
+        return Measured(None, "fraction", reason)
+    return Measured(float(np.sqrt(np.mean(sample**2))), "fraction")
