@@ -1,0 +1,148 @@
+"""One path from bars to positions: what is decided at t does not change when later bars arrive."""
+
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from data.target_engineering import build_dataset
+from inference.load_gbm_models import GBMBundle, new_version_id
+from inference.pipeline import FORECAST_COLUMNS, GBMForecaster, decide, path_ahead, win_record
+from inference.position_sizing import PRESETS, make_sizer
+from training.gbm_search import SearchConfig
+from training.recipe import GBMRecipe, RecipeConfig
+from validation.walk_forward import WalkForwardConfig, WalkForwardValidator
+
+HORIZON = 5
+
+
+@pytest.fixture(scope="module")
+def bars(make_bars):
+    return make_bars(n=900, seed=5)
+
+
+@pytest.fixture(scope="module")
+def bundle(bars) -> GBMBundle:
+    """A model of the first 800 bars; the last 100 come after it was trained."""
+    data = build_dataset({"AAPL": bars.iloc[:800]}, HORIZON)
+    recipe = GBMRecipe(RecipeConfig(search=SearchConfig(n_trials=2, max_rounds=20), max_features=10))
+    config = WalkForwardConfig(test_bars=100, min_train_bars=200)
+    result = WalkForwardValidator(config).run(data, recipe)
+    fitted = recipe.fit(data.take(np.flatnonzero(data.labelled)), fold=0, earlier=result.record)
+    # A known slope, so that forecasts after the record differ from the drift.
+    calibration = replace(fitted.ensemble.calibration, slope=0.5, skill_lower=0.5)
+    return GBMBundle(
+        symbol="AAPL",
+        horizon_bars=HORIZON,
+        ensemble=replace(fitted.ensemble, calibration=calibration),
+        record=result.record,
+        metadata={"model_version": new_version_id(datetime.now(UTC)), "verdict": {"label": "edge"}},
+        importance={},
+        hyperparameters={},
+    )
+
+
+@dataclass(frozen=True)
+class Peeker:
+    """A forecaster with a planted fault: it knows the next close."""
+
+    inner: GBMForecaster
+
+    @property
+    def horizon_bars(self) -> int:
+        return self.inner.horizon_bars
+
+    def forecast(self, bars: pd.DataFrame) -> pd.DataFrame:
+        frame = self.inner.forecast(bars)
+        ahead = bars["Close"].shift(-1) / bars["Close"] - 1.0
+        return frame.assign(expected_return=ahead.fillna(0.0), skill_lower=1.0)
+
+
+def changed_by_the_future(forecaster, sizer, bars: pd.DataFrame, rows) -> list[str]:
+    """Return the columns whose value at t differs between `bars[:t + 1]` and all bars."""
+    full = decide("AAPL", bars, forecaster, sizer).frame
+    changed = set()
+    for t in rows:
+        cut = decide("AAPL", bars.iloc[: t + 1], forecaster, sizer).frame
+        pair = pd.concat([cut.iloc[[-1]], full.iloc[[t]]])
+        changed |= {
+            name for name in pair if pair[name].iloc[0] != pair[name].iloc[1] and pair[name].notna().any()
+        }
+    return sorted(changed)
+
+
+ROWS = (3, 260, 460, 520, 799, 800, 850, 899)
+
+
+@pytest.mark.parametrize("sizing", PRESETS)
+def test_a_decision_does_not_change_when_later_bars_arrive(bundle, bars, sizing: str):
+    assert changed_by_the_future(GBMForecaster(bundle=bundle), make_sizer(sizing), bars, ROWS) == []
+
+
+def test_a_forecaster_that_peeks_is_caught(bundle, bars):
+    peeker = Peeker(GBMForecaster(bundle=bundle))
+    changed = changed_by_the_future(peeker, make_sizer("calibrated"), bars, ROWS)
+    assert {"expected_return", "target_weight"} <= set(changed)
+
+
+def test_the_record_is_used_where_it_reaches_and_the_model_after_it(bundle, bars):
+    frame = GBMForecaster(bundle=bundle).forecast(bars)
+    assert set(FORECAST_COLUMNS) <= set(frame.columns)
+    record = bundle.record.set_index("date")
+    inside = frame.loc[record.index]
+    np.testing.assert_array_equal(inside["expected_log"], record["predicted_log"])
+    assert inside["is_out_of_sample"].all()
+    after = frame.iloc[800:]
+    assert after["is_out_of_sample"].all()
+    assert after["expected_log"].nunique() > 5
+    before = frame.loc[: record.index[0]].iloc[:-1]
+    assert not before["is_out_of_sample"].any()
+    assert before["expected_return"].isna().all()
+
+
+def test_in_sample_rows_come_only_when_asked_and_are_marked(bundle, bars):
+    asked = GBMForecaster(bundle=bundle, include_in_sample=True).forecast(bars)
+    extra = asked["expected_return"].notna() & ~asked["is_out_of_sample"]
+    assert extra.sum() > 100
+    assert asked.index[extra][-1] < bundle.record["date"].min()
+
+
+def test_without_an_edge_the_position_after_training_is_passive(bundle, bars):
+    no_edge = replace(bundle, metadata={**bundle.metadata, "verdict": {"label": "no-edge"}})
+    sizer = make_sizer("calibrated")
+    weights = decide("AAPL", bars, GBMForecaster(bundle=no_edge), sizer).frame["target_weight"]
+    assert (weights.iloc[801:] == 1.0).all()
+    tilted = decide("AAPL", bars, GBMForecaster(bundle=bundle), sizer).frame["target_weight"]
+    assert (tilted.iloc[801:] != 1.0).any()
+
+
+def test_the_scale_of_prices_does_not_matter(bundle, bars):
+    larger = bars.assign(**{name: bars[name] * 1_000.0 for name in ("Open", "High", "Low", "Close")})
+    first, second = (
+        decide("AAPL", b, GBMForecaster(bundle=bundle), make_sizer()).frame for b in (bars, larger)
+    )
+    np.testing.assert_allclose(first["target_weight"], second["target_weight"], atol=1e-6)
+
+
+def test_the_path_ahead_starts_from_the_last_close(bundle, bars):
+    decisions = decide("AAPL", bars, GBMForecaster(bundle=bundle), make_sizer())
+    dates = pd.bdate_range(bars.index[-1] + pd.Timedelta(days=1), periods=20)
+    path = path_ahead(decisions, dates)
+    last = decisions.frame.iloc[-1]
+    assert path.prices[HORIZON - 1] == pytest.approx(last["close"] * np.exp(last["expected_log"]))
+    assert decisions.out_of_sample_from == bundle.record["date"].min()
+    assert decisions.sizing_id.startswith("calibrated:")
+
+
+def test_the_win_record_counts_resolved_forecasts_only():
+    forecast = np.full(300, 0.01)
+    outcome = np.where(np.arange(300) % 4 == 0, -0.02, 0.02)
+    outcome[-HORIZON:] = np.nan
+    share, payoff = win_record(forecast, outcome, horizon_bars=HORIZON)
+    assert np.all(share[:HORIZON] == 0.5)
+    assert np.all(payoff[:HORIZON] == 1.0)
+    assert share[-1] == pytest.approx((221 + 25) / (295 + 50), abs=0.005)
+    early, _ = win_record(forecast[:100], outcome[:100], horizon_bars=HORIZON)
+    assert np.array_equal(early, share[:100])
