@@ -5,12 +5,12 @@ when its link moves to another version; what was loaded before serves on when th
 """
 
 import logging
-import math
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 from pydantic import ValidationError
 
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 REQUIRED_METRICS = tuple(name for name, field in BacktestMetrics.model_fields.items() if field.is_required())
 # A daily forecast of boosters reads one row of features.
 SEQUENCE_LENGTH = 1
+MAX_NUMBER = sys.float_info.max
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,6 +223,8 @@ def wire_metrics(stored: Mapping[str, Any]) -> tuple[BacktestMetrics, tuple[str,
     return BacktestMetrics.model_validate(known), tuple(undefined)
 
 
-def is_finite_number(value: object) -> bool:
+def is_finite_number(value: object) -> TypeGuard[float]:
     """Whether ``value`` is a number that may go on the wire."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return -MAX_NUMBER <= value <= MAX_NUMBER

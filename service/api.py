@@ -1,0 +1,380 @@
+"""Routes, errors and the edge of the web; the only module that knows the framework.
+
+Every answer is JSON and every error a problem (RFC 9457) whose ``detail`` is a string. Which error becomes
+which status is written in `STATUS_OF` and nowhere else. Routes that compute or read are plain functions, so
+that the framework runs them in threads and a long prediction never keeps the health check waiting.
+
+From the outside in: cross-origin headers, `Edge` (request id, body limit, last resort), the routes.
+"""
+
+import http
+import logging
+import re
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fastapi import APIRouter, FastAPI, Query, Request, Response
+from fastapi.exceptions import HTTPException, RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from starlette.convertors import Convertor, register_url_convertor
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.model_registry import ModelRegistry, is_finite_number
+from service.prediction_service import PredictionService
+from service.schemas import (
+    MAX_CHART_BARS,
+    HistoricalResponse,
+    PredictionRequest,
+    PredictionResult,
+    Problem,
+    StatusAnswer,
+    Welcome,
+    Wire,
+)
+from service.work_schemas import ModelMeta
+from utils.errors import (
+    AIStocksError,
+    ConflictError,
+    DataError,
+    GateRefusedError,
+    ModelError,
+    ModelMissingError,
+    StorageError,
+    UnknownSymbolError,
+    UpstreamError,
+    UsageError,
+)
+
+logger = logging.getLogger(__name__)
+
+VERSION = "0.1.0"
+MAX_BODY_BYTES = 1 << 20
+TOO_LARGE = f"the body is larger than {MAX_BODY_BYTES} bytes"
+CLOSE = {"Connection": "close"}
+RETRY_AFTER_S = 30
+ERRORS_IN_DETAIL = 5
+
+# The nearest ancestor of an error decides.
+STATUS_OF: Mapping[type[AIStocksError], int] = {
+    UsageError: 422,
+    UnknownSymbolError: 404,
+    UpstreamError: 503,
+    DataError: 422,
+    ModelMissingError: 404,
+    ModelError: 503,
+    ConflictError: 409,
+    GateRefusedError: 409,
+    StorageError: 507,
+    AIStocksError: 500,
+}
+
+# Routes of the contract that nothing serves yet: what a caller can do instead.
+NOT_SERVED: Sequence[tuple[str, str, str]] = (
+    ("POST", "/api/models/train", "not served: use POST /api/training/start instead"),
+    ("GET", "/api/realtime/{symbol:text}", "no live quotes: GET /api/historical/SYMBOL has the last close"),
+    ("GET", "/api/models/{model_id}/download", "no download: copy saved_models/SYMBOL/gbm on the server"),
+    (
+        "DELETE",
+        "/api/models/{model_id}",
+        "no deletion over the web: remove saved_models/SYMBOL there",
+    ),
+    ("POST", "/api/backtest", "no backtest over the web: run `python run_backtest.py --symbol SYMBOL`"),
+    ("POST", "/api/forward_sim", "no simulation over the web: run `python run_backtest.py --symbol SYMBOL`"),
+    ("POST", "/api/training/start", "no training over the web: run `python -m training.train_gbm SYMBOL`"),
+    ("GET", "/api/training", "no training jobs: run `python -m training.train_gbm SYMBOL`"),
+    ("GET", "/api/training/{job_id}", "no training jobs: run `python -m training.train_gbm SYMBOL`"),
+    ("DELETE", "/api/training/{job_id}", "no training jobs: stop the command that trains"),
+    ("GET", "/api/training/{job_id}/events", "no training jobs: the training command shows its progress"),
+    ("GET", "/api/jobs/{job_id}/events", "no training jobs: the training command shows its progress"),
+    ("GET", "/api/track-record/{symbol:text}", "no track record is kept: /api/models has the tested metrics"),
+)
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+# Absolute paths of the server; routes of the API stay readable.
+_PATH = re.compile(r"(?<![\w:/.])/(?!api/)(?:[^/\s'\"`]+/)+([^/\s'\"`]*)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Services:
+    """What the routes answer with."""
+
+    registry: ModelRegistry
+    predictions: PredictionService
+    source_name: str
+    origins: tuple[str, ...]
+    on_start: Callable[[], None]
+
+
+class TextConvertor(Convertor[str]):
+    """Matches anything, slashes and newlines included, so that the symbol's own check refuses it."""
+
+    regex = r"(?s:.*)"
+
+    def convert(self, value: str) -> str:
+        """Return the text as it came."""
+        return value
+
+    def to_string(self, value: str) -> str:
+        """Return the text as it came."""
+        return value
+
+
+def create_api(services: Services) -> FastAPI:
+    """Build the application around its services."""
+    register_url_convertor("text", TextConvertor())
+    api = FastAPI(
+        title="AI-Stocks",
+        version=VERSION,
+        lifespan=_lifespan(services),
+        # A redirect has no JSON body.
+        redirect_slashes=False,
+        redoc_url=None,
+        responses={"default": {"model": Problem, "description": "Every error"}},
+    )
+    api.include_router(_health_routes(services))
+    api.include_router(_model_routes(services.registry))
+    api.include_router(_price_routes(services.predictions))
+    for method, path, instead in NOT_SERVED:
+        api.add_api_route(path, _refuser(instead), methods=[method], status_code=501, response_model=Problem)
+    api.add_exception_handler(AIStocksError, _on_our_error)
+    api.add_exception_handler(RequestValidationError, _on_invalid)
+    api.add_exception_handler(StarletteHTTPException, _on_http_error)
+    # Added last is outermost: an answer of `Edge` carries cross-origin headers too.
+    api.add_middleware(Edge)
+    api.add_middleware(
+        CORSMiddleware,
+        allow_origins=services.origins,
+        allow_methods=["GET", "POST", "DELETE"],
+        allow_headers=["*"],
+        expose_headers=["X-Request-ID", "Content-Disposition"],
+    )
+    return api
+
+
+def _lifespan(services: Services) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    @asynccontextmanager
+    async def lifespan(api: FastAPI) -> Any:  # noqa: ANN401
+        services.on_start()
+        api.state.ready = True
+        yield
+        api.state.ready = False
+
+    return lifespan
+
+
+def _health_routes(services: Services) -> APIRouter:
+    router = APIRouter(tags=["health"])
+
+    @router.get("/", response_model=Welcome)
+    def welcome() -> Response:
+        """Say what this is."""
+        return answer(Welcome(message="AI-Stocks: POST /api/predict, see /docs"))
+
+    @router.get("/api/health", response_model=StatusAnswer)
+    async def health() -> Response:
+        """Say that the service answers, and from which prices."""
+        return answer(StatusAnswer(status="ok", version=VERSION, source=services.source_name))
+
+    @router.get("/api/health/live", response_model=StatusAnswer)
+    async def live() -> Response:
+        """Say that the process runs."""
+        return answer(StatusAnswer(status="ok"))
+
+    @router.get("/api/health/ready", response_model=StatusAnswer)
+    def ready(request: Request) -> Response:
+        """Say whether requests are welcome: not before the start has ended, nor once it stops."""
+        if not getattr(request.app.state, "ready", False):
+            raise HTTPException(503, "the service is starting or stopping", {"Retry-After": "1"})
+        return answer(StatusAnswer(status="ok", models=len(services.registry.list())))
+
+    return router
+
+
+def _model_routes(registry: ModelRegistry) -> APIRouter:
+    router = APIRouter(tags=["models"])
+
+    @router.get("/api/models", response_model=list[ModelMeta])
+    def models() -> Response:
+        """List the saved models."""
+        body = b"[" + b",".join(meta.wire_bytes() for meta in registry.list()) + b"]"
+        return Response(body, media_type="application/json")
+
+    @router.get("/api/models/{model_id}", response_model=ModelMeta)
+    def model(model_id: str) -> Response:
+        """Describe one saved model."""
+        return answer(registry.find(model_id))
+
+    return router
+
+
+def _price_routes(predictions: PredictionService) -> APIRouter:
+    router = APIRouter(tags=["prices"])
+
+    @router.get("/api/historical/{symbol:text}", response_model=HistoricalResponse)
+    def historical(symbol: str, days: Annotated[int, Query(ge=1, le=MAX_CHART_BARS)] = 90) -> Response:
+        """Return the last sessions, adjusted for splits and dividends."""
+        return answer(predictions.history(symbol, days))
+
+    @router.post("/api/predict", response_model=PredictionResult)
+    def predict(request: PredictionRequest) -> Response:
+        """Return history, positions and forecast of one symbol."""
+        return answer(predictions.predict(request))
+
+    return router
+
+
+def _refuser(instead: str) -> Callable[[], None]:
+    def not_served() -> None:
+        """Not served; the detail names what to use instead."""
+        raise HTTPException(501, instead)
+
+    return not_served
+
+
+def answer(model: Wire) -> Response:
+    """Return the model's own JSON; the framework's encoder takes three to ten times as long."""
+    return Response(model.wire_bytes(), media_type="application/json")
+
+
+def problem(scope: Scope, status: int, detail: str, headers: Mapping[str, str] | None = None) -> Response:
+    """Return an error as the page reads it."""
+    body = Problem(
+        type="about:blank",
+        title=http.HTTPStatus(status).phrase,
+        status=status,
+        detail=_printable(detail),
+        instance=_printable(str(scope.get("path", "")))[:200],
+        request_id=scope.get("state", {}).get("request_id", ""),
+    )
+    return Response(
+        body.wire_bytes(), status_code=status, headers=headers, media_type="application/problem+json"
+    )
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _on_our_error(request: Request, error: Exception) -> Response:
+    status = next(STATUS_OF[cls] for cls in type(error).__mro__ if cls in STATUS_OF)
+    if status == 500:
+        return _unexpected(request.scope, error)
+    logger.info("%s %s: %s", status, request.url.path.encode("unicode_escape").decode(), error)
+    headers = (
+        {"Retry-After": str(RETRY_AFTER_S)} if isinstance(error, UpstreamError) and status == 503 else None
+    )
+    return problem(request.scope, status, _PATH.sub(r"\1", str(error)), headers)
+
+
+def _on_http_error(request: Request, error: Exception) -> Response:
+    if not isinstance(error, StarletteHTTPException):
+        raise error
+    details = {
+        404: "no such route: see /docs",
+        405: f"{request.method} is not served here: see /docs",
+    }
+    stock = error.detail == http.HTTPStatus(error.status_code).phrase
+    detail = details.get(error.status_code, str(error.detail)) if stock else str(error.detail)
+    return problem(request.scope, error.status_code, detail, error.headers)
+
+
+def _on_invalid(request: Request, error: Exception) -> Response:
+    if not isinstance(error, RequestValidationError):
+        raise error
+    errors = error.errors()
+    if any(one["type"] == "json_invalid" for one in errors):
+        return problem(request.scope, 400, "the body is not valid JSON")
+    said = [_sentence(one) for one in errors[:ERRORS_IN_DETAIL]]
+    if len(errors) > ERRORS_IN_DETAIL:
+        said.append(f"and {len(errors) - ERRORS_IN_DETAIL} more")
+    return problem(request.scope, 422, "; ".join(said))
+
+
+def _sentence(error: Mapping[str, Any]) -> str:
+    """Say where, what, and which number came; other values may be endless, or not even JSON."""
+    where = ".".join(str(part) for part in error["loc"] if part not in {"body", "query", "path"})[:80]
+    message = str(error["msg"]).removeprefix("Value error, ")
+    came = error.get("input")
+    got = f" (got {came})" if is_finite_number(came) and abs(came) < 1e15 else ""
+    return f"{where}: {message}{got}" if where else f"{message}{got}"
+
+
+def _unexpected(scope: Scope, error: Exception) -> Response:
+    request_id = scope.get("state", {}).get("request_id", "")
+    logger.error("request %s failed", request_id, exc_info=error)
+    return problem(scope, 500, f"something broke here; the server's log has it under request {request_id}")
+
+
+class Edge:
+    """Gives every request an id, bounds its body, and turns what nobody caught into a problem.
+
+    The framework's own last resort lies outside of the cross-origin headers, and a browser would not show it.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request_id = _request_id(scope)
+        scope.setdefault("state", {})["request_id"] = request_id
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        if _announced_bytes(scope) > MAX_BODY_BYTES:
+            await _too_large(scope)(scope, receive, send_with_id)
+            return
+        try:
+            await self.app(scope, _bounded(receive), send_with_id)
+        except Exception as error:
+            if started:
+                raise
+            await _unexpected(scope, error)(scope, receive, send_with_id)
+
+
+def _headers(scope: Scope, name: bytes) -> Iterator[str]:
+    return (value.decode("latin-1") for key, value in scope["headers"] if key == name)
+
+
+def _request_id(scope: Scope) -> str:
+    given = next(_headers(scope, b"x-request-id"), "")
+    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def _announced_bytes(scope: Scope) -> int:
+    text = next(_headers(scope, b"content-length"), "0")
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0
+
+
+def _too_large(scope: Scope) -> Response:
+    return problem(scope, 413, TOO_LARGE, CLOSE)
+
+
+def _bounded(receive: Receive) -> Receive:
+    """Count what arrives, so that a body without an announced length is bounded too."""
+    seen = 0
+
+    async def bounded() -> Message:
+        nonlocal seen
+        message = await receive()
+        seen += len(message.get("body", b""))
+        if seen > MAX_BODY_BYTES:
+            raise HTTPException(
+                413, f"the body is larger than {MAX_BODY_BYTES} bytes", {"Connection": "close"}
+            )
+        return message
+
+    return bounded
