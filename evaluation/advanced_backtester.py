@@ -1,0 +1,398 @@
+"""Judge target weights: books, trades, figures, and three benchmarks that pay the same costs.
+
+The backtester knows positions and prices and no model. A strategy never stands alone: beside it stand buy and
+hold, a constant exposure as high as the strategy's own average, and a constant exposure as volatile as the
+strategy, all booked by the same `account`, after the same costs and financing. Leverage is not alpha.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from evaluation.accounting import DEFAULT_CAPITAL, MAX_WEIGHT, CostModel, Ledger, account
+from evaluation.metrics import Metrics, drawdowns, forecast_metrics, ledger_metrics, trade_metrics
+from utils.errors import DataError, InsufficientDataError, UsageError
+
+FloatArray = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
+
+IN_SAMPLE_STAMP = "IN-SAMPLE"
+# With a minimum commission a constant exposure would pay it every day; its shares may drift this far instead.
+_BENCHMARK_BAND = 0.02
+_MONEY = ("commission", "slippage", "trade_cost", "financing_cost", "borrow_cost")
+_BOOKED = ("held_weight", "equity", "gross_return", "net_return", "turnover", *_MONEY)
+_NEVER = np.datetime64("NaT", "us")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Benchmark:
+    """A constant exposure: its weight, its daily books, its figures."""
+
+    exposure: float
+    daily: pd.DataFrame
+    metrics: Metrics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BacktestReport:
+    """What a backtest found.
+
+    Attributes
+    ----------
+    daily
+        Indexed by session: ``close``, ``asset_return``, ``target_weight`` (decided at this close),
+        ``held_weight`` (earned in this bar), ``equity``, ``drawdown``, ``gross_return``, ``net_return``,
+        ``turnover``, ``commission``, ``slippage``, ``trade_cost``, ``financing_cost``, ``borrow_cost``,
+        ``is_out_of_sample``, ``expected_return`` (NaN where there is none); costs are money.
+    trades
+        One row per order, see `TRADE_COLUMNS`; a flip from long to short is two.
+    metrics
+        Figures of the strategy.
+    benchmarks
+        ``buy_hold``, ``exposure_matched``, ``volatility_matched``.
+    notes
+        Sentences that belong beside every figure.
+    costs, initial_capital
+        What was assumed.
+    out_of_sample_from
+        First out-of-sample session; None when no row is known to be.
+    """
+
+    daily: pd.DataFrame
+    trades: pd.DataFrame
+    metrics: Metrics
+    benchmarks: Mapping[str, Benchmark]
+    notes: tuple[str, ...]
+    costs: CostModel
+    initial_capital: float
+    out_of_sample_from: pd.Timestamp | None
+
+    @property
+    def is_in_sample(self) -> bool:
+        """True when a row counts that is not known to be out of sample."""
+        return not bool(self.daily["is_out_of_sample"].all())
+
+
+class Trade(NamedTuple):
+    """One order: sent after the close of ``date`` at that price, booked in the bar that follows.
+
+    ``entry_date`` is that of the order that opened the position, ``exit_date`` that of an order that reduces
+    it (else NaT). ``shares`` is what was traded, >= 0; ``position`` the weight afterwards. ``pnl`` is what an
+    order that reduces realised against the mean cost of the shares, after trading costs on both sides.
+    """
+
+    date: np.datetime64
+    entry_date: np.datetime64
+    exit_date: np.datetime64
+    action: str
+    price: float
+    shares: float
+    position: float
+    pnl: float
+    cumulative_pnl: float
+    commission: float
+    slippage: float
+    reason: str
+
+
+TRADE_COLUMNS = Trade._fields
+
+
+class _Window(NamedTuple):
+    """The rows that count."""
+
+    dates: pd.DatetimeIndex
+    close: FloatArray
+    asset_return: FloatArray
+    target: FloatArray
+    out_of_sample: BoolArray
+    expected: FloatArray
+    reason: Sequence[str] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdvancedBacktester:
+    """Books target weights under one set of costs, the same for the strategy and for every benchmark."""
+
+    costs: CostModel
+    initial_capital: float = DEFAULT_CAPITAL
+
+    def backtest_with_positions(
+        self,
+        dates: pd.DatetimeIndex,
+        close: FloatArray,
+        target_weight: FloatArray,
+        *,
+        apply_position_lag: bool = True,
+        is_out_of_sample: BoolArray | None = None,
+        include_in_sample: bool = False,
+        expected_return: FloatArray | None = None,
+        horizon_bars: int | None = None,
+        reason: Sequence[str] | None = None,
+    ) -> BacktestReport:
+        """Book the weights and judge them.
+
+        Parameters
+        ----------
+        dates
+            (n,) sessions, strictly ascending.
+        close
+            (n,) adjusted closes, > 0.
+        target_weight
+            (n,) decided at the close of each bar, as a fraction of equity.
+        apply_position_lag
+            False when ``target_weight[t]`` is what was held during bar t already.
+        is_out_of_sample
+            (n,) True where the forecast behind the weight had not seen the outcome. None: not known, and the
+            result is stamped as in-sample.
+        include_in_sample
+            Also count the rows before the first out-of-sample bar.
+        expected_return, horizon_bars
+            (n,) forecasts of the simple return over the coming ``horizon_bars``, judged against the closes.
+        reason
+            (n,) words for the order that follows from each decision; by default what changed.
+
+        Returns
+        -------
+        BacktestReport
+            See there.
+
+        Raises
+        ------
+        DataError
+            When lengths differ, dates do not ascend, a close is not positive, no row is out of sample, or an
+            in-sample forecast lies behind the first out-of-sample bar and in-sample rows were not asked for.
+        InsufficientDataError
+            When fewer than 2 rows count.
+        """
+        window = _window(
+            dates,
+            close,
+            target_weight,
+            is_out_of_sample=is_out_of_sample,
+            expected_return=expected_return,
+            reason=reason,
+        )
+        if expected_return is not None and horizon_bars is None:
+            raise UsageError("expected_return was given without horizon_bars: say how far the forecasts look")
+        if is_out_of_sample is not None and not include_in_sample:
+            window = _drop_in_sample(window)
+        if len(window.dates) < 2:
+            raise InsufficientDataError(f"a backtest needs 2 rows that count, has {len(window.dates)}")
+        capital = self.initial_capital
+        ledger = account(
+            window.target,
+            window.asset_return,
+            self.costs,
+            apply_position_lag=apply_position_lag,
+            initial_capital=capital,
+        )
+        trades = pd.DataFrame(list(_trades(window, ledger)), columns=list(TRADE_COLUMNS))
+        market = self._constant(1.0, window)
+        closed = trades.loc[trades["exit_date"].notna(), "pnl"].to_numpy(dtype=np.float64)
+        metrics = ledger_metrics(ledger, market.net_return, self.costs.periods_per_year)
+        metrics |= trade_metrics(closed, len(trades))
+        if horizon_bars is not None:
+            metrics |= forecast_metrics(window.expected, _ahead(window.close, horizon_bars))
+        known = window.out_of_sample
+        return BacktestReport(
+            daily=_daily(window, ledger),
+            trades=trades,
+            metrics=MappingProxyType(metrics),
+            benchmarks=MappingProxyType(self._benchmarks(window, ledger, market)),
+            notes=_notes(window, ledger, was_told=is_out_of_sample is not None),
+            costs=self.costs,
+            initial_capital=capital,
+            out_of_sample_from=window.dates[int(np.argmax(known))] if known.any() else None,
+        )
+
+    def _benchmarks(self, window: _Window, ledger: Ledger, market: Ledger) -> dict[str, Benchmark]:
+        exposures = {
+            "buy_hold": 1.0,
+            "exposure_matched": float(np.clip(ledger.held_weight[1:].mean(), -MAX_WEIGHT, MAX_WEIGHT)),
+            "volatility_matched": self._volatility_matched(window, ledger, market),
+        }
+        found = {}
+        for name, exposure in exposures.items():
+            books = market if exposure == 1.0 else self._constant(exposure, window)
+            figures = MappingProxyType(ledger_metrics(books, market.net_return, self.costs.periods_per_year))
+            held = window._replace(target=np.full(len(window.dates), exposure))
+            found[name] = Benchmark(exposure=exposure, daily=_daily(held, books), metrics=figures)
+        return found
+
+    def _volatility_matched(self, window: _Window, ledger: Ledger, market: Ledger) -> float:
+        """Return the constant exposure whose net returns vary as the strategy's do; 0 if prices rest."""
+        wanted, reached = ledger.net_return[1:].std(), market.net_return[1:].std()
+        exposure = 1.0
+        for _ in range(4):
+            if reached <= 0.0:
+                return 0.0
+            # Volatility is all but proportional to exposure; costs bend it a little.
+            exposure = min(float(exposure * wanted / reached), MAX_WEIGHT)
+            reached = self._constant(exposure, window).net_return[1:].std()
+        return exposure
+
+    def _constant(self, exposure: float, window: _Window) -> Ledger:
+        return account(
+            np.full(len(window.dates), exposure),
+            window.asset_return,
+            self.costs,
+            initial_capital=self.initial_capital,
+            no_trade_band=_BENCHMARK_BAND if self.costs.minimum_commission > 0.0 else 0.0,
+        )
+
+
+def _window(
+    dates: pd.DatetimeIndex,
+    close: FloatArray,
+    target_weight: FloatArray,
+    *,
+    is_out_of_sample: BoolArray | None,
+    expected_return: FloatArray | None,
+    reason: Sequence[str] | None,
+) -> _Window:
+    """Check the rows and put them together."""
+    index = pd.DatetimeIndex(dates, name="date")
+    n = len(index)
+    prices = np.array(close, dtype=np.float64)
+    target = np.array(target_weight, dtype=np.float64)
+    known = (
+        np.zeros(n, dtype=np.bool_)
+        if is_out_of_sample is None
+        else np.array(is_out_of_sample, dtype=np.bool_)
+    )
+    expected = np.full(n, np.nan) if expected_return is None else np.array(expected_return, dtype=np.float64)
+    columns = {
+        "close": prices,
+        "target_weight": target,
+        "is_out_of_sample": known,
+        "expected_return": expected,
+    }
+    for name, column in {**columns, "reason": dates if reason is None else reason}.items():
+        if len(column) != n:
+            raise DataError(f"{name} has {len(column)} entries for {n} dates; must be one per date")
+    if not (index.is_monotonic_increasing and index.is_unique):
+        raise DataError("dates must ascend strictly; sort them and drop doubles")
+    bad = ~(np.isfinite(prices) & (prices > 0.0))
+    if bad.any():
+        row = int(np.argmax(bad))
+        raise DataError(f"close of {index[row]:%Y-%m-%d} is {prices[row]}; must be finite and above 0")
+    asset_return = np.full(n, np.nan)
+    asset_return[1:] = prices[1:] / prices[:-1] - 1.0
+    return _Window(index, prices, asset_return, target, known, expected, reason)
+
+
+def _drop_in_sample(window: _Window) -> _Window:
+    """Start at the first out-of-sample bar, and refuse in-sample forecasts behind it."""
+    known = window.out_of_sample
+    if not known.any():
+        raise DataError("no row is out of sample; pass include_in_sample=True to see them, stamped IN-SAMPLE")
+    first = int(np.argmax(known))
+    # A bar without a forecast cannot have peeked; without any forecasts at hand, the flags alone decide.
+    forecast = np.isfinite(window.expected)
+    strange = ~known & (forecast | ~forecast.any())
+    strange[:first] = False
+    if strange.any():
+        raise DataError(
+            f"{int(strange.sum())} in-sample rows lie behind the first out-of-sample bar, the first on "
+            f"{window.dates[int(np.argmax(strange))]:%Y-%m-%d}; drop them or pass include_in_sample=True"
+        )
+    kept = window._replace(out_of_sample=~strange)
+    return _Window._make(None if column is None else column[first:] for column in kept)
+
+
+def _ahead(close: FloatArray, horizon_bars: int) -> FloatArray:
+    """Return the simple return over the coming bars, NaN where it is not known yet."""
+    if horizon_bars < 1:
+        raise UsageError(f"horizon_bars must be at least 1, got {horizon_bars!r}")
+    realised = np.full(len(close), np.nan)
+    realised[:-horizon_bars] = close[horizon_bars:] / close[:-horizon_bars] - 1.0
+    return realised
+
+
+def _daily(window: _Window, ledger: Ledger) -> pd.DataFrame:
+    columns = {
+        "close": window.close,
+        "asset_return": window.asset_return,
+        "target_weight": window.target,
+        **{name: getattr(ledger, name) for name in _BOOKED},
+        "drawdown": drawdowns(ledger.equity),
+        "is_out_of_sample": window.out_of_sample,
+        "expected_return": window.expected,
+    }
+    return pd.DataFrame(columns, index=window.dates)
+
+
+def _notes(window: _Window, ledger: Ledger, *, was_told: bool) -> tuple[str, ...]:
+    notes = []
+    strange = int((~window.out_of_sample).sum())
+    if strange:
+        told = f"{strange} of {len(window.dates)} rows were seen in training."
+        notes.append(f"{IN_SAMPLE_STAMP}: {told if was_told else 'nothing says that these rows are not.'}")
+    if ledger.ruined_at is not None:
+        notes.append(f"The capital was lost on {window.dates[ledger.ruined_at]:%Y-%m-%d}.")
+    return (*notes, "Idle cash earns nothing, in the strategy and in every benchmark.")
+
+
+class _Holding:
+    """Shares and what they cost, order by order."""
+
+    def __init__(self) -> None:
+        self.shares = self.outlay = 0.0
+        self.since: np.datetime64 = _NEVER
+        self.realised = 0.0
+
+    def trade(self, date: np.datetime64, shares: float, price: float, cost: float) -> tuple[str, str, float]:
+        """Trade signed shares that do not cross zero; return action, words and what was realised."""
+        grows = self.shares * shares >= 0.0
+        if grows:
+            words = "opened" if self.shares == 0.0 else "added"
+            self.since = date if self.shares == 0.0 else self.since
+            self.shares += shares
+            self.outlay += shares * price + cost
+            return ("BUY" if shares > 0.0 else "SHORT"), words, 0.0
+        part = -shares / self.shares
+        pnl = -shares * price - cost - part * self.outlay
+        self.realised += pnl
+        self.shares += shares
+        self.outlay *= 1.0 - part
+        words = "closed" if self.shares == 0.0 else "reduced"
+        return ("COVER" if shares > 0.0 else "SELL"), words, pnl
+
+
+def _trades(window: _Window, ledger: Ledger) -> Iterator[Trade]:
+    """Yield the orders behind the books; one that crosses zero is split, its costs by shares."""
+    holding, dates, shares_at_close = (
+        _Holding(),
+        window.dates.to_numpy(),
+        ledger.position_value / window.close,
+    )
+    for row in map(int, np.flatnonzero(ledger.traded_value)):
+        date, price, after = dates[row - 1], float(window.close[row - 1]), float(shares_at_close[row])
+        crosses = holding.shares * after < 0.0
+        parts = [-holding.shares, after] if crosses else [after - holding.shares]
+        fees = np.array([ledger.commission[row], ledger.slippage[row]]) / sum(map(abs, parts))
+        for shares in parts:
+            commission, slippage = (float(fee) for fee in fees * abs(shares))
+            action, words, pnl = holding.trade(date, shares, price, commission + slippage)
+            if words in {"added", "reduced"} and abs(held[row] - held[row - 1]) <= 1e-9:
+                words = "rebalanced"
+            yield Trade(
+                date,
+                holding.since,
+                date if action in {"SELL", "COVER"} else _NEVER,
+                action,
+                price,
+                abs(shares),
+                float(held[row]) if holding.shares else 0.0,
+                pnl,
+                holding.realised,
+                commission,
+                slippage,
+                window.reason[row - 1] if window.reason else f"{words}, weight {held[row]:.2f}",
+            )
