@@ -367,11 +367,8 @@ class _Holding:
 
 def _trades(window: _Window, ledger: Ledger) -> Iterator[Trade]:
     """Yield the orders behind the books; one that crosses zero is split, its costs by shares."""
-    holding, dates, shares_at_close = (
-        _Holding(),
-        window.dates.to_numpy(),
-        ledger.position_value / window.close,
-    )
+    holding, held, dates = _Holding(), ledger.held_weight, window.dates.to_numpy()
+    shares_at_close = ledger.position_value / window.close
     for row in map(int, np.flatnonzero(ledger.traded_value)):
         date, price, after = dates[row - 1], float(window.close[row - 1]), float(shares_at_close[row])
         crosses = holding.shares * after < 0.0
