@@ -1,6 +1,6 @@
 """Replay history bar by bar, as it would have been lived: the slow oracle of the vectorised backtest.
 
-At bar t the simulator holds bars to t only and asks for one weight; what it does not hold, nobody can peek at.
+At bar t the simulator holds bars to t only and asks for one weight: nobody can peek at what it does not hold.
 It keeps its own books, one `book_bar` at a time, and looks at a return only when its bar has closed.
 """
 
@@ -62,8 +62,8 @@ class ForwardSimulator:
         -------
         DataFrame
             Indexed like the bars lived through, with ``close``, ``target_weight`` (decided at this close),
-            ``held_weight`` (earned in this bar), ``equity``, ``net_return``, ``trade_cost``, ``financing_cost``,
-            ``borrow_cost``.
+            ``held_weight`` (earned in this bar), ``equity``, ``net_return``, ``trade_cost``,
+            ``financing_cost``, ``borrow_cost``.
 
         Raises
         ------
@@ -74,9 +74,7 @@ class ForwardSimulator:
         """
         start = _first_row(len(bars), days)
         if (refit is None) != (refit_every_bars is None) or (refit_every_bars or 1) < 1:
-            raise DataError(
-                f"refitting needs both a function and an interval above 0, got {refit_every_bars!r}"
-            )
+            raise DataError(f"refitting needs a function and an interval above 0, got {refit_every_bars!r}")
         rates, rows = self.costs.rates(), []
         cash, position, target, last_close = self.initial_capital, 0.0, 0.0, np.nan
         for t in range(start, len(bars)):

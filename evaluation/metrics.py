@@ -1,8 +1,8 @@
 """Figures of merit, each with its unit, each honest about not being defined.
 
 Every function is pure and returns a `Measured`: a finite value, or None with the reason. Arrays are (n,)
-float64; returns are simple, one per bar, and must be finite: NaN raises `DataError` instead of vanishing into a
-mean. Only forecasts may hold NaN, where there was none; such rows are left out. The risk-free rate is zero.
+float64; returns are simple, one per bar, and must be finite: NaN raises `DataError` and does not vanish in a mean.
+Only forecasts may hold NaN, where there was none; such rows are left out. The risk-free rate is zero.
 
 References
 ----------
@@ -264,8 +264,8 @@ def forecast_metrics(expected_return: FloatArray, realised_return: FloatArray) -
     expected_return
         Forecast of the simple h-day return made at t; NaN where there is none.
     realised_return
-        What it became, NaN where not known yet. Overlapping windows are counted one by one; they hold a sample
-        only n / h strong.
+        What it became, NaN where not known yet. Overlapping windows are counted one by one; they hold a
+        sample only n / h strong.
 
     Returns
     -------
@@ -301,7 +301,7 @@ def ledger_metrics(
 ) -> dict[str, Measured]:
     """Judge the books of a strategy; row 0, which earns nothing, is not counted as a return.
 
-    ``sharpe_ratio`` and ``cost_adjusted_sharpe`` are one figure, after all costs: the headline is never gross.
+    ``sharpe_ratio`` and ``cost_adjusted_sharpe`` are one figure, after all costs: no headline is gross.
     ``gross_sharpe_ratio`` is what it would be without costs. ``turnover`` is one-way, per year.
 
     Parameters
