@@ -5,6 +5,7 @@ units of the volatility known at the time; it shows whether anything was learned
 calibrated, carries the drift, and is what is served; it shows whether it may be believed.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -95,6 +96,62 @@ def resampled_block_sums(
     cumulated = np.concatenate([[0.0], np.cumsum(np.concatenate([values, values[:block_bars]]))])
     starts = rng.integers(0, n, size=(n_resamples, n_blocks))
     return np.asarray(cumulated[starts + block_bars] - cumulated[starts], dtype=np.float64)
+
+
+def block_bootstrap_p_value(
+    values: FloatArray, horizon_bars: int, *, n_resamples: int = 2_000, seed: int = 7
+) -> float | None:
+    """Return the one-sided p-value of "the mean is not positive", for dependent values in order of time.
+
+    Circular blocks of a quarter (63 values, a twentieth of a short sample, four labels of a long horizon) are
+    resampled and the mean is studentised by the spread of its block sums.
+
+    Parameters
+    ----------
+    values
+        In order of time, (n,).
+    horizon_bars
+        How far a value overlaps with later ones.
+    n_resamples, seed
+        Of the bootstrap.
+
+    Returns
+    -------
+    float or None
+        None for values that do not vary, or too few for eight blocks.
+
+    References
+    ----------
+    Politis, Romano (1992); Goetze, Kuensch (1996), Second-order correctness of the blockwise bootstrap.
+    """
+    n = len(values)
+    block = max(4 * horizon_bars if horizon_bars > 15 else 2 * horizon_bars, min(63, n // 20), 1)
+    if n // block < 8 or np.std(values) <= 1e-15:
+        return None
+    whole = values[: n // block * block].reshape(-1, block).sum(axis=1)
+    error = float(whole.std(ddof=1)) / np.sqrt(len(whole))
+    sums = resampled_block_sums(values, block, n_resamples, np.random.default_rng(seed))
+    errors = sums.std(axis=1, ddof=1) / np.sqrt(sums.shape[1])
+    mean = float(values.mean()) * block
+    studentised = (sums.mean(axis=1) - mean) / np.maximum(errors, 1e-300)
+    return float((1 + np.sum(studentised >= mean / max(error, 1e-300))) / (1 + n_resamples))
+
+
+def rank_among_past(values: FloatArray) -> FloatArray:
+    """Return the rank of each value among itself and those before it, from -1/2 to 1/2, (n,)."""
+    ranks = np.empty(len(values))
+    past: list[float] = []
+    for position, value in enumerate(values.tolist()):
+        low, high = bisect_left(past, value), bisect_right(past, value)
+        ranks[position] = ((low + high) / 2 + 0.5) / (position + 1) - 0.5
+        past.insert(high, value)
+    return ranks
+
+
+def skill(forecast: FloatArray, reference: FloatArray, outcome: FloatArray) -> float | None:
+    """Return the share of the reference's squared error that the forecast saves; None if it has none."""
+    saved = ratio(float(np.sum((outcome - forecast) ** 2)), float(np.sum((outcome - reference) ** 2)))
+    return None if saved is None else 1.0 - saved
 
 
 def hit_rate(forecast: FloatArray, outcome: FloatArray) -> float | None:

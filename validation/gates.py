@@ -1,0 +1,383 @@
+"""The verdict: is there an edge, is there none, or can nobody know yet. Evidence first, the label after it.
+
+A model gets ``edge`` only if all of these hold on out-of-sample rows:
+
+- its signal ranks what followed better than chance, one-sided p of at most .05;
+- its positions earned more than the benchmark of equal exposure, one-sided p of at most .10;
+- its calibrated forecast has a smaller squared error than its own drift forecast.
+
+The chance that a model without skill gets ``edge`` is at most that of the first test alone, 5 %; the other
+two lower it. Overlapping labels, slow signals and drift are where such a test usually breaks, so it is
+made of parts that keep the rate (share of p <= .05 in 1,000 simulated histories each, 5-day labels, GARCH with
+Student-t shocks and drift: .047 to .062 for signals that are white noise, AR(1) with .98, levels that change once a
+year, 100-day momentum, and the distance from a 50- or 200-day mean, bought when low):
+
+- a signal is ranked among its own past, not among all rows: ranked in hindsight, "far below its mean" looks
+  clever on a random walk (14 % instead of 5 %);
+- products of signal and outcome are resampled in blocks of a quarter (longer for long horizons), and the
+  statistic is studentised.
+
+An IC above .10, or a hit rate above 57 % that is 2 points above "always up", is no success but the mark of
+a leak. It is told loudly, in the reasons and as ``leak_alarm``; it does not change the label, because a leak
+and a strong planted signal look the same from here, and a person has to look.
+
+The classic gates are computed and shown beside, and never change the label: a constant passes some of them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Literal, cast
+
+import numpy as np
+import pandas as pd
+
+from utils.errors import DataError
+from validation.overfitting import (
+    deflated_sharpe,
+    minimum_track_record_length,
+    probability_of_backtest_overfitting,
+    sharpe_moments,
+)
+from validation.wfe_metrics import (
+    FloatArray,
+    IntArray,
+    WalkForwardSummary,
+    block_bootstrap_p_value,
+    calibration_slope,
+    hit_rate,
+    ic_by_session,
+    mean_or_none,
+    rank_among_past,
+    share_up,
+    skill,
+)
+
+Label = Literal["edge", "no-edge", "insufficient"]
+EvidenceValue = float | int | bool | None
+
+# Outcomes beyond so many volatilities count as this many: one crash must not decide a test of a mean.
+OUTCOME_LIMIT_SIGMA = 4.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateConfig:
+    """Limits of the verdict; the defaults are what the stated error rates hold for.
+
+    Attributes
+    ----------
+    max_p_ic, max_p_return
+        Largest p-values of the two tests.
+    min_sessions
+        Sessions with a known outcome below which nobody can know (two years).
+    min_independent
+        Sessions / horizon below which nobody can know: overlapping labels repeat each other.
+    max_unmoved
+        Share of outcomes of exactly zero above which the prices count as constant.
+    implausible_ic, implausible_hits, implausible_hits_minus_base
+        Marks of a leak.
+    min_efficiency, min_hits, min_signal_std, positive_low, positive_high
+        Classic gates.
+    n_resamples, seed
+        Of the bootstrap.
+    periods_per_year
+        For figures per year in the reasons.
+    """
+
+    max_p_ic: float = 0.05
+    max_p_return: float = 0.10
+    min_sessions: int = 504
+    min_independent: float = 50.0
+    max_unmoved: float = 0.5
+    implausible_ic: float = 0.10
+    implausible_hits: float = 0.57
+    implausible_hits_minus_base: float = 0.02
+    min_efficiency: float = 0.40
+    min_hits: float = 0.51
+    min_signal_std: float = 0.005
+    positive_low: float = 0.30
+    positive_high: float = 0.70
+    n_resamples: int = 2_000
+    seed: int = 7
+    periods_per_year: int = 252
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gate:
+    """A classic gate: its value (None is undefined, and fails), its threshold in words, whether it passed."""
+
+    name: str
+    value: float | None
+    threshold: str
+    passed: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """The label, why, and everything that it rests on.
+
+    Attributes
+    ----------
+    label
+        ``edge``, ``no-edge`` or ``insufficient``.
+    reasons
+        In words, the deciding ones first.
+    evidence
+        Figures by name; None where undefined.
+    gates
+        The classic gates.
+    """
+
+    label: Label
+    reasons: tuple[str, ...]
+    evidence: Mapping[str, EvidenceValue]
+    gates: tuple[Gate, ...]
+
+    def as_dict(self) -> dict[str, object]:
+        """Return plain data for JSON."""
+        return {
+            "label": self.label,
+            "reasons": list(self.reasons),
+            "evidence": dict(self.evidence),
+            "gates": [asdict(gate) for gate in self.gates],
+        }
+
+
+class _Rows:
+    """Resolved rows of a walk-forward record as arrays, in units of the volatility known at the time."""
+
+    def __init__(self, record: pd.DataFrame) -> None:
+        rows = record[record["realised_log"].notna()].sort_values("date", kind="stable")
+        sigma = np.asarray(rows["sigma_log"], dtype=np.float64)
+
+        def scaled(name: str) -> FloatArray:
+            return np.asarray(rows[name], dtype=np.float64) / sigma
+
+        self.signal = np.asarray(rows["raw_scaled"], dtype=np.float64)
+        self.outcome = scaled("realised_log")
+        self.forecast = scaled("predicted_log")
+        self.baseline = scaled("baseline_log")
+        self.session_code = cast("IntArray", pd.factorize(rows["date"])[0])
+        self.symbol_code = cast("IntArray", pd.factorize(rows["symbol"])[0])
+        self.n_sessions = int(self.session_code.max()) + 1 if len(rows) else 0
+
+    def by_symbol(self) -> list[IntArray]:
+        order = np.argsort(self.symbol_code, kind="stable")
+        borders = np.flatnonzero(np.diff(self.symbol_code[order])) + 1
+        return np.split(order, borders) if len(order) else []
+
+
+def judge(
+    record: pd.DataFrame,
+    *,
+    horizon_bars: int,
+    strategy_return: FloatArray,
+    benchmark_return: FloatArray,
+    summary: WalkForwardSummary | None = None,
+    n_trials: int = 1,
+    trial_returns: FloatArray | None = None,
+    config: GateConfig | None = None,
+) -> Verdict:
+    """Weigh the out-of-sample evidence.
+
+    Parameters
+    ----------
+    record
+        Walk-forward record (`validation.walk_forward.WalkForwardResult.record`) of one symbol, or of a panel
+        that is judged as a whole.
+    horizon_bars
+        Length of the labels.
+    strategy_return, benchmark_return
+        Simple returns per bar, after costs, of the decided positions and of the benchmark with the same
+        average exposure, on the same out-of-sample bars, (m,).
+    summary
+        Measures across folds, for the classic gates.
+    n_trials
+        Verdicts on these prices, this one counted; see `validation.overfitting.count_trials`.
+    trial_returns
+        Returns per bar of alternatives that were looked at, (m, k), for the probability of overfitting.
+    config
+        Limits.
+
+    Raises
+    ------
+    DataError
+        If the returns do not belong together or are not finite.
+    """
+    config = config or GateConfig()
+    strategy, benchmark = _checked(strategy_return, benchmark_return)
+    rows = _Rows(record)
+    evidence: dict[str, EvidenceValue] = {
+        "n_rows": len(rows.outcome),
+        "n_sessions": rows.n_sessions,
+        "n_independent": rows.n_sessions / horizon_bars,
+        **_forecast_evidence(rows, horizon_bars, config),
+        **_return_evidence(strategy, benchmark, horizon_bars, n_trials, config),
+        "pbo": None if trial_returns is None else probability_of_backtest_overfitting(trial_returns),
+        "walk_forward_efficiency": summary.efficiency if summary else None,
+    }
+    evidence["leak_alarm"] = leak_alarm(evidence, config)
+    missing = _missing_reasons(rows, evidence, config)
+    failed, held = _edge_reasons(evidence, config)
+    label: Label = "insufficient" if missing else "no-edge" if failed else "edge"
+    alarm = (_alarm_reason(evidence),) if evidence["leak_alarm"] else ()
+    return Verdict(
+        label=label,
+        reasons=(*alarm, *missing, *failed, *held),
+        evidence=evidence,
+        gates=classic_gates(evidence, config),
+    )
+
+
+def _skill_scores(rows: _Rows) -> FloatArray:
+    """Return per session how the signal, ranked among its past, went with the outcome, (n_sessions,)."""
+    products = np.zeros(len(rows.signal))
+    for own in rows.by_symbol():
+        outcome = np.clip(rows.outcome[own], -OUTCOME_LIMIT_SIGMA, OUTCOME_LIMIT_SIGMA)
+        if np.ptp(rows.signal[own]) > 0:
+            products[own] = rank_among_past(rows.signal[own]) * (outcome - outcome.mean())
+    return np.bincount(rows.session_code, weights=products, minlength=rows.n_sessions).astype(np.float64)
+
+
+def _forecast_evidence(rows: _Rows, horizon_bars: int, config: GateConfig) -> dict[str, EvidenceValue]:
+    scores = ic_by_session(rows.signal, rows.outcome, rows.session_code, rows.symbol_code)
+    p_ic = None
+    if len(scores):
+        p_ic = block_bootstrap_p_value(
+            _skill_scores(rows), horizon_bars, n_resamples=config.n_resamples, seed=config.seed
+        )
+    hits, base = hit_rate(rows.forecast, rows.outcome), share_up(rows.outcome)
+    n = len(rows.signal)
+    return {
+        "ic": mean_or_none(scores),
+        "p_ic": p_ic,
+        "direction_accuracy": hits,
+        "share_up": base,
+        "skill_over_zero": skill(rows.forecast, np.zeros(n), rows.outcome),
+        "skill_over_drift": skill(rows.forecast, _drift(rows, horizon_bars), rows.outcome),
+        "skill_over_mean": skill(rows.forecast, rows.baseline, rows.outcome),
+        "hits_over_always_up": None if hits is None or base is None else hits - base,
+        "calibration_slope": calibration_slope(rows.forecast, rows.outcome),
+        "signal_std": float(rows.signal.std()) if n else None,
+        "share_positive": float(np.mean(rows.signal > 0)) if n else None,
+    }
+
+
+def _drift(rows: _Rows, horizon_bars: int) -> FloatArray:
+    """Return the mean outcome per symbol over what was resolved at each row, 0 at first, (n,)."""
+    drift = np.zeros(len(rows.outcome))
+    for own in rows.by_symbol():
+        n_known = np.maximum(np.arange(len(own)) - horizon_bars + 1, 0)
+        total = np.concatenate([[0.0], np.cumsum(rows.outcome[own])])[n_known]
+        drift[own] = total / np.maximum(n_known, 1)
+    return drift
+
+
+def _return_evidence(
+    strategy: FloatArray, benchmark: FloatArray, horizon_bars: int, n_trials: int, config: GateConfig
+) -> dict[str, EvidenceValue]:
+    active = strategy - benchmark
+    p_return = block_bootstrap_p_value(
+        active, horizon_bars, n_resamples=config.n_resamples, seed=config.seed + 1
+    )
+    whole, apart = sharpe_moments(strategy), sharpe_moments(active)
+    return {
+        "active_return_annual": float(active.mean()) * config.periods_per_year if len(active) else None,
+        "p_return": p_return,
+        "n_trials": n_trials,
+        "deflated_sharpe": deflated_sharpe(whole, n_trials) if whole else None,
+        "deflated_sharpe_active": deflated_sharpe(apart, n_trials) if apart else None,
+        "minimum_track_record_bars": minimum_track_record_length(whole) if whole else None,
+    }
+
+
+def leak_alarm(evidence: Mapping[str, EvidenceValue], config: GateConfig) -> bool:
+    """Tell whether the evidence is too good: see the module's docstring."""
+    ic, hits, over = (evidence[name] for name in ("ic", "direction_accuracy", "hits_over_always_up"))
+    too_many = hits is not None and over is not None and hits > config.implausible_hits
+    return bool(
+        (ic is not None and ic > config.implausible_ic)
+        or (too_many and cast("float", over) > config.implausible_hits_minus_base)
+    )
+
+
+def _alarm_reason(evidence: Mapping[str, EvidenceValue]) -> str:
+    return (
+        f"LEAK ALARM: IC {_text(evidence['ic'])}, hit rate {_text(evidence['direction_accuracy'])}: prices "
+        "do not give this much away; look for a feature that knows the future before believing any of it"
+    )
+
+
+def _missing_reasons(
+    rows: _Rows, evidence: Mapping[str, EvidenceValue], config: GateConfig
+) -> tuple[str, ...]:
+    reasons = []
+    independent = cast("float", evidence["n_independent"])
+    if rows.n_sessions < config.min_sessions or independent < config.min_independent:
+        reasons.append(
+            f"{rows.n_sessions} out-of-sample sessions, {independent:.0f} of them independent: at least "
+            f"{config.min_sessions} and {config.min_independent:.0f} are needed to tell"
+        )
+    unmoved = float(np.mean(rows.outcome == 0)) if len(rows.outcome) else 0.0
+    if unmoved > config.max_unmoved:
+        reasons.append(f"the price did not move in {unmoved:.0%} of the forecast windows: constant prices")
+    return tuple(reasons)
+
+
+def _edge_reasons(
+    evidence: Mapping[str, EvidenceValue], config: GateConfig
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return what speaks against an edge and what speaks for it, in words."""
+    p_ic, p_return, gained = (evidence[name] for name in ("p_ic", "p_return", "skill_over_mean"))
+    annual = evidence["active_return_annual"]
+    checks = (
+        (
+            p_ic is not None and p_ic <= config.max_p_ic,
+            f"IC {_text(evidence['ic'])} out of sample, p {_text(p_ic)} (at most {config.max_p_ic})"
+            if p_ic is not None
+            else "the signal does not vary, or varies too little to be tested",
+        ),
+        (
+            p_return is not None and p_return <= config.max_p_return,
+            f"{_text(annual)} a year over the benchmark of equal exposure, p {_text(p_return)} "
+            f"(at most {config.max_p_return})"
+            if p_return is not None
+            else "the positions do not differ from the benchmark of equal exposure",
+        ),
+        (
+            gained is not None and gained > 0,
+            f"squared error {_text(gained)} below that of the drift forecast (must be above 0)",
+        ),
+    )
+    failed = tuple(text for holds, text in checks if not holds)
+    return failed, tuple(text for holds, text in checks if holds)
+
+
+def classic_gates(evidence: Mapping[str, EvidenceValue], config: GateConfig) -> tuple[Gate, ...]:
+    """Return the classic gates, which are shown and decide nothing; an undefined value fails."""
+    efficiency, hits, spread = config.min_efficiency, config.min_hits, config.min_signal_std
+    low, high, endless = config.positive_low, config.positive_high, float("inf")
+    limits = (
+        ("walk-forward efficiency", "walk_forward_efficiency", efficiency, endless, f"> {efficiency:.0%}"),
+        ("direction accuracy", "direction_accuracy", hits, endless, f"> {hits:.0%}"),
+        ("signal std", "signal_std", spread, endless, f"> {spread}"),
+        ("share positive", "share_positive", low, high, f"{low:.0%} to {high:.0%}"),
+    )
+    gates = []
+    for name, key, above, below, threshold in limits:
+        value = evidence[key]
+        passed = value is not None and above < value < below
+        gates.append(Gate(name=name, value=value, threshold=threshold, passed=passed))
+    return tuple(gates)
+
+
+def _text(value: EvidenceValue) -> str:
+    return "undefined" if value is None else f"{value:.3g}"
+
+
+def _checked(strategy: FloatArray, benchmark: FloatArray) -> tuple[FloatArray, FloatArray]:
+    arrays = np.asarray(strategy, dtype=np.float64), np.asarray(benchmark, dtype=np.float64)
+    if arrays[0].shape != arrays[1].shape or arrays[0].ndim != 1:
+        raise DataError(f"strategy and benchmark returns have shapes {arrays[0].shape} and {arrays[1].shape}")
+    if not (np.isfinite(arrays[0]).all() and np.isfinite(arrays[1]).all()):
+        raise DataError("strategy or benchmark returns are not finite: pass the out-of-sample bars only")
+    return arrays
