@@ -1,8 +1,8 @@
 """Figures of merit, each with its unit, each honest about not being defined.
 
 Every function is pure and returns a `Measured`: a finite value, or None with the reason. Arrays are (n,)
-float64; returns are simple, one per bar, and must be finite: NaN raises `DataError` and does not vanish in a mean.
-Only forecasts may hold NaN, where there was none; such rows are left out. The risk-free rate is zero.
+float64; returns are simple, one per bar, and must be finite: NaN raises `DataError`. Only forecasts may hold
+NaN, where there was none; such rows are left out. The risk-free rate is zero.
 
 References
 ----------
