@@ -149,7 +149,7 @@ class PredictionService:
 
     def _model(self, symbol: str, model_id: str | None) -> ServedModel:
         model = self._registry.get(symbol)
-        if model_id is not None and model_id != model.meta.id:
+        if model_id and model_id != model.meta.id:
             other = self._registry.find(model_id)
             raise UsageError(f"modelId {other.id} is a model of {other.symbol}, and symbol is {symbol}")
         return model

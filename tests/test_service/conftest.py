@@ -1,0 +1,212 @@
+"""A service over a fake forecaster and fake prices, so that these tests train nothing."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from inference.load_gbm_models import SCHEMA_VERSION, GBMBundle
+from service.api import Services, create_api
+from service.model_registry import ModelRegistry, ServedModel, model_meta
+from service.prediction_service import PredictionService
+from utils.errors import ModelMissingError, UnknownSymbolError
+
+HORIZON = 5
+FIRST_FORECAST = 120
+
+
+def metadata_of(symbol: str = "AAPL", version: str = "v1", **changes: object) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model_id": f"{symbol}-gbm",
+        "model_version": version,
+        "symbol": symbol,
+        "created_at": "2026-11-20T10:00:00+00:00",
+        "horizon_bars": HORIZON,
+        "source": "fake",
+        "data_hash": "0" * 64,
+        "trained_through": "2007-01-05",
+        "out_of_sample_from": "2005-06-24",
+        "feature_set_hash": "abc123",
+        "verdict": {
+            "label": "no-edge",
+            "reasons": ["the IC may be luck"],
+            "evidence": {"ic": 0.01, "p": None},
+        },
+        "metrics": {
+            "cumulativeReturn": 0.1,
+            "sharpeRatio": 0.4,
+            "maxDrawdown": -0.2,
+            "winRate": 0.5,
+            "averageTradeProfit": 3.0,
+            "totalTrades": 12,
+            "directionalAccuracy": 0.51,
+            "correlation": 0.02,
+        },
+        **changes,
+    }
+
+
+@dataclass(frozen=True)
+class FakeForecaster:
+    """Forecasts by the mean return of the last 20 bars; causal, and NaN at first."""
+
+    horizon_bars: int = HORIZON
+    gaps: tuple[int, ...] = ()
+
+    def forecast(self, bars: pd.DataFrame) -> pd.DataFrame:
+        log_return = np.log(bars["Close"]).diff()
+        mean = log_return.rolling(20).mean() * self.horizon_bars
+        sigma = log_return.rolling(20).std() * np.sqrt(self.horizon_bars)
+        frame = pd.DataFrame({"expected_log": mean, "sigma_log": sigma, "baseline_log": 0.001})
+        frame.iloc[:FIRST_FORECAST] = np.nan
+        frame.iloc[list(self.gaps)] = np.nan
+        frame["lower_z"], frame["upper_z"] = -1.28, 1.28
+        frame["expected_return"] = np.expm1(frame["expected_log"])
+        frame["baseline_return"] = np.expm1(frame["baseline_log"])
+        frame["sigma"] = frame["sigma_log"]
+        frame["lower"] = np.expm1(frame["expected_log"] - 1.28 * frame["sigma_log"])
+        frame["upper"] = np.expm1(frame["expected_log"] + 1.28 * frame["sigma_log"])
+        known = frame["expected_log"].notna()
+        frame["prob_up"] = (0.5 + 4 * frame["expected_log"]).clip(0.05, 0.95).where(known)
+        frame["p_win"], frame["payoff_ratio"], frame["skill_lower"] = 0.55, 1.1, 0.5
+        frame["is_out_of_sample"] = known
+        return frame
+
+
+def bundle_of(symbol: str = "AAPL", version: str = "v1", **changes: object) -> GBMBundle:
+    record = pd.DataFrame({"predicted_log": [0.01, -0.01, 0.02], "realised_log": [0.02, -0.04, np.nan]})
+    return GBMBundle(
+        symbol=symbol,
+        horizon_bars=HORIZON,
+        ensemble=None,  # type: ignore[arg-type]
+        record=record,
+        metadata=metadata_of(symbol, version, **changes),
+        importance={},
+        hyperparameters={},
+    )
+
+
+def served(
+    symbol: str = "AAPL", *, forecaster: FakeForecaster | None = None, **changes: object
+) -> ServedModel:
+    bundle = bundle_of(symbol, **changes)
+    return ServedModel(
+        meta=model_meta(bundle.metadata),
+        bundle=bundle,
+        forecaster=forecaster or FakeForecaster(),
+        folder=Path("v1"),
+        warnings=(),
+    )
+
+
+class FakeRegistry(ModelRegistry):
+    def __init__(self, *models: ServedModel) -> None:
+        self.models = {model.meta.symbol: model for model in models}
+
+    def list(self) -> tuple[Any, ...]:
+        return tuple(model.meta for model in self.models.values())
+
+    def get(self, symbol: str) -> ServedModel:
+        if symbol not in self.models:
+            raise ModelMissingError(f"no model for {symbol}: run `python -m training.train_gbm {symbol}`")
+        return self.models[symbol]
+
+
+@dataclass
+class FakeSource:
+    """Prices by symbol in Yahoo's columns; an exception in their place is raised."""
+
+    answers: dict[str, Any]
+    name: str = "fake"
+    is_live: bool = False
+    asked: list[str] = field(default_factory=list)
+
+    def fetch(self, symbol: str, *, start: date | None = None) -> pd.DataFrame:
+        self.asked.append(symbol)
+        if symbol not in self.answers:
+            raise UnknownSymbolError(f"fake does not know {symbol}")
+        answer = self.answers[symbol]
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer.assign(**{"Adj Close": answer["Close"]})
+
+
+@pytest.fixture(scope="session")
+def bars(make_bars: Callable[..., pd.DataFrame]) -> pd.DataFrame:
+    return make_bars(n=500, seed=3, start="2005-01-03")
+
+
+@pytest.fixture
+def source(bars: pd.DataFrame) -> FakeSource:
+    return FakeSource({"AAPL": bars, "MSFT": bars})
+
+
+@pytest.fixture
+def registry() -> FakeRegistry:
+    return FakeRegistry(served("AAPL"))
+
+
+@pytest.fixture
+def predictions(registry: FakeRegistry, source: FakeSource) -> PredictionService:
+    return PredictionService(registry=registry, source=source, cache=None)
+
+
+@pytest.fixture
+def starts() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def api(registry: FakeRegistry, predictions: PredictionService, starts: list[str]) -> FastAPI:
+    return create_api(
+        Services(
+            registry=registry,
+            predictions=predictions,
+            source_name="fake",
+            origins=("http://localhost:3000", "http://127.0.0.1:3000"),
+            on_start=lambda: starts.append("started"),
+        )
+    )
+
+
+@pytest.fixture
+def client(api: FastAPI) -> Iterator[TestClient]:
+    with TestClient(api) as running:
+        yield running
+
+
+@pytest.fixture
+def save_version(tmp_path: Path) -> Callable[..., Path]:
+    """Return a writer of versions that hold metadata and a manifest, and no model."""
+
+    def save(symbol: str = "AAPL", version: str = "v1", **changes: object) -> Path:
+        folder = tmp_path / "models" / symbol / "versions" / version
+        folder.mkdir(parents=True)
+        document = json.dumps(metadata_of(symbol, version, **changes)).encode()
+        (folder / "training_metadata.json").write_bytes(document)
+        manifest = {
+            "schema_version": SCHEMA_VERSION,
+            "model_version": version,
+            "files": {"training_metadata.json": hashlib.sha256(document).hexdigest()},
+            "libraries": {},
+            "data_hash": "0" * 64,
+            "golden_inputs": [],
+            "golden_outputs": [],
+        }
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        link = folder.parents[1] / "gbm"
+        link.unlink(missing_ok=True)
+        link.symlink_to(Path("versions") / version)
+        return folder
+
+    return save
