@@ -1,0 +1,170 @@
+"""Deflated Sharpe, PBO, track record and trial counting: published figures and independent formulas."""
+
+import json
+from dataclasses import replace
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from utils.errors import InsufficientDataError, StorageError, UsageError
+from validation.overfitting import (
+    Run,
+    SharpeMoments,
+    count_trials,
+    deflated_sharpe,
+    expected_maximum_sharpe,
+    minimum_track_record_length,
+    probabilistic_sharpe,
+    probability_of_backtest_overfitting,
+    record_run,
+    sharpe_moments,
+)
+
+
+def test_the_deflated_sharpe_of_the_paper():
+    # Bailey, Lopez de Prado (2014), the numerical example: 5 years of daily returns, annual Sharpe 2.5,
+    # skewness -3, kurtosis 10, 100 trials whose annual Sharpe ratios have variance 1/2.
+    moments = SharpeMoments(sharpe=2.5 / np.sqrt(250), skew=-3.0, kurtosis=10.0, n=1250)
+    assert expected_maximum_sharpe(100, 0.5 / 250) == pytest.approx(0.1132, abs=5e-5)
+    assert deflated_sharpe(moments, 100, 0.5 / 250) == pytest.approx(0.9004, abs=5e-5)
+    # "Had the investor made only 46 trials, it would have been 0.9505."
+    assert deflated_sharpe(moments, 46, 0.5 / 250) == pytest.approx(0.9505, abs=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("per_year", "skew", "kurtosis", "years"),
+    [(250, 0.0, 3.0, 2.73), (52, 0.0, 3.0, 2.83), (12, 0.0, 3.0, 3.24), (12, -0.72, 5.78, 4.99)],
+)
+def test_the_minimum_track_record_of_the_paper(per_year, skew, kurtosis, years):
+    # Bailey, Lopez de Prado (2012): annual Sharpe 2 shown to exceed 1 with 95 % confidence.
+    moments = SharpeMoments(sharpe=2 / np.sqrt(per_year), skew=skew, kurtosis=kurtosis, n=1000)
+    bars = minimum_track_record_length(moments, 1 / np.sqrt(per_year))
+    assert bars / per_year == pytest.approx(years, abs=0.006)
+
+
+def test_the_best_of_fifty_coin_flips_over_five_years():
+    # docs: about 1.0 a year is what the best of 50 strategies without skill shows over 5 years.
+    assert expected_maximum_sharpe(50, 1 / 5) == pytest.approx(1.0, abs=0.05)
+    assert expected_maximum_sharpe(1, 1.0) == 0.0
+    with pytest.raises(UsageError, match="n_trials is 0"):
+        expected_maximum_sharpe(0, 1.0)
+
+
+def test_the_expected_maximum_agrees_with_simulation():
+    rng = np.random.default_rng(0)
+    for n_trials in (5, 20, 200):
+        simulated = rng.normal(size=(20_000, n_trials)).max(axis=1).mean()
+        assert expected_maximum_sharpe(n_trials, 1.0) == pytest.approx(simulated, rel=0.04)
+
+
+def test_moments_and_the_probabilistic_sharpe_agree_with_scipy():
+    returns = np.random.default_rng(1).standard_t(5, 800) * 0.01 + 0.0005
+    moments = sharpe_moments(returns)
+    sharpe = returns.mean() / returns.std(ddof=1)
+    assert moments.sharpe == pytest.approx(sharpe)
+    error = np.sqrt(
+        (1 - stats.skew(returns) * sharpe + (stats.kurtosis(returns) + 2) / 4 * sharpe**2)
+        / (len(returns) - 1)
+    )
+    assert probabilistic_sharpe(moments) == pytest.approx(stats.norm.cdf(sharpe / error))
+    assert deflated_sharpe(moments, 1) == probabilistic_sharpe(moments)
+    assert sharpe_moments(np.full(100, 0.01)) is None
+    assert sharpe_moments(returns[:10]) is None
+
+
+def test_the_track_record_is_where_the_probability_reaches_the_confidence():
+    moments = SharpeMoments(sharpe=0.06, skew=-0.5, kurtosis=6.0, n=100)
+    bars = minimum_track_record_length(moments)
+    assert probabilistic_sharpe(replace(moments, n=round(bars))) == pytest.approx(0.95, abs=1e-3)
+    assert minimum_track_record_length(replace(moments, sharpe=-0.01)) is None
+
+
+@settings(deadline=None, max_examples=50)
+@given(sharpe=st.floats(0.0, 0.2), trials=st.integers(1, 500), more=st.integers(1, 500))
+def test_more_trials_deflate_more(sharpe, trials, more):
+    moments = SharpeMoments(sharpe=sharpe, skew=0.0, kurtosis=4.0, n=1000)
+    assert deflated_sharpe(moments, trials + more) < deflated_sharpe(moments, trials)
+
+
+def naive_pbo(returns, n_blocks):
+    """The definition, written out slowly."""
+    blocks = np.array_split(np.arange(len(returns)), n_blocks)
+    below = []
+    for half in combinations(range(n_blocks), n_blocks // 2):
+        inside = np.concatenate([blocks[i] for i in half])
+        outside = np.setdiff1d(np.arange(len(returns)), inside)
+        chosen = np.argmax(returns[inside].mean(axis=0) / returns[inside].std(axis=0))
+        scores = returns[outside].mean(axis=0) / returns[outside].std(axis=0)
+        rank = stats.rankdata(scores)[chosen] / (returns.shape[1] + 1)
+        below.append(1.0 if rank < 0.5 else 0.5 if rank == 0.5 else 0.0)
+    return np.mean(below)
+
+
+@pytest.mark.parametrize("n_trials", [2, 5, 12])
+def test_pbo_agrees_with_its_definition(n_trials):
+    returns = np.random.default_rng(n_trials).normal(0.0002, 0.01, size=(400, n_trials))
+    assert probability_of_backtest_overfitting(returns, 8) == pytest.approx(naive_pbo(returns, 8))
+
+
+def test_pbo_tells_luck_from_skill():
+    rng = np.random.default_rng(2)
+    noise = rng.normal(0.0, 0.01, size=(40, 1000, 20))
+    of_noise = np.mean([probability_of_backtest_overfitting(trials) for trials in noise])
+    assert of_noise == pytest.approx(0.5, abs=0.12)
+    skilled = noise[0].copy()
+    skilled[:, 7] += 0.003
+    assert probability_of_backtest_overfitting(skilled) < 0.02
+    assert probability_of_backtest_overfitting(np.repeat(noise[0][:, :1], 3, axis=1)) == 0.5
+
+
+def test_a_trial_that_was_fitted_to_half_of_the_time_is_refused():
+    rng = np.random.default_rng(3)
+    # Each trial was lucky in one block and pays for it in the others: choosing does harm.
+    returns = rng.normal(0.0, 0.01, size=(1000, 10)) - 0.002
+    for trial in range(10):
+        returns[trial * 100 : (trial + 1) * 100, trial] += 0.018
+    assert probability_of_backtest_overfitting(returns) > 0.9
+
+
+def test_impossible_pbo_is_refused():
+    returns = np.random.default_rng(0).normal(size=(100, 3))
+    with pytest.raises(UsageError, match="even"):
+        probability_of_backtest_overfitting(returns, 7)
+    with pytest.raises(InsufficientDataError, match="2 trials"):
+        probability_of_backtest_overfitting(returns[:, :1])
+    with pytest.raises(InsufficientDataError, match="20 bars"):
+        probability_of_backtest_overfitting(returns[:12])
+
+
+RUN = Run(symbol="AAPL", first_session="2000-01-03", last_session="2013-01-02", fingerprint="a")
+
+
+def test_trials_are_counted_per_symbol_and_window(tmp_path):
+    path = tmp_path / "logs" / "trials.jsonl"
+    assert count_trials(path, RUN) == 1
+    record_run(path, RUN)
+    record_run(path, RUN)
+    assert count_trials(path, RUN) == 1, "repeating a run is no further trial"
+    record_run(path, replace(RUN, fingerprint="b", n_trials=3))
+    record_run(path, replace(RUN, fingerprint="c", symbol="MSFT"))
+    record_run(path, replace(RUN, fingerprint="d", first_session="2014-01-02", last_session="2020-01-02"))
+    assert count_trials(path, RUN) == 4
+    assert count_trials(path, replace(RUN, fingerprint="new")) == 5
+
+
+def test_a_torn_line_does_not_stop_the_count(tmp_path):
+    path = tmp_path / "trials.jsonl"
+    record_run(path, replace(RUN, fingerprint="b"))
+    with path.open("ab") as file:
+        file.write(b'{"symbol": "AA\xff\n[1]\n' + json.dumps({"symbol": "AAPL"}).encode() + b"\n")
+    record_run(path, replace(RUN, fingerprint="c"))
+    assert count_trials(path, RUN) == 3
+
+
+def test_a_log_that_cannot_be_written_is_told(tmp_path):
+    with pytest.raises(StorageError, match="log of trials"):
+        record_run(tmp_path, RUN)
