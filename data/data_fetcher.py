@@ -17,15 +17,14 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import pandas as pd
 
-from data.calendars import SessionCalendar, calendar_for
+from data.calendars import SessionCalendar, calendar_for, fit_sessions, settled_rows
 from data.schema import (
     RAW_COLUMNS,
     Bars,
+    BarsReport,
     Provenance,
-    check_sessions,
     clean_bars,
     normalise_symbol,
-    settled_rows,
 )
 from utils.errors import DataError, UnknownSymbolError, UsageError
 
@@ -143,20 +142,8 @@ def _to_bars(
     settled = settled_rows(answer.raw, last_closed)
     if settled.empty:
         raise DataError(f"{symbol}: {source_name} has no session that had closed by {now:%Y-%m-%d %H:%M} UTC")
-    try:
-        frame, report = clean_bars(settled)
-        off_calendar = calendar.off_calendar(pd.DatetimeIndex(frame.index))
-        frame = frame.drop(index=off_calendar) if len(off_calendar) else frame
-        report = replace(
-            report,
-            rows=len(frame),
-            unfinished_dropped=len(answer.raw) - len(settled),
-            off_calendar=len(off_calendar),
-            missing_sessions=len(calendar.missing(pd.DatetimeIndex(frame.index))),
-        )
-        check_sessions(report)
-    except DataError as error:
-        raise type(error)(f"{symbol} from {source_name}: {error}") from error
+    frame, report = check_answer(symbol, settled, source_name, calendar)
+    report = replace(report, unfinished_dropped=len(answer.raw) - len(settled))
     for problem in report.problems():
         logger.info("%s from %s: %s", symbol, source_name, problem)
     last = pd.Timestamp(frame.index[-1])
@@ -171,6 +158,22 @@ def _to_bars(
         ),
         report=report,
     )
+
+
+def check_answer(
+    symbol: str, raw: pd.DataFrame, source_name: str, calendar: SessionCalendar
+) -> tuple[pd.DataFrame, BarsReport]:
+    """Return the bars in a raw table of closed sessions, and what was found in it.
+
+    Raises
+    ------
+    DataError
+        If the table cannot be used; the message names symbol and source.
+    """
+    try:
+        return fit_sessions(*clean_bars(raw), calendar)
+    except DataError as error:
+        raise type(error)(f"{symbol} from {source_name}: {error}") from error
 
 
 def make_source(spec: str) -> BarSource:

@@ -1,4 +1,4 @@
-"""What a table of bars is: its columns, its repair, its verdict, its hash.
+"""What a table of bars is: its columns, its repair, its hash, its form on disk.
 
 Raw tables come in Yahoo's convention (``Open High Low Close`` adjusted for splits, ``Adj Close`` for
 splits and dividends, ``Volume`` split-adjusted). :func:`clean_bars` turns them into the bars that every
@@ -6,20 +6,25 @@ other room reads, counts what it mended, and refuses what it cannot mend.
 """
 
 import hashlib
+import json
 import re
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import date, datetime
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
 
 from utils.errors import DataError, InsufficientDataError, InvalidSymbolError
 
 Column = NDArray[np.float64]
+SCHEMA_VERSION = 1
 BAR_COLUMNS = ("Open", "High", "Low", "Close", "Volume")
 RAW_COLUMNS = ("Open", "High", "Low", "Close", "Adj Close", "Volume")
-_PRICES = ("Open", "High", "Low", "Close", "Adj Close")
+PRICE_COLUMNS = ("Open", "High", "Low", "Close", "Adj Close")
 
 _SYMBOL = re.compile(r"\^?[A-Z0-9][A-Z0-9.=-]{0,14}")
 # People write BRK.B, Yahoo BRK-B; the other one-letter suffixes are exchanges (.L, .T, .F).
@@ -29,16 +34,13 @@ _LONGEST_RAW = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QualityLimits:
-    """How much may be wrong with a table of bars before it is refused; all are fractions of its rows.
+    """How much may be wrong with a table of bars before it is refused.
 
     Attributes
     ----------
-    rejected
-        Rows with a price that cannot be (not positive, high below low, close outside the range).
-    interior_nan
-        Rows without a price before the last good row.
-    missing_sessions, off_calendar
-        Sessions of the exchange without a row; rows on days when the exchange was closed.
+    rejected, interior_nan, missing_sessions, off_calendar
+        Largest share of rows with impossible prices, without prices before the last good row, of sessions
+        without a row, and of rows on days without a session.
     close_tolerance, open_tolerance
         Relative excess of close or open over the day's range that is mended by widening the range: vendors
         round each column by itself, and quote currencies' opens from the day before.
@@ -54,27 +56,10 @@ class QualityLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BarsReport:
-    """What was found in a raw table, in rows.
+    """What was found in a raw table, in rows; :meth:`problems` says what each count means.
 
-    Attributes
-    ----------
-    raw_rows, rows
-        Rows that came, rows that are left.
-    nan_tail_dropped
-        Rows without prices at the end (a vendor's placeholder for today).
-    unfinished_dropped
-        Rows of sessions that had not closed at the time of asking.
-    interior_nan, duplicates, unsorted, rejected_rows, range_mended
-        Rows dropped for a NaN price, dropped as doubles (the last one stays), out of order, dropped for an
-        impossible price, and with the day's range widened to hold open and close.
-    volume_missing, zero_volume_rows
-        Volumes that were NaN (now 0), and rows whose volume is 0.
-    moves_over_50pct
-        Rows whose close moved by more than half against the row before: sometimes real, often a split that
-        nobody adjusted for.
-    missing_sessions, off_calendar
-        Sessions without a row, and rows dropped because they lay on closed days; both are filled in by the
-        fetcher, which knows the symbol and so its exchange.
+    ``raw_rows`` came and ``rows`` are left. The last two counts need the exchange's calendar; see
+    ``data.calendars.fit_sessions``.
     """
 
     raw_rows: int = 0
@@ -238,18 +223,19 @@ def _as_numbers(raw: pd.DataFrame) -> pd.DataFrame:
         table = raw.loc[:, list(RAW_COLUMNS)].astype(np.float64)
     except (TypeError, ValueError) as error:
         raise DataError(f"bars hold something that is not a number: {error}") from error
-    table.index = _dates(raw)
+    table.index = bar_dates(raw)
     return table
 
 
-def _dates(table: pd.DataFrame) -> pd.DatetimeIndex:
+def bar_dates(table: pd.DataFrame) -> pd.DatetimeIndex:
+    """Return the index as tz-naive dates; a zone is dropped, the local date stays."""
     index = pd.DatetimeIndex(table.index)
     index = index.tz_localize(None) if index.tz is not None else index
     return index.normalize().as_unit("us").rename("date")
 
 
 def _order(table: pd.DataFrame, report: BarsReport) -> tuple[pd.DataFrame, BarsReport]:
-    dates = _dates(table)
+    dates = bar_dates(table)
     unsorted = int((np.diff(dates.asi8) < 0).sum())
     if unsorted or not dates.is_unique:
         # Of two rows for one session the later wins, unless it has no price.
@@ -261,29 +247,16 @@ def _order(table: pd.DataFrame, report: BarsReport) -> tuple[pd.DataFrame, BarsR
     return table, replace(report, unsorted=unsorted, duplicates=int(doubled.sum()))
 
 
-def settled_rows(raw: pd.DataFrame, last_closed: pd.Timestamp) -> pd.DataFrame:
-    """Return the raw rows of sessions that had closed.
-
-    Parameters
-    ----------
-    raw
-        A raw table, its index maybe with a zone.
-    last_closed
-        The exchange's last closed session, tz-naive.
-    """
-    return raw.loc[_dates(raw) <= last_closed]
-
-
 def _drop_missing(
     table: pd.DataFrame, report: BarsReport, limits: QualityLimits
 ) -> tuple[pd.DataFrame, BarsReport]:
-    missing = np.asarray(table.loc[:, list(_PRICES)].isna().any(axis=1))
+    missing = np.asarray(table.loc[:, list(PRICE_COLUMNS)].isna().any(axis=1))
     if not missing.any():
         return table, report
     good = np.flatnonzero(~missing)
     end = int(good[-1]) + 1 if len(good) else 0
     interior = int(missing[:end].sum())
-    _refuse_above(interior, end, limits.interior_nan, "rows have no price")
+    refuse_above(interior, end, limits.interior_nan, "rows have no price")
     report = replace(report, nan_tail_dropped=len(table) - end, interior_nan=interior)
     return table.loc[~missing], report
 
@@ -300,7 +273,7 @@ def _drop_impossible(
     bad |= (high < low) | _outside(close, low, high, limits.close_tolerance * np.abs(close))
     bad |= _outside(open_, low, high, limits.open_tolerance * np.abs(close))
     rejected = int(bad.sum())
-    _refuse_above(rejected, len(table), limits.rejected, "rows have impossible prices")
+    refuse_above(rejected, len(table), limits.rejected, "rows have impossible prices")
     top, bottom = np.maximum(open_, close), np.minimum(open_, close)
     outside = ~bad & ((top > high) | (bottom < low))
     if outside.any():
@@ -320,27 +293,13 @@ def _outside(
     return (price > high + slack) | (price < low - slack)
 
 
-def _refuse_above(count: int, total: int, limit: float, words: str) -> None:
+def refuse_above(count: int, total: int, limit: float, words: str) -> None:
+    """Raise a ``DataError`` when ``count`` is more than the share ``limit`` of ``total`` rows."""
     if total and count > limit * total:
         raise DataError(
             f"{count} of {total} {words} ({count / total:.1%}, at most {limit:.0%} is mended): "
             "check the source, or refresh the cache"
         )
-
-
-def check_sessions(report: BarsReport, limits: QualityLimits | None = None) -> None:
-    """Refuse a table that does not fit its exchange's calendar.
-
-    Raises
-    ------
-    DataError
-        If too many sessions are missing, or too many rows lie on closed days (as dates of a wrong zone do).
-    """
-    limits = limits or QualityLimits()
-    expected = report.rows + report.missing_sessions
-    _refuse_above(report.missing_sessions, expected, limits.missing_sessions, "sessions are missing")
-    came = report.rows + report.off_calendar
-    _refuse_above(report.off_calendar, came, limits.off_calendar, "rows lie on closed days")
 
 
 def _adjust(table: pd.DataFrame) -> pd.DataFrame:
@@ -360,6 +319,69 @@ def bars_hash(frame: pd.DataFrame) -> str:
     digest.update(pd.DatetimeIndex(frame.index).as_unit("s").asi8.astype("<i8").tobytes())
     digest.update(np.ascontiguousarray(frame, dtype="<f8").tobytes())
     return digest.hexdigest()
+
+
+class TableMeta(BaseModel):
+    """What lies beside a table on disk; ``rows``, ``file`` and ``sha256`` are filled in when it is stored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int = SCHEMA_VERSION
+    symbol: str
+    source: str
+    last_session: date
+    fetched_at: datetime
+    revision: str | None = None
+    bars_hash: str | None = None
+    feature_set_hash: str | None = None
+    target_horizon_bars: int | None = None
+    rows: int = 0
+    file: str = Field(default="", pattern=r"^(bars|features)-[0-9a-f]{16}\.parquet$")
+    sha256: str = ""
+
+
+class CorruptTableError(DataError):
+    """A cached file is not the one that was written."""
+
+
+def seal(meta: TableMeta) -> bytes:
+    """Return the description of a table as JSON that begins with its own sha256."""
+    return _sealed(json.dumps(meta.model_dump(mode="json"), sort_keys=True).encode())
+
+
+def unseal(sealed: bytes) -> TableMeta | None:
+    """Return the description that :func:`seal` wrote, None for another schema version.
+
+    Raises
+    ------
+    CorruptTableError
+        If a byte of it is not what was written.
+    """
+    text = sealed[len('{"sha256": "", "meta": ') + 64 : -1]
+    if sealed != _sealed(text):
+        raise CorruptTableError("the description of a table is not what was written")
+    meta = json.loads(text)
+    return TableMeta.model_validate(meta) if meta["schema_version"] == SCHEMA_VERSION else None
+
+
+def _sealed(text: bytes) -> bytes:
+    return b'{"sha256": "%b", "meta": %b}' % (hashlib.sha256(text).hexdigest().encode(), text)
+
+
+def encode_table(frame: pd.DataFrame) -> bytes:
+    """Return a table of numbers over dates as a Parquet file with page checksums."""
+    dates = pd.DatetimeIndex(frame.index).as_unit("us").to_numpy()
+    columns = {str(name): np.asarray(frame[name], dtype=np.float64) for name in frame.columns}
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"date": dates, **columns}), sink, write_page_checksum=True)
+    return bytes(sink.getvalue())
+
+
+def decode_table(content: bytes) -> pd.DataFrame:
+    """Return the table that :func:`encode_table` wrote, after checking its pages."""
+    table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
+    columns = {name: table[name].to_numpy() for name in table.column_names if name != "date"}
+    return pd.DataFrame(columns, index=pd.DatetimeIndex(table["date"].to_numpy(), name="date"))
 
 
 def check_enough(frame: pd.DataFrame, needed_bars: int, purpose: str) -> None:

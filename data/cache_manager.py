@@ -1,0 +1,400 @@
+"""Prices and features on disk: checked to the last byte, extended by new sessions, safe for many processes.
+
+::
+
+    python -m data.cache_manager info AAPL
+    python -m data.cache_manager refresh AAPL MSFT --source yahoo
+    python -m data.cache_manager clear AAPL
+
+A table is a Parquet file named by its content, and a small JSON file that points to it and holds its sha256.
+The JSON is replaced atomically once the table is on disk: a reader sees the old pair or the new one. A file
+that is not what was written is moved aside and fetched again, never read.
+"""
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from data.calendars import calendar_for, join_raw, priced_rows, settled_rows
+from data.data_fetcher import BarSource, RawAnswer, RevisionedSource, check_answer, make_source
+from data.schema import (
+    CorruptTableError,
+    TableMeta,
+    decode_table,
+    encode_table,
+    normalise_symbol,
+    seal,
+    unseal,
+)
+from utils.errors import (
+    AIStocksError,
+    DataError,
+    LockedError,
+    StorageError,
+    UnknownSymbolError,
+    UpstreamError,
+)
+from utils.logs import configure_logging
+from utils.model_paths import symbol_dir
+from utils.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["bars", "features"]
+_MOST_REMEMBERED = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachePolicy:
+    """When a cached table is enough, and when an answer may extend or replace it.
+
+    Attributes
+    ----------
+    overlap_bars, price_tolerance
+        How many cached sessions are fetched again, and how far (relative) prices may differ: adjusted prices
+        wobble in the seventh digit, the smallest dividends move them by more.
+    ask_again_after, remember_failure_s
+        A live source that had nothing newer is left alone so long, unless a session closed meanwhile; and one
+        that failed for the symbol.
+    keep_share
+        A whole answer must hold this share of the cached sessions, and the last one, to replace them.
+    lock_timeout_s
+        How long to wait for another request for the same symbol.
+    """
+
+    overlap_bars: int = 10
+    price_tolerance: float = 1e-5
+    ask_again_after: timedelta = timedelta(minutes=15)
+    remember_failure_s: float = 30.0
+    keep_share: float = 0.99
+    lock_timeout_s: float = 180.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachedTable:
+    """A table that passed its checks, with what lies beside it."""
+
+    frame: pd.DataFrame
+    meta: TableMeta
+
+    def answer(self, failure: str | None = None) -> RawAnswer:
+        """Return the table as a source's answer."""
+        return RawAnswer(raw=self.frame, fetched_at=self.meta.fetched_at, failure=failure)
+
+
+class BarCache:
+    """Raw prices and engineered features by source and symbol.
+
+    Parameters
+    ----------
+    root
+        Folder of the cache; made when first written to.
+    policy
+        Thresholds.
+    """
+
+    def __init__(self, root: Path, policy: CachePolicy | None = None) -> None:
+        self._root = root
+        self._policy = policy or CachePolicy()
+        # How this process's last flight for (source, symbol) ended: the monotonic time, and its error.
+        self._flights: dict[tuple[str, str], tuple[float, UpstreamError | None]] = {}
+
+    def read_through(
+        self, symbol: str, source: BarSource, *, now: datetime, force_refresh: bool = False
+    ) -> RawAnswer:
+        """Return the cached raw table, asking ``source`` when it may know more.
+
+        One flight per symbol: who waits for the lock reads what the holder fetched, or hears how it failed.
+
+        Raises
+        ------
+        UpstreamError, DataError
+            If the source fails or what it says cannot be used; beside a cache, the answer says so instead.
+        """
+        asked = time.monotonic()
+        if not force_refresh:
+            try:
+                cached = self.load("bars", symbol, source.name)
+            except CorruptTableError:
+                cached = None  # seen to below, under the lock
+            if cached is not None and self._is_fresh(cached.meta, source, now):
+                return cached.answer()
+        with self.locked(symbol, source.name):
+            cached = self.recover("bars", symbol, source.name)
+            ended, error = self._flights.get((source.name, symbol), (0.0, None))
+            accept = cached is not None and (ended >= asked or not force_refresh)
+            if cached is not None and accept and self._is_fresh(cached.meta, source, now):
+                return cached.answer()
+            since = asked if force_refresh else time.monotonic() - self._policy.remember_failure_s
+            if error is None or ended < since:
+                try:
+                    return self._ask(symbol, source, cached, now, whole=force_refresh)
+                except UpstreamError as failure:
+                    error = failure
+                    self._remember(symbol, source, error)
+            return self._without_source(symbol, source, cached, error)
+
+    def load(self, kind: Kind, symbol: str, source_name: str) -> CachedTable | None:
+        """Return a cached table as it lies on disk, None where there is none of this schema version.
+
+        Raises
+        ------
+        CorruptTableError
+            If a byte of it is not what was written.
+        """
+        folder = self._folder(symbol, source_name)
+        pointer = folder / f"{kind}.json"
+        for _ in range(3):
+            try:
+                meta = unseal(pointer.read_bytes())
+                if meta is None:
+                    return None
+                content = (folder / meta.file).read_bytes()
+            except FileNotFoundError:
+                continue  # absent, or replaced by a writer between the two reads
+            if hashlib.sha256(content).hexdigest() != meta.sha256:
+                raise CorruptTableError(f"{meta.file} is not what was written")
+            return CachedTable(frame=decode_table(content), meta=meta)
+        if pointer.exists():
+            raise CorruptTableError(f"{pointer.name} points to a file that is not there")
+        return None
+
+    def clear(self, symbol: str, source_name: str) -> bool:
+        """Remove what is cached for a symbol; return whether there was anything."""
+        folder = self._folder(symbol, source_name)
+        with self.locked(symbol, source_name), self._writing():
+            if there := folder.is_dir():
+                shutil.rmtree(folder)
+            return there
+
+    def entries(self) -> list[tuple[str, str]]:
+        """Return (symbol, source) of every readable table of bars."""
+        found = []
+        for path in sorted((self._root / "bars").glob("*/*/bars.json")):
+            with suppress(CorruptTableError):
+                meta = unseal(path.read_bytes())
+                found += [(meta.symbol, meta.source)] if meta is not None else []
+        return found
+
+    def _is_fresh(self, meta: TableMeta, source: BarSource, now: datetime) -> bool:
+        if isinstance(source, RevisionedSource):
+            return meta.revision == source.revision(meta.symbol)
+        calendar, asked_at = calendar_for(meta.symbol), meta.fetched_at
+        last_closed = calendar.last_closed_session(now)
+        if not source.is_live or pd.Timestamp(meta.last_session) >= last_closed:
+            return source.is_live
+        just_asked = timedelta(0) <= now - asked_at < self._policy.ask_again_after
+        return just_asked and calendar.last_closed_session(asked_at) == last_closed
+
+    def _ask(
+        self, symbol: str, source: BarSource, cached: CachedTable | None, now: datetime, *, whole: bool
+    ) -> RawAnswer:
+        last_closed = calendar_for(symbol).last_closed_session(now)
+        raw = None
+        if source.is_live and cached is not None and not whole:
+            start = priced_rows(cached.frame).index[-self._policy.overlap_bars :][0].date()
+            newer = settled_rows(source.fetch(symbol, start=start), last_closed)
+            raw = join_raw(cached.frame, newer, tolerance=self._policy.price_tolerance)
+        if raw is None:
+            raw = source.fetch(symbol)
+            # A file is kept as it is: another ``now`` may want more of it. A live bar may still form.
+            raw = settled_rows(raw, last_closed) if source.is_live else raw
+        try:
+            check_answer(symbol, raw, source.name, calendar_for(symbol))
+            if source.is_live and cached is not None:
+                self._refuse_fewer(symbol, cached.frame, raw)
+        except DataError as error:
+            if source.is_live and cached is not None:
+                raise UpstreamError(str(error)) from error
+            raise
+        meta = TableMeta(
+            symbol=symbol,
+            source=source.name,
+            last_session=priced_rows(raw).index[-1].date(),
+            fetched_at=now,
+            revision=source.revision(symbol) if isinstance(source, RevisionedSource) else None,
+        )
+        self.store("bars", raw, meta)
+        self._remember(symbol, source, None)
+        return RawAnswer(raw=raw, fetched_at=now)
+
+    def _refuse_fewer(self, symbol: str, cached: pd.DataFrame, raw: pd.DataFrame) -> None:
+        kept = priced_rows(cached).index.isin(priced_rows(raw).index)
+        if kept.mean() < self._policy.keep_share or not kept[-1]:
+            raise DataError(
+                f"the new answer lacks {int((~kept).sum())} of {len(kept)} cached sessions, which stay; "
+                f"if it is right, run `python -m data.cache_manager clear {symbol}`"
+            )
+
+    def _without_source(
+        self, symbol: str, source: BarSource, cached: CachedTable | None, error: UpstreamError
+    ) -> RawAnswer:
+        if cached is not None and source.is_live:
+            logger.warning("%s: serving cached bars up to %s: %s", symbol, cached.meta.last_session, error)
+            return cached.answer(failure=str(error))
+        had_prices = source.is_live and self._folder(symbol, source.name).is_dir()
+        kind = UpstreamError if had_prices and isinstance(error, UnknownSymbolError) else type(error)
+        raise kind(str(error)) from error
+
+    def _remember(self, symbol: str, source: BarSource, error: UpstreamError | None) -> None:
+        for forgotten in list(self._flights)[: 1 - _MOST_REMEMBERED]:
+            self._flights.pop(forgotten, None)
+        self._flights[source.name, symbol] = (time.monotonic(), error)
+
+    def _folder(self, symbol: str, source_name: str) -> Path:
+        return symbol_dir(self._root / "bars" / re.sub(r"[^A-Za-z0-9_.-]", "-", source_name), symbol)
+
+    @contextmanager
+    def locked(self, symbol: str, source_name: str) -> Iterator[None]:
+        """Keep other threads and processes off what is cached; ``LockedError`` after too long."""
+        path = self._root / "locks" / f"{self._folder(symbol, source_name).parent.name}-{symbol}.lock"
+        lock = FileLock(path, timeout=self._policy.lock_timeout_s)
+        with self._writing():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def recover(self, kind: Kind, symbol: str, source_name: str) -> CachedTable | None:
+        """Return a cached table, or move a corrupt one aside; the caller holds the lock."""
+        try:
+            return self.load(kind, symbol, source_name)
+        except CorruptTableError as error:
+            logger.warning("%s from %s: %s: moved to quarantine", symbol, source_name, error)
+            folder = self._folder(symbol, source_name)
+            with self._writing():
+                shutil.rmtree(folder / "quarantine", ignore_errors=True)  # one bad copy is enough to look at
+                (folder / "quarantine").mkdir()
+                for path in folder.glob(f"{kind}*"):
+                    path.replace(folder / "quarantine" / path.name)
+            return None
+
+    def store(self, kind: Kind, frame: pd.DataFrame, meta: TableMeta) -> None:
+        """Write a table and its description; the caller holds the lock. What was stored stays on failure."""
+        folder = self._folder(meta.symbol, meta.source)
+        content = encode_table(frame)
+        sha256 = hashlib.sha256(content).hexdigest()
+        file = f"{kind}-{sha256[:16]}.parquet"
+        meta = meta.model_copy(update={"rows": len(frame), "file": file, "sha256": sha256})
+        with self._writing():
+            folder.mkdir(parents=True, exist_ok=True)
+            _write(folder / file, content)
+            _write(folder / f"{kind}.json", seal(meta))
+            for path in {*folder.glob(f"{kind}-*.parquet"), *folder.glob(".writing-*")} - {folder / file}:
+                path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Timeout as error:
+            raise LockedError("another request for the symbol takes too long: try again later") from error
+        except OSError as error:
+            raise StorageError(
+                f"the cache {self._root} cannot be written ({error.strerror}): make room, or use --no-cache"
+            ) from error
+
+
+def _write(path: Path, content: bytes) -> None:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".writing-", delete=False) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    Path(file.name).replace(path)
+
+
+def describe(cache: BarCache, symbol: str, source_name: str, now: datetime) -> dict[str, Any]:
+    """Return what ``info`` shows of one symbol; its state is ok, stale, absent or corrupt."""
+    shown: dict[str, Any] = {"symbol": symbol, "source": source_name, "state": "absent"}
+    try:
+        bars, features = (cache.load(kind, symbol, source_name) for kind in ("bars", "features"))
+        if bars is None:
+            return shown
+        frame, report = check_answer(symbol, bars.frame, source_name, calendar_for(symbol))
+    except DataError as error:
+        return {**shown, "state": "corrupt", "problems": [str(error)]}
+    return {
+        **shown,
+        "state": "stale" if frame.index[-1] < calendar_for(symbol).last_closed_session(now) else "ok",
+        "rows": report.rows,
+        "first_session": f"{frame.index[0]:%Y-%m-%d}",
+        "last_session": f"{frame.index[-1]:%Y-%m-%d}",
+        "gaps": report.missing_sessions,
+        "fetched_at": bars.meta.fetched_at.isoformat(timespec="seconds"),
+        "features_version": features.meta.feature_set_hash if features is not None else None,
+        "problems": list(report.problems()),
+    }
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(prog="python -m data.cache_manager", description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=("info", "refresh", "clear"))
+    parser.add_argument("symbols", nargs="*", metavar="SYMBOL", help="default: every cached symbol")
+    parser.add_argument("--source", help="yahoo, sample or csv:DIR (default: AI_STOCKS_SOURCE, or yahoo)")
+    parser.add_argument("--cache-dir", type=Path, help="default: AI_STOCKS_CACHE_DIR, or .cache")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+    return parser
+
+
+def run(args: argparse.Namespace, settings: Settings, now: datetime) -> list[dict[str, Any]]:
+    """Do what the command line asks; return a description for each symbol and source."""
+    cache = BarCache(args.cache_dir or settings.cache_dir)
+    source = make_source(args.source or settings.source)
+    described = []
+    for symbol, name in [(normalise_symbol(raw), source.name) for raw in args.symbols] or cache.entries():
+        if args.command == "refresh" and name == source.name:
+            answer = cache.read_through(symbol, source, now=now, force_refresh=True)
+            if answer.failure is not None:
+                raise UpstreamError(answer.failure)
+        cleared = args.command == "clear" and cache.clear(symbol, name)
+        shown = describe(cache, symbol, name, now)
+        described.append({**shown, "state": "cleared"} if cleared else shown)
+    return described
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Show, refresh or clear cached prices; return the exit code that ``utils.errors`` lists."""
+    args = build_parser().parse_args(argv)
+    settings = Settings()
+    configure_logging(settings.log_level if not args.json else "WARNING")
+    console = Console(stderr=args.json)
+    try:
+        described = run(args, settings, datetime.now(UTC))
+    except AIStocksError as error:
+        console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+        return error.exit_code
+    if args.json:
+        sys.stdout.write(json.dumps(described, allow_nan=False) + "\n")
+        return 0
+    for one in described:
+        table = Table(show_header=False)
+        for key, value in one.items():
+            table.add_row(key, escape("; ".join(value) if isinstance(value, list) else str(value)))
+        console.print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
