@@ -9,8 +9,11 @@ Importing this module reads no setting and loads nothing; both happen when the s
 """
 
 import argparse
+import contextlib
 import gc
 import logging
+import signal
+import socket
 import sys
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -103,22 +106,45 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Serve until a signal ends it."""
+    """Serve until a signal ends it; requests in flight are answered first."""
     args = build_parser().parse_args(argv)
     try:
         settings = Settings() if args.source is None else Settings(source=args.source)
         configure_logging(settings.log_level)
-        if not 0 < args.port < 65_536:
-            raise UsageError(f"port {args.port} does not exist: choose one from 1 to 65535")
         application = create_app(settings)
+        listening = listen(args.host, args.port)
     except AIStocksError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
     import uvicorn  # noqa: PLC0415
 
+    # The server raises the signal that ended it once more when it is done: an orderly end is no failure.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     # Without a configuration of its own, uvicorn logs where everything else does: to stderr.
-    uvicorn.run(application, host=args.host, port=args.port, log_config=None)
+    server = uvicorn.Server(uvicorn.Config(application, log_config=None))
+    with listening, contextlib.suppress(KeyboardInterrupt):
+        logger.info("serving %s prices on http://%s:%d", settings.source, *listening.getsockname()[:2])
+        server.run(sockets=[listening])
     return 0
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a listening socket.
+
+    Raises
+    ------
+    UsageError
+        If the address does not exist, is taken, or may not be used.
+    """
+    if not 0 <= port < 65_536:
+        raise UsageError(f"port {port} does not exist: choose one from 0 to 65535 (0: any that is free)")
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        raise UsageError(
+            f"cannot listen on {host}:{port} ({error}): choose another --host or --port"
+        ) from error
 
 
 if __name__ == "__main__":

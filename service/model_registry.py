@@ -220,7 +220,11 @@ def wire_metrics(stored: Mapping[str, Any]) -> tuple[BacktestMetrics, tuple[str,
         if name not in known and alias not in known:
             known[alias] = 0.0
             undefined.append(alias)
-    return BacktestMetrics.model_validate(known), tuple(undefined)
+    metrics = BacktestMetrics.model_validate(known)
+    # The page cannot tell a fraction above 1 from a percentage, so the percentage goes along.
+    return metrics.model_copy(update={"cumulative_return_pct": metrics.cumulative_return * 100}), tuple(
+        undefined
+    )
 
 
 def is_finite_number(value: object) -> TypeGuard[float]:

@@ -198,3 +198,14 @@ def test_the_verdict_becomes_the_gate() -> None:
     assert (edge.quality_gate_passed, edge.quality_score) == (True, 1.0)
     assert (none.quality_gate_passed, none.quality_score) == (False, 0.0)
     assert none.quality_reasons == ["the IC may be luck"]
+
+
+def test_trap_6_the_percentage_goes_along() -> None:
+    metrics, _ = wire_metrics({**metadata_of()["metrics"], "cumulativeReturn": 33.0})
+    assert metrics.cumulative_return_pct == 3_300.0
+
+
+def test_metrics_may_be_named_as_python_names_them() -> None:
+    metrics, undefined = wire_metrics({"sharpe_ratio": 1.2, "total_trades": 0.0})
+    assert metrics.sharpe_ratio == 1.2
+    assert {"sharpeRatio", "totalTrades"}.isdisjoint(undefined)
