@@ -229,9 +229,9 @@ class AdvancedBacktester:
         """Return the constant exposure whose net returns vary as the strategy's do; 0 if prices rest."""
         wanted, reached = ledger.net_return[1:].std(), market.net_return[1:].std()
         exposure = 1.0
+        if min(wanted, window.asset_return[1:].std()) <= 1e-12:
+            return 0.0
         for _ in range(4):
-            if reached <= 0.0:
-                return 0.0
             # Volatility is all but proportional to exposure; costs bend it a little.
             exposure = min(float(exposure * wanted / reached), MAX_WEIGHT)
             reached = self._constant(exposure, window).net_return[1:].std()

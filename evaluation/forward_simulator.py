@@ -73,7 +73,9 @@ class ForwardSimulator:
             When a decision is not a finite number, or only one of the refit arguments is given.
         """
         start = _first_row(len(bars), days)
-        if (refit is None) != (refit_every_bars is None) or (refit_every_bars or 1) < 1:
+        if (refit is None) != (refit_every_bars is None) or (
+            refit_every_bars is not None and refit_every_bars < 1
+        ):
             raise DataError(f"refitting needs a function and an interval above 0, got {refit_every_bars!r}")
         rates, rows = self.costs.rates(), []
         cash, position, target, last_close = self.initial_capital, 0.0, 0.0, np.nan
