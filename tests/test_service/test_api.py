@@ -15,6 +15,8 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from httpx2 import Response
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from service.api import MAX_BODY_BYTES, NOT_SERVED, STATUS_OF, Services, create_api
 from service.prediction_service import PredictionService
@@ -23,6 +25,27 @@ from tests.test_service.conftest import FakeRegistry, FakeSource, served
 from utils import errors
 
 JSON = {"Content-Type": "application/json"}
+FIELDS = st.sampled_from(
+    [
+        "symbol",
+        "horizon",
+        "daysOnChart",
+        "smoothing",
+        "confidenceFloors",
+        "fusion",
+        "maxLong",
+        "maxShort",
+        "mode",
+        "buy",
+        "modelId",
+        "dataInterval",
+        "tradeShareFloor",
+        "regimeFilters",
+        "bull",
+        "regressorScale",
+        "other",
+    ]
+)
 
 
 def check_problem(response: Response, status: int) -> str:
@@ -325,6 +348,41 @@ def test_fault_4_the_cap_of_the_horizon_is_named(client: TestClient) -> None:
 @pytest.mark.parametrize("days", ["0", "-5", "1000000000000", "1.5", "true", "x", "", "NaN", "9" * 400])
 def test_fault_4_days_are_bounded(client: TestClient, days: str) -> None:
     assert check_problem(client.get(f"/api/historical/AAPL?days={days}"), 422).startswith("days: ")
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(FIELDS, inner), max_leaves=8
+)
+
+
+@given(body=st.dictionaries(FIELDS, VALUES, max_size=6), known=st.booleans())
+@settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+def test_no_body_breaks_the_service(client: TestClient, body: dict[str, object], *, known: bool) -> None:
+    response = post(client, json.dumps({**body, "symbol": "AAPL"} if known else body))
+    if response.status_code == 200:
+        PredictionResult.model_validate(response.json())
+    else:
+        assert response.status_code in {404, 422}
+        check_problem(response, response.status_code)
+
+
+@given(body=st.binary(max_size=200))
+@settings(
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+def test_no_bytes_break_the_service(client: TestClient, body: bytes) -> None:
+    response = post(client, body)
+    assert response.status_code in {400, 422}
+    check_problem(response, response.status_code)
 
 
 # ---------------------------------------------------------------- errors
