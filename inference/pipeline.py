@@ -13,7 +13,8 @@ import pandas as pd
 
 from data.feature_engineer import engineer_features
 from data.target_engineering import make_target
-from evaluation.accounting import CostModel
+from evaluation.accounting import DEFAULT_CAPITAL, CostModel
+from evaluation.advanced_backtester import AdvancedBacktester, BacktestReport
 from inference.intervals import ForecastPath, forecast_path, residual_quantiles
 from inference.load_gbm_models import GBMBundle
 from inference.position_sizing import Sizer, SizingInputs
@@ -156,6 +157,26 @@ def path_ahead(decisions: Decisions, dates: pd.DatetimeIndex) -> ForecastPath:
         sigma_log=float(last["sigma_log"]),
         lower_z=float(last["lower_z"]),
         upper_z=float(last["upper_z"]),
+        horizon_bars=decisions.horizon_bars,
+    )
+
+
+def backtest_decisions(
+    decisions: Decisions,
+    costs: CostModel,
+    *,
+    initial_capital: float = DEFAULT_CAPITAL,
+    include_in_sample: bool = False,
+) -> BacktestReport:
+    """Book decisions and set them beside their benchmarks; see `AdvancedBacktester`."""
+    frame = decisions.frame
+    return AdvancedBacktester(costs=costs, initial_capital=initial_capital).backtest_with_positions(
+        pd.DatetimeIndex(frame.index),
+        np.asarray(frame["close"], dtype=np.float64),
+        np.asarray(frame["target_weight"], dtype=np.float64),
+        is_out_of_sample=np.asarray(frame["is_out_of_sample"], dtype=np.bool_),
+        include_in_sample=include_in_sample,
+        expected_return=np.asarray(frame["expected_return"], dtype=np.float64),
         horizon_bars=decisions.horizon_bars,
     )
 

@@ -1,0 +1,407 @@
+"""Train, validate and save the boosters of one or more symbols.
+
+::
+
+    python -m training.train_gbm AAPL --source sample
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from data.cache_manager import BarCache
+from data.data_fetcher import fetch_stock_data, make_source
+from data.feature_engineer import MAX_WARMUP_BARS, feature_set_hash
+from data.schema import Bars, bars_hash, check_enough, normalise_symbol
+from data.target_engineering import DEFAULT_HORIZON_BARS, Dataset, build_dataset
+from evaluation.accounting import CostModel
+from evaluation.advanced_backtester import BacktestReport
+from evaluation.metrics import values
+from evaluation.report import Report, training_report, write_report
+from inference.ensemble import FloatMatrix
+from inference.load_gbm_models import GBMBundle, library_versions, new_version_id, save_bundle
+from inference.pipeline import GBMForecaster, backtest_decisions, decide
+from inference.position_sizing import make_sizer
+from training.gbm_search import SearchConfig
+from training.recipe import FittedGBM, GBMRecipe, RecipeConfig
+from utils.errors import AIStocksError, GateRefusedError, LockedError, ModelExistsError
+from utils.logs import configure_logging
+from utils.model_paths import gbm_link, symbol_dir
+from utils.settings import Settings
+from validation.gates import Verdict, judge
+from validation.walk_forward import FoldResult, WalkForwardConfig, WalkForwardResult, WalkForwardValidator
+
+logger = logging.getLogger(__name__)
+
+MINIMUM_TEST_BARS = 252
+NOT_JUDGED_YET = {"label": "no-edge", "reasons": [], "evidence": {}}
+OnEvent = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerConfig:
+    """Everything that a training run is decided by; recorded in the bundle.
+
+    Attributes
+    ----------
+    horizon_bars
+        Number of bars that a forecast looks ahead.
+    recipe
+        What is fitted, see `RecipeConfig`.
+    walk_forward
+        How it is validated, see `WalkForwardConfig`.
+    costs
+        What the decided positions pay when the verdict judges them.
+    """
+
+    horizon_bars: int = DEFAULT_HORIZON_BARS
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    walk_forward: WalkForwardConfig = field(default_factory=WalkForwardConfig)
+    costs: CostModel = field(default_factory=CostModel)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """Outcome of a training run that is not saved yet."""
+
+    bundle: GBMBundle
+    walk_forward: WalkForwardResult
+    verdict: Verdict
+    backtest: BacktestReport
+    trials: tuple[Mapping[str, object], ...]
+    golden_inputs: FloatMatrix
+
+
+class GBMTrainer:
+    """Runs the walk-forward, the final fit and the verdict of one symbol.
+
+    Parameters
+    ----------
+    config
+        See `TrainerConfig`.
+    on_event
+        Called with plain mappings as the run proceeds: ``{"type": "stage", "stage": ..., "progress": 0..1}``.
+    """
+
+    def __init__(self, config: TrainerConfig, on_event: OnEvent | None = None) -> None:
+        self.config = config
+        self._tell: OnEvent = on_event or (lambda _event: None)
+
+    def train(self, bars: Bars) -> Trained:
+        """Validate the recipe on ``bars``, fit it on all of them, and judge it.
+
+        Raises
+        ------
+        InsufficientDataError
+            If there are too few bars for one year out of sample.
+        """
+        started = time.monotonic()
+        config = self.config
+        needed = (
+            MAX_WARMUP_BARS + config.walk_forward.min_train_bars + config.horizon_bars + MINIMUM_TEST_BARS
+        )
+        check_enough(bars.frame, needed, f"training {bars.symbol} with one year out of sample")
+        self._stage("features", 0.0)
+        dataset = build_dataset({bars.symbol: bars.frame}, config.horizon_bars)
+        recipe = GBMRecipe(config.recipe)
+        result = self._walk_forward(dataset, recipe)
+        self._stage("final fit", 0.9)
+        fitted = final_fit(recipe, dataset, result)
+        bundle = self._bundle(bars, dataset, fitted, result)
+        self._stage("verdict", 0.95)
+        verdict, backtest = self.judge(bars, bundle, result)
+        judged = {
+            "verdict": verdict.as_dict(),
+            "metrics": headline_metrics(backtest),
+            "duration_s": round(time.monotonic() - started, 1),
+        }
+        trials = (tuned.trials for found in recipe.searches for tuned in found.values())
+        return Trained(
+            bundle=replace(bundle, metadata={**bundle.metadata, **judged}),
+            walk_forward=result,
+            verdict=verdict,
+            backtest=backtest,
+            trials=tuple(trial for part in trials for trial in part),
+            golden_inputs=dataset.features,
+        )
+
+    def judge(
+        self, bars: Bars, bundle: GBMBundle, result: WalkForwardResult
+    ) -> tuple[Verdict, BacktestReport]:
+        """Decide on every out-of-sample row as the product would have, book it, and weigh the evidence."""
+        costs = self.config.costs
+        decisions = decide(bars.symbol, bars.frame, GBMForecaster(bundle=bundle), make_sizer(), costs=costs)
+        backtest = backtest_decisions(decisions, costs)
+        verdict = judge(
+            result.record,
+            horizon_bars=bundle.horizon_bars,
+            strategy_return=backtest.daily["net_return"].to_numpy(),
+            benchmark_return=backtest.benchmarks["exposure_matched"].daily["net_return"].to_numpy(),
+            summary=result.summary,
+        )
+        return verdict, backtest
+
+    def _walk_forward(self, dataset: Dataset, recipe: GBMRecipe) -> WalkForwardResult:
+        validator = WalkForwardValidator(self.config.walk_forward)
+        n_folds = validator.n_folds(dataset)
+
+        def on_fold(fold: FoldResult) -> None:
+            done = fold.number + 1
+            self._stage(f"walk-forward, fold {done} of {n_folds}", 0.05 + 0.85 * done / n_folds)
+
+        return validator.run(dataset, recipe, on_fold=on_fold)
+
+    def _bundle(
+        self, bars: Bars, dataset: Dataset, fitted: FittedGBM, result: WalkForwardResult
+    ) -> GBMBundle:
+        created_at = datetime.now(UTC)
+        config, names = self.config, fitted.ensemble.columns
+        metadata = {
+            "schema_version": 1,
+            "model_id": f"{bars.symbol}-gbm",
+            "model_version": new_version_id(created_at),
+            "symbol": bars.symbol,
+            "created_at": created_at.isoformat(timespec="seconds"),
+            "horizon_bars": config.horizon_bars,
+            "source": bars.provenance.source,
+            "data_hash": bars_hash(bars.frame),
+            "data": {
+                "hash": bars_hash(bars.frame),
+                "first_session": f"{bars.frame.index[0]:%Y-%m-%d}",
+                "last_session": f"{bars.frame.index[-1]:%Y-%m-%d}",
+                "n_bars": len(bars.frame),
+                "problems": list(bars.report.problems()),
+            },
+            "trained_through": str(dataset.label_end[dataset.labelled].max()),
+            "out_of_sample_from": f"{result.record['date'].min():%Y-%m-%d}",
+            "seed": config.recipe.seed,
+            "feature_set_hash": feature_set_hash(),
+            "n_trials": config.recipe.search.n_trials * len(config.recipe.search.models),
+            "versions": library_versions(),
+            "recipe": asdict(config),
+            "device": config.recipe.search.device,
+            "verdict": NOT_JUDGED_YET,
+            "folds": [fold.as_dict() for fold in result.folds],
+        }
+        return GBMBundle(
+            symbol=bars.symbol,
+            horizon_bars=config.horizon_bars,
+            ensemble=fitted.ensemble,
+            record=result.record,
+            metadata=metadata,
+            importance={names[i]: float(value) for i, value in enumerate(fitted.selection.importance)},
+            hyperparameters={
+                name: {"params": dict(found.params), "rounds": found.rounds, "inner_rmse": found.inner_rmse}
+                for name, found in fitted.tuned.items()
+            },
+        )
+
+    def _stage(self, stage: str, progress: float) -> None:
+        self._tell({"type": "stage", "stage": stage, "progress": round(progress, 3)})
+
+
+def final_fit(recipe: GBMRecipe, dataset: Dataset, result: WalkForwardResult) -> FittedGBM:
+    """Fit the recipe on every labelled row, calibrated on the whole walk-forward record."""
+    labelled = dataset.take(np.flatnonzero(dataset.labelled))
+    return recipe.fit(labelled, fold=0, earlier=result.record)
+
+
+def headline_metrics(backtest: BacktestReport) -> dict[str, float | None]:
+    """Return the figures that lists of models show; None where undefined."""
+    found = values(backtest.metrics)
+    renamed = {
+        "cumulative_return": "total_return",
+        "directional_accuracy": "direction_accuracy",
+        "correlation": "information_coefficient",
+        "transaction_costs": "total_transaction_costs",
+    }
+    same = ("sharpe_ratio", "max_drawdown", "win_rate", "average_trade_profit", "total_trades", "turnover")
+    return {ours: found[theirs] for ours, theirs in (renamed | dict(zip(same, same, strict=True))).items()}
+
+
+@contextmanager
+def training_lock(models_dir: Path, symbol: str) -> Iterator[None]:
+    """Hold the symbol's training lock; it dies with the process.
+
+    Raises
+    ------
+    LockedError
+        If another process trains the symbol; the message names it.
+    """
+    folder = symbol_dir(models_dir, symbol)
+    folder.mkdir(parents=True, exist_ok=True)
+    holder = folder / ".training.pid"
+    lock = FileLock(folder / ".training.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        who = holder.read_text() if holder.is_file() else "unknown"
+        raise LockedError(f"{symbol} is being trained by process {who}: wait for it or stop it") from error
+    with lock:
+        holder.write_text(str(os.getpid()))
+        yield
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.train_gbm", description="Train, validate and save the boosters of symbols."
+    )
+    recipe = RecipeConfig()
+    parser.add_argument("symbols", nargs="+", metavar="SYMBOL")
+    parser.add_argument("--source", help="yahoo, sample or csv:DIR (default: AI_STOCKS_SOURCE, or yahoo)")
+    parser.add_argument(
+        "--target-horizon", type=int, default=DEFAULT_HORIZON_BARS, help="bars ahead (default: 5)"
+    )
+    parser.add_argument("--n-trials", type=int, default=recipe.search.n_trials, help="trials per library")
+    parser.add_argument("--max-features", type=int, default=recipe.max_features, help="features kept")
+    parser.add_argument("--seed", type=int, default=recipe.seed)
+    parser.add_argument("--overwrite", action="store_true", help="train although a bundle is there")
+    parser.add_argument(
+        "--strict", action="store_true", help="save nothing unless the verdict is edge (exit 7)"
+    )
+    parser.add_argument("--no-cache", action="store_true", help="neither read nor write cached prices")
+    parser.add_argument("--force-refresh", action="store_true", help="fetch the whole history again")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+    return parser
+
+
+def config_from(args: argparse.Namespace) -> TrainerConfig:
+    """Return the trainer's configuration that the command line asks for."""
+    search = SearchConfig(n_trials=args.n_trials)
+    recipe = RecipeConfig(search=search, max_features=args.max_features, seed=args.seed)
+    return TrainerConfig(horizon_bars=args.target_horizon, recipe=recipe)
+
+
+def train_symbol(
+    symbol: str, args: argparse.Namespace, settings: Settings, on_event: OnEvent
+) -> dict[str, object]:
+    """Fetch, train, judge, save and report one symbol; return the result as plain data."""
+    if gbm_link(settings.models_dir, symbol).exists() and not args.overwrite:
+        raise ModelExistsError(f"{symbol} has a model already: add --overwrite to train it anew")
+    with training_lock(settings.models_dir, symbol):
+        cache = None if args.no_cache else BarCache(settings.cache_dir)
+        source = make_source(args.source or settings.source)
+        bars = fetch_stock_data(symbol, source=source, cache=cache, force_refresh=args.force_refresh)
+        trained = GBMTrainer(config_from(args), on_event).train(bars)
+        if args.strict and trained.verdict.label != "edge":
+            raise GateRefusedError(
+                f"{symbol}: the verdict is {trained.verdict.label} and --strict was given: nothing was saved"
+            )
+        on_event({"type": "stage", "stage": "saving", "progress": 0.97})
+        save_bundle(trained.bundle, settings.models_dir, golden_inputs=trained.golden_inputs[-8:])
+        name = f"{symbol}_gbm_{trained.bundle.model_version}.html"
+        report = write_report(report_of(trained), settings.logs_dir / name)
+    return summary_of(trained, settings, report)
+
+
+def report_of(trained: Trained) -> Report:
+    """Return the training report."""
+    bundle = trained.bundle
+    return training_report(
+        symbol=bundle.symbol,
+        metadata=bundle.metadata,
+        record=bundle.record,
+        folds=[fold.as_dict() for fold in trained.walk_forward.folds],
+        summary=asdict(trained.walk_forward.summary),
+        gates=[asdict(gate) for gate in trained.verdict.gates],
+        importance=bundle.importance,
+        trials=trained.trials,
+        findings=bundle.metadata["data"]["problems"],
+    )
+
+
+def summary_of(trained: Trained, settings: Settings, report: Path) -> dict[str, object]:
+    """Return the result of one symbol as plain data."""
+    bundle, verdict = trained.bundle, trained.verdict
+    same = ("model_version", "out_of_sample_from", "trained_through", "horizon_bars", "seed", "data_hash")
+    return {
+        "symbol": bundle.symbol,
+        "verdict": verdict.label,
+        "reasons": list(verdict.reasons),
+        "evidence": dict(verdict.evidence),
+        "metrics": bundle.metadata["metrics"],
+        **{name: bundle.metadata[name] for name in (*same, "duration_s")},
+        "bundle": str(gbm_link(settings.models_dir, bundle.symbol)),
+        "report": str(report),
+    }
+
+
+def print_summary(console: Console, result: Mapping[str, Any]) -> None:
+    """Print the result of one symbol as a table."""
+
+    def shown(name: str, style: str) -> str:
+        value = result["evidence"][name]
+        return "undefined" if value is None else format(value, style)
+
+    table = Table(title=f"{result['symbol']}: {result['verdict']}", title_justify="left", show_header=False)
+    rows = {
+        "out of sample": f"from {result['out_of_sample_from']}, {shown('n_rows', ',')} forecasts of "
+        f"{result['horizon_bars']} sessions",
+        "information coefficient": f"{shown('ic', '.3f')} (p {shown('p_ic', '.3f')})",
+        "over equal exposure": f"{shown('active_return_annual', '.2%')} a year (p {shown('p_return', '.3f')})",
+        "direction accuracy": f"{shown('direction_accuracy', '.1%')} (always up: {shown('share_up', '.1%')})",
+        "trained in": f"{result['duration_s']} s, seed {result['seed']}",
+    }
+    for name, text in rows.items():
+        table.add_row(name, text)
+    console.print(table)
+    for reason in result["reasons"]:
+        console.print(f"  - {escape(reason)}", soft_wrap=True)
+    console.print(f"bundle: {escape(result['bundle'])}", soft_wrap=True)
+    console.print(f"report: {escape(result['report'])}", soft_wrap=True)
+
+
+@contextmanager
+def progress_line(console: Console, symbol: str) -> Iterator[OnEvent]:
+    """Show how far a training is: a bar on a terminal, a line for each stage elsewhere."""
+    if not console.is_terminal:
+        yield lambda event: logger.info("%s: %3.0f %% %s", symbol, 100 * event["progress"], event["stage"])
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %")
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
+        task = bar.add_task(symbol, total=1.0)
+        yield lambda event: bar.update(
+            task, completed=event["progress"], description=f"{symbol}: {event['stage']}"
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train the symbols; return the exit code that `utils.errors` lists."""
+    args = build_parser().parse_args(argv)
+    settings = Settings()
+    configure_logging("WARNING" if args.json else settings.log_level)
+    console = Console(stderr=args.json)
+    results = []
+    try:
+        for symbol in [normalise_symbol(raw) for raw in args.symbols]:
+            with progress_line(console, symbol) as on_event:
+                results.append(train_symbol(symbol, args, settings, on_event))
+            if not args.json:
+                print_summary(console, results[-1])
+    except AIStocksError as error:
+        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+        return error.exit_code
+    if args.json:
+        sys.stdout.write(json.dumps(results, allow_nan=False) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
