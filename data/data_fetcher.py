@@ -7,15 +7,18 @@ which the product reads prices, whatever the source. Nothing falls back from one
 import hashlib
 import importlib.util
 import logging
+import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from data.calendars import SessionCalendar, calendar_for, fit_sessions, settled_rows
 from data.schema import (
@@ -23,28 +26,31 @@ from data.schema import (
     Bars,
     BarsReport,
     Provenance,
+    bar_dates,
     clean_bars,
     normalise_symbol,
 )
-from utils.errors import DataError, UnknownSymbolError, UsageError
+from utils.errors import DataError, UnknownSymbolError, UpstreamError, UsageError
+from utils.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+# What Yahoo or yfinance says of a symbol that is not there, as against an error of theirs.
+_UNKNOWN = re.compile(
+    r"no data found|not found|delisted|no price data|doesn't exist|invalid input", re.IGNORECASE
+)
+_NOT_A_CHART = (ValueError, LookupError, TypeError, AttributeError)
 SOURCES_HELP = "yahoo, sample or csv:DIR"
 
 
 class BarSource(Protocol):
-    """Anything that knows raw daily prices."""
+    """Anything that knows raw daily prices; ``is_live`` where a newer session may appear by itself."""
 
     @property
-    def name(self) -> str:
-        """What goes into provenance and metadata."""
-        ...
+    def name(self) -> str: ...  # noqa: D102
 
     @property
-    def is_live(self) -> bool:
-        """True when a newer session may appear; False for files, whose last bar is what it is."""
-        ...
+    def is_live(self) -> bool: ...  # noqa: D102
 
     def fetch(self, symbol: str, *, start: date | None = None) -> pd.DataFrame:
         """Return ``RAW_COLUMNS`` over tz-naive session dates, from ``start`` on or all there is.
@@ -124,7 +130,6 @@ def fetch_stock_data(
     Raises
     ------
     InvalidSymbolError, UnknownSymbolError, UpstreamError, DataError
-        As named by the error tree; the message says what to do.
     """
     symbol = normalise_symbol(symbol)
     now = now or datetime.now(UTC)
@@ -176,20 +181,107 @@ def check_answer(
         raise type(error)(f"{symbol} from {source_name}: {error}") from error
 
 
-def make_source(spec: str) -> BarSource:
-    """Return the source that ``spec`` names: ``yahoo``, ``sample`` or ``csv:DIR``.
+def make_source(spec: str, *, cache_dir: Path | None = None) -> BarSource:
+    """Return the source ``yahoo`` (whose cookies go to ``cache_dir``), ``sample`` or ``csv:DIR``.
 
     Raises
     ------
     UsageError
         For anything else, and for a folder that does not exist.
     """
+    if spec == "yahoo":
+        return YahooSource(cache_dir or Settings.model_fields["cache_dir"].get_default())
     if spec == "sample":
         return SampleSource()
     kind, colon, directory = spec.partition(":")
     if kind == "csv" and colon and directory:
         return CsvSource(Path(directory).expanduser())
     raise UsageError(f"there is no source {spec!r}: use {SOURCES_HELP}")
+
+
+class _TransientError(Exception):
+    """Yahoo could not be asked this time."""
+
+
+class YahooSource:
+    """Yahoo Finance by way of yfinance, whose caches lie in ours and whose errors are made to show.
+
+    Parameters
+    ----------
+    cache_dir
+        Where yfinance keeps cookies and time zones.
+    attempts, backoff_s, timeout_s
+        Tries on transient errors, the longest first pause between them (a random one, doubled from there),
+        and the longest wait for one answer.
+    session
+        An HTTP session of curl_cffi to use in place of yfinance's own.
+    """
+
+    name = "yahoo"
+    is_live = True
+
+    def __init__(
+        self,
+        cache_dir: Path,
+        *,
+        attempts: int = 3,
+        backoff_s: float = 1.0,
+        timeout_s: float = 10.0,
+        session: object | None = None,
+    ) -> None:
+        self._cache_dir = cache_dir / "yfinance"
+        self._timeout_s = timeout_s
+        self._session = session
+        self._retrying = Retrying(
+            stop=stop_after_attempt(attempts),
+            wait=wait_random_exponential(multiplier=backoff_s, max=30.0),
+            retry=retry_if_exception_type(_TransientError),
+            reraise=True,
+        )
+
+    def fetch(self, symbol: str, *, start: date | None = None) -> pd.DataFrame:
+        """Return Yahoo's rows; see :class:`BarSource`."""
+        try:
+            table = self._retrying.copy()(self._ask, symbol, start)
+        except _TransientError as error:
+            raise UpstreamError(
+                f"Yahoo cannot be reached for {symbol} ({error}): try again later, or work without it by "
+                "`--source sample` or `--source csv:DIR`"
+            ) from error
+        if table.empty:
+            raise UnknownSymbolError(
+                f"Yahoo has no daily prices of {symbol}: check its spelling on finance.yahoo.com"
+            )
+        return table.loc[:, list(RAW_COLUMNS)].set_axis(bar_dates(table))
+
+    def _ask(self, symbol: str, start: date | None) -> pd.DataFrame:
+        yfinance = self._yfinance
+        # Without a zone at hand yfinance asks for it first, and keeps a bad answer for the process's life.
+        yfinance.cache.get_tz_cache().store(symbol, calendar_for(symbol).timezone)
+        yfinance.data.YfData.cache_get.cache_clear()
+        try:
+            ticker = yfinance.Ticker(symbol, session=self._session)
+            span = {"period": "max"} if start is None else {"start": start.isoformat()}
+            table = ticker.history(**span, auto_adjust=False, actions=True, timeout=self._timeout_s)
+            return pd.DataFrame(table)
+        except yfinance.exceptions.YFTickerMissingError as error:
+            if _UNKNOWN.search(str(error)) is None:
+                raise _TransientError(str(error)) from error
+            logger.info("Yahoo on %s: %s", symbol, error)
+            return pd.DataFrame()
+        # yfinance lets all through: network errors (OSError), pages that are not JSON, JSON that is no chart.
+        except (yfinance.exceptions.YFException, OSError, *_NOT_A_CHART) as error:
+            raise _TransientError(f"{type(error).__name__}: {error}"[:200]) from error
+
+    @cached_property
+    def _yfinance(self) -> Any:  # noqa: ANN401 - the module has no types
+        import yfinance  # noqa: PLC0415 - half a second, which offline sources need not wait for
+
+        # Its own deprecations, which yfinance turns on for its users to read, are nobody's business here.
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module="^yfinance")
+        yfinance.config.debug.hide_exceptions = False
+        yfinance.set_tz_cache_location(str(self._cache_dir))
+        return yfinance
 
 
 class CsvSource:
