@@ -25,8 +25,8 @@ from tests.test_service.conftest import FakeRegistry, FakeSource, served
 from utils import errors
 
 JSON = {"Content-Type": "application/json"}
-FIELD_NAMES = """symbol horizon daysOnChart smoothing confidenceFloors fusion maxLong maxShort mode buy modelId
-    dataInterval tradeShareFloor regimeFilters bull regressorScale other"""
+FIELD_NAMES = """symbol horizon daysOnChart smoothing confidenceFloors fusion maxLong maxShort mode buy
+    modelId dataInterval tradeShareFloor regimeFilters bull regressorScale other"""
 FIELDS = st.sampled_from(FIELD_NAMES.split())
 
 
