@@ -19,8 +19,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from utils.errors import AIStocksError, UsageError
-from utils.logs import configure_logging
-from utils.settings import Settings
+from utils.settings import Settings, configure_logging
 
 logger = logging.getLogger(__name__)
 

@@ -29,8 +29,7 @@ from inference.load_gbm_models import GBMBundle, load_bundle
 from inference.pipeline import Decisions, GBMForecaster, backtest_decisions, decide
 from inference.position_sizing import DEFAULT_SIZING, PRESETS, make_sizer
 from utils.errors import AIStocksError, DataError, StorageError, UsageError
-from utils.logs import configure_logging
-from utils.settings import Settings
+from utils.settings import Settings, configure_logging
 
 SUMMARY_FIGURES = (
     "sharpe_ratio",

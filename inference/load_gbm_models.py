@@ -212,7 +212,7 @@ def golden_outputs(
     ensemble: BoosterEnsemble, inputs: FloatMatrix
 ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """Return raw forecasts of the golden rows, in units of volatility, (k,)."""
-    return ensemble.combine(ensemble.per_model(np.asarray(inputs, dtype=np.float32)))
+    return ensemble.combine(ensemble.per_model(inputs))
 
 
 def library_versions() -> dict[str, str]:
@@ -312,14 +312,13 @@ def _check_file(folder: Path, name: str, expected_sha256: str) -> None:
 
 
 def _check_golden(ensemble: BoosterEnsemble, manifest: Manifest) -> None:
-    outputs = golden_outputs(ensemble, np.asarray(manifest.golden_inputs, dtype=np.float32))
-    error = float(np.max(np.abs(outputs - np.asarray(manifest.golden_outputs)), initial=0.0))
+    inputs = np.asarray(manifest.golden_inputs, dtype=np.float32)
+    error = float(np.max(np.abs(golden_outputs(ensemble, inputs) - manifest.golden_outputs), initial=0.0))
     if not error <= GOLDEN_TOLERANCE:
         here = library_versions()
+        then = manifest.libraries
         changed = [
-            f"{name} {then} -> {here.get(name)}"
-            for name, then in manifest.libraries.items()
-            if here.get(name) != then
+            f"{name} {then[name]} -> {here.get(name)}" for name in then if here.get(name) != then[name]
         ]
         raise ModelIncompatibleError(
             f"bundle {manifest.model_version} forecasts differently here (by {error:.2g}; changed: "

@@ -41,7 +41,17 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from evaluation.accounting import DEFAULT_CAPITAL, CostModel, Rates, book_bar
+from evaluation.accounting import (
+    DEFAULT_CAPITAL,
+    Booking,
+    CostModel,
+    Ledger,
+    Rates,
+    book_bar,
+    ledger_of,
+    new_books,
+    write_row,
+)
 from utils.errors import DataError, UsageError
 
 FloatArray = npt.NDArray[np.float64]
@@ -230,9 +240,8 @@ def _exposure(row: _Row, rules: SizingRules, per_year: float) -> float:
 
 
 @njit(cache=True, error_model="numpy")
-def _step(state: _State, row: _Row, rules: SizingRules, scales: _Scales, rates: Rates) -> _State:
-    """Book bar t, then decide at its close; the target of the returned state is the decision."""
-    booked = book_bar(state.cash, state.position, state.target, row.asset_return, rates)
+def _step(state: _State, booked: Booking, row: _Row, rules: SizingRules, scales: _Scales) -> _State:
+    """Decide at the close of the bar that was booked; the target of the returned state is the decision."""
     equity = booked.cash + booked.position
     reference = state.reference * (1.0 + rules.breaker_reference * row.asset_return)
     watched = equity / reference
@@ -267,24 +276,27 @@ def _step(state: _State, row: _Row, rules: SizingRules, scales: _Scales, rates: 
 
 
 @njit(cache=True, error_model="numpy")
-def _fold(rows: FloatArray, rules: SizingRules, scales: _Scales, rates: Rates, out: FloatArray) -> None:
-    """Fold `_step` over the rows (7, n); write target, equity and capped bars into ``out`` (3, n)."""
+def _fold(
+    rows: FloatArray, rules: SizingRules, scales: _Scales, rates: Rates, books: FloatArray, out: FloatArray
+) -> None:
+    """Book and decide bar after bar over the rows (7, n); write ``books``, and targets and capped bars into ``out``."""
     state = _State(scales.capital, 0.0, 0.0, False, scales.capital, 1.0, 1.0, -1.0)  # noqa: FBT003
     for t in range(rows.shape[1]):
         own = rows[6, t] if t > 0 else 0.0
         row = _Row(rows[0, t], rows[1, t], rows[2, t], rows[3, t], rows[4, t], rows[5, t], own)
-        state = _step(state, row, rules, scales, rates)
+        booked = book_bar(state.cash, state.position, state.target, own, rates)
+        write_row(books, t, state.cash + state.position, booked)
+        state = _step(state, booked, row, rules, scales)
         out[0, t] = state.target
-        out[1, t] = state.cash + state.position
-        out[2, t] = state.capped_bars
+        out[1, t] = state.capped_bars
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SizingTrace:
-    """What a fold decided and saw at each close, (n,): targets, own equity, where the breaker caps."""
+    """What a fold decided and saw at each close, (n,): targets, its own books, where the breaker caps."""
 
     target_weight: FloatArray
-    equity: FloatArray
+    ledger: Ledger
     capped: npt.NDArray[np.bool_]
 
 
@@ -346,15 +358,15 @@ class RuleSizer:
             When lengths differ, an input is infinite, or a bar's return is not finite and above -1.
         """
         rows = _rows(inputs)
-        out = np.empty((3, rows.shape[1]))
+        books, out = new_books(rows.shape[1]), np.empty((2, rows.shape[1]))
         scales = _Scales(
             capital=float(self.initial_capital),
             band=self.rules.no_trade_band_scale * float(np.cbrt(costs.one_way_rate)),
             horizons_per_year=costs.periods_per_year / inputs.horizon_bars,
         )
         # One type for every field, or numba compiles once per mixture of ints and floats.
-        _fold(rows, SizingRules._make(map(float, self.rules)), scales, costs.rates(), out)
-        return SizingTrace(target_weight=out[0], equity=out[1], capped=out[2] >= 0.0)
+        _fold(rows, SizingRules._make(map(float, self.rules)), scales, costs.rates(), books, out)
+        return SizingTrace(target_weight=out[0], ledger=ledger_of(books), capped=out[1] >= 0.0)
 
 
 def make_sizer(

@@ -4,25 +4,32 @@ Every step sees rows before the fold only. Tuning and selection are redone every
 between: what is carried over was chosen on still earlier rows.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import lightgbm
 import numpy as np
 import pandas as pd
+import xgboost
 from sklearn.preprocessing import RobustScaler
 
 from data.target_engineering import Dataset
 from inference.ensemble import (
+    Booster,
     BoosterEnsemble,
     Calibration,
     FloatArray,
+    FloatMatrix,
     calibrate,
     select_scaled,
+    shap_values,
     shrunk_weights,
 )
-from training.feature_selection import Selection, select_features
 from training.gbm_search import Rows, SearchConfig, Tuned, fit_boosters, tune
 from validation.walk_forward import RecipePrediction
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +58,25 @@ class RecipeConfig:
     weight_half_life_sessions: float = 252.0 * 20
     target_limit_sigma: float = 4.0
     seed: int = 7
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """Which features are kept, and why.
+
+    Attributes
+    ----------
+    selected
+        Positions of the kept columns, ascending.
+    importance
+        Mean absolute SHAP value of every column, normalised to sum to one, (p,).
+    method
+        ``shap``, or ``gain`` where SHAP values could not be had.
+    """
+
+    selected: tuple[int, ...]
+    importance: FloatArray
+    method: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,3 +229,55 @@ def evidence(
     weights = shrunk_weights(per_model, realised_scaled)
     raw_scaled = np.asarray(resolved["raw_scaled"], dtype=np.float64)
     return weights, calibrate(raw_scaled, realised_scaled, drift=drift, horizon_bars=horizon_bars)
+
+
+def select_features(
+    models: Mapping[str, Booster],
+    features: FloatMatrix,
+    *,
+    max_features: int,
+    seed: int,
+    sample_rows: int = 600,
+) -> Selection:
+    """Keep the ``max_features`` columns that move the boosters most.
+
+    Parameters
+    ----------
+    models
+        Boosters fitted on the training rows with all columns.
+    features
+        Scaled training rows, (n, p).
+    max_features
+        How many columns to keep.
+    seed
+        Draws the rows that SHAP values are computed on.
+    sample_rows
+        How many rows; the mean absolute value is stable from a few hundred on.
+    """
+    n_rows, n_columns = features.shape
+    index = np.sort(np.random.default_rng(seed).permutation(n_rows)[:sample_rows])
+    try:
+        parts = [np.abs(shap_values(model, features[index])).mean(axis=0) for model in models.values()]
+        method = "shap"
+    except (xgboost.core.XGBoostError, lightgbm.basic.LightGBMError) as error:
+        logger.warning("SHAP values failed (%s): features are selected by gain instead", error)
+        parts = [gain_importance(model, n_columns) for model in models.values()]
+        method = "gain"
+    importance = np.mean([_normalised(part) for part in parts], axis=0)
+    keep = np.argsort(-importance, kind="stable")[:max_features]
+    return Selection(selected=tuple(int(i) for i in np.sort(keep)), importance=importance, method=method)
+
+
+def gain_importance(model: Booster, n_columns: int) -> FloatArray:
+    """Return total gain by column, (p,)."""
+    if isinstance(model, xgboost.Booster):
+        gains = np.zeros(n_columns)
+        for name, gain in model.get_score(importance_type="total_gain").items():
+            gains[int(name.removeprefix("f"))] = gain
+        return gains
+    return np.asarray(model.feature_importance("gain"), dtype=np.float64)
+
+
+def _normalised(values: FloatArray) -> FloatArray:
+    total = float(values.sum())
+    return values / total if total > 0 else np.full_like(values, 1.0 / len(values))

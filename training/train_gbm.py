@@ -41,9 +41,8 @@ from inference.position_sizing import make_sizer
 from training.gbm_search import SearchConfig
 from training.recipe import FittedGBM, GBMRecipe, RecipeConfig
 from utils.errors import AIStocksError, GateRefusedError, LockedError, ModelExistsError
-from utils.logs import configure_logging
 from utils.model_paths import gbm_link, symbol_dir
-from utils.settings import Settings
+from utils.settings import Settings, configure_logging
 from validation.gates import Verdict, judge
 from validation.walk_forward import FoldResult, WalkForwardConfig, WalkForwardResult, WalkForwardValidator
 
@@ -89,7 +88,7 @@ class Trained:
 
 
 class GBMTrainer:
-    """Runs the walk-forward, the final fit and the verdict of one symbol.
+    """Runs the walk-forward, the final fit and the verdict of one symbol; needs a year out of sample at least.
 
     Parameters
     ----------
@@ -104,13 +103,7 @@ class GBMTrainer:
         self._tell: OnEvent = on_event or (lambda _event: None)
 
     def train(self, bars: Bars) -> Trained:
-        """Validate the recipe on ``bars``, fit it on all of them, and judge it.
-
-        Raises
-        ------
-        InsufficientDataError
-            If there are too few bars for one year out of sample.
-        """
+        """Validate the recipe on ``bars``, fit it on all of them, and judge it."""
         started = time.monotonic()
         config = self.config
         needed = (
@@ -318,11 +311,9 @@ def report_of(trained: Trained) -> Report:
         symbol=bundle.symbol,
         metadata=bundle.metadata,
         record=bundle.record,
-        folds=[fold.as_dict() for fold in trained.walk_forward.folds],
-        summary=asdict(trained.walk_forward.summary),
-        gates=[asdict(gate) for gate in trained.verdict.gates],
         importance=bundle.importance,
         trials=trained.trials,
+        summary=asdict(trained.walk_forward.summary),
         findings=bundle.metadata["data"]["problems"],
     )
 
@@ -346,17 +337,14 @@ def summary_of(trained: Trained, settings: Settings, report: Path) -> dict[str, 
 def print_summary(console: Console, result: Mapping[str, Any]) -> None:
     """Print the result of one symbol as a table."""
 
-    def shown(name: str, style: str) -> str:
-        value = result["evidence"][name]
-        return "undefined" if value is None else format(value, style)
-
+    evidence = {name: "undefined" if v is None else f"{v:.3g}" for name, v in result["evidence"].items()}
     table = Table(title=f"{result['symbol']}: {result['verdict']}", title_justify="left", show_header=False)
     rows = {
-        "out of sample": f"from {result['out_of_sample_from']}, {shown('n_rows', ',')} forecasts of "
+        "out of sample": f"from {result['out_of_sample_from']}, {result['evidence']['n_rows']:,} forecasts of "
         f"{result['horizon_bars']} sessions",
-        "information coefficient": f"{shown('ic', '.3f')} (p {shown('p_ic', '.3f')})",
-        "over equal exposure": f"{shown('active_return_annual', '.2%')} a year (p {shown('p_return', '.3f')})",
-        "direction accuracy": f"{shown('direction_accuracy', '.1%')} (always up: {shown('share_up', '.1%')})",
+        "information coefficient": f"{evidence['ic']} (p {evidence['p_ic']})",
+        "a year over equal exposure": f"{evidence['active_return_annual']} (p {evidence['p_return']})",
+        "direction accuracy": f"{evidence['direction_accuracy']} (always up: {evidence['share_up']})",
         "trained in": f"{result['duration_s']} s, seed {result['seed']}",
     }
     for name, text in rows.items():

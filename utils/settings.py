@@ -1,8 +1,10 @@
-"""Deployment settings, read from the environment by entry points only.
+"""Deployment settings and logging, both set up by entry points only.
 
 Algorithm parameters do not belong here: they are frozen dataclasses beside the code that uses them.
 """
 
+import logging
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +12,7 @@ from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 DEFAULT_ORIGINS = ("http://localhost:3000", "http://127.0.0.1:3000")
 
 
@@ -54,3 +57,14 @@ class Settings(BaseSettings):
     def origins(self) -> tuple[str, ...]:
         """All origins that browsers may call from."""
         return (*DEFAULT_ORIGINS, *self.allow_origins)
+
+
+def configure_logging(level: str = "INFO") -> None:
+    """Send log lines to stderr, so that stdout stays the result.
+
+    Parameters
+    ----------
+    level
+        Name of a level of the standard library.
+    """
+    logging.basicConfig(level=level.upper(), format=LOG_FORMAT, stream=sys.stderr, force=True)

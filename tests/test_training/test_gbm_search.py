@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from inference.ensemble import predict_booster
-from training.feature_selection import gain_importance, select_features
 from training.gbm_search import Rows, SearchConfig, fit_boosters, inner_blocks, search, tune
+from training.recipe import gain_importance, select_features
 
 CONFIG = SearchConfig(n_trials=3, max_rounds=40)
 
@@ -64,7 +64,7 @@ def test_a_planted_feature_is_found_and_selected_first():
 def test_selection_falls_back_to_gain_and_says_so(monkeypatch: pytest.MonkeyPatch):
     import xgboost
 
-    import training.feature_selection as module
+    import training.recipe as module
 
     def broken(model, prepared):
         raise xgboost.core.XGBoostError("no contributions")
