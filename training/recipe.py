@@ -14,7 +14,8 @@ import pandas as pd
 import xgboost
 from sklearn.preprocessing import RobustScaler
 
-from data.target_engineering import Dataset
+from data.target_engineering import DEFAULT_HORIZON_BARS, Dataset
+from evaluation.accounting import CostModel
 from inference.ensemble import (
     Booster,
     BoosterEnsemble,
@@ -27,7 +28,7 @@ from inference.ensemble import (
     shrunk_weights,
 )
 from training.gbm_search import Rows, SearchConfig, Tuned, fit_boosters, tune
-from validation.walk_forward import RecipePrediction
+from validation.walk_forward import RecipePrediction, WalkForwardConfig
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,28 @@ class RecipeConfig:
     weight_half_life_sessions: float = 252.0 * 20
     target_limit_sigma: float = 4.0
     seed: int = 7
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerConfig:
+    """Everything that a training run is decided by; recorded in the bundle.
+
+    Attributes
+    ----------
+    horizon_bars
+        Number of bars that a forecast looks ahead.
+    recipe
+        What is fitted, see `RecipeConfig`.
+    walk_forward
+        How it is validated, see `WalkForwardConfig`.
+    costs
+        What the decided positions pay when the verdict judges them.
+    """
+
+    horizon_bars: int = DEFAULT_HORIZON_BARS
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    walk_forward: WalkForwardConfig = field(default_factory=WalkForwardConfig)
+    costs: CostModel = field(default_factory=CostModel)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,6 +186,11 @@ class GBMRecipe:
             calibration=calibration,
         )
         return FittedGBM(ensemble=ensemble, tuned=tuned, selection=selection)
+
+    def fit_all(self, dataset: Dataset, record: pd.DataFrame) -> FittedGBM:
+        """Fit on every labelled row, tuned and selected anew, calibrated on the whole walk-forward record."""
+        labelled = dataset.take(np.flatnonzero(dataset.labelled))
+        return self.fit(labelled, fold=0, earlier=record)
 
     def _select(self, rows: Rows) -> Selection:
         models = fit_boosters(rows, self.searches[-1], self.config.search, self.config.seed)

@@ -6,6 +6,7 @@
 """
 
 import argparse
+import hashlib
 import json
 import logging
 import os
@@ -13,12 +14,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.markup import escape
@@ -26,11 +26,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from data.cache_manager import BarCache
+from data.calendars import calendar_for
 from data.data_fetcher import fetch_stock_data, make_source
-from data.feature_engineer import MAX_WARMUP_BARS, feature_set_hash
+from data.data_validator import DataValidator
+from data.feature_engineer import MAX_WARMUP_BARS, engineer_features, feature_set_hash
 from data.schema import Bars, bars_hash, check_enough, normalise_symbol
 from data.target_engineering import DEFAULT_HORIZON_BARS, Dataset, build_dataset
-from evaluation.accounting import CostModel
 from evaluation.advanced_backtester import BacktestReport
 from evaluation.metrics import values
 from evaluation.report import Report, training_report, write_report
@@ -39,40 +40,19 @@ from inference.load_gbm_models import GBMBundle, library_versions, new_version_i
 from inference.pipeline import GBMForecaster, backtest_decisions, decide
 from inference.position_sizing import make_sizer
 from training.gbm_search import SearchConfig
-from training.recipe import FittedGBM, GBMRecipe, RecipeConfig
+from training.recipe import FittedGBM, GBMRecipe, RecipeConfig, TrainerConfig
 from utils.errors import AIStocksError, GateRefusedError, LockedError, ModelExistsError
 from utils.model_paths import gbm_link, symbol_dir
 from utils.settings import Settings, configure_logging
 from validation.gates import Verdict, judge
-from validation.walk_forward import FoldResult, WalkForwardConfig, WalkForwardResult, WalkForwardValidator
+from validation.overfitting import Run, count_trials, record_run
+from validation.walk_forward import FoldResult, WalkForwardResult, WalkForwardValidator
 
 logger = logging.getLogger(__name__)
 
 MINIMUM_TEST_BARS = 252
 NOT_JUDGED_YET = {"label": "no-edge", "reasons": [], "evidence": {}}
 OnEvent = Callable[[Mapping[str, Any]], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainerConfig:
-    """Everything that a training run is decided by; recorded in the bundle.
-
-    Attributes
-    ----------
-    horizon_bars
-        Number of bars that a forecast looks ahead.
-    recipe
-        What is fitted, see `RecipeConfig`.
-    walk_forward
-        How it is validated, see `WalkForwardConfig`.
-    costs
-        What the decided positions pay when the verdict judges them.
-    """
-
-    horizon_bars: int = DEFAULT_HORIZON_BARS
-    recipe: RecipeConfig = field(default_factory=RecipeConfig)
-    walk_forward: WalkForwardConfig = field(default_factory=WalkForwardConfig)
-    costs: CostModel = field(default_factory=CostModel)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +68,7 @@ class Trained:
 
 
 class GBMTrainer:
-    """Runs the walk-forward, the final fit and the verdict of one symbol; needs a year out of sample at least.
+    """Runs the walk-forward, the final fit and the verdict of one symbol.
 
     Parameters
     ----------
@@ -102,8 +82,16 @@ class GBMTrainer:
         self.config = config
         self._tell: OnEvent = on_event or (lambda _event: None)
 
-    def train(self, bars: Bars) -> Trained:
-        """Validate the recipe on ``bars``, fit it on all of them, and judge it."""
+    def train(self, bars: Bars, *, trials_log: Path | None = None) -> Trained:
+        """Validate the recipe on ``bars``, fit it on all of them, and judge it.
+
+        Parameters
+        ----------
+        bars
+            Prices of the symbol; `InsufficientDataError` unless they leave a year out of sample.
+        trials_log
+            File that counts what was tried on these prices before, see `validation.overfitting`.
+        """
         started = time.monotonic()
         config = self.config
         needed = (
@@ -115,10 +103,15 @@ class GBMTrainer:
         recipe = GBMRecipe(config.recipe)
         result = self._walk_forward(dataset, recipe)
         self._stage("final fit", 0.9)
-        fitted = final_fit(recipe, dataset, result)
+        fitted = recipe.fit_all(dataset, result.record)
         bundle = self._bundle(bars, dataset, fitted, result)
         self._stage("verdict", 0.95)
-        verdict, backtest = self.judge(bars, bundle, result)
+        n_trials = 1
+        if trials_log is not None:
+            run = self._run(bars)
+            n_trials = count_trials(trials_log, run)
+            record_run(trials_log, run)
+        verdict, backtest = self.judge(bars, bundle, result, n_trials=n_trials)
         judged = {
             "verdict": verdict.as_dict(),
             "metrics": headline_metrics(backtest),
@@ -135,7 +128,7 @@ class GBMTrainer:
         )
 
     def judge(
-        self, bars: Bars, bundle: GBMBundle, result: WalkForwardResult
+        self, bars: Bars, bundle: GBMBundle, result: WalkForwardResult, *, n_trials: int = 1
     ) -> tuple[Verdict, BacktestReport]:
         """Decide on every out-of-sample row as the product would have, book it, and weigh the evidence."""
         costs = self.config.costs
@@ -147,6 +140,7 @@ class GBMTrainer:
             strategy_return=backtest.daily["net_return"].to_numpy(),
             benchmark_return=backtest.benchmarks["exposure_matched"].daily["net_return"].to_numpy(),
             summary=result.summary,
+            n_trials=n_trials,
         )
         return verdict, backtest
 
@@ -179,7 +173,7 @@ class GBMTrainer:
                 "first_session": f"{bars.frame.index[0]:%Y-%m-%d}",
                 "last_session": f"{bars.frame.index[-1]:%Y-%m-%d}",
                 "n_bars": len(bars.frame),
-                "problems": list(bars.report.problems()),
+                "problems": [*bars.report.problems(), *findings(bars, config.horizon_bars)],
             },
             "trained_through": str(dataset.label_end[dataset.labelled].max()),
             "out_of_sample_from": f"{result.record['date'].min():%Y-%m-%d}",
@@ -205,14 +199,25 @@ class GBMTrainer:
             },
         )
 
+    def _run(self, bars: Bars) -> Run:
+        """Return what identifies this run among all that looked at the symbol."""
+        content = json.dumps([bars_hash(bars.frame), feature_set_hash(), asdict(self.config)], sort_keys=True)
+        return Run(
+            symbol=bars.symbol,
+            first_session=f"{bars.frame.index[0]:%Y-%m-%d}",
+            last_session=f"{bars.frame.index[-1]:%Y-%m-%d}",
+            fingerprint=hashlib.sha256(content.encode()).hexdigest()[:16],
+        )
+
     def _stage(self, stage: str, progress: float) -> None:
         self._tell({"type": "stage", "stage": stage, "progress": round(progress, 3)})
 
 
-def final_fit(recipe: GBMRecipe, dataset: Dataset, result: WalkForwardResult) -> FittedGBM:
-    """Fit the recipe on every labelled row, calibrated on the whole walk-forward record."""
-    labelled = dataset.take(np.flatnonzero(dataset.labelled))
-    return recipe.fit(labelled, fold=0, earlier=result.record)
+def findings(bars: Bars, horizon_bars: int) -> tuple[str, ...]:
+    """Return what the data validator has to say about prices and features."""
+    features, calendar = engineer_features(bars.frame), calendar_for(bars.symbol)
+    validator = DataValidator(bars.frame, features, horizon_bars=horizon_bars, calendar=calendar)
+    return validator.run_all_validations().problems()
 
 
 def headline_metrics(backtest: BacktestReport) -> dict[str, float | None]:
@@ -292,7 +297,8 @@ def train_symbol(
         cache = None if args.no_cache else BarCache(settings.cache_dir)
         source = make_source(args.source or settings.source)
         bars = fetch_stock_data(symbol, source=source, cache=cache, force_refresh=args.force_refresh)
-        trained = GBMTrainer(config_from(args), on_event).train(bars)
+        log = symbol_dir(settings.models_dir, symbol) / "trials.jsonl"
+        trained = GBMTrainer(config_from(args), on_event).train(bars, trials_log=log)
         if args.strict and trained.verdict.label != "edge":
             raise GateRefusedError(
                 f"{symbol}: the verdict is {trained.verdict.label} and --strict was given: nothing was saved"
@@ -336,12 +342,11 @@ def summary_of(trained: Trained, settings: Settings, report: Path) -> dict[str, 
 
 def print_summary(console: Console, result: Mapping[str, Any]) -> None:
     """Print the result of one symbol as a table."""
-
-    evidence = {name: "undefined" if v is None else f"{v:.3g}" for name, v in result["evidence"].items()}
+    evidence = {name: "undefined" if v is None else f"{v:.4g}" for name, v in result["evidence"].items()}
     table = Table(title=f"{result['symbol']}: {result['verdict']}", title_justify="left", show_header=False)
     rows = {
-        "out of sample": f"from {result['out_of_sample_from']}, {result['evidence']['n_rows']:,} forecasts of "
-        f"{result['horizon_bars']} sessions",
+        "out of sample": f"from {result['out_of_sample_from']}, {evidence['n_rows']} forecasts",
+        "horizon": f"{result['horizon_bars']} sessions",
         "information coefficient": f"{evidence['ic']} (p {evidence['p_ic']})",
         "a year over equal exposure": f"{evidence['active_return_annual']} (p {evidence['p_return']})",
         "direction accuracy": f"{evidence['direction_accuracy']} (always up: {evidence['share_up']})",
