@@ -7,7 +7,7 @@ one-day return.
 
 import argparse
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from functools import cache
 
@@ -18,8 +18,6 @@ import talib
 from data import indicators as ind
 from data.indicators import NO_MOVE, BarArrays, FloatArray
 from utils.errors import UsageError
-
-Rows = Mapping[str, FloatArray]
 
 # Raised whenever values change while the words of a formula stay the same; part of the hash.
 FEATURE_SET_VERSION = 1
@@ -76,13 +74,13 @@ FEATURES: tuple[FeatureSpec, ...] = (
         "momentum",
         ("rsi_14", "RSI(C, 14) / 100", 220, 0.0, 1.0, "Wilder 1978, TA-Lib RSI"),
         ("rsi_7", "RSI(C, 7) / 100", 120, 0.0, 1.0, "Wilder 1978, TA-Lib RSI"),
-        ("macd", "(EMA(C, 12) - EMA(C, 26)) / C", 200, -0.5, 0.5, "Appel 1979, TA-Lib MACD"),
-        ("macd_signal", "EMA(MACD, 9) / C", 200, -0.5, 0.5, "Appel 1979, TA-Lib MACD"),
-        ("macd_histogram", "macd - macd_signal", 200, -0.25, 0.25, "Appel 1979, TA-Lib MACD"),
+        ("macd", "(EMA(C, 12) - EMA(C, 26)) / C", 230, -0.5, 0.5, "Appel 1979, TA-Lib MACD"),
+        ("macd_signal", "EMA(MACD, 9) / C", 230, -0.5, 0.5, "Appel 1979, TA-Lib MACD"),
+        ("macd_histogram", "macd - macd_signal", 230, -0.25, 0.25, "Appel 1979, TA-Lib MACD"),
         ("stoch_k", "mean((C - LL14) / (HH14 - LL14), 3)", 15, 0.0, 1.0, "Lane 1984, slow %K"),
         ("stoch_d", "mean(stoch_k, 3)", 17, 0.0, 1.0, "Lane 1984, slow %D"),
         ("williams_r", "(C - HH14) / (HH14 - LL14)", 13, -1.0, 0.0, "Williams 1979"),
-        ("cci_20", "CCI(20) / 100", 19, -5.0, 5.0, "Lambert 1980, TA-Lib CCI"),
+        ("cci_20", "CCI(20) / 100", 19, -5.0, 5.0, "Lambert 1980"),
         ("roc_10", "C / C[-10] - 1", 10, -0.9, 2.0, "TA-Lib ROCP"),
         ("roc_20", "C / C[-20] - 1", 20, -0.9, 2.0, "TA-Lib ROCP"),
         ("tsi", "EMA25_13(dC) / EMA25_13(|dC|), EMA13 of EMA25", 240, -1.0, 1.0, "Blau 1991"),
@@ -97,8 +95,8 @@ FEATURES: tuple[FeatureSpec, ...] = (
         ("price_to_sma", "C / SMA(C, 200) - 1", 199, -0.9, 2.0, "TA-Lib SMA"),
         ("sma_cross_20_50", "SMA(C, 20) / SMA(C, 50) - 1", 49, -0.5, 0.5, "TA-Lib SMA"),
         ("sma_cross_50_200", "SMA(C, 50) / SMA(C, 200) - 1", 199, -0.75, 1.0, "TA-Lib SMA"),
-        ("adx_14", "ADX(14) / 100", 240, 0.0, 1.0, "Wilder 1978, TA-Lib ADX"),
-        ("di_spread_14", "(+DI - -DI) / (+DI + -DI), 14 bars", 220, -1.0, 1.0, "Wilder 1978, TA-Lib DI"),
+        ("adx_14", "ADX(14) / 100", 240, 0.0, 1.0, "Wilder 1978"),
+        ("di_spread_14", "(+DI - -DI) / (+DI + -DI), 14 bars", 220, -1.0, 1.0, "Wilder 1978"),
     ),
     *_family(
         "bands",
@@ -173,128 +171,144 @@ LEGEND = (
 )
 
 
-def _returns_volatility(x: BarArrays, rows: Rows) -> None:
-    fast, slow = ind.return_std(x.ret, 5), ind.return_std(x.ret, 20)
-    rows["volatility_5d"][:] = fast
-    rows["volatility_20d"][:] = slow
-    rows["volatility_ratio"][:] = ind.guarded_ratio(fast, slow, NO_MOVE, 1.0)
-    rows["garman_klass"][:] = np.sqrt(ind.rolling_sum(x.gk, 20) / 20)
-    rows["parkinson"][:] = np.sqrt(ind.rolling_sum(x.span * x.span, 20) / (80 * np.log(2.0)))
-    rows["atr_14"][:] = talib.ATR(x.high, x.low, x.close, 14) / x.close
-    mean_range = ind.rolling_sum(x.true_range, 20) / (20 * x.close)
-    week_range = ind.rolling_sum(x.true_range, 5) / (5 * x.close)
-    rows["atr_ratio_5_20"][:] = ind.guarded_ratio(week_range, mean_range, NO_MOVE, 1.0)
-    rows["true_range_ratio"][:] = ind.guarded_ratio(x.true_range / x.close, mean_range, NO_MOVE, 1.0)
+class FeatureRows:
+    """Rows of a block by the names of the features; what is stored is winsorised, its warm-up blanked.
+
+    Attributes
+    ----------
+    block
+        Shape (features, bars); a row means nothing before it is stored.
+    stored
+        Names of the features stored so far.
+    """
+
+    def __init__(self, n_bars: int) -> None:
+        self.block = np.empty((len(FEATURES), n_bars))
+        self.stored: set[str] = set()
+        self._specs = {spec.name: (spec, row) for spec, row in zip(FEATURES, self.block, strict=True)}
+
+    def __getitem__(self, name: str) -> FloatArray:
+        """Return a row that was stored before."""
+        return self._specs[name][1]
+
+    def __setitem__(self, name: str, values: FloatArray) -> None:
+        """Store a feature while its values are still in the cache of the processor."""
+        spec, row = self._specs[name]
+        ind.winsorise(values, spec.lower, spec.upper, spec.warmup_bars, row)
+        self.stored.add(name)
 
 
-def _momentum(x: BarArrays, rows: Rows) -> None:
-    rows["rsi_14"][:] = ind.relative_strength(x, 14)
-    rows["rsi_7"][:] = ind.relative_strength(x, 7)
+def _returns_volatility(x: BarArrays, rows: FeatureRows) -> None:
+    fast, slow = ind.return_std(x.ret, 5), x.std_20
+    rows["volatility_5d"] = fast
+    rows["volatility_20d"] = slow
+    rows["volatility_ratio"] = ind.guarded_ratio(fast, slow, NO_MOVE, 1.0)
+    rows["garman_klass"] = np.sqrt(ind.rolling_sum(x.gk, 20) / 20)
+    rows["parkinson"] = np.sqrt(ind.rolling_sum(x.span * x.span, 20) / (80 * np.log(2.0)))
+    rows["atr_14"] = talib.ATR(x.high, x.low, x.close, 14) / x.close
+    month, week = ind.rolling_sum(x.true_range, 20) / 20, ind.rolling_sum(x.true_range, 5) / 5
+    rows["atr_ratio_5_20"] = ind.price_ratio(week, month, x.close, 1.0)
+    rows["true_range_ratio"] = ind.price_ratio(x.true_range, month, x.close, 1.0)
+
+
+def _momentum(x: BarArrays, rows: FeatureRows) -> None:
+    rows["rsi_14"] = ind.relative_strength(x, 14)
+    rows["rsi_7"] = ind.relative_strength(x, 7)
     lines = talib.MACD(x.close, 12, 26, 9)
     for name, line in zip(("macd", "macd_signal", "macd_histogram"), lines, strict=True):
-        rows[name][:] = line / x.close
+        rows[name] = line / x.close
     fast_k = ind.stochastic(x, 14)
-    rows["williams_r"][:] = fast_k - 1.0
+    rows["williams_r"] = fast_k - 1.0
     fast_k[:13] = 0.0
     slow_k = ind.rolling_sum(fast_k, 3) / 3
-    rows["stoch_k"][:] = slow_k
-    rows["stoch_d"][:] = (slow_k + ind.lag(slow_k, 1) + ind.lag(slow_k, 2)) / 3
-    rows["cci_20"][:] = ind.commodity_channel(x, 20)
-    rows["roc_10"][:] = talib.ROCP(x.close, 10)
-    rows["roc_20"][:] = talib.ROCP(x.close, 20)
-    rows["tsi"][:] = ind.true_strength(x)
+    rows["stoch_k"] = slow_k
+    rows["stoch_d"] = (slow_k + ind.lag(slow_k, 1) + ind.lag(slow_k, 2)) / 3
+    rows["cci_20"] = ind.commodity_channel(x, 20)
+    rows["roc_10"] = talib.ROCP(x.close, 10)
+    rows["roc_20"] = talib.ROCP(x.close, 20)
+    rows["tsi"] = ind.true_strength(x)
 
 
-def _trend(x: BarArrays, rows: Rows) -> None:
+def _trend(x: BarArrays, rows: FeatureRows) -> None:
     sma = {bars: talib.SMA(x.close, bars) for bars in (10, 20, 50, 200)}
     for bars in (10, 20, 50):
-        rows[f"sma_distance_{bars}"][:] = (x.close / sma[bars] - 1.0) / (x.sigma_20 * np.sqrt(bars))
+        rows[f"sma_distance_{bars}"] = (x.close / sma[bars] - 1.0) / (x.sigma_20 * np.sqrt(bars))
     for bars in (10, 20):
         ema = talib.EMA(x.close, bars)
-        rows[f"ema_distance_{bars}"][:] = (x.close / ema - 1.0) / (x.sigma_20 * np.sqrt(bars))
-    rows["price_to_sma"][:] = x.close / sma[200] - 1.0
-    rows["sma_cross_20_50"][:] = sma[20] / sma[50] - 1.0
-    rows["sma_cross_50_200"][:] = sma[50] / sma[200] - 1.0
-    rows["adx_14"][:], rows["di_spread_14"][:] = ind.directional(x, 14)
+        rows[f"ema_distance_{bars}"] = (x.close / ema - 1.0) / (x.sigma_20 * np.sqrt(bars))
+    rows["price_to_sma"] = x.close / sma[200] - 1.0
+    rows["sma_cross_20_50"] = sma[20] / sma[50] - 1.0
+    rows["sma_cross_50_200"] = sma[50] / sma[200] - 1.0
+    rows["adx_14"], rows["di_spread_14"] = ind.directional(x, 14)
 
 
-def _bands(x: BarArrays, rows: Rows) -> None:
-    middle, deviation = talib.SMA(x.close, 20), 2.0 * ind.rolling_std(x.close, 20)
-    rows["bollinger_upper"][:] = (middle + deviation) / x.close - 1.0
-    rows["bollinger_lower"][:] = (middle - deviation) / x.close - 1.0
-    rows["bollinger_width"][:] = 2.0 * deviation / middle
-    score = ind.guarded_ratio((x.close - middle) / x.close, deviation / x.close, NO_MOVE, 0.0)
-    rows["bollinger_position"][:] = 0.5 + 0.5 * score
+def _bands(x: BarArrays, rows: FeatureRows) -> None:
+    middle, _, deviation = ind.rolling_deviations(x.close, 20)
+    deviation *= 2.0
+    rows["bollinger_upper"] = (middle + deviation) / x.close - 1.0
+    rows["bollinger_lower"] = (middle - deviation) / x.close - 1.0
+    rows["bollinger_width"] = 2.0 * deviation / middle
+    rows["bollinger_position"] = 0.5 + 0.5 * ind.price_ratio(x.close - middle, deviation, x.close, 0.0)
     middle, deviation = talib.EMA(x.close, 20), 2.0 * talib.ATR(x.high, x.low, x.close, 10)
-    rows["keltner_upper"][:] = (middle + deviation) / x.close - 1.0
-    rows["keltner_lower"][:] = (middle - deviation) / x.close - 1.0
+    rows["keltner_upper"] = (middle + deviation) / x.close - 1.0
+    rows["keltner_lower"] = (middle - deviation) / x.close - 1.0
 
 
-def _volume(x: BarArrays, rows: Rows) -> None:
+def _volume(x: BarArrays, rows: FeatureRows) -> None:
     traded = ind.rolling_sum(x.volume, 20)
-    rows["volume_sma_ratio"][:] = ind.guarded_ratio(x.volume, traded / 20, 0.0, 1.0)
-    direction = np.where(np.abs(x.ret) > NO_MOVE, np.sign(x.ret), 0.0)
-    rows["obv_slope"][:] = ind.guarded_ratio(ind.rolling_sum(direction * x.volume, 20), traded, 0.0, 0.0)
-    typical = (x.high + x.low + x.close) / 3.0
-    paid = ind.rolling_sum(typical * x.volume, 20)
-    rows["vwap_distance"][:] = ind.guarded_ratio(x.close * traded, paid, 0.0, 1.0) - 1.0
-    rows["mfi_14"][:] = ind.money_flow(x, 14)
-    gain = x.close / ind.lag(x.close, 1) - 1.0
-    rows["vpt"][:] = ind.guarded_ratio(ind.rolling_sum(gain * x.volume, 20), traded * x.sigma_20, 0.0, 0.0)
-    bought = ind.rolling_sum(ind.close_location(x) * x.volume, 20)
-    rows["accumulation_distribution"][:] = ind.guarded_ratio(bought, traded, 0.0, 0.0)
+    rows["volume_sma_ratio"] = ind.guarded_ratio(x.volume, traded / 20, 0.0, 1.0)
+    rows["obv_slope"] = ind.guarded_ratio(ind.rolling_sum(x.signed, 20), traded, 0.0, 0.0)
+    rows["vwap_distance"] = ind.guarded_ratio(x.close * traded, ind.rolling_sum(x.paid, 20), 0.0, 1.0) - 1.0
+    up, down = ind.rolling_sum(x.rising, 14), ind.rolling_sum(x.falling, 14)
+    rows["mfi_14"] = ind.guarded_ratio(up, up + down, 0.0, 0.5)
+    rows["vpt"] = ind.guarded_ratio(ind.rolling_sum(x.trended, 20), traded * x.sigma_20, 0.0, 0.0)
+    rows["accumulation_distribution"] = ind.guarded_ratio(ind.rolling_sum(x.placed, 20), traded, 0.0, 0.0)
 
 
-def _multi_timeframe(x: BarArrays, rows: Rows) -> None:
+def _multi_timeframe(x: BarArrays, rows: FeatureRows) -> None:
     for bars in (5, 10, 20):
-        rows[f"velocity_{bars}d"][:] = ind.log_change(x, bars) / (x.sigma_20 * np.sqrt(bars))
-    rows["acceleration_5d"][:] = rows["velocity_5d"] - ind.lag(rows["velocity_5d"], 5)
-    rows["rsi_velocity_5d"][:] = rows["rsi_14"] - ind.lag(rows["rsi_14"], 5)
+        rows[f"velocity_{bars}d"] = ind.log_change(x.log_close, 0, bars) / (x.sigma_20 * np.sqrt(bars))
+    rows["acceleration_5d"] = ind.log_change(rows["velocity_5d"], 0, 5)
+    rows["rsi_velocity_5d"] = ind.log_change(rows["rsi_14"], 0, 5)
     week = ind.rolling_sum(x.volume, 5)
     before = ind.lag(week, 5)
-    rows["volume_velocity_5d"][:] = ind.guarded_ratio(week - before, week + before, 0.0, 0.0)
-    rows["momentum_60d"][:] = ind.log_change(x, 60) / (x.sigma_200 * np.sqrt(60))
-    rows["momentum_250d"][:] = ind.lag(ind.log_change(x, 230), 20) / (x.sigma_200 * np.sqrt(230))
+    rows["volume_velocity_5d"] = ind.guarded_ratio(week - before, week + before, 0.0, 0.0)
+    for name, near, far in (("momentum_60d", 0, 60), ("momentum_250d", 20, 250)):
+        change = ind.log_change(x.log_close, near, far)
+        rows[name] = change / (x.sigma_200 * np.sqrt(far - near))
 
 
-def _pattern(x: BarArrays, rows: Rows) -> None:
-    high_before, low_before = ind.lag(x.high, 1), ind.lag(x.low, 1)
-    least = NO_MOVE * x.close
-    rows["higher_high"][:] = ind.rolling_sum((x.high - high_before > least).astype(np.float64), 5) / 5
-    rows["lower_low"][:] = ind.rolling_sum((low_before - x.low > least).astype(np.float64), 5) / 5
-    rows["gap_up"][:] = np.maximum(x.open / high_before - 1.0, 0.0) / x.sigma_20
-    rows["gap_down"][:] = np.maximum(1.0 - x.open / low_before, 0.0) / x.sigma_20
-    rows["body_size"][:] = ind.guarded_ratio(
-        (x.close - x.open) / x.close, (x.high - x.low) / x.close, NO_MOVE, 0.0
-    )
-    held = (x.high - high_before <= least) & (low_before - x.low <= least)
-    rows["inside_bar"][:] = held & (x.high - x.low > least)
+def _pattern(x: BarArrays, rows: FeatureRows) -> None:
+    rows["higher_high"] = ind.rolling_sum(x.higher_high, 5) / 5
+    rows["lower_low"] = ind.rolling_sum(x.lower_low, 5) / 5
+    rows["gap_up"] = x.gap_up / x.sigma_20
+    rows["gap_down"] = x.gap_down / x.sigma_20
+    rows["body_size"] = x.body
+    rows["inside_bar"] = x.inside
 
 
-def _regime(x: BarArrays, rows: Rows) -> None:
-    ratio = ind.guarded_ratio(ind.return_std(x.ret, 20), ind.return_std(x.ret, 200), NO_MOVE, 1.0)
-    rows["volatility_regime_low"][:] = ratio < REGIME_LOW
-    rows["volatility_regime_high"][:] = ratio > REGIME_HIGH
-    rows["volatility_regime_normal"][:] = (ratio >= REGIME_LOW) & (ratio <= REGIME_HIGH)
+def _regime(x: BarArrays, rows: FeatureRows) -> None:
+    ratio = ind.guarded_ratio(x.std_20, x.std_200, NO_MOVE, 1.0)
+    low, high = ratio < REGIME_LOW, ratio > REGIME_HIGH
+    rows["volatility_regime_low"] = low.astype(np.float64)
+    rows["volatility_regime_high"] = high.astype(np.float64)
+    rows["volatility_regime_normal"] = (~(low | high)).astype(np.float64)
     path = np.abs(x.ret)
-    rows["trend_strength"][:] = ind.guarded_ratio(
-        np.abs(ind.log_change(x, 20)), ind.rolling_sum(path, 20), NO_MOVE, 0.0
-    )
-    rows["trend_direction"][:] = ind.guarded_ratio(
-        ind.log_change(x, 60), ind.rolling_sum(path, 60), NO_MOVE, 0.0
-    )
+    moves = {bars: ind.log_change(x.log_close, 0, bars) for bars in (20, 60)}
+    rows["trend_strength"] = ind.guarded_ratio(np.abs(moves[20]), ind.rolling_sum(path, 20), NO_MOVE, 0.0)
+    rows["trend_direction"] = ind.guarded_ratio(moves[60], ind.rolling_sum(path, 60), NO_MOVE, 0.0)
     product = ind.rolling_sum(x.ret * ind.lag(x.ret, 1), 60)
     squares = ind.rolling_sum(x.ret * x.ret, 60)
-    rows["mean_reversion"][:] = ind.guarded_ratio(-product, squares, NO_MOVE**2, 0.0)
+    rows["mean_reversion"] = ind.guarded_ratio(-product, squares, NO_MOVE**2, 0.0)
 
 
-def _microstructure(x: BarArrays, rows: Rows) -> None:
-    rows["high_low_range"][:] = x.span
-    rows["close_location"][:] = ind.close_location(x)
-    rows["intraday_volatility"][:] = np.sqrt(
+def _microstructure(x: BarArrays, rows: FeatureRows) -> None:
+    rows["high_low_range"] = x.span
+    rows["close_location"] = x.location
+    rows["intraday_volatility"] = np.sqrt(
         ind.guarded_ratio(x.gk, ind.rolling_sum(x.gk, 20) / 20, NO_MOVE**2, 1.0)
     )
-    rows["overnight_return"][:] = x.overnight
+    rows["overnight_return"] = x.overnight
 
 
 _PRICE_FAMILIES = (_returns_volatility, _momentum, _trend, _bands, _multi_timeframe, _regime)
@@ -315,21 +329,13 @@ def engineer_features(bars: pd.DataFrame) -> pd.DataFrame:
         Float64, indexed like ``bars``, columns in the registry's order. Row t is known at the close of t and
         is the same, to the last bit, whatever follows it. NaN in the declared warm-ups and nowhere else.
     """
-    names = get_feature_columns()
-    block = np.full((len(names), len(bars)), np.nan)
+    rows = FeatureRows(len(bars))
     if len(bars):
         ohlcv = ("Open", "High", "Low", "Close", "Volume")
-        arrays = (np.asarray(bars[name], dtype=np.float64) for name in ohlcv)
-        x, rows = ind.bar_arrays(*arrays), dict(zip(names, block, strict=True))
+        x = ind.bar_arrays(*(np.array(bars[name], dtype=np.float64) for name in ohlcv))
         for compute in (*_PRICE_FAMILIES, *_BAR_FAMILIES):
             compute(x, rows)
-        ind.finish_rows(
-            block,
-            np.array([spec.lower for spec in FEATURES]),
-            np.array([spec.upper for spec in FEATURES]),
-            np.array([spec.warmup_bars for spec in FEATURES]),
-        )
-    return pd.DataFrame(block.T, index=bars.index, columns=names, copy=False)
+    return pd.DataFrame(rows.block.T, index=bars.index, columns=get_feature_columns(), copy=False)
 
 
 def get_feature_columns(include_sentiment: bool = False) -> list[str]:  # noqa: FBT001, FBT002

@@ -5,7 +5,7 @@ equals the prefix of the result to the last bit. No kernel uses ``fastmath``, wh
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -18,60 +18,108 @@ FloatArray = npt.NDArray[np.float64]
 NO_MOVE = 1e-6
 # Five basis points a day: a halted stock still has a scale.
 MIN_SIGMA_LOG = 5e-4
+_TILE = 512
 _GK_BODY = 2.0 * math.log(2.0) - 1.0
 
 
 @njit(cache=True)
-def bar_logs(open_: FloatArray, high: FloatArray, low: FloatArray, close: FloatArray) -> FloatArray:
-    """Return the log moves of each bar.
+def bar_moves(
+    open_: FloatArray, high: FloatArray, low: FloatArray, close: FloatArray, out: FloatArray
+) -> None:
+    """Write the prices by the first close, and the moves of each bar.
 
     Parameters
     ----------
     open_, high, low, close
         Prices, shape (n,), positive.
-
-    Returns
-    -------
-    array of shape (5, n)
-        Log close relative to the first close; log return close to close; overnight log return (previous close
-        to open); log(high/low); Garman-Klass variance of the session. The returns of the first row are 0.
-        Row t is known at the close of t.
+    out
+        Shape (11, n): open, high, low, close, typical price, true range, all by the first close; log close;
+        log return close to close; overnight log return (previous close to open); log(high/low); Garman-Klass
+        variance of the session. The returns of the first row are 0. Row t is known at the close of t.
 
     References
     ----------
     Garman, Klass (1980), On the estimation of security price volatilities from historical data.
     """
-    n = close.shape[0]
-    out = np.zeros((5, n))
-    for t in range(n):
-        out[0, t] = math.log(close[t] / close[0])
-        if t > 0:
-            out[1, t] = math.log(close[t] / close[t - 1])
-            out[2, t] = math.log(open_[t] / close[t - 1])
-        span = math.log(high[t] / low[t])
-        body = math.log(close[t] / open_[t])
-        out[3, t] = span
-        out[4, t] = max(0.5 * span * span - _GK_BODY * body * body, 0.0)
-    return out
+    for t in range(close.shape[0]):
+        o, h, lo, c = open_[t] / close[0], high[t] / close[0], low[t] / close[0], close[t] / close[0]
+        before, log_before = (out[3, t - 1], out[6, t - 1]) if t > 0 else (o, math.log(o))
+        log_open, log_close = math.log(o), math.log(c)
+        span, body = math.log(h / lo), log_close - log_open
+        out[0, t], out[1, t], out[2, t], out[3, t] = o, h, lo, c
+        out[4, t] = (h + lo + c) / 3.0
+        out[5, t] = max(h, before) - min(lo, before)
+        out[6, t] = log_close
+        out[7, t] = log_close - log_before if t > 0 else 0.0
+        out[8, t] = log_open - log_before
+        out[9, t] = span
+        out[10, t] = max(0.5 * span * span - _GK_BODY * body * body, 0.0)
+
+
+@njit(cache=True)
+def bar_flows(moves: FloatArray, volume: FloatArray, out: FloatArray) -> None:
+    """Write each bar's volume, weighed in the ways of the volume indicators.
+
+    Parameters
+    ----------
+    moves
+        As `bar_moves` writes.
+    volume
+        Shape (n,).
+    out
+        Shape (7, n): the volume itself, and times: the sign of the close's change (on-balance volume); the
+        simple return (volume price trend); the place of the close in the range, -1 to 1 (accumulation and
+        distribution); the typical price; the typical price where it rose, and where it fell (money flow). The
+        first bar moves nowhere.
+    """
+    for t in range(volume.shape[0]):
+        last = max(t - 1, 0)
+        close, typical, least = moves[3, t], moves[4, t], NO_MOVE * moves[3, t]
+        change, rise = close - moves[3, last], typical - moves[4, last]
+        spread, money = moves[1, t] - moves[2, t], typical * volume[t]
+        out[0, t] = volume[t]
+        out[1, t] = (volume[t] if change > 0.0 else -volume[t]) if abs(change) > least else 0.0
+        out[2, t] = change / moves[3, last] * volume[t]
+        out[3, t] = (2.0 * close - moves[1, t] - moves[2, t]) / spread * volume[t] if spread > least else 0.0
+        out[4, t] = money
+        out[5, t] = money if rise > least else 0.0
+        out[6, t] = money if -rise > least else 0.0
+
+
+@njit(cache=True)
+def bar_shapes(moves: FloatArray, out: FloatArray) -> None:
+    """Write how each bar looks beside the one before.
+
+    Parameters
+    ----------
+    moves
+        As `bar_moves` writes.
+    out
+        Shape (7, n): 1 where the high is higher; 1 where the low is lower; gap above the high, gap below the
+        low, as fractions; body by range; 1 where the bar lies inside the one before; place of the close in
+        the range, -1 to 1. Without a range, and in the first row without a bar before: 0.
+    """
+    for t in range(moves.shape[1]):
+        last = max(t - 1, 0)
+        open_, high, low, close = moves[0, t], moves[1, t], moves[2, t], moves[3, t]
+        least, spread = NO_MOVE * close, high - low
+        higher, lower = high - moves[1, last] > least, moves[2, last] - low > least
+        out[0, t] = higher
+        out[1, t] = lower
+        out[2, t] = max(open_ / moves[1, last] - 1.0, 0.0)
+        out[3, t] = max(1.0 - open_ / moves[2, last], 0.0)
+        out[4, t] = (close - open_) / spread if spread > least else 0.0
+        out[5, t] = t > 0 and spread > least and not higher and not lower
+        out[6, t] = (2.0 * close - high - low) / spread if spread > least else 0.0
 
 
 @njit(cache=True)
 def rolling_sum(values: FloatArray, window: int) -> FloatArray:
     """Sum the last ``window`` values without ever subtracting.
 
-    Parameters
-    ----------
-    values
-        Shape (n,), finite.
-    window
-        Number of bars, at least 1.
-
-    Returns
-    -------
-    array of shape (n,)
-        NaN in the first ``window - 1`` rows. Blocks of ``window`` rows are summed from their ends backwards
-        and from their starts forwards, and each window is one of either, so a window of zeros sums to 0
-        exactly, whatever came before it.
+    Shape (n,), NaN in the first ``window - 1`` rows. Blocks of ``window`` rows are summed from their ends
+    backwards and from their starts forwards, and each window is one of either: a window of zeros sums to 0
+    exactly, whatever came before it.
 
     References
     ----------
@@ -98,8 +146,8 @@ def rolling_sum(values: FloatArray, window: int) -> FloatArray:
 
 
 @njit(cache=True)
-def rolling_std(values: FloatArray, window: int) -> FloatArray:
-    """Return the population standard deviation of the last ``window`` values, by two passes over each window.
+def rolling_deviations(values: FloatArray, window: int) -> FloatArray:
+    """Return how far the last ``window`` values lie from their mean, by two passes over each window.
 
     Parameters
     ----------
@@ -110,74 +158,110 @@ def rolling_std(values: FloatArray, window: int) -> FloatArray:
 
     Returns
     -------
-    array of shape (n,)
-        NaN in the first ``window - 1`` rows; exactly 0 where the window is constant.
+    array of shape (3, n)
+        Mean, mean absolute deviation, population standard deviation. NaN in the first ``window - 1`` rows.
     """
     n = values.shape[0]
-    out = np.full(n, np.nan)
-    for t in range(window - 1, n):
-        anchor = values[t]
-        first = 0.0
-        second = 0.0
-        for j in range(t - window + 1, t):
-            gap = values[j] - anchor
-            first += gap
-            second += gap * gap
-        out[t] = math.sqrt(max(second - first * first / window, 0.0) / window)
+    out = np.full((3, n), np.nan)
+    mean, absolute, squared = np.empty(_TILE), np.empty(_TILE), np.empty(_TILE)
+    for start in range(window - 1, n, _TILE):
+        # Windows side by side in the inner loop: each keeps its order of additions, and they run in parallel.
+        many = min(_TILE, n - start)
+        mean[:many] = 0.0
+        absolute[:many] = 0.0
+        squared[:many] = 0.0
+        for back in range(window):
+            part = values[start - back : start - back + many]
+            for k in range(many):
+                mean[k] += part[k]
+        for k in range(many):
+            mean[k] /= window
+        for back in range(window):
+            part = values[start - back : start - back + many]
+            for k in range(many):
+                gap = part[k] - mean[k]
+                absolute[k] += abs(gap)
+                squared[k] += gap * gap
+        for k in range(many):
+            out[0, start + k] = mean[k]
+            out[1, start + k] = absolute[k] / window
+            out[2, start + k] = math.sqrt(squared[k] / window)
     return out
 
 
 @njit(cache=True)
 def guarded_ratio(numerator: FloatArray, denominator: FloatArray, least: float, neutral: float) -> FloatArray:
-    """Divide where the denominator exceeds ``least``; elsewhere give ``neutral``.
+    """Divide where the denominator exceeds ``least``; elsewhere ``neutral``, the value that says nothing.
 
-    Parameters
-    ----------
-    numerator, denominator
-        Shape (n,). NaN in either stays NaN.
-    least
-        Largest denominator that counts as nothing at all.
-    neutral
-        The value that says nothing: a halted stock or a bar without volume.
-
-    Returns
-    -------
-    array of shape (n,)
-        The ratio.
+    All of shape (n,); NaN stays NaN.
     """
     out = np.empty(numerator.shape[0])
     for t in range(out.shape[0]):
-        if denominator[t] <= least:
-            out[t] = neutral
-        else:
-            out[t] = numerator[t] / denominator[t]
+        out[t] = neutral if denominator[t] <= least else numerator[t] / denominator[t]
     return out
 
 
 @njit(cache=True)
-def finish_rows(
-    block: FloatArray, lower: FloatArray, upper: FloatArray, warmup_bars: npt.NDArray[np.int64]
-) -> None:
-    """Blank each row's warm-up and winsorise the rest at fixed bounds, in place.
+def price_ratio(above: FloatArray, below: FloatArray, price: FloatArray, neutral: float) -> FloatArray:
+    """Divide one price difference by another; ``neutral`` where that is no move beside the price.
 
-    Parameters
-    ----------
-    block
-        Shape (p, n): one feature a row. NaN after the warm-up stays NaN, so that a defect shows.
-    lower, upper
-        Shape (p,): bounds.
-    warmup_bars
-        Shape (p,): number of leading bars without a value.
+    All of shape (n,); NaN stays NaN.
     """
-    for i in range(block.shape[0]):
-        for t in range(min(warmup_bars[i], block.shape[1])):
-            block[i, t] = np.nan
-        for t in range(warmup_bars[i], block.shape[1]):
-            value = block[i, t]
-            if value < lower[i]:
-                block[i, t] = lower[i]
-            elif value > upper[i]:
-                block[i, t] = upper[i]
+    out = np.empty(above.shape[0])
+    for t in range(out.shape[0]):
+        out[t] = neutral if below[t] <= NO_MOVE * price[t] else above[t] / below[t]
+    return out
+
+
+@njit(cache=True)
+def log_change(log_close: FloatArray, near: int, far: int) -> FloatArray:
+    """Return log(Close[t - near] / Close[t - far]), shape (n,), NaN in the first ``far`` rows."""
+    out = np.full(log_close.shape[0], np.nan)
+    for t in range(far, out.shape[0]):
+        out[t] = log_close[t - near] - log_close[t - far]
+    return out
+
+
+@njit(cache=True)
+def directional_index(high: FloatArray, low: FloatArray, window: int) -> FloatArray:
+    """Return Wilder's ADX as a fraction, and (+DI - -DI) / (+DI + -DI), shape (2, n).
+
+    Notes
+    -----
+    A bar that rises above and falls below the one before by the same amount, within rounding, moves in no
+    direction. TA-Lib compares exactly, and on adjusted prices rounding then decides.
+
+    References
+    ----------
+    Wilder (1978), New Concepts in Technical Trading Systems.
+    """
+    n = high.shape[0]
+    out = np.zeros((2, n))
+    plus = 0.0
+    minus = 0.0
+    for t in range(1, n):
+        up = high[t] - high[t - 1]
+        down = low[t - 1] - low[t]
+        least = NO_MOVE * high[t]
+        plus += ((up if up > max(down, 0.0) + least else 0.0) - plus) / window
+        minus += ((down if down > max(up, 0.0) + least else 0.0) - minus) / window
+        if plus + minus > 0.0:
+            out[1, t] = (plus - minus) / (plus + minus)
+        out[0, t] = out[0, t - 1] + (abs(out[1, t]) - out[0, t - 1]) / window
+    return out
+
+
+@njit(cache=True)
+def winsorise(values: FloatArray, lower: float, upper: float, warmup_bars: int, out: FloatArray) -> None:
+    """Write values kept within the bounds, shape (n,), NaN in the warm-up.
+
+    NaN after the warm-up stays NaN, so that a defect shows.
+    """
+    for t in range(values.shape[0]):
+        # Not max and min, which would turn a NaN into a bound.
+        value = lower if values[t] < lower else values[t]  # noqa: FURB136
+        out[t] = upper if value > upper else value  # noqa: FURB136
+    out[:warmup_bars] = np.nan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,29 +270,46 @@ class BarArrays:
 
     Attributes
     ----------
-    open, high, low, close
-        Prices divided by the first close: TA-Lib's absolute thresholds then mean the same for every stock.
-    volume
-        As it came.
-    log_close, ret, overnight, span, gk
-        Rows of `bar_logs`.
-    true_range
-        Of the divided prices; the first bar's is its range.
+    open, high, low, close, typical, true_range, log_close, ret, overnight, span, gk
+        Rows of `bar_moves`. The prices are divided by the first close: TA-Lib's absolute thresholds then mean
+        the same for every stock.
+    volume, signed, trended, placed, paid, rising, falling
+        Rows of `bar_flows`.
+    higher_high, lower_low, gap_up, gap_down, body, inside, location
+        Rows of `bar_shapes`.
+    std_20, std_200
+        Population standard deviation of ``ret``.
     sigma_20, sigma_200
-        Population standard deviation of ``ret``, at least `MIN_SIGMA_LOG`: fit to divide by.
+        The same, at least `MIN_SIGMA_LOG`: fit to divide by.
     """
 
     open: FloatArray
     high: FloatArray
     low: FloatArray
     close: FloatArray
-    volume: FloatArray
+    typical: FloatArray
+    true_range: FloatArray
     log_close: FloatArray
     ret: FloatArray
     overnight: FloatArray
     span: FloatArray
     gk: FloatArray
-    true_range: FloatArray
+    volume: FloatArray
+    signed: FloatArray
+    trended: FloatArray
+    placed: FloatArray
+    paid: FloatArray
+    rising: FloatArray
+    falling: FloatArray
+    higher_high: FloatArray
+    lower_low: FloatArray
+    gap_up: FloatArray
+    gap_down: FloatArray
+    body: FloatArray
+    inside: FloatArray
+    location: FloatArray
+    std_20: FloatArray
+    std_200: FloatArray
     sigma_20: FloatArray
     sigma_200: FloatArray
 
@@ -223,27 +324,17 @@ def bar_arrays(
     open_: FloatArray, high: FloatArray, low: FloatArray, close: FloatArray, volume: FloatArray
 ) -> BarArrays:
     """Prepare at least one bar of positive prices; see `BarArrays`."""
-    open_, high, low, close = (
-        np.ascontiguousarray(prices / close[0]) for prices in (open_, high, low, close)
-    )
-    log_close, ret, overnight, span, gk = bar_logs(open_, high, low, close)
-    true_range = talib.TRANGE(high, low, close)
-    true_range[0] = high[0] - low[0]
-    return BarArrays(
-        open=open_,
-        high=high,
-        low=low,
-        close=close,
-        volume=np.ascontiguousarray(volume),
-        log_close=log_close,
-        ret=ret,
-        overnight=overnight,
-        span=span,
-        gk=gk,
-        true_range=true_range,
-        sigma_20=np.maximum(return_std(ret, 20), MIN_SIGMA_LOG),
-        sigma_200=np.maximum(return_std(ret, 200), MIN_SIGMA_LOG),
-    )
+    # One block for all of them: many small ones would go back to the system, and come back page by page.
+    names = [field.name for field in fields(BarArrays)]
+    block = np.empty((len(names), len(close)))
+    moves = block[:11]
+    bar_moves(open_, high, low, close, moves)
+    bar_flows(moves, volume, block[11:18])
+    bar_shapes(moves, block[18:25])
+    for row, window in ((25, 20), (26, 200)):
+        block[row] = return_std(moves[7], window)
+        np.maximum(block[row], MIN_SIGMA_LOG, out=block[row + 2])
+    return BarArrays(**dict(zip(names, block, strict=True)))
 
 
 def lag(values: FloatArray, bars: int) -> FloatArray:
@@ -253,20 +344,15 @@ def lag(values: FloatArray, bars: int) -> FloatArray:
     return out
 
 
-def log_change(x: BarArrays, bars: int) -> FloatArray:
-    """Return log(Close[t] / Close[t - bars]), NaN in the first rows."""
-    return x.log_close - lag(x.log_close, bars)
-
-
 def halted(x: BarArrays, bars: int) -> npt.NDArray[np.bool_]:
     """Return where the close stood still for ``bars`` bars: a smoothed share of nothing says nothing."""
     return rolling_sum(np.abs(x.ret), bars) <= NO_MOVE
 
 
 def relative_strength(x: BarArrays, window: int) -> FloatArray:
-    """Return Wilder's RSI as a fraction; 0.5 where the close stood still (TA-Lib drops to 0 there)."""
+    """Return Wilder's RSI as a fraction; 0.5 where the close stood still, not the last value."""
     out = talib.RSI(x.close, window) / 100.0
-    out[halted(x, window)] = 0.5
+    np.copyto(out, 0.5, where=halted(x, window))
     return out
 
 
@@ -275,47 +361,26 @@ def true_strength(x: BarArrays) -> FloatArray:
     change = np.diff(x.close, prepend=x.close[:1])
     smooth, absolute = (talib.EMA(talib.EMA(part, 25), 13) for part in (change, np.abs(change)))
     out = guarded_ratio(smooth, absolute, 0.0, 0.0)
-    out[halted(x, 25)] = 0.0
+    np.copyto(out, 0.0, where=halted(x, 25))
     return out
 
 
 def stochastic(x: BarArrays, window: int) -> FloatArray:
     """Return where the close lies between the window's extremes, 0 to 1; 0.5 without a range."""
     highest, lowest = talib.MAX(x.high, window), talib.MIN(x.low, window)
-    return guarded_ratio((x.close - lowest) / x.close, (highest - lowest) / x.close, NO_MOVE, 0.5)
+    return price_ratio(x.close - lowest, highest - lowest, x.close, 0.5)
 
 
 def commodity_channel(x: BarArrays, window: int) -> FloatArray:
-    """Return Lambert's CCI divided by 100; 0 without a range, where TA-Lib divides rounding by rounding."""
-    out = talib.CCI(x.high, x.low, x.close, window) / 100.0
-    out[talib.MAX(x.high, window) - talib.MIN(x.low, window) <= NO_MOVE * x.close] = 0.0
-    return out
+    """Return Lambert's CCI divided by 100; 0 without a range."""
+    mean, absolute, _ = rolling_deviations(x.typical, window)
+    return price_ratio(x.typical - mean, 1.5 * absolute, x.typical, 0.0)
 
 
 def directional(x: BarArrays, window: int) -> tuple[FloatArray, FloatArray]:
     """Return Wilder's ADX as a fraction and (+DI - -DI) / (+DI + -DI); 0 where the price stood still."""
-    strength = talib.ADX(x.high, x.low, x.close, window) / 100.0
-    plus, minus = (di(x.high, x.low, x.close, window) for di in (talib.PLUS_DI, talib.MINUS_DI))
-    spread = guarded_ratio(plus - minus, plus + minus, NO_MOVE, 0.0)
+    strength, spread = directional_index(x.high, x.low, window)
     still = rolling_sum(x.true_range, window) <= NO_MOVE * x.close
-    strength[still] = 0.0
-    spread[still] = 0.0
+    np.copyto(strength, 0.0, where=still)
+    np.copyto(spread, 0.0, where=still)
     return strength, spread
-
-
-def money_flow(x: BarArrays, window: int) -> FloatArray:
-    """Return the share of the money that flowed on rising typical prices; 0.5 where none flowed.
-
-    TA-Lib's MFI calls a flow below 1 nothing, whatever the currency; this one asks for exactly nothing.
-    """
-    typical = (x.high + x.low + x.close) / 3.0
-    change = np.diff(typical, prepend=typical[:1])
-    flow = typical * x.volume
-    up = rolling_sum(np.where(change > NO_MOVE * typical, flow, 0.0), window)
-    down = rolling_sum(np.where(change < -NO_MOVE * typical, flow, 0.0), window)
-    return guarded_ratio(up, up + down, 0.0, 0.5)
-
-
-def close_location(x: BarArrays) -> FloatArray:
-    """Return where the close lies in the bar's range, -1 at the low to 1 at the high; 0 without a range."""
-    return guarded_ratio((2.0 * x.close - x.high - x.low) / x.close, (x.high - x.low) / x.close, NO_MOVE, 0.0)

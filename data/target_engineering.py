@@ -16,7 +16,7 @@ import pandas as pd
 from numba import njit
 
 from data.feature_engineer import MAX_WARMUP_BARS, engineer_features, get_feature_columns
-from data.indicators import MIN_SIGMA_LOG, bar_logs
+from data.indicators import MIN_SIGMA_LOG, bar_moves
 from utils.errors import DataError, InsufficientDataError, UsageError
 
 logger = logging.getLogger(__name__)
@@ -83,34 +83,35 @@ def check_horizon(horizon_bars: int) -> int:
 
 
 @njit(cache=True)
-def har_variance(logs: FloatArray) -> FloatArray:
+def har_variance(moves: FloatArray) -> FloatArray:
     """Forecast the next bar's variance of the log return from ranges, corrected by closes.
 
     Parameters
     ----------
-    logs
-        Shape (5, n), as `bar_logs` gives.
+    moves
+        Shape (11, n), as `bar_moves` writes.
 
     Returns
     -------
     array of shape (n,)
         Weighted mean of four exponential means (spans `HAR_SPANS_BARS`) of overnight squared plus
         Garman-Klass variance, times the mean of 1 and the year's ratio of squared returns to that range
-        measure (kept within 1/2 to 2). The means are normalised by their weights: the first rows are noisy, not
-        biased. Row t is known at the close of t.
+        measure (kept within 1/2 to 2). The means are normalised by their weights: the first rows are noisy,
+        not biased. Row t is known at the close of t.
 
     References
     ----------
     Corsi (2009), A simple approximate long-memory model of realized volatility; Garman, Klass (1980).
     """
-    n = logs.shape[1]
+    n = moves.shape[1]
+    ret, overnight, gk = moves[7], moves[8], moves[10]
     out = np.empty(n)
     means = np.zeros(4)
     closes = 0.0
     weight = np.zeros(4)
     for t in range(n):
-        ranged = logs[2, t] * logs[2, t] + logs[4, t]
-        squared = logs[1, t] * logs[1, t] if t > 0 else ranged
+        ranged = overnight[t] * overnight[t] + gk[t]
+        squared = ret[t] * ret[t] if t > 0 else ranged
         blend = 0.0
         for k in range(4):
             alpha = 2.0 / (HAR_SPANS_BARS[k] + 1.0)
@@ -140,8 +141,10 @@ def daily_volatility_log(bars: pd.DataFrame) -> "pd.Series[float]":
     ----------
     See `har_variance`.
     """
-    prices = [np.ascontiguousarray(bars[name], dtype=np.float64) for name in ("Open", "High", "Low", "Close")]
-    daily = np.sqrt(har_variance(bar_logs(*prices)))
+    prices = [np.array(bars[name], dtype=np.float64) for name in ("Open", "High", "Low", "Close")]
+    moves = np.empty((11, len(bars)))
+    bar_moves(prices[0], prices[1], prices[2], prices[3], moves)
+    daily = np.sqrt(har_variance(moves))
     return pd.Series(
         np.maximum(daily, MIN_SIGMA_LOG), index=bars.index, name="daily_volatility_log", copy=False
     )
