@@ -1,0 +1,248 @@
+"""The validator: honest bars pass, every planted fault is told, and real prices raise no false alarm."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from data.data_validator import DataValidator, ValidatorConfig, adf_p_value
+from data.feature_engineer import engineer_features
+from data.schema import clean_bars
+from utils.errors import DataError
+
+HORIZON = 5
+
+
+def honest_features(bars: pd.DataFrame) -> pd.DataFrame:
+    """Momentum, distances and volatility: all of them tied to the past, none to the future."""
+    close = np.log(bars["Close"])
+    daily = close.diff()
+    return pd.DataFrame(
+        {
+            "last_return": daily,
+            "momentum_10": close.diff(10),
+            "distance_50": close - close.rolling(50).mean(),
+            "volatility_20": daily.rolling(20).std(),
+            "range": np.log(bars["High"] / bars["Low"]),
+            "close_location": (bars["Close"] - bars["Low"]) / (bars["High"] - bars["Low"]),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def bars(make_bars):
+    return make_bars(n=1_500, seed=3)
+
+
+@pytest.fixture(scope="module")
+def features(bars):
+    return honest_features(bars)
+
+
+def check_of(report, name):
+    return next(check for check in report.checks if check.name == name)
+
+
+class FakeCalendar:
+    def __init__(self, sessions):
+        self.sessions = sessions
+
+    def missing(self, index):
+        within = self.sessions[(self.sessions >= index[0]) & (self.sessions <= index[-1])]
+        return within.difference(index)
+
+
+def test_honest_bars_and_features_pass(bars, features, nyse_sessions):
+    report = DataValidator(bars, features, calendar=FakeCalendar(nyse_sessions)).run_all_validations()
+    assert report.is_usable
+    assert report.problems() == ()
+    assert {check.severity for check in report.checks} == {"ok"}
+    assert [check.name for check in report.checks] == [
+        "missing values",
+        "leakage",
+        "stationarity",
+        "target",
+        "gaps",
+        "outliers",
+    ]
+
+
+def test_the_report_prints_and_becomes_plain_data(bars, features):
+    report = DataValidator(bars, features).run_all_validations()
+    lines = str(report).splitlines()
+    assert len(lines) == len(report.checks)
+    assert lines[1].startswith("ok      leakage")
+    plain = json.loads(json.dumps(report.as_dict(), allow_nan=False))
+    assert plain["is_usable"] is True
+    assert plain["checks"][3]["details"]["share_up"] == pytest.approx(0.55, abs=0.1)
+
+
+# --- leakage ---
+
+
+@pytest.mark.parametrize("leaked", ["last_return", "momentum_10", "distance_50", "range", "close_location"])
+def test_a_feature_that_looks_one_bar_ahead_is_caught(bars, features, leaked):
+    planted = features.assign(**{leaked: features[leaked].shift(-1)})
+    report = DataValidator(bars, planted, horizon_bars=HORIZON).run_all_validations()
+    assert not report.is_usable
+    assert set(check_of(report, "leakage").details["suspicious"]) == {leaked}
+    assert leaked in check_of(report, "leakage").summary
+
+
+@pytest.mark.parametrize("horizon", [1, 5, 20])
+def test_the_target_among_the_features_is_caught(bars, features, horizon):
+    close = np.log(bars["Close"])
+    noise = np.random.default_rng(0).normal(0, 0.015 * np.sqrt(horizon / 5), len(bars))
+    planted = features.assign(target=close.shift(-horizon) - close + noise)
+    report = DataValidator(bars, planted, horizon_bars=horizon).run_all_validations()
+    assert set(check_of(report, "leakage").details["suspicious"]) == {"target"}
+
+
+def test_a_feature_centred_on_the_future_is_caught(bars, features):
+    close = np.log(bars["Close"])
+    planted = features.assign(smoothed=close.rolling(3, center=True).mean() - close)
+    report = DataValidator(bars, planted).run_all_validations()
+    assert set(check_of(report, "leakage").details["suspicious"]) == {"smoothed"}
+
+
+def test_predicting_the_past_label_well_is_no_leak_by_itself(bars, features):
+    validator = DataValidator(bars, features.assign(past=np.log(bars["Close"]).diff(HORIZON)))
+    tie = validator.leakage_ties()["past"]
+    assert tie["past_target"] == pytest.approx(1.0)
+    assert tie["past_bar"] > 0.3
+    assert tie["next_bar"] < 0.1
+    assert validator.check_leakage().severity == "ok"
+
+
+def test_persistent_volatility_is_no_leak(make_bars):
+    rng = np.random.default_rng(5)
+    bars = make_bars(n=3_000, seed=5, start="1995-01-03")
+    log_volatility = np.zeros(3_000)
+    for t in range(1, 3_000):
+        log_volatility[t] = 0.97 * log_volatility[t - 1] + 0.12 * rng.normal()
+    close = np.exp(np.cumsum(0.012 * np.exp(log_volatility) * rng.normal(size=3_000)))
+    clustered = bars.assign(Close=close, Open=close, High=close * 1.002, Low=close * 0.998)
+    features = honest_features(clustered)[["last_return", "momentum_10", "distance_50", "volatility_20"]]
+    check = DataValidator(clustered, features.assign(size=features["last_return"].abs())).check_leakage()
+    assert check.severity == "ok", check
+
+
+REAL = ("AAPL", "AIG", "EWJ", "F", "IXIC", "MO", "QQQ", "SPY", "VIX", "XLK")
+
+
+@pytest.mark.parametrize("symbol", REAL)
+def test_real_prices_raise_no_false_alarm_and_a_shift_is_caught(market_dir, symbol):
+    raw = pd.read_csv(market_dir / f"{symbol}.csv", parse_dates=["Date"], index_col="Date")
+    adjusted = raw["Adj Close"] / raw["Close"]
+    bars = (
+        raw[["Open", "High", "Low", "Close"]].mul(adjusted, axis=0).assign(Volume=raw["Volume"]).iloc[-4_000:]
+    )
+    features = honest_features(bars).replace([np.inf, -np.inf], np.nan).drop(columns="close_location")
+    honest = DataValidator(bars, features).check_leakage()
+    assert honest.severity == "ok", honest.summary
+    for leaked in ("last_return", "momentum_10", "distance_50"):
+        planted = features.assign(**{leaked: features[leaked].shift(-1)})
+        found = DataValidator(bars, planted).check_leakage().details["suspicious"]
+        assert set(found) == {leaked}
+
+
+def test_the_registry_raises_no_false_alarm_on_the_calmest_index(market_dir):
+    raw = pd.read_csv(market_dir / "SPY.csv", parse_dates=["Date"], index_col="Date")
+    bars, _ = clean_bars(raw)
+    # The volatility of an index is the most persistent of all: this is where an honest feature looks worst.
+    assert DataValidator(bars, engineer_features(bars)).check_leakage().severity == "ok"
+
+
+# --- the other checks ---
+
+
+def test_missing_values_count_after_the_warm_up_only(bars, features):
+    check = check_of(DataValidator(bars, features).run_all_validations(), "missing values")
+    assert check.severity == "ok"
+    few = features.copy()
+    few.iloc[700:703, 1] = np.nan
+    check = check_of(DataValidator(bars, few).run_all_validations(), "missing values")
+    assert check.severity == "warning"
+    assert list(check.details["share_missing"]) == ["momentum_10"]
+    many = few.copy()
+    many.iloc[800:900, 2] = np.inf
+    assert check_of(DataValidator(bars, many).run_all_validations(), "missing values").severity == "error"
+    empty = features.assign(nothing=np.nan)
+    report = DataValidator(bars, empty).run_all_validations()
+    assert check_of(report, "missing values").details["share_missing"] == {"nothing": 1.0}
+    assert not report.is_usable
+
+
+def test_a_price_among_the_features_wanders(bars, features):
+    planted = features.assign(price=np.log(bars["Close"]), fixed=1.0)
+    check = DataValidator(bars, planted).check_stationarity()
+    assert check.severity == "warning"
+    assert check.details["constant"] == ["fixed"]
+    assert check.details["p_values"]["price"] > 0.05
+    assert check.summary == "price may have a unit root; fixed do not vary"
+
+
+def test_the_unit_root_test_survives_columns_without_rank():
+    spike = np.zeros(500)
+    spike[-1] = 1.0
+    assert 0.0 <= adf_p_value(spike, 5) <= 1.0
+    alternating = np.tile([0.0, 1.0], 250)
+    assert 0.0 <= adf_p_value(alternating, 5) <= 1.0
+    assert adf_p_value(np.arange(5.0), 5) == 1.0
+
+
+def test_constant_prices_are_an_error_and_no_crash(bars, features):
+    flat = bars.assign(Open=50.0, High=50.0, Low=50.0, Close=50.0)
+    report = DataValidator(flat, features.assign(last_return=0.0)).run_all_validations()
+    assert check_of(report, "target").severity == "error"
+    assert not report.is_usable
+    json.dumps(report.as_dict(), allow_nan=False)
+
+
+def test_a_price_that_only_rises_is_told(make_bars):
+    bars = make_bars(n=800, drift=0.01)
+    check = DataValidator(bars, honest_features(bars)).check_target()
+    assert check.severity == "warning"
+    assert "up" in check.summary
+
+
+def test_missing_sessions_and_long_gaps_are_told(bars, features, nyse_sessions):
+    calendar = FakeCalendar(nyse_sessions)
+    few = bars.drop(bars.index[[100, 200, 201]])
+    check = DataValidator(few, features.loc[few.index], calendar=calendar).check_gaps()
+    assert check.severity == "warning"
+    assert check.details["n_missing"] == 3
+    assert check.details["missing"][0] == f"{bars.index[100]:%Y-%m-%d}"
+    hole = bars.drop(bars.index[300:330])
+    check = DataValidator(hole, features.loc[hole.index], calendar=calendar).check_gaps()
+    assert check.severity == "error"
+    assert len(check.details["long_gaps"]) == 1
+    without = DataValidator(hole, features.loc[hole.index]).check_gaps()
+    assert without.severity == "warning"
+
+
+def test_a_forgotten_split_is_an_outlier(bars, features):
+    split = bars.copy()
+    split.iloc[800:, :4] /= 4
+    check = DataValidator(split, features).check_outliers()
+    assert check.severity == "warning"
+    assert list(check.details["jumps_log"]) == [f"{bars.index[800]:%Y-%m-%d}"]
+    wild = features.copy()
+    wild.iloc[500, 3] = 9.0
+    assert DataValidator(bars, wild).check_outliers().details["features"] == {"volatility_20": 1}
+
+
+def test_too_few_rows_and_foreign_rows_are_refused(bars, features):
+    report = DataValidator(bars.iloc[:60], features.iloc[:60]).run_all_validations()
+    assert not report.is_usable
+    assert report.problems() == ("size: 60 rows, at least 100 are needed to check anything",)
+    with pytest.raises(DataError, match="do not stand on"):
+        DataValidator(bars, features.iloc[1:])
+
+
+def test_long_lists_are_cut_in_sentences_and_whole_in_details(bars, features):
+    planted = features.assign(**{f"price_{i}": np.log(bars["Close"]) for i in range(12)})
+    check = DataValidator(bars, planted, config=ValidatorConfig(adf_rows=600)).check_stationarity()
+    assert check.summary.endswith("and 5 more may have a unit root")
+    assert len(check.details["p_values"]) == 18
