@@ -305,8 +305,7 @@ class CsvSource:
         """Return the file's rows; see :class:`BarSource`."""
         path = self._path(symbol)
         try:
-            # "round_trip" reads a number as the nearest double; the default parser may miss it by one bit.
-            table = pd.read_csv(path, float_precision="round_trip", encoding="utf-8")
+            table = pd.read_csv(path, encoding="utf-8")
             if "Date" not in table.columns:
                 raise DataError(f"{path.name} has no column Date")
             # The first ten characters: what follows is a time of day, whose offset changes with summer time.
@@ -374,7 +373,7 @@ class SampleSource:
 
     @cached_property
     def _everything(self) -> pd.DataFrame:
-        return pd.read_csv(self._path, parse_dates=["Date"], float_precision="round_trip")
+        return pd.read_csv(self._path, parse_dates=["Date"])
 
     def _in_yahoos_convention(self, table: pd.DataFrame) -> pd.DataFrame:
         factor = np.asarray(table["Adj Close"] / table["Close"], dtype=np.float64)

@@ -120,8 +120,8 @@ def load_panel(
     Raises
     ------
     AIStocksError
-        If any symbol fails: of the kind of the first failure, naming them all. A panel that silently lacks its
-        failures is a panel of survivors.
+        If any symbol fails: of the kind of the first failure, naming them all. A panel that silently lacks
+        its failures is a panel of survivors.
     DataError
         If the bars pass ``max_bytes``.
     """
@@ -144,7 +144,7 @@ def load_panel(
             if held > max_bytes:
                 pool.shutdown(cancel_futures=True)
                 raise DataError(
-                    f"the bars of {len(panel)} of {len(wanted)} symbols take {held / 2**20:.0f} MiB, more than "
+                    f"the bars of {len(panel)} of {len(wanted)} symbols take {held / 2**20:.0f} MiB, over "
                     f"the {max_bytes / 2**20:.0f} MiB allowed: name fewer symbols"
                 )
     if failures:
@@ -168,8 +168,8 @@ def cached_features(
 
     Notes
     -----
-    It is a check of the past and a record, not a shortcut: 66 features of 11,355 bars are computed in 5 to 17 ms
-    and read back, with their checksums, in 32 to 44 ms. Training and serving compute.
+    It is a check of the past and a record, not a shortcut: 66 features of 11,355 bars are computed in 5 to
+    17 ms and read back, with their checksums, in 32 to 44 ms. Training and serving compute.
     """
     symbol, source = bars.symbol, bars.provenance.source
     key = bars_hash(bars.frame)

@@ -1,0 +1,264 @@
+"""What is mended, what is refused, and that a symbol never becomes a path."""
+
+from datetime import UTC, date, datetime
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.schema import (
+    BAR_COLUMNS,
+    RAW_COLUMNS,
+    CorruptTableError,
+    QualityLimits,
+    TableMeta,
+    bars_hash,
+    check_enough,
+    clean_bars,
+    decode_table,
+    encode_table,
+    normalise_symbol,
+    seal,
+    unseal,
+)
+from utils.errors import DataError, InsufficientDataError, InvalidSymbolError, UsageError
+from utils.model_paths import symbol_dir
+
+
+@pytest.fixture
+def raw(make_bars):
+    """400 sessions in Yahoo's columns, with a dividend after row 200."""
+    table = make_bars(400, seed=3)
+    table.insert(4, "Adj Close", table["Close"])
+    table.iloc[:200, 4] *= 0.97
+    return table
+
+
+@pytest.mark.parametrize(
+    ("given_", "meant"),
+    [
+        (" aapl ", "AAPL"),
+        ("BRK.B", "BRK-B"),
+        ("brk.b", "BRK-B"),
+        ("^GSPC", "^GSPC"),
+        ("EURUSD=X", "EURUSD=X"),
+        ("005930.KS", "005930.KS"),
+        ("BTC-USD", "BTC-USD"),
+        ("VOD.L", "VOD.L"),
+        ("7203.T", "7203.T"),
+    ],
+)
+def test_symbols_are_normalised(given_, meant):
+    assert normalise_symbol(given_) == meant
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "../../etc/passwd", "..", "%2e%2e", "C:\\x", "A\0B", "\0", "AAPL\n", "A\nB", "\N{GRINNING FACE}",
+        "\uff21\uff21\uff30\uff2c", "", "   ", "A" * 5000, "A" * 16, "-A", ".A", "A/B", "A\\B", "A B", "^",
+        "^^A", "stra\u00dfe", "\ufb01", None, 7,
+    ],
+)  # fmt: skip
+def test_what_is_no_symbol_is_refused_and_safe_to_show(bad):
+    with pytest.raises(InvalidSymbolError) as caught:
+        normalise_symbol(bad)
+    assert isinstance(caught.value, UsageError)
+    assert str(caught.value).isascii()
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+@given(st.text(max_size=40))
+@settings(deadline=None, max_examples=300)
+def test_no_text_escapes_a_folder(tmp_path_factory, text):
+    root = tmp_path_factory.getbasetemp()
+    try:
+        symbol = normalise_symbol(text)
+    except InvalidSymbolError:
+        return
+    assert symbol_dir(root, symbol).parent == root.resolve()
+    assert normalise_symbol(symbol) == symbol
+
+
+def test_a_clean_table_is_adjusted_and_nothing_else(raw):
+    frame, report = clean_bars(raw)
+    factor = raw["Adj Close"] / raw["Close"]
+    assert tuple(frame.columns) == BAR_COLUMNS
+    assert frame.index.name == "date"
+    assert frame.index.tz is None
+    np.testing.assert_allclose(frame["Open"], raw["Open"] * factor, rtol=1e-14)
+    np.testing.assert_allclose(frame["Close"], raw["Adj Close"], rtol=1e-14)
+    np.testing.assert_array_equal(frame["Volume"], raw["Volume"])
+    assert report.problems() == ()
+    assert (report.raw_rows, report.rows) == (400, 400)
+    assert all(dtype == np.float64 for dtype in frame.dtypes)
+
+
+def test_adjusting_keeps_the_range_around_open_and_close(raw):
+    frame, _ = clean_bars(raw.assign(**{"Adj Close": raw["Close"] * np.linspace(0.0137, 1.0, 400)}))
+    assert (frame["Low"] <= frame[["Open", "Close"]].min(axis=1)).all()
+    assert (frame["High"] >= frame[["Open", "Close"]].max(axis=1)).all()
+
+
+def test_a_nan_tail_is_dropped_and_counted(raw):
+    raw.iloc[-2:, :5] = np.nan
+    frame, report = clean_bars(raw)
+    assert len(frame) == 398
+    assert report.nan_tail_dropped == 2
+    assert report.interior_nan == 0
+    assert "2 rows without prices at the end" in report.problems()[0]
+
+
+def test_interior_nans_are_dropped_up_to_the_limit(raw):
+    raw.iloc[[10, 50], 3] = np.nan
+    frame, report = clean_bars(raw)
+    assert report.interior_nan == 2
+    assert len(frame) == 398
+    raw.iloc[60:63, 0] = np.nan
+    with pytest.raises(DataError, match=r"5 of 400 rows have no price"):
+        clean_bars(raw)
+
+
+def test_doubled_and_unsorted_rows_are_mended_and_counted(raw):
+    later = raw.iloc[[100]].assign(Volume=7.0)
+    empty = raw.iloc[[101]].assign(Close=np.nan)
+    mixed = pd.concat([raw.iloc[200:], raw.iloc[:200], later, empty])
+    frame, report = clean_bars(mixed)
+    assert frame.index.is_monotonic_increasing
+    assert frame.index.is_unique
+    assert report.duplicates == 2
+    assert report.unsorted == 2
+    assert frame["Volume"].iloc[100] == 7.0, "the later of two rows wins"
+    assert np.isfinite(frame["Close"].iloc[101]), "a row with a price wins over a later one without"
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"Close": 0.0},
+        {"Low": -1.0},
+        {"High": 1e-3, "Low": 2.0},
+        {"Close": 1e6},
+        {"Open": 1e6},
+        {"Adj Close": -0.5},
+        {"High": np.inf},
+        {"Volume": -5.0},
+    ],
+)
+def test_impossible_rows_are_rejected_counted_and_refused_above_one_percent(raw, fault):
+    bad = raw.copy()
+    for column, value in fault.items():
+        bad.iloc[[5, 6, 7, 8], raw.columns.get_loc(column)] = value
+    frame, report = clean_bars(bad)
+    assert report.rejected_rows == 4
+    assert len(frame) == 396
+    for column, value in fault.items():
+        bad.iloc[9, raw.columns.get_loc(column)] = value
+    with pytest.raises(DataError, match="5 of 400 rows have impossible prices"):
+        clean_bars(bad)
+
+
+def test_rounding_outside_the_range_is_mended_by_widening(raw):
+    raw.iloc[3, raw.columns.get_loc("High")] = raw["Close"].iloc[3] * (1 - 1e-6)
+    raw.iloc[3, raw.columns.get_loc("Open")] = raw["Close"].iloc[3] * 0.9999
+    raw.iloc[4, raw.columns.get_loc("Open")] = raw["High"].iloc[4] * 1.01
+    frame, report = clean_bars(raw)
+    assert report.range_mended == 2
+    assert frame["High"].iloc[3] == frame["Close"].iloc[3]
+    assert frame["High"].iloc[4] == frame["Open"].iloc[4]
+
+
+def test_missing_volume_is_zero_and_counted(raw):
+    raw.iloc[:3, 5] = np.nan
+    frame, report = clean_bars(raw)
+    assert (frame["Volume"].iloc[:3] == 0.0).all()
+    assert (report.volume_missing, report.zero_volume_rows) == (3, 3)
+
+
+def test_constant_prices_and_no_volume_are_bars(raw):
+    frame, report = clean_bars(
+        raw.assign(Open=5.0, High=5.0, Low=5.0, Close=5.0, Volume=0.0, **{"Adj Close": 5.0})
+    )
+    assert len(frame) == 400
+    assert report.zero_volume_rows == 400
+
+
+def test_an_unadjusted_split_is_pointed_at(raw):
+    raw.iloc[:200, :5] *= 4.0
+    assert clean_bars(raw)[1].moves_over_50pct == 1
+
+
+def test_a_zone_is_dropped_and_the_local_date_stays(raw):
+    zoned = raw.set_axis((raw.index + pd.Timedelta("9h30min")).tz_localize("America/New_York"))
+    pd.testing.assert_frame_equal(clean_bars(zoned)[0], clean_bars(raw)[0])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda raw: raw.drop(columns="Adj Close"), "Adj Close are missing"),
+        (lambda raw: raw.reset_index(drop=True), "must hold dates"),
+        (lambda raw: raw.assign(Close="high"), "not a number"),
+        (lambda raw: raw.set_axis(raw.index.where(raw.index != raw.index[3])), "1 rows have no date"),
+        (lambda raw: raw.iloc[:0], "none of 0 rows"),
+        (lambda raw: raw.assign(Close=np.nan), "none of 400 rows"),
+    ],
+)
+def test_what_cannot_be_bars_is_refused_in_words(raw, spoil, words):
+    with pytest.raises(DataError, match=words):
+        clean_bars(spoil(raw))
+
+
+def test_a_limit_can_be_set(raw):
+    raw.iloc[10:50, 3] = np.nan
+    assert clean_bars(raw, limits=QualityLimits(interior_nan=0.2))[1].interior_nan == 40
+
+
+def test_the_hash_sees_every_bit_and_date(make_bars):
+    frame = make_bars(50)
+    same = bars_hash(frame)
+    assert bars_hash(frame.copy()) == same
+    assert bars_hash(frame.set_axis(frame.index.as_unit("ns"))) == same
+    for change in (
+        frame.assign(Close=np.nextafter(frame["Close"], np.inf)),
+        frame.set_axis(frame.index + pd.Timedelta(days=1)),
+        frame.rename(columns={"Open": "Opened"}),
+        frame.iloc[1:],
+    ):
+        assert bars_hash(change) != same
+
+
+def test_too_few_bars_say_need_and_have(make_bars):
+    check_enough(make_bars(30), 30, "training")
+    with pytest.raises(InsufficientDataError, match="training needs 756 bars and there are 30"):
+        check_enough(make_bars(30), 756, "training")
+
+
+def test_a_table_survives_the_disk_to_the_last_bit(raw):
+    raw.iloc[3, 2] = np.nan
+    back = decode_table(encode_table(raw))
+    assert bars_hash(back) == bars_hash(raw)
+    assert tuple(back.columns) == RAW_COLUMNS
+
+
+def test_a_seal_breaks_at_every_byte():
+    meta = TableMeta(
+        symbol="AAPL",
+        source="yahoo",
+        last_session=date(2024, 1, 2),
+        fetched_at=datetime(2024, 1, 3, tzinfo=UTC),
+        file="bars-0123456789abcdef.parquet",
+    )
+    sealed = seal(meta)
+    assert unseal(sealed) == meta
+    for position in range(len(sealed)):
+        flipped = bytearray(sealed)
+        flipped[position] ^= 0x01
+        with pytest.raises(CorruptTableError):
+            unseal(bytes(flipped))
+    with pytest.raises(CorruptTableError):
+        unseal(sealed[:-4])
+    assert unseal(seal(meta.model_copy(update={"schema_version": 0}))) is None
