@@ -9,7 +9,6 @@ import argparse
 import hashlib
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -351,7 +350,6 @@ def get_feature_columns(include_sentiment: bool = False) -> list[str]:  # noqa: 
     return [spec.name for spec in FEATURES]
 
 
-@cache
 def feature_set_hash() -> str:
     """Return the sha256 of the registry and its version: what a cache or a bundle was made with."""
     content = repr((FEATURE_SET_VERSION, [astuple(spec) for spec in FEATURES]))

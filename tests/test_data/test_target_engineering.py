@@ -1,0 +1,296 @@
+"""Targets against plain formulas, what is known when, and the panel that learners read."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data import target_engineering
+from data.feature_engineer import MAX_WARMUP_BARS, engineer_features, get_feature_columns
+from data.indicators import MIN_SIGMA_LOG
+from data.target_engineering import (
+    DEFAULT_HORIZON_BARS,
+    HAR_SPANS_BARS,
+    HAR_WEIGHTS,
+    Dataset,
+    annualise_simple,
+    build_dataset,
+    daily_volatility_log,
+    log_from_simple,
+    make_target,
+    rescale_log,
+    rescale_sigma,
+    simple_from_log,
+)
+from utils.errors import DataError, InsufficientDataError, UsageError
+
+MakeBars = Callable[..., pd.DataFrame]
+TARGETS = ("target_log", "target_scaled", "label_end")
+
+
+# --- returns ---------------------------------------------------------------------------------------
+
+
+@given(value=st.floats(-0.999, 50.0))
+@settings(max_examples=100, deadline=None)
+def test_log_and_simple_are_each_others_inverse(value: float) -> None:
+    assert simple_from_log(log_from_simple(value)) == pytest.approx(value, rel=1e-12, abs=1e-15)
+
+
+def test_converters_agree_with_compounding() -> None:
+    assert simple_from_log(np.log(1.21)) == pytest.approx(0.21)
+    assert rescale_log(np.array([0.05]), from_bars=5, to_bars=1)[0] == pytest.approx(0.01)
+    assert rescale_sigma(np.array([0.02]), from_bars=1, to_bars=25)[0] == pytest.approx(0.10)
+    assert annualise_simple(np.array([0.01]), bars=21, bars_per_year=252)[0] == pytest.approx(1.01**12 - 1)
+
+
+# --- volatility ------------------------------------------------------------------------------------
+
+
+def slow_volatility(bars: pd.DataFrame) -> np.ndarray:
+    logs = np.log(bars)
+    overnight = (logs["Open"] - logs["Close"].shift()).fillna(0.0)
+    body, span = logs["Close"] - logs["Open"], logs["High"] - logs["Low"]
+    ranged = overnight**2 + 0.5 * span**2 - (2 * np.log(2) - 1) * body**2
+    squared = (logs["Close"].diff() ** 2).fillna(ranged)
+    means = [ranged.ewm(span=span_bars, adjust=True).mean() for span_bars in HAR_SPANS_BARS]
+    blend = sum(weight * mean for weight, mean in zip(HAR_WEIGHTS, means, strict=True))
+    ratio = (squared.ewm(span=HAR_SPANS_BARS[-1]).mean() / means[-1]).clip(0.5, 2.0)
+    return np.sqrt(blend * 0.5 * (1.0 + ratio)).to_numpy()
+
+
+def test_volatility_is_its_formula(make_bars: MakeBars) -> None:
+    bars = make_bars(n=700, seed=4)
+    np.testing.assert_allclose(daily_volatility_log(bars), slow_volatility(bars), rtol=1e-9)
+    assert sum(HAR_WEIGHTS) == pytest.approx(1.0)
+
+
+def test_volatility_follows_the_volatility(make_bars: MakeBars) -> None:
+    for vol in (0.005, 0.015, 0.04):
+        estimate = daily_volatility_log(make_bars(n=1500, seed=6, vol=vol)).iloc[300:]
+        assert estimate.mean() == pytest.approx(vol, rel=0.25)
+
+
+def test_volatility_of_a_halted_stock_is_floored(make_bars: MakeBars) -> None:
+    bars = make_bars(n=900)
+    bars.iloc[:, :4] = 100.1
+    assert (daily_volatility_log(bars) == MIN_SIGMA_LOG).all()
+
+
+def test_volatility_needs_no_volume_and_no_scale(make_bars: MakeBars) -> None:
+    bars = make_bars(n=400)
+    scaled = daily_volatility_log(bars.assign(Volume=0.0) * 1000)
+    np.testing.assert_allclose(scaled, daily_volatility_log(bars), rtol=1e-9)
+
+
+def volatility_prefix_gap(volatility: Callable[[pd.DataFrame], pd.Series], bars: pd.DataFrame) -> int:
+    full = np.array(volatility(bars))
+    return sum(
+        int((np.array(volatility(bars.iloc[:cut])) != full[:cut]).sum()) for cut in range(1, len(bars), 17)
+    )
+
+
+def test_volatility_is_known_at_its_bar_to_the_last_bit(make_bars: MakeBars) -> None:
+    bars = make_bars(n=500, seed=8)
+    assert volatility_prefix_gap(daily_volatility_log, bars) == 0
+
+    def peeking(part: pd.DataFrame) -> pd.Series:
+        return daily_volatility_log(part).shift(-1).ffill()
+
+    assert volatility_prefix_gap(peeking, bars) > 0
+
+
+# --- targets ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("horizon", [1, 5, 10, 20, 33])
+def test_target_is_the_return_to_come(horizon: int, make_bars: MakeBars) -> None:
+    bars = make_bars(n=300, seed=2)
+    target = make_target(bars, horizon)
+    log_close = np.log(bars["Close"])
+    expected = log_close.shift(-horizon) - log_close
+    np.testing.assert_allclose(target["target_log"], expected, atol=1e-13)
+    np.testing.assert_allclose(target["sigma_log"], daily_volatility_log(bars) * np.sqrt(horizon))
+    np.testing.assert_allclose(target["target_scaled"], target["target_log"] / target["sigma_log"])
+    pd.testing.assert_index_equal(target.index, bars.index)
+    assert target[list(TARGETS)].iloc[-horizon:].isna().all(axis=None)
+    assert target.notna().iloc[:-horizon].all(axis=None)
+    assert target["sigma_log"].notna().all()
+
+
+def test_label_end_is_the_session_at_which_the_target_is_known(make_bars: MakeBars) -> None:
+    bars = make_bars(n=100)
+    target = make_target(bars, 5)
+    assert target["label_end"].iloc[10] == bars.index[15]
+    for row in (0, 40, 94):
+        end = target["label_end"].iloc[row]
+        known = make_target(bars.loc[:end], 5)["target_log"].iloc[row]
+        a_bar_before = make_target(bars.loc[:end].iloc[:-1], 5)["target_log"].iloc[row]
+        assert known == target["target_log"].iloc[row]
+        assert np.isnan(a_bar_before)
+
+
+def test_the_default_horizon_is_five_bars(make_bars: MakeBars) -> None:
+    bars = make_bars(n=60)
+    pd.testing.assert_frame_equal(make_target(bars), make_target(bars, DEFAULT_HORIZON_BARS))
+    assert DEFAULT_HORIZON_BARS == 5
+
+
+def test_history_shorter_than_the_horizon_has_no_target(make_bars: MakeBars) -> None:
+    target = make_target(make_bars(n=3), 5)
+    assert len(target) == 3
+    assert target["target_log"].isna().all()
+
+
+@pytest.mark.parametrize("horizon", [0, -1, 253, 1.5, True, "5", None])
+def test_a_horizon_that_is_none_is_refused(horizon: object, make_bars: MakeBars) -> None:
+    with pytest.raises(UsageError, match="from 1 to 252") as error:
+        make_target(make_bars(n=60), horizon)
+    assert repr(horizon) in str(error.value)
+
+
+def test_scaled_targets_of_real_bars_have_unit_size_and_no_memory_of_their_size(market_dir: Path) -> None:
+    raw_memory, scaled_memory, sizes = [], [], []
+    for symbol in ("AAPL", "SPY", "XOM", "KO", "JPM", "LQD"):
+        raw = pd.read_csv(market_dir / f"{symbol}.csv", index_col="Date", parse_dates=True).loc["2000":]
+        factor = raw["Adj Close"] / raw["Close"]
+        target = make_target(raw[["Open", "High", "Low", "Close"]].mul(factor, axis=0), 5).iloc[300:-5]
+        sizes.append(target["target_scaled"].std())
+        raw_memory.append((target["target_log"] ** 2).autocorr(6))
+        scaled_memory.append((target["target_scaled"] ** 2).autocorr(6))
+    assert np.mean(sizes) == pytest.approx(1.0, abs=0.06)
+    assert max(abs(size - 1.0) for size in sizes) < 0.12
+    assert abs(np.mean(scaled_memory)) < 0.05 < np.mean(raw_memory)
+
+
+# --- the panel -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def frames(make_bars: MakeBars) -> dict[str, pd.DataFrame]:
+    return {
+        "AAA": make_bars(n=400, seed=1),
+        "BBB": make_bars(n=500, seed=2, start="2005-06-01"),
+        "CCC": make_bars(n=330, seed=3, start="2005-03-01"),
+    }
+
+
+@pytest.fixture(scope="module")
+def panel(frames: dict[str, pd.DataFrame]) -> Dataset:
+    return build_dataset(frames, 5)
+
+
+def test_the_panel_holds_every_row_after_the_warm_up(panel: Dataset, frames: dict[str, pd.DataFrame]) -> None:
+    assert len(panel) == sum(len(bars) - MAX_WARMUP_BARS for bars in frames.values())
+    assert panel.columns == tuple(get_feature_columns())
+    assert panel.symbols == ("AAA", "BBB", "CCC")
+    assert panel.features.dtype == np.float32
+    assert panel.date.dtype == panel.label_end.dtype == np.dtype("datetime64[D]")
+    assert panel.symbol_code.dtype == np.int32
+    assert panel.horizon_bars == 5
+    assert panel.dropped_rows == 0
+    assert np.isfinite(panel.features).all()
+
+
+@pytest.mark.parametrize("symbol", ["AAA", "BBB", "CCC"])
+def test_each_symbols_rows_are_its_own(symbol: str, panel: Dataset, frames: dict[str, pd.DataFrame]) -> None:
+    bars = frames[symbol]
+    rows = panel.take(panel.symbol_code == panel.symbols.index(symbol))
+    np.testing.assert_array_equal(rows.date, bars.index[MAX_WARMUP_BARS:].to_numpy().astype("datetime64[D]"))
+    expected = engineer_features(bars).to_numpy(dtype=np.float32)[MAX_WARMUP_BARS:]
+    np.testing.assert_array_equal(rows.features, expected)
+    target = make_target(bars, 5).iloc[MAX_WARMUP_BARS:]
+    for name in ("target_log", "target_scaled", "sigma_log"):
+        np.testing.assert_array_equal(getattr(rows, name), target[name])
+    np.testing.assert_array_equal(rows.label_end, target["label_end"].to_numpy().astype("datetime64[D]"))
+    assert (~rows.labelled).sum() == 5
+    assert rows.labelled[:-5].all()
+
+
+def test_rows_ascend_by_date_then_by_symbol(panel: Dataset) -> None:
+    order = np.lexsort((panel.symbol_code, panel.date))
+    np.testing.assert_array_equal(order, np.arange(len(panel)))
+    np.testing.assert_array_equal(panel.sessions, np.unique(panel.date))
+
+
+def test_take_keeps_rows_together(panel: Dataset) -> None:
+    idx = np.array([5, 1, 100])
+    part = panel.take(idx)
+    assert len(part) == 3
+    np.testing.assert_array_equal(part.features, panel.features[idx])
+    np.testing.assert_array_equal(part.label_end, panel.label_end[idx])
+    assert part.columns == panel.columns
+    assert len(panel.take(panel.labelled)) == len(panel) - 15
+
+
+def test_a_single_symbol_is_a_panel_of_one(frames: dict[str, pd.DataFrame]) -> None:
+    one = build_dataset({"AAA": frames["AAA"]}, 10)
+    assert len(one) == 400 - MAX_WARMUP_BARS
+    assert (one.symbol_code == 0).all()
+
+
+def test_arrays_that_do_not_belong_together_are_refused(panel: Dataset) -> None:
+    parts = {name: getattr(panel, name) for name in Dataset.__dataclass_fields__}
+    with pytest.raises(DataError, match="sigma_log has 3 rows"):
+        Dataset(**{**parts, "sigma_log": panel.sigma_log[:3]})
+    with pytest.raises(DataError, match="columns"):
+        Dataset(**{**parts, "columns": panel.columns[:-1]})
+
+
+def test_too_few_bars_are_refused_with_need_and_have(
+    make_bars: MakeBars, frames: dict[str, pd.DataFrame]
+) -> None:
+    with pytest.raises(InsufficientDataError, match=rf"needs {MAX_WARMUP_BARS + 6} bars .*SHORT \(30\)"):
+        build_dataset({**frames, "SHORT": make_bars(n=30)}, 5)
+    with pytest.raises(UsageError, match="no symbol"):
+        build_dataset({}, 5)
+    assert build_dataset({"X": make_bars(n=MAX_WARMUP_BARS + 6)}, 5).labelled.sum() == 1
+
+
+def _broken(monkeypatch: pytest.MonkeyPatch, rows: slice) -> None:
+    def engineer(bars: pd.DataFrame) -> pd.DataFrame:
+        features = engineer_features(bars).copy()
+        features.iloc[rows, 3] = np.nan
+        return features
+
+    monkeypatch.setattr(target_engineering, "engineer_features", engineer)
+
+
+def test_rows_that_are_not_finite_are_dropped_and_counted(
+    make_bars: MakeBars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bars = make_bars(n=800)
+    whole = build_dataset({"A": bars, "B": bars}, 5)
+    _broken(monkeypatch, slice(500, 503))
+    part = build_dataset({"A": bars, "B": bars}, 5)
+    assert part.dropped_rows == 6
+    assert len(part) == len(whole) - 6
+    assert np.isfinite(part.features).all()
+    np.testing.assert_array_equal(part.features[-1], whole.features[-1])
+
+
+def test_more_dropped_rows_than_the_budget_are_refused(
+    make_bars: MakeBars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _broken(monkeypatch, slice(500, 510))
+    with pytest.raises(DataError, match="A: 10 of 550 rows"):
+        build_dataset({"A": make_bars(n=800)}, 5)
+
+
+def test_a_panel_of_every_symbol_at_hand_is_quick(market_dir: Path) -> None:
+    frames = {}
+    for path in sorted(market_dir.glob("*.csv"))[:12]:
+        raw = pd.read_csv(path, index_col="Date", parse_dates=True)
+        factor = raw["Adj Close"] / raw["Close"]
+        prices = raw[["Open", "High", "Low", "Close"]].mul(factor, axis=0)
+        frames[path.stem] = prices.assign(Volume=raw["Volume"].astype(float))
+    start = time.process_time()
+    panel = build_dataset(frames, 5)
+    assert time.process_time() - start < 3.0
+    assert len(panel) > 50_000
+    assert panel.dropped_rows == 0
