@@ -1,0 +1,400 @@
+"""One self-contained HTML file for a backtest or a training: no script, no network, light and dark.
+
+`backtest_report` and `training_report` turn results into a `Report`, `render` turns that into HTML, and
+`write_report` puts it on disk. The same inputs give the same bytes. Labels and captions are in
+``templates/words.toml``, so that the words can be read and judged in one place.
+"""
+
+import re
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pandas as pd
+
+from evaluation import charts
+from evaluation.advanced_backtester import IN_SAMPLE_STAMP, BacktestReport
+from evaluation.charts import Cell, Drawing, FloatArray, Table, cell
+from evaluation.metrics import Metrics, values
+from utils.errors import DataError, StorageError
+
+Block = Drawing | Table
+AnyBlock = TypeVar("AnyBlock", Drawing, Table)
+STRATEGY = "Strategy"
+BENCHMARKS = {"buy_hold": ("Buy and hold", "hold"), "exposure_matched": ("Same exposure", "exposure")}
+BENCHMARKS |= {"volatility_matched": ("Same volatility", "volatility")}
+TEMPLATES = Path(__file__).parent / "templates"
+ROLLING_BARS, REGIME_BARS, COVERAGE_OUTCOMES = 252, 63, 250
+SHOWN_FORECASTS, SHOWN_MARKERS, SHOWN_TRIALS, SHOWN_FEATURES = 120, 80, 12, 20
+# All but the last part of a path: where this machine keeps things is nobody's business. URLs stay.
+_FOLDERS = re.compile(r"(?<![\w.<])(?<!:/)(?:file://|[A-Za-z]:)?(?:[/\\][\w.@+~-]+)+[/\\](?=[\w.@+~-])")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stat:
+    """A figure of the headline and what it stands beside."""
+
+    label: str
+    value: str
+    note: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Banner:
+    """A sentence in colour (``good``, ``plain``, ``caution``, ``bad``), with reasons."""
+
+    tone: str
+    text: str
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """A heading, sentences, bullets, and the charts and tables that show it."""
+
+    title: str
+    lead: tuple[str, ...] = ()
+    bullets: tuple[str, ...] = ()
+    blocks: tuple[Block, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """A whole page; a ``stamp`` (IN-SAMPLE) is repeated on every figure, table and chart."""
+
+    kicker: str
+    title: str
+    subtitle: str
+    headline: tuple[Stat, ...]
+    banners: tuple[Banner, ...]
+    sections: tuple[Section, ...]
+    limits: tuple[str, ...]
+    stamp: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Words:
+    """Headings, captions and columns of one kind of report, and what fills the gaps of its captions."""
+
+    table: Mapping[str, Any]
+    fills: Mapping[str, object]
+
+    def on(self, name: str, block: AnyBlock, fills: Mapping[str, object] | None = None) -> AnyBlock:
+        known = {**self.fills, **(fills or {})}
+        title, caption = (text.format_map(known) for text in self.table["figure"][name])
+        return replace(block, title=title, caption=caption)
+
+    def grid(self, name: str, columns: Iterable[str], rows: Iterable[Iterable[Cell]]) -> Table:
+        return self.on(name, Table(columns=tuple(columns), rows=tuple(tuple(row) for row in rows)))
+
+    def records(self, name: str, records: Iterable[Mapping[str, Any]]) -> Table:
+        """Show records in the columns (key, heading, form) of the words; ``why`` explains what is None."""
+        specs, why = self.table["columns"][name], self.table["not_computed"]
+        rows = ((cell(row.get(key), form, row.get("why", why)) for key, _, form in specs) for row in records)
+        return self.grid(name, (head for _key, head, _form in specs), rows)
+
+    def section(self, name: str, *blocks: Block, bullets: Iterable[str] = ()) -> Section:
+        title, *lead = self.table["section"][name]
+        return Section(title=title, lead=tuple(lead), bullets=tuple(bullets), blocks=blocks)
+
+
+def render(report: Report) -> str:
+    """Return the report as HTML; strings are escaped, and paths of this machine cut to their last part."""
+    # Only a run with a report should pay for the template engine.
+    from jinja2 import StrictUndefined, Template  # noqa: PLC0415
+
+    source = (TEMPLATES / "report.html.j2").read_text(encoding="utf-8")
+    page: Template = Template(
+        source, autoescape=True, undefined=StrictUndefined, finalize=_shown, trim_blocks=True
+    )
+    return str(page.render(report=report))
+
+
+def write_report(report: Report, path: Path) -> Path:
+    """Write the report beside ``path`` and move it there, so that nobody sees half of it; return ``path``.
+
+    Raises `StorageError` if that cannot be done.
+    """
+    html, part = render(report), path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(html, encoding="utf-8")
+        return part.replace(path)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}; choose another folder") from error
+
+
+def provenance_of(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a bundle's metadata tell about data, model and libraries: facts by name, for a report."""
+    flat = {**metadata, **{f"data.{name}": fact for name, fact in metadata.get("data", {}).items()}}
+    flat["versions"] = ", ".join(
+        f"{name} {version}" for name, version in metadata.get("versions", {}).items()
+    )
+    places = _words("training").table["provenance"].items()
+    return {label: str(flat[place]) for label, place in places if flat.get(place) not in (None, "")}
+
+
+def backtest_report(
+    result: BacktestReport,
+    *,
+    symbol: str,
+    provenance: Mapping[str, str],
+    verdict: Mapping[str, Any],
+    forecasts: pd.DataFrame,
+    horizon_bars: int,
+    notes: Sequence[str] = (),
+    extra_sections: Sequence[Section] = (),
+) -> Report:
+    """Assemble the report of a backtest; a row that is not out of sample stamps all of it IN-SAMPLE.
+
+    Parameters
+    ----------
+    result, symbol
+        What the backtester booked, and for which symbol.
+    provenance, verdict
+        Facts by name, see `provenance_of`; label, reasons and evidence as in a bundle's metadata.
+    forecasts, horizon_bars
+        By session: ``close``, ``is_out_of_sample`` and, of the simple return over the next ``horizon_bars``,
+        ``expected_return``, ``lower``, ``upper`` (80 % band), ``prob_up``.
+    notes, extra_sections
+        Sentences about provenance, and sections shown before the evidence.
+
+    Raises `DataError` if one of the three benchmarks is missing.
+    """
+    if missing := [name for name in BENCHMARKS if name not in result.benchmarks]:
+        raise DataError(f"the backtest of {symbol} lacks {missing}: a strategy is never shown alone")
+    costs, stamp = result.costs, IN_SAMPLE_STAMP if result.is_in_sample else ""
+    rows = f"{'In-sample rows included' if stamp else 'Out of sample'}, {_span(result.daily.index)}"
+    rates = {"financing": costs.financing_annual * 100, "borrow": costs.borrow_annual * 100}
+    paid = _words("backtest").table["costs"].format(costs=costs, **rates)
+    fills = {"basis": f"{rows}, {paid}.", "rows": f"{rows}.", "window": ROLLING_BARS, "horizon": horizon_bars}
+    fills |= {"symbol": symbol, "stamp": stamp, "subtitle": f"{rows}, {len(result.daily):,} sessions, {paid}"}
+    words = _words("backtest", fills)
+    figures = {"own": values(result.metrics)} | {n: values(result.benchmarks[n].metrics) for n in BENCHMARKS}
+    own, same = (figures[name]["cagr"] for name in ("own", "exposure_matched"))
+    figures["own"]["exposure_gap"] = None if own is None or same is None else own - same
+    judged = forecasts[forecasts.index.isin(result.daily.index)]
+    sections = (
+        *_money(words, result),
+        _forecasts(words, judged, horizon_bars, in_sample=bool(stamp)),
+        *extra_sections,
+        words.section("evidence", _evidence(words, verdict["evidence"])),
+        words.section("origin", _facts(words, provenance), bullets=(*result.notes, *notes)),
+    )
+    return _page(words, figures, verdict, sections)
+
+
+def _money(words: _Words, result: BacktestReport) -> tuple[Section, ...]:
+    daily, dates, year = result.daily, pd.DatetimeIndex(result.daily.index), result.costs.periods_per_year
+    frames = {STRATEGY: ("strategy", daily)}
+    frames |= {label: (role, result.benchmarks[name].daily) for name, (label, role) in BENCHMARKS.items()}
+    net = pd.DataFrame({label: frame["net_return"] for label, (_role, frame) in frames.items()})
+
+    def curves(name: str, first: int) -> dict[str, tuple[str, FloatArray]]:
+        return {label: (role, _floats(frame[name])) for label, (role, frame) in [*frames.items()][:first]}
+
+    seen, held = ~np.asarray(daily["is_out_of_sample"], dtype=np.bool_), _floats(daily["held_weight"])
+    equity = words.on("equity", charts.equity_chart(dates, curves("equity", 4), seen))
+    drawdown = words.on("drawdown", charts.drawdown_chart(dates, curves("drawdown", 2)))
+    position = words.on("position", charts.position_chart(dates, held))
+    long, pair = len(dates) > ROLLING_BARS + REGIME_BARS, curves("net_return", 2)
+    sharpe = charts.rolling_sharpe_chart(dates, pair, window=ROLLING_BARS, periods_per_year=year)
+    rough = (words.on("sharpe", sharpe), _regimes(words, daily, net, year)) if long else ()
+    months = words.on("months", charts.monthly_heatmap(net[STRATEGY]))
+    return (
+        words.section("growth", equity, drawdown, position),
+        words.section("measures", *_measures(words, result)),
+        words.section("time", *rough),
+        words.section("calendar", months, _years(words, daily, net)),
+        words.section("trades", _price(words, daily)),
+    )
+
+
+def _measures(words: _Words, result: BacktestReport) -> tuple[Table, Table]:
+    rivals = [result.benchmarks[name].metrics for name in BENCHMARKS]
+
+    def rows(kind: str, columns: list[Metrics]) -> list[list[Cell]]:
+        specs = ((key, *spec) for key, spec in words.table[kind].items() if key in result.metrics)
+        found = ((label, form, [column[key] for column in columns]) for key, label, form in specs)
+        return [[Cell(name), *(cell(m.value, form, m.reason or "") for m in ms)] for name, form, ms in found]
+
+    heads = ("", STRATEGY, *(label for label, _role in BENCHMARKS.values()))
+    beside = words.grid("measures", heads, rows("measures", [result.metrics, *rivals]))
+    return beside, replace(words.grid("own", ("", ""), rows("own", [result.metrics])), style="facts")
+
+
+def _years(words: _Words, daily: pd.DataFrame, net: pd.DataFrame) -> Table:
+    rows = []
+    for year, part in net.groupby(pd.DatetimeIndex(net.index).year):
+        growth, own = (1.0 + part).cumprod(), daily.loc[part.index]
+        deepest = (growth[STRATEGY] / growth[STRATEGY].cummax().clip(lower=1.0)).min() - 1.0
+        held, traded = own["held_weight"].mean(), own["turnover"].sum()
+        rest = cell(deepest, "pct"), cell(held, "pct"), cell(traded, "num")
+        rows.append((Cell(str(year)), *(cell(gain, "signed") for gain in growth.iloc[-1] - 1.0), *rest))
+    return words.grid("years", ("", *net.columns, "Deepest loss", "Position", "Turnover"), rows)
+
+
+def _regimes(words: _Words, daily: pd.DataFrame, net: pd.DataFrame, periods: int) -> Table:
+    # A regime must be known before the day that is counted to it.
+    volatility = daily["asset_return"].rolling(REGIME_BARS).std().shift(1)
+    thirds = pd.qcut(volatility.rank(method="first"), 3, labels=["Calm", "Middle", "Stormy"])
+    means = net.groupby(thirds, observed=True).mean() * periods
+    rows = ((Cell(str(third)), *(cell(mean, "signed") for mean in row)) for third, row in means.iterrows())
+    return words.grid("regimes", ("", *net.columns), rows)
+
+
+def _price(words: _Words, daily: pd.DataFrame) -> Drawing:
+    change, turnover = np.diff(_floats(daily["held_weight"]), prepend=0.0), _floats(daily["turnover"])
+    shown = turnover >= max(0.01, np.sort(turnover)[-min(SHOWN_MARKERS, len(turnover))])
+    dates, close = pd.DatetimeIndex(daily.index), _floats(daily["close"])
+    drawing = charts.price_with_markers(dates, close, shown & (change > 0), shown & (change < 0))
+    return words.on("price", drawing, {"shown": shown.sum(), "total": f"{(turnover >= 0.01).sum():,}"})
+
+
+def _forecasts(words: _Words, made: pd.DataFrame, horizon: int, *, in_sample: bool) -> Section:
+    frame = made.assign(came=made["close"].shift(-horizon) / made["close"] - 1.0)
+    frame = frame[made["is_out_of_sample"].astype(bool) | in_sample]
+    frame = frame.dropna(subset=["came", "expected_return", "lower", "upper", "prob_up"])
+    if len(frame) < COVERAGE_OUTCOMES:
+        return words.section("forecast")
+    dates, last = pd.DatetimeIndex(frame.index), frame.iloc[-SHOWN_FORECASTS:]
+    inside = np.asarray(frame["came"].between(frame["lower"], frame["upper"]), dtype=np.bool_)
+    band = (_floats(last[name]) for name in ("came", "expected_return", "lower", "upper"))
+    fan = charts.forecast_fan_chart(pd.DatetimeIndex(last.index), *band)
+    up, rose = _floats(frame["prob_up"]), _floats(frame["came"] > 0)
+    reliability = words.on("reliability", charts.reliability_chart(up, rose, overlap_bars=horizon))
+    coverage = charts.coverage_chart(dates, inside, nominal=0.8, window=COVERAGE_OUTCOMES)
+    coverage = words.on("coverage", coverage, {"share": cell(inside.mean(), "pct").text})
+    return words.section("forecast", words.on("fan", fan, {"shown": len(last)}), reliability, coverage)
+
+
+def training_report(
+    *,
+    symbol: str,
+    metadata: Mapping[str, Any],
+    record: pd.DataFrame,
+    importance: Mapping[str, float],
+    trials: Sequence[Mapping[str, Any]],
+    summary: Mapping[str, float | None] | None = None,
+    findings: Sequence[str] = (),
+) -> Report:
+    """Assemble the report of a training.
+
+    Parameters
+    ----------
+    symbol, metadata
+        What was trained, and the bundle's metadata: ``verdict`` with evidence and gates, ``folds``, horizon
+        and provenance are shown.
+    record
+        The symbol's walk-forward record: ``date`` and the h-day log returns ``predicted_log``,
+        ``baseline_log``, ``realised_log`` (NaN where not known yet).
+    importance, trials
+        Mean absolute SHAP value by feature in the final fit; every trial of the search, as recorded.
+    summary, findings
+        Measures across folds by name, and what the data validator had to say.
+    """
+    known = record.dropna(subset=["realised_log", "predicted_log"]).sort_values("date").set_index("date")
+    folds, horizon, verdict = metadata["folds"], metadata["horizon_bars"], metadata["verdict"]
+    rows = f"Out of sample, {_span(known.index)}, {len(known):,} forecasts"
+    pruned = sum(trial["state"] == "pruned" for trial in trials)
+    best = sorted(trials, key=lambda trial: (trial["state"] == "pruned", trial["inner_rmse"] or np.inf))
+    fills = {"rows": f"{rows}.", "horizon": horizon, "total": len(trials), "folds": len(folds)}
+    fills |= {"symbol": symbol, "subtitle": f"{rows} of the return over {horizon} sessions"}
+    words = _words("training", {**fills, "pruned": pruned, "shown": min(SHOWN_TRIALS, len(trials))})
+    best = [{"why": words.table["stopped"], **trial} for trial in best[:SHOWN_TRIALS]]
+    gates = ({"note": words.table["gate"].get(gate["name"], ""), **gate} for gate in verdict["gates"])
+    evidence = {**verdict["evidence"], **(summary or {})}
+    ics = (_floats([fold[name] for fold in folds]) for name in ("ic", "ic_low", "ic_high"))
+    ic = words.on("ic", charts.fold_chart([fold["test_start"][:7] for fold in folds], *ics))
+    periods = ({**fold, "period": f"{fold['test_start'][:7]} to {fold['test_end'][:7]}"} for fold in folds)
+    sections = (
+        words.section("folds", ic, words.records("folds", periods)),
+        words.section("naive", *_skill(words, known, evidence, horizon)),
+        words.section("gates", words.records("gates", gates), _evidence(words, evidence)),
+        words.section("features", _importance(words, importance, folds)),
+        words.section("trials", words.records("trials", best)),
+        words.section("data", bullets=findings or words.table["no_findings"]),
+        words.section("origin", _facts(words, provenance_of(metadata))),
+    )
+    return _page(words, {"own": {**evidence, "trials": len(trials)}}, verdict, sections)
+
+
+def _skill(words: _Words, known: pd.DataFrame, evidence: Mapping[str, Any], horizon: int) -> list[Block]:
+    came, model, drift = (_floats(known[f"{name}_log"]) for name in ("realised", "predicted", "baseline"))
+    # Prices that never move leave the drift no error.
+    whole = float(np.sum((came - drift) ** 2)) or 1.0
+    ahead = np.cumsum((came - drift) ** 2 - (came - model) ** 2) / whole
+    curve = {"model ahead of its drift": ("strategy", ahead)}
+    over_time = charts.curve_chart(pd.DatetimeIndex(known.index), curve, form="pct")
+    naive = words.table["naive"]
+    rows = ({"name": name, "gain": evidence.get(key), "what": what} for name, key, what in naive)
+    calibration = charts.reliability_chart(model, came, overlap_bars=horizon)
+    return [words.records("naive", rows), words.on("calibration", calibration), words.on("ahead", over_time)]
+
+
+def _importance(words: _Words, importance: Mapping[str, float], folds: Iterable[Mapping[str, Any]]) -> Table:
+    selected = [set(fold["selected_features"]) for fold in folds]
+    top = sorted(importance, key=lambda name: (-importance[name], name))[:SHOWN_FEATURES]
+    notes = {name: f"{sum(name in fold for fold in selected)} of {len(selected)}" for name in top}
+    shares = {name: importance[name] / (sum(importance.values()) or 1.0) for name in top}
+    return words.on("features", charts.bar_chart(shares, notes, words.table["feature_heads"]))
+
+
+def _page(
+    words: _Words,
+    figures: Mapping[str, Mapping[str, float | None]],
+    verdict: Mapping[str, Any],
+    sections: tuple[Section, ...],
+) -> Report:
+    (tone, text), stamp = words.table["verdict"][verdict["label"]], str(words.fills.get("stamp", ""))
+    warning = (Banner(tone="bad", text=words.table["verdict"]["in_sample"]),) if stamp else ()
+    headline = []
+    for label, key, form, note in words.table["headline"]:
+        shown = {name: cell(found.get(key), form).text for name, found in figures.items()}
+        headline.append(Stat(label=label, value=shown["own"], note=note.format_map({**words.fills, **shown})))
+    return Report(
+        kicker=words.table["kicker"],
+        title=str(words.fills["symbol"]),
+        subtitle=str(words.fills["subtitle"]),
+        headline=tuple(headline),
+        banners=(*warning, Banner(tone=tone, text=text, reasons=tuple(verdict["reasons"]))),
+        sections=sections,
+        limits=tuple(words.table["limits"]),
+        stamp=stamp,
+    )
+
+
+def _evidence(words: _Words, evidence: Mapping[str, object]) -> Table:
+    known, why = words.table["evidence"], words.table["not_computed"]
+    specs = {key: known.get(key, (key.replace("_", " ").capitalize(), "any", "")) for key in evidence}
+    rows = (
+        (Cell(name), cell(evidence[key], form, why), Cell(hint, "word"))
+        for key, (name, form, hint) in specs.items()
+    )
+    return words.grid("evidence", ("Measure", "Value", "How to read it"), rows)
+
+
+def _facts(words: _Words, facts: Mapping[str, str]) -> Table:
+    rows = tuple((Cell(name), Cell(fact)) for name, fact in facts.items())
+    return words.on("origin", Table(columns=("", ""), rows=rows, style="facts"))
+
+
+def _words(kind: str, fills: Mapping[str, object] | None = None) -> _Words:
+    table = tomllib.loads((TEMPLATES / "words.toml").read_text(encoding="utf-8"))
+    return _Words({**table, **table[kind]}, fills or {})
+
+
+def _floats(numbers: object) -> FloatArray:
+    return np.array(numbers, dtype=np.float64)
+
+
+def _span(dates: pd.Index) -> str:
+    return f"{dates[0]:%Y-%m-%d} to {dates[-1]:%Y-%m-%d}"
+
+
+def _shown(value: object) -> object:
+    # Markup is a string too; it was escaped already and holds no path.
+    return _FOLDERS.sub("", value) if type(value) is str else value
