@@ -53,9 +53,8 @@ from utils.errors import (
     UnknownSymbolError,
     UpstreamError,
 )
-from utils.logs import configure_logging
 from utils.model_paths import symbol_dir
-from utils.settings import Settings
+from utils.settings import Settings, configure_logging
 
 logger = logging.getLogger(__name__)
 
@@ -154,12 +153,9 @@ class BarCache:
             return self._without_source(symbol, source, cached, error)
 
     def load(self, kind: Kind, symbol: str, source_name: str) -> CachedTable | None:
-        """Return a cached table as it lies on disk, None where there is none of this schema version.
+        """Return a cached table, None where there is none of this schema version.
 
-        Raises
-        ------
-        CorruptTableError
-            If a byte of it is not what was written.
+        Raises ``CorruptTableError`` if a byte of it is not what was written.
         """
         folder = self._folder(symbol, source_name)
         pointer = folder / f"{kind}.json"
@@ -169,8 +165,10 @@ class BarCache:
                 if meta is None:
                     return None
                 content = (folder / meta.file).read_bytes()
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 continue  # absent, or replaced by a writer between the two reads
+            except OSError as error:
+                raise StorageError(f"the cache {self._root} cannot be read ({error.strerror})") from error
             if hashlib.sha256(content).hexdigest() != meta.sha256:
                 raise CorruptTableError(f"{meta.file} is not what was written")
             return CachedTable(frame=decode_table(content), meta=meta)
@@ -360,8 +358,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace, settings: Settings, now: datetime) -> list[dict[str, Any]]:
     """Do what the command line asks; return a description for each symbol and source."""
-    cache = BarCache(args.cache_dir or settings.cache_dir)
-    source = make_source(args.source or settings.source)
+    cache_dir = args.cache_dir or settings.cache_dir
+    cache, source = BarCache(cache_dir), make_source(args.source or settings.source, cache_dir=cache_dir)
     described = []
     for symbol, name in [(normalise_symbol(raw), source.name) for raw in args.symbols] or cache.entries():
         if args.command == "refresh" and name == source.name:

@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 from curl_cffi.requests import Session
 
+from data.cache_manager import BarCache
 from data.data_fetcher import CsvSource, SampleSource, YahooSource, fetch_stock_data, make_source
 from data.schema import BAR_COLUMNS, RAW_COLUMNS
 from utils.errors import DataError, UnknownSymbolError, UpstreamError, UsageError
@@ -443,3 +444,65 @@ def test_yfinance_keeps_its_files_in_our_cache(yahoo, make_bars):
     source.fetch("AAPL")
     assert yfinance.cache._TzDBManager.get_location() == str(source._cache_dir)
     assert yfinance.config.debug.hide_exceptions is False
+
+
+# -- Yahoo beside a cache
+
+
+def closed(session: pd.Timestamp) -> datetime:
+    return datetime(session.year, session.month, session.day, 23, 0, tzinfo=UTC)
+
+
+def test_a_split_between_two_fetches_makes_no_return(yahoo, make_bars, tmp_path):
+    fake, source = yahoo
+    table, cache = raw_table(make_bars(300)), BarCache(tmp_path / "cache")
+    fake.tables["AAPL"] = table.iloc[:290]
+    fetch_stock_data("AAPL", source=source, cache=cache, now=closed(table.index[289]))
+    split = table.copy()
+    split[["Open", "High", "Low", "Close", "Adj Close"]] /= 10.0
+    split["Volume"] *= 10.0
+    fake.tables["AAPL"] = split
+    bars = fetch_stock_data("AAPL", source=source, cache=cache, now=closed(table.index[-1]))
+    assert len(bars.frame) == 300
+    assert bars.frame["Close"].pct_change().abs().max() < 0.3
+    assert len(fake.asked) == 3, "the whole, the new sessions that did not fit, the whole again"
+
+
+def test_new_sessions_are_appended_by_one_small_request(yahoo, make_bars, tmp_path):
+    fake, source = yahoo
+    table, cache = raw_table(make_bars(300)), BarCache(tmp_path / "cache")
+    fake.tables["AAPL"] = table.iloc[:290]
+    fetch_stock_data("AAPL", source=source, cache=cache, now=closed(table.index[289]))
+    fake.tables["AAPL"] = table
+    bars = fetch_stock_data("AAPL", source=source, cache=cache, now=closed(table.index[-1]))
+    assert len(fake.asked) == 2
+    expected = fetch_stock_data("AAPL", source=source)
+    pd.testing.assert_frame_equal(bars.frame, expected.frame)
+
+
+def test_yahoos_partial_bar_is_neither_used_nor_kept(yahoo, make_bars, tmp_path):
+    fake, source = yahoo
+    table, cache = raw_table(make_bars(300)), BarCache(tmp_path / "cache")
+    forming = table.copy()
+    forming.iloc[-1, :5] *= 0.98
+    fake.tables["AAPL"] = forming
+    noon = closed(table.index[-1]) - timedelta(hours=6)
+    bars = fetch_stock_data("AAPL", source=source, cache=cache, now=noon)
+    assert bars.frame.index[-1] == table.index[-2]
+    assert not bars.provenance.stale
+    fake.tables["AAPL"] = table
+    bars = fetch_stock_data("AAPL", source=source, cache=cache, now=closed(table.index[-1]))
+    assert bars.frame["Close"].iloc[-1] == table["Close"].iloc[-1]
+
+
+@pytest.mark.parametrize("answer", [(429, b"slow down"), (500, b""), (404, json.dumps(NOT_FOUND).encode())])
+def test_yahoos_failure_beside_a_cache_is_stale_bars(yahoo, make_bars, tmp_path, answer):
+    fake, source = yahoo
+    table, cache = raw_table(make_bars(300)), BarCache(tmp_path / "cache")
+    fake.tables["AAPL"] = table.iloc[:290]
+    good = fetch_stock_data("AAPL", source=source, cache=cache, now=closed(table.index[289]))
+    fake.answers = [answer]
+    bars = fetch_stock_data("AAPL", source=source, cache=cache, now=closed(table.index[-1]))
+    assert bars.provenance.stale
+    assert bars.provenance.last_session == table.index[289]
+    pd.testing.assert_frame_equal(bars.frame, good.frame)
