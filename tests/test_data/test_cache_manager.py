@@ -188,14 +188,14 @@ def test_a_failing_source_without_a_cache_fails_and_leaves_nothing(cache, tmp_pa
 
 
 def test_a_failure_is_remembered_for_a_while_and_not_for_ever(tmp_path, raw):
-    cache = BarCache(tmp_path, CachePolicy(remember_failure_s=0.2))
+    cache = BarCache(tmp_path, CachePolicy(remember_failure_s=0.6))
     source, now = LiveSource(raw, error=UpstreamError("down")), after(raw.index[-1])
     for _ in range(5):
         with pytest.raises(UpstreamError):
             frame_of(cache, source, now)
     assert len(source.asked) == 1
     source.error = None
-    time.sleep(0.25)
+    time.sleep(0.65)
     assert len(frame_of(cache, source, now).frame) == 500
 
 

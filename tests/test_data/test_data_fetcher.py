@@ -397,7 +397,7 @@ def test_a_server_that_does_not_answer_is_given_up(yahoo_server, tmp_path):
     begun = time.monotonic()
     with pytest.raises(UpstreamError, match=r"imed? ?out"):
         source.fetch("AAPL")
-    assert time.monotonic() - begun < 2.0
+    assert time.monotonic() - begun < 5.0
     session.close()
 
 
