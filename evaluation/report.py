@@ -369,11 +369,10 @@ def _page(
 
 def _evidence(words: _Words, evidence: Mapping[str, object]) -> Table:
     known, why = words.table["evidence"], words.table["not_computed"]
-    specs = {key: known.get(key, (key.replace("_", " ").capitalize(), "any", "")) for key in evidence}
-    rows = (
-        (Cell(name), cell(evidence[key], form, why), Cell(hint, "word"))
-        for key, (name, form, hint) in specs.items()
-    )
+    # Two figures with the same words are one, told by two sides.
+    specs = {tuple(known.get(key, (key.replace("_", " ").capitalize(), "any", ""))): key for key in evidence}
+    shown = ((name, cell(evidence[at], form, why), hint) for (name, form, hint), at in specs.items())
+    rows = ((Cell(name), value, Cell(hint, "word")) for name, value, hint in shown)
     return words.grid("evidence", ("Measure", "Value", "How to read it"), rows)
 
 

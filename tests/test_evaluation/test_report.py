@@ -117,7 +117,7 @@ def training_inputs(bars: pd.DataFrame) -> dict[str, object]:
     ]
     metadata = {
         "symbol": "AAPL",
-        "source": "csv:/home/somebody/secret/prices",
+        "source": "csv:/srv/somebody/secret/prices",
         "data": {"first_session": "2005-01-03", "hash": "ab" * 32},
         "seed": 7,
         "horizon_bars": HORIZON,
@@ -133,7 +133,7 @@ def demo(bars: pd.DataFrame, *, in_sample: bool = False, symbol: str = "AAPL") -
     return backtest_report(
         backtest(bars, in_sample=in_sample),
         symbol=symbol,
-        provenance={"Source of prices": "csv:/home/somebody/secret/prices", "Seed": "7"},
+        provenance={"Source of prices": "csv:/srv/somebody/secret/prices", "Seed": "7"},
         verdict=VERDICT,
         forecasts=forecast_frame(bars),
         horizon_bars=HORIZON,
@@ -429,6 +429,14 @@ def test_the_training_report_shows_what_a_sceptic_asks_for(training_page: str) -
     )  # fmt: skip
     assert [words for words in wanted if words not in text] == []
     assert "Stopped early" not in text  # the twelve best were run to their end
+
+
+def test_a_figure_that_comes_from_two_sides_is_shown_once(bars: pd.DataFrame) -> None:
+    inputs = training_inputs(bars)
+    verdict = VERDICT | {"evidence": VERDICT["evidence"] | {"walk_forward_efficiency": 0.5}}
+    inputs["metadata"] |= {"verdict": verdict}
+    html = render(training_report(symbol="AAPL", summary={"efficiency": 0.5}, **inputs))
+    assert html.count(">Walk-forward efficiency<") == 1
 
 
 def test_provenance_names_what_is_there_and_leaves_out_what_is_not() -> None:
