@@ -97,11 +97,11 @@ def cell(value: object, form: str = "any", reason: str = "") -> Cell:
     if value is None or (isinstance(value, float) and not np.isfinite(value)):
         return Cell("\N{EN DASH}", "faint", reason)
     if form in {"pass", "flag"}:
-        good = bool(value) == (form == "pass")
         text = {"pass": ("fail", "pass"), "flag": ("no", "raised")}[form][bool(value)]
-        return Cell(text, "pass" if good else "fail")
+        return Cell(text, "pass" if bool(value) == (form == "pass") else "fail")
     if form in FORMS and isinstance(value, int | float | np.number) and not isinstance(value, bool):
-        return Cell(FORMS[form].format(value).replace("%", PERCENT).replace("-", MINUS))
+        text = FORMS[form].format(value).replace("%", PERCENT).replace("-", MINUS)
+        return Cell(text if re.search("[1-9]", text) else text.lstrip("+" + MINUS))
     return Cell(str(value), "word" if form == "word" else "")
 
 
@@ -340,7 +340,7 @@ def _log_axis(ax: "Axes", pattern: str) -> None:
     low, high = ax.get_ylim()
     # Steps of 1, 2, 5 are too coarse for a range below half a decade.
     decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
-    coarse = np.ravel(np.outer(decades, (1, 2, 5)) if high < 60 * low else decades)
+    coarse = np.ravel(np.outer(decades, (1, 2, 5)) if high < 400 * low else decades)
     ticks = MaxNLocator(5).tick_values(low, high) if high < 5 * low else coarse
     ax.yaxis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
     ax.yaxis.set_minor_locator(NullLocator())

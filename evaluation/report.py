@@ -203,9 +203,10 @@ def _money(words: _Words, result: BacktestReport) -> tuple[Section, ...]:
     long, pair = len(dates) > ROLLING_BARS + REGIME_BARS, curves("net_return", 2)
     sharpe = charts.rolling_sharpe_chart(dates, pair, window=ROLLING_BARS, periods_per_year=year)
     rough = (words.on("sharpe", sharpe), _regimes(words, daily, net, year)) if long else ()
+    alike = (words.table["same"],) if np.allclose(net[STRATEGY], net["Buy and hold"], atol=1e-9) else ()
     months = words.on("months", charts.monthly_heatmap(net[STRATEGY]))
     return (
-        words.section("growth", equity, drawdown, position),
+        words.section("growth", equity, drawdown, position, bullets=alike),
         words.section("measures", *_measures(words, result)),
         words.section("time", *rough),
         words.section("calendar", months, _years(words, daily, net)),

@@ -371,6 +371,17 @@ def test_every_defined_measure_of_the_backtester_is_shown(bars: pd.DataFrame) ->
         assert f"{benchmark.metrics['calmar_ratio'].value:.2f}" in shown
 
 
+def test_a_strategy_that_only_holds_is_called_by_its_name(bars: pd.DataFrame, honest_page: str) -> None:
+    held = AdvancedBacktester(costs=CostModel()).backtest_with_positions(
+        pd.DatetimeIndex(bars.index), bars["Close"].to_numpy(), np.ones(len(bars)), include_in_sample=True
+    )
+    report = backtest_report(
+        held, symbol="X", provenance={}, verdict=VERDICT, forecasts=forecast_frame(bars), horizon_bars=HORIZON
+    )
+    assert "nothing here is skill" in render(report)
+    assert "nothing here is skill" not in honest_page
+
+
 def test_the_headline_stands_beside_buy_and_hold_and_equal_exposure(bars: pd.DataFrame) -> None:
     result, report = backtest(bars), demo(bars)
     stats = {stat.label: stat for stat in report.headline}
@@ -522,6 +533,7 @@ def test_the_reliability_chart_tells_calibrated_from_overconfident() -> None:
     ("value", "form", "text"),
     [
         (-0.1234, "pct", "\N{MINUS SIGN}12.3\N{NO-BREAK SPACE}%"),
+        (-0.00004, "pct", "0.0\N{NO-BREAK SPACE}%"),
         (0.05, "signed", "+5.0\N{NO-BREAK SPACE}%"),
         (1234.6, "int", "1,235"),
         (np.float64(0.5), "fine", "0.500"),
