@@ -53,7 +53,7 @@ def create_app(settings: Settings) -> Application:
     from service.prediction_service import PredictionService  # noqa: PLC0415
 
     registry = ModelRegistry(settings.models_dir)
-    source = make_source(settings.source)
+    source = make_source(settings.source, cache_dir=settings.cache_dir)
     predictions = PredictionService(registry=registry, source=source, cache=BarCache(settings.cache_dir))
     return create_api(
         Services(

@@ -16,7 +16,10 @@ from types import MappingProxyType
 import pandas as pd
 
 from data.cache_manager import BarCache
+from data.calendars import calendar_for
 from data.data_fetcher import BarSource, ReadsThrough, fetch_stock_data
+from data.data_validator import DataValidator
+from data.feature_engineer import engineer_features, feature_set_hash
 from data.schema import Bars, TableMeta, bars_hash, normalise_symbol
 from utils.errors import AIStocksError, DataError, UsageError
 
@@ -24,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 UNIVERSES_FILE = Path(__file__).with_name("universes.toml")
 DEFAULT_MAX_BYTES = 1 << 30
+MAX_MISSED_SESSIONS = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,3 +204,43 @@ def cached_features(
 
 def _unique(symbols: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(normalise_symbol(symbol) for symbol in symbols))
+
+
+def refuse_delisted(bars: Bars, now: datetime) -> None:
+    """Refuse bars of a live source that ended long ago: nothing is left to forecast.
+
+    Raises
+    ------
+    DataError
+        If more than `MAX_MISSED_SESSIONS` sessions have closed since the last bar.
+    """
+    calendar, last = calendar_for(bars.symbol), bars.provenance.last_session
+    missed = calendar.sessions_between(last, calendar.last_closed_session(now))
+    if missed > MAX_MISSED_SESSIONS:
+        raise DataError(
+            f"{bars.symbol} has had no bar since {last:%Y-%m-%d}, {missed} sessions ago: it was delisted or "
+            "renamed; save its prices as a file and train with --source csv:DIR to study it all the same"
+        )
+
+
+def findings(bars: Bars, horizon_bars: int, cache: BarCache | None = None) -> tuple[str, ...]:
+    """Return what the data validator has to say about prices and features, in words.
+
+    Parameters
+    ----------
+    bars
+        Prices of the symbol.
+    horizon_bars
+        Length of the labels.
+    cache
+        Where features are kept; with it, those of past bars are also compared with what they were last time.
+    """
+    if cache is None:
+        features = engineer_features(bars.frame)
+    else:
+        features = cached_features(
+            bars, cache, engineer_features, feature_set_hash=feature_set_hash(), horizon_bars=horizon_bars
+        )
+    calendar = calendar_for(bars.symbol)
+    validator = DataValidator(bars.frame, features, horizon_bars=horizon_bars, calendar=calendar)
+    return validator.run_all_validations().problems()

@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -26,15 +26,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from data.cache_manager import BarCache
-from data.calendars import calendar_for
 from data.data_fetcher import fetch_stock_data, make_source
-from data.data_validator import DataValidator
-from data.feature_engineer import MAX_WARMUP_BARS, engineer_features, feature_set_hash
+from data.feature_engineer import MAX_WARMUP_BARS, feature_set_hash
 from data.schema import Bars, bars_hash, check_enough, normalise_symbol
 from data.target_engineering import DEFAULT_HORIZON_BARS, Dataset, build_dataset
+from data.universe import findings, refuse_delisted
 from evaluation.advanced_backtester import BacktestReport
 from evaluation.metrics import values
-from evaluation.report import Report, training_report, write_report
+from evaluation.report import training_report, write_report
 from inference.ensemble import FloatMatrix
 from inference.load_gbm_models import GBMBundle, library_versions, new_version_id, save_bundle
 from inference.pipeline import GBMForecaster, backtest_decisions, decide
@@ -82,7 +81,7 @@ class GBMTrainer:
         self.config = config
         self._tell: OnEvent = on_event or (lambda _event: None)
 
-    def train(self, bars: Bars, *, trials_log: Path | None = None) -> Trained:
+    def train(self, bars: Bars, *, trials_log: Path | None = None, problems: Sequence[str] = ()) -> Trained:
         """Validate the recipe on ``bars``, fit it on all of them, and judge it.
 
         Parameters
@@ -91,6 +90,8 @@ class GBMTrainer:
             Prices of the symbol; `InsufficientDataError` unless they leave a year out of sample.
         trials_log
             File that counts what was tried on these prices before, see `validation.overfitting`.
+        problems
+            What is known to be amiss with the prices, in words; kept with the model.
         """
         started = time.monotonic()
         config = self.config
@@ -113,6 +114,7 @@ class GBMTrainer:
             record_run(trials_log, run)
         verdict, backtest = self.judge(bars, bundle, result, n_trials=n_trials)
         judged = {
+            "data": {**bundle.metadata["data"], "problems": [*bars.report.problems(), *problems]},
             "verdict": verdict.as_dict(),
             "metrics": headline_metrics(backtest),
             "duration_s": round(time.monotonic() - started, 1),
@@ -173,7 +175,6 @@ class GBMTrainer:
                 "first_session": f"{bars.frame.index[0]:%Y-%m-%d}",
                 "last_session": f"{bars.frame.index[-1]:%Y-%m-%d}",
                 "n_bars": len(bars.frame),
-                "problems": [*bars.report.problems(), *findings(bars, config.horizon_bars)],
             },
             "trained_through": str(dataset.label_end[dataset.labelled].max()),
             "out_of_sample_from": f"{result.record['date'].min():%Y-%m-%d}",
@@ -211,13 +212,6 @@ class GBMTrainer:
 
     def _stage(self, stage: str, progress: float) -> None:
         self._tell({"type": "stage", "stage": stage, "progress": round(progress, 3)})
-
-
-def findings(bars: Bars, horizon_bars: int) -> tuple[str, ...]:
-    """Return what the data validator has to say about prices and features."""
-    features, calendar = engineer_features(bars.frame), calendar_for(bars.symbol)
-    validator = DataValidator(bars.frame, features, horizon_bars=horizon_bars, calendar=calendar)
-    return validator.run_all_validations().problems()
 
 
 def headline_metrics(backtest: BacktestReport) -> dict[str, float | None]:
@@ -295,10 +289,13 @@ def train_symbol(
         raise ModelExistsError(f"{symbol} has a model already: add --overwrite to train it anew")
     with training_lock(settings.models_dir, symbol):
         cache = None if args.no_cache else BarCache(settings.cache_dir)
-        source = make_source(args.source or settings.source)
+        source = make_source(args.source or settings.source, cache_dir=settings.cache_dir)
         bars = fetch_stock_data(symbol, source=source, cache=cache, force_refresh=args.force_refresh)
+        if source.is_live:
+            refuse_delisted(bars, datetime.now(UTC))
         log = symbol_dir(settings.models_dir, symbol) / "trials.jsonl"
-        trained = GBMTrainer(config_from(args), on_event).train(bars, trials_log=log)
+        problems = findings(bars, args.target_horizon, cache)
+        trained = GBMTrainer(config_from(args), on_event).train(bars, trials_log=log, problems=problems)
         if args.strict and trained.verdict.label != "edge":
             raise GateRefusedError(
                 f"{symbol}: the verdict is {trained.verdict.label} and --strict was given: nothing was saved"
@@ -306,22 +303,17 @@ def train_symbol(
         on_event({"type": "stage", "stage": "saving", "progress": 0.97})
         save_bundle(trained.bundle, settings.models_dir, golden_inputs=trained.golden_inputs[-8:])
         name = f"{symbol}_gbm_{trained.bundle.model_version}.html"
-        report = write_report(report_of(trained), settings.logs_dir / name)
+        page = training_report(
+            symbol=symbol,
+            metadata=trained.bundle.metadata,
+            record=trained.bundle.record,
+            importance=trained.bundle.importance,
+            trials=trained.trials,
+            summary=asdict(trained.walk_forward.summary),
+            findings=trained.bundle.metadata["data"]["problems"],
+        )
+        report = write_report(page, settings.logs_dir / name)
     return summary_of(trained, settings, report)
-
-
-def report_of(trained: Trained) -> Report:
-    """Return the training report."""
-    bundle = trained.bundle
-    return training_report(
-        symbol=bundle.symbol,
-        metadata=bundle.metadata,
-        record=bundle.record,
-        importance=bundle.importance,
-        trials=trained.trials,
-        summary=asdict(trained.walk_forward.summary),
-        findings=bundle.metadata["data"]["problems"],
-    )
 
 
 def summary_of(trained: Trained, settings: Settings, report: Path) -> dict[str, object]:
