@@ -180,9 +180,8 @@ def _write_files(bundle: GBMBundle, folder: Path, golden_inputs: FloatMatrix) ->
         joblib.dump(model, folder / f"{name}_model.joblib")
     joblib.dump(ensemble.scaler, folder / "scaler.joblib")
     bundle.record.to_parquet(folder / "oos_predictions.parquet", write_page_checksum=True)
-    feature_columns = {"columns": ensemble.columns, "selected": ensemble.selected_features}
     documents = {
-        "feature_columns.json": feature_columns,
+        "feature_columns.json": {"columns": ensemble.columns, "selected": ensemble.selected_features},
         "feature_importance.json": bundle.importance,
         "hyperparameters.json": {
             "boosters": bundle.hyperparameters,
@@ -379,9 +378,7 @@ def _sha256(path: Path) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    document = json.loads(path.read_text())
-    if not isinstance(document, dict):
-        raise ModelCorruptError(f"bundle {path.parent.name}: {path.name} is not an object: train again")
+    document: dict[str, Any] = json.loads(path.read_text())
     return document
 
 

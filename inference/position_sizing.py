@@ -2,32 +2,27 @@
 
 A sizer folds one step over the bars. The step at t books bar t with the accountant's own `book_bar`, lets the
 breaker look at the equity that results, turns the forecast of t into an exposure, and keeps it inside the
-no-trade band and the limits. It sees rows up to t only, so a backtest and a live decision are the same fold.
+no-trade band and the limits. It sees rows up to t only: a backtest and a live decision are the same fold.
 
 Two rules turn a forecast into an exposure:
 
 odds (`half-kelly`, `long-biased`)
     Kelly's share of capital at risk is ``(p b - q) / b``, of which `kelly_fraction` is used. A losing trade
-    costs about one sigma of exposure, so the exposure is that share over sigma. It is scaled by conviction:
-    predicted return over predicted std, annualised, at most 1; its sign is the side. Inside the dead zone the
-    exposure is neutral.
+    costs about one sigma of exposure: the exposure is that share over sigma, scaled by conviction (predicted
+    return over predicted std, annualised, at most 1), on the forecast's side. In the dead zone: neutral.
 excess (`calibrated`, `passive`)
     Neutral exposure plus `kelly_fraction` x skill x (forecast - no-skill forecast) / sigma^2, where skill is
     the lower confidence bound of what the forecast was worth out of sample. No skill: exactly neutral.
 
-The breaker
------------
-It watches equity; with a reference exposure, equity over the equity of holding that. When this has fallen
+The breaker watches equity; with a reference exposure, equity over the equity of holding that. When this falls
 `breaker_drawdown` below its high-water mark, the exposure may differ from the reference by `breaker_cap` at
 most. A capped position earns slowly: waiting for the old high would lock a strategy out for years. The cap is
 lifted when the watched equity has risen from its lowest by half of the trigger times the cap (the market has
 made half of the trigger good), or after `breaker_patience_bars`; the high-water mark starts anew from there.
 
-References
-----------
-Kelly (1956), A new interpretation of information rate. Thorp (2006), The Kelly criterion in blackjack, sports
-betting and the stock market. Gerhold, Guasoni, Muhle-Karbe, Schachermayer (2014), Transaction costs, trading
-volume, and the liquidity premium: the no-trade band grows with the cube root of the cost.
+References: Kelly (1956), A new interpretation of information rate. Thorp (2006), The Kelly criterion in
+blackjack, sports betting and the stock market. Gerhold et al. (2014), Transaction costs, trading volume, and the
+liquidity premium: the no-trade band grows with the cube root of the cost.
 """
 
 import hashlib
@@ -35,26 +30,19 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from evaluation.accounting import (
-    DEFAULT_CAPITAL,
-    Booking,
-    CostModel,
-    Ledger,
-    Rates,
-    book_bar,
-    ledger_of,
-    new_books,
-    write_row,
-)
+from evaluation import accounting
+from evaluation.accounting import DEFAULT_CAPITAL, Booking, CostModel, Ledger, Rates
 from utils.errors import DataError, UsageError
 
 FloatArray = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
+Number = TypeVar("Number")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,10 +88,8 @@ class SizingRules(NamedTuple):
         Which rule turns a forecast into an exposure, see the module.
     neutral, bullish, bearish
         Exposure without a signal, and before Kelly's part on each side (odds).
-    kelly_fraction
-        Part of Kelly's exposure that is used.
-    dead_zone_simple
-        Forecasts up to this size are no signal (odds).
+    kelly_fraction, dead_zone_simple
+        Part of Kelly's exposure that is used; size up to which a forecast is no signal (odds).
     max_long, max_short
         Limits of the exposure, both >= 0.
     no_trade_band_scale
@@ -112,7 +98,7 @@ class SizingRules(NamedTuple):
     without_forecast
         Exposure on bars without a forecast.
     holds_without_forecast
-        After the first forecast, keep the last target on bars without one instead.
+        After the first forecast, keep the last target instead.
     volatility_target_annual, volatility_low, volatility_high
         Scale the neutral exposure by target over forecast volatility, within bounds (excess); 0: off.
     breaker_drawdown, breaker_cap, breaker_patience_bars, breaker_reference
@@ -178,27 +164,24 @@ PRESETS: Mapping[str, SizingRules] = MappingProxyType(
 DEFAULT_SIZING = "calibrated"
 
 
-_COLUMNS = tuple(SizingInputs.__dataclass_fields__)[:7]
-
-
 class _Scales(NamedTuple):
-    """What the surroundings of a fold set: money, half-width of the band, horizons per year."""
+    """What the surroundings of a fold set: costs, half-width of the band, horizons per year."""
 
-    capital: float
+    rates: Rates
     band: float
     horizons_per_year: float
 
 
-class _Row(NamedTuple):
-    """One row of `SizingInputs`, in the order of `_COLUMNS`."""
+class _Row(NamedTuple, Generic[Number]):
+    """One row of `SizingInputs`, or all of them as columns."""
 
-    expected: float
-    baseline: float
-    sigma: float
-    p_win: float
-    payoff: float
-    skill: float
-    asset_return: float
+    expected_return: Number
+    baseline_return: Number
+    sigma: Number
+    p_win: Number
+    payoff_ratio: Number
+    skill_lower: Number
+    asset_return_simple: Number
 
 
 class _State(NamedTuple):
@@ -207,43 +190,51 @@ class _State(NamedTuple):
     cash: float
     position: float
     target: float
-    started: bool
+    holds: bool
     reference: float
     peak: float
     trough: float
     capped_bars: float  # -1 while the breaker is closed
 
 
-@njit(cache=True, error_model="numpy")
-def _exposure(row: _Row, rules: SizingRules, per_year: float) -> float:
+@njit(cache=True, inline="always", error_model="numpy")
+def _exposure(row: _Row[float], rules: SizingRules, per_year: float) -> float:
     """Return the exposure that the forecast asks for, before band and limits; NaN without a forecast."""
     exposure = np.nan
-    if not (np.isfinite(row.expected) and row.sigma > 0.0):
+    if not (np.isfinite(row.expected_return) and row.sigma > 0.0):
         return exposure
     if rules.uses_odds > 0.0:
-        if abs(row.expected) <= rules.dead_zone_simple:
+        if abs(row.expected_return) <= rules.dead_zone_simple:
             exposure = rules.neutral
-        elif np.isfinite(row.p_win) and row.payoff > 0.0:
-            at_risk = max(row.p_win - (1.0 - row.p_win) / row.payoff, 0.0) * rules.kelly_fraction
-            conviction = min(abs(row.expected) / row.sigma * np.sqrt(per_year), 1.0)
+        elif np.isfinite(row.p_win) and row.payoff_ratio > 0.0:
+            at_risk = max(row.p_win - (1.0 - row.p_win) / row.payoff_ratio, 0.0) * rules.kelly_fraction
+            conviction = min(abs(row.expected_return) / row.sigma * np.sqrt(per_year), 1.0)
             size = at_risk / row.sigma * conviction
-            exposure = rules.bullish + size if row.expected > 0.0 else rules.bearish - size
-    elif np.isfinite(row.baseline):
+            exposure = rules.bullish + size if row.expected_return > 0.0 else rules.bearish - size
+    elif np.isfinite(row.baseline_return):
         exposure = rules.neutral
         if rules.volatility_target_annual > 0.0:
             scale = rules.volatility_target_annual / (row.sigma * np.sqrt(per_year))
             exposure *= min(max(scale, rules.volatility_low), rules.volatility_high)
-        if row.skill > 0.0:
-            excess = row.expected - row.baseline
-            exposure += rules.kelly_fraction * min(row.skill, 1.0) * excess / (row.sigma * row.sigma)
+        if row.skill_lower > 0.0:
+            excess = row.expected_return - row.baseline_return
+            exposure += rules.kelly_fraction * min(row.skill_lower, 1.0) * excess / (row.sigma * row.sigma)
     return exposure
 
 
-@njit(cache=True, error_model="numpy")
-def _step(state: _State, booked: Booking, row: _Row, rules: SizingRules, scales: _Scales) -> _State:
+@njit(cache=True, inline="always", error_model="numpy")
+def _unusable(row: _Row[float]) -> bool:
+    """Say whether a forecast is infinite, or the bar's return not finite and above -1."""
+    forecast = np.isinf(row.expected_return) or np.isinf(row.baseline_return) or np.isinf(row.sigma)
+    record = np.isinf(row.p_win) or np.isinf(row.payoff_ratio) or np.isinf(row.skill_lower)
+    return bool(forecast or record or not (-1.0 < row.asset_return_simple < np.inf))
+
+
+@njit(cache=True, inline="always", error_model="numpy")
+def _step(state: _State, booked: Booking, row: _Row[float], rules: SizingRules, scales: _Scales) -> _State:
     """Decide at the close of the bar that was booked; the target of the returned state is the decision."""
     equity = booked.cash + booked.position
-    reference = state.reference * (1.0 + rules.breaker_reference * row.asset_return)
+    reference = state.reference * (1.0 + rules.breaker_reference * row.asset_return_simple)
     watched = equity / reference
     peak, trough, capped = state.peak, state.trough, state.capped_bars
     if capped < 0.0:
@@ -261,43 +252,60 @@ def _step(state: _State, booked: Booking, row: _Row, rules: SizingRules, scales:
     wanted = _exposure(row, rules, scales.horizons_per_year)
     known = not np.isnan(wanted)
     if not known:
-        wanted = (
-            state.target if rules.holds_without_forecast > 0.0 and state.started else rules.without_forecast
-        )
+        wanted = state.target if state.holds else rules.without_forecast
     elif scales.band > 0.0 and wanted != rules.neutral and equity > 0.0:
         drifted = booked.position / equity
         wanted = min(max(drifted, wanted - scales.band), wanted + scales.band)
     if capped >= 0.0:
         reach = rules.breaker_cap
         wanted = min(max(wanted, rules.breaker_reference - reach), rules.breaker_reference + reach)
-    wanted = min(max(wanted, -rules.max_short), rules.max_long) if equity > 0.0 else 0.0
-    started = state.started or known
-    return _State(booked.cash, booked.position, wanted, started, reference, peak, trough, capped)
+    wanted = min(max(wanted, -rules.max_short), rules.max_long)
+    holds = state.holds or (known and rules.holds_without_forecast > 0.0)
+    return _State(booked.cash, booked.position, wanted, holds, reference, peak, trough, capped)
 
 
-@njit(cache=True, error_model="numpy")
+@njit(cache=True, nogil=True, error_model="numpy")
 def _fold(
-    rows: FloatArray, rules: SizingRules, scales: _Scales, rates: Rates, books: FloatArray, out: FloatArray
-) -> None:
-    """Book and decide bar after bar over the rows (7, n); write ``books``, and targets and capped bars into ``out``."""
-    state = _State(scales.capital, 0.0, 0.0, False, scales.capital, 1.0, 1.0, -1.0)  # noqa: FBT003
-    for t in range(rows.shape[1]):
-        own = rows[6, t] if t > 0 else 0.0
-        row = _Row(rows[0, t], rows[1, t], rows[2, t], rows[3, t], rows[4, t], rows[5, t], own)
-        booked = book_bar(state.cash, state.position, state.target, own, rates)
-        write_row(books, t, state.cash + state.position, booked)
+    columns: _Row[FloatArray],
+    rules: SizingRules,
+    scales: _Scales,
+    books: FloatArray,
+    out: tuple[FloatArray, BoolArray],
+) -> int:
+    """Book and decide over all rows into ``books`` and ``out``; return the first unusable row, n for none."""
+    capital = books[0, 0]
+    target, capped = out
+    n = target.shape[0]
+    state = _State(capital, 0.0, 0.0, False, capital, 1.0, 1.0, -1.0)  # noqa: FBT003
+    for t in range(n):
+        row = _Row(
+            columns.expected_return[t],
+            columns.baseline_return[t],
+            columns.sigma[t],
+            columns.p_win[t],
+            columns.payoff_ratio[t],
+            columns.skill_lower[t],
+            columns.asset_return_simple[t] if t > 0 else 0.0,
+        )
+        if _unusable(row):
+            return int(t)
+        booked = accounting.book_bar(
+            state.cash, state.position, state.target, row.asset_return_simple, scales.rates
+        )
+        accounting.write_row(books, t, booked)
         state = _step(state, booked, row, rules, scales)
-        out[0, t] = state.target
-        out[1, t] = state.capped_bars
+        target[t] = state.target if booked.cash + booked.position > 0.0 else 0.0
+        capped[t] = state.capped_bars >= 0.0
+    return int(n)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SizingTrace:
-    """What a fold decided and saw at each close, (n,): targets, its own books, where the breaker caps."""
+    """What a fold decided and saw at each close: targets, its own books, where the breaker caps."""
 
     target_weight: FloatArray
     ledger: Ledger
-    capped: npt.NDArray[np.bool_]
+    capped: BoolArray
 
 
 class Sizer(Protocol):
@@ -306,24 +314,18 @@ class Sizer(Protocol):
     @property
     def name(self) -> str:
         """Name for people."""
-        ...
 
     @property
     def config_id(self) -> str:
         """Hash of all that the weights depend on besides inputs and costs."""
-        ...
 
     def fold(self, inputs: SizingInputs, costs: CostModel) -> FloatArray:
         """Return target_weight (n,); entry t depends on rows up to t only."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuleSizer:
-    """The `Sizer` that follows `SizingRules`.
-
-    ``initial_capital`` is the money that its equity starts with; it matters only with a minimum commission.
-    """
+    """The `Sizer` that follows `SizingRules`; its capital matters only with a minimum commission."""
 
     name: str
     rules: SizingRules
@@ -348,25 +350,28 @@ class RuleSizer:
         return self.trace(inputs, costs).target_weight
 
     def trace(self, inputs: SizingInputs, costs: CostModel) -> SizingTrace:
-        """Fold the step over all rows; entry t of the trace depends on rows up to t only.
-
-        The costs are what the sizer's own equity pays: pass what the backtest will charge.
+        """Fold the step over all rows, under the costs that the backtest will charge.
 
         Raises
         ------
         DataError
             When lengths differ, an input is infinite, or a bar's return is not finite and above -1.
         """
-        rows = _rows(inputs)
-        books, out = new_books(rows.shape[1]), np.empty((2, rows.shape[1]))
-        scales = _Scales(
-            capital=float(self.initial_capital),
-            band=self.rules.no_trade_band_scale * float(np.cbrt(costs.one_way_rate)),
-            horizons_per_year=costs.periods_per_year / inputs.horizon_bars,
+        columns = _columns(inputs)
+        n = len(columns.sigma)
+        books, target, capped = (
+            accounting.new_books(n, self.initial_capital),
+            np.empty(n),
+            np.empty(n, np.bool_),
         )
+        band = self.rules.no_trade_band_scale * float(np.cbrt(costs.one_way_rate))
+        scales = _Scales(costs.rates(), band, costs.periods_per_year / inputs.horizon_bars)
         # One type for every field, or numba compiles once per mixture of ints and floats.
-        _fold(rows, SizingRules._make(map(float, self.rules)), scales, costs.rates(), books, out)
-        return SizingTrace(target_weight=out[0], ledger=ledger_of(books), capped=out[1] >= 0.0)
+        used = _fold(columns, SizingRules._make(map(float, self.rules)), scales, books, (target, capped))
+        if used < n:
+            found = {name: float(column[used]) for name, column in columns._asdict().items()}
+            raise DataError(f"row {used} cannot be used, {found}: infinite, or a return not above -1")
+        return SizingTrace(target_weight=target, ledger=accounting.ledger_of(books), capped=capped)
 
 
 def make_sizer(
@@ -382,30 +387,18 @@ def make_sizer(
     if name not in PRESETS:
         raise UsageError(f"no sizing preset {name!r}; use one of {', '.join(PRESETS)}")
     rules = PRESETS[name]
-    return RuleSizer(
-        name=name,
-        rules=rules._replace(
-            max_long=rules.max_long if max_long is None else max_long,
-            max_short=rules.max_short if max_short is None else max_short,
-        ),
-    )
+    long = rules.max_long if max_long is None else max_long
+    short = rules.max_short if max_short is None else max_short
+    return RuleSizer(name=name, rules=rules._replace(max_long=long, max_short=short))
 
 
-def _rows(inputs: SizingInputs) -> FloatArray:
-    """Return the inputs as a checked block (7, n) in the order of `_Row`."""
+def _columns(inputs: SizingInputs) -> _Row[FloatArray]:
+    """Return the inputs as the kernel takes them, copied only where it must be."""
     n = len(inputs.expected_return)
-    rows = np.empty((len(_COLUMNS), n))
-    for number, name in enumerate(_COLUMNS):
-        column = getattr(inputs, name)
-        if np.shape(column) != (n,):
-            raise DataError(f"{name} has shape {np.shape(column)}; every input must be ({n},)")
-        rows[number] = column
+    columns = [np.require(getattr(inputs, name), np.float64, ["C", "W"]) for name in _Row._fields]
+    for name, column in zip(_Row._fields, columns, strict=True):
+        if column.shape != (n,):
+            raise DataError(f"{name} has shape {column.shape}; every input must be ({n},)")
     if inputs.horizon_bars < 1:
         raise UsageError(f"horizon_bars must be at least 1, got {inputs.horizon_bars!r}")
-    if np.isinf(rows).any():
-        number, row = np.argwhere(np.isinf(rows))[0]
-        raise DataError(f"{_COLUMNS[number]}[{row}] is infinite; use NaN where there is no forecast")
-    if not (rows[6, 1:] > -1.0).all():
-        row = int(np.argmin(rows[6, 1:] > -1.0)) + 1
-        raise DataError(f"asset_return_simple[{row}] is {rows[6, row]}; must be finite and above -1")
-    return rows
+    return _Row._make(columns)

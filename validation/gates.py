@@ -346,7 +346,7 @@ def _edge_reasons(
         ),
         (
             gained is not None and gained > 0,
-            f"squared error {_text(gained)} below that of the drift forecast (must be above 0)",
+            f"share of the drift forecast's squared error that is removed: {_text(gained)} (must be above 0)",
         ),
     )
     failed = tuple(text for holds, text in checks if not holds)

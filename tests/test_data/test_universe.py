@@ -2,6 +2,7 @@
 
 import threading
 from datetime import UTC, date, datetime
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -9,8 +10,16 @@ import pytest
 
 from data.cache_manager import BarCache
 from data.data_fetcher import CsvSource, SampleSource, fetch_stock_data
-from data.schema import bars_hash
-from data.universe import cached_features, load_panel, named_universes, resolve_universe
+from data.feature_engineer import engineer_features
+from data.schema import Bars, BarsReport, Provenance, bars_hash
+from data.universe import (
+    cached_features,
+    findings,
+    load_panel,
+    named_universes,
+    refuse_delisted,
+    resolve_universe,
+)
 from utils.errors import DataError, InvalidSymbolError, UnknownSymbolError, UsageError
 
 
@@ -196,3 +205,33 @@ def test_the_real_features_survive_the_cache(cache):
             bars, cache, engineering.engineer_features, feature_set_hash=key, horizon_bars=5
         )
         assert bars_hash(kept) == bars_hash(engineering.engineer_features(bars.frame))
+
+
+def as_bars(frame: pd.DataFrame) -> Bars:
+    seen = Provenance(
+        source="yahoo", fetched_at=datetime(2010, 1, 1, tzinfo=UTC), last_session=frame.index[-1], stale=True
+    )
+    return Bars(symbol="AAPL", frame=frame, provenance=seen, report=BarsReport())
+
+
+def test_what_stopped_trading_is_not_trained(make_bars):
+    bars = as_bars(make_bars(n=100))
+    last = bars.frame.index[-1]
+    refuse_delisted(bars, (last + pd.Timedelta(days=10)).tz_localize("UTC").to_pydatetime())
+    with pytest.raises(DataError, match=r"no bar since .* delisted .* --source csv:DIR"):
+        refuse_delisted(bars, (last + pd.Timedelta(days=30)).tz_localize("UTC").to_pydatetime())
+
+
+def test_findings_keep_the_features_and_notice_when_those_of_the_past_change(
+    make_bars, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    cache, bars = BarCache(tmp_path), make_bars(n=700)
+    first = findings(as_bars(bars.iloc[:690]), 5, cache)
+    assert findings(as_bars(bars.iloc[:690]), 5) == first
+    assert findings(as_bars(bars), 5, cache) is not None
+    assert "look-ahead" not in caplog.text
+    monkeypatch.setattr(
+        "data.universe.engineer_features", lambda frame: engineer_features(frame) + len(frame)
+    )
+    findings(as_bars(make_bars(n=720)), 5, cache)
+    assert "look-ahead" in caplog.text
