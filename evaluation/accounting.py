@@ -20,7 +20,7 @@ Note on numba's cache: the machine code of a caller (the sizer) holds its own co
 renewed when only this file changes; deleting ``__pycache__`` renews it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import numpy as np
@@ -52,18 +52,9 @@ class Rates(NamedTuple):
 class Booking(NamedTuple):
     """Money after one bar, and what the bar cost.
 
-    Attributes
-    ----------
-    cash, position
-        Cash (negative when borrowed) and signed value of the shares at the close of the bar.
-    traded
-        Signed value of the order that opened the bar; 0 for none.
-    held
-        Weight in equity right after that order: what earns during the bar.
-    gain
-        Money that the shares earned in the bar, before any cost.
-    commission, slippage, financing, borrow
-        Money paid in the bar, each >= 0.
+    At the close: ``cash`` (negative when borrowed) and ``position``, the signed value of the shares.
+    ``traded`` is the signed value of the order that opened the bar, ``held`` the weight right after it,
+    ``gain`` what the shares earned before costs. The rest is money paid in the bar, each >= 0.
     """
 
     cash: float
@@ -145,35 +136,52 @@ class Ledger:
 
     Attributes
     ----------
-    equity, cash, position_value
-        Money at the close; ``equity == cash + position_value``.
+    cash, position_value
+        Money at the close, and signed value of the shares.
     held_weight
         Weight in equity that earned during the bar.
-    gross_return, net_return
-        Simple return of the bar on the equity before it, before and after all costs.
-    turnover
-        Value traded over the equity before the bar, one-way, >= 0.
+    gain
+        Money that the shares earned in the bar, before any cost.
     traded_value
         Signed value traded, money.
     commission, slippage, financing_cost, borrow_cost
         Money paid in the bar.
-    initial_capital
-        Money at the start.
     """
 
-    equity: FloatArray
     cash: FloatArray
     position_value: FloatArray
     held_weight: FloatArray
-    gross_return: FloatArray
-    net_return: FloatArray
-    turnover: FloatArray
+    gain: FloatArray
     traded_value: FloatArray
     commission: FloatArray
     slippage: FloatArray
     financing_cost: FloatArray
     borrow_cost: FloatArray
-    initial_capital: float
+
+    @property
+    def initial_capital(self) -> float:
+        """Money at the start."""
+        return float(self.cash[0])
+
+    @property
+    def equity(self) -> FloatArray:
+        """Money and shares at the close."""
+        return self.cash + self.position_value
+
+    @property
+    def gross_return(self) -> FloatArray:
+        """Simple return of the bar on the equity before it, before all costs."""
+        return self._over_equity_before(self.gain)
+
+    @property
+    def net_return(self) -> FloatArray:
+        """Simple return of the bar on the equity before it, after all costs."""
+        return self._over_equity_before(np.diff(self.equity, prepend=self.initial_capital))
+
+    @property
+    def turnover(self) -> FloatArray:
+        """Value traded over the equity before the bar, one-way, >= 0."""
+        return self._over_equity_before(np.abs(self.traded_value))
 
     @property
     def trade_cost(self) -> FloatArray:
@@ -191,61 +199,58 @@ class Ledger:
         gone = self.equity <= 0.0
         return int(np.argmax(gone)) if gone.any() else None
 
+    def _over_equity_before(self, money: FloatArray) -> FloatArray:
+        before = np.concatenate([[self.initial_capital], self.equity[:-1]])
+        # After ruin nothing moves any more.
+        out = np.zeros_like(money)
+        np.divide(money, before, out=out, where=before > 0.0)
+        return out
+
 
 @njit(cache=True, inline="always", error_model="numpy")
 def book_bar(cash: float, position: float, target: float, asset_return: float, rates: Rates) -> Booking:
-    """Trade to the target, then live through one bar.
+    """Trade to the target, then live through one bar, and return the books at its close.
 
-    Parameters
-    ----------
-    cash, position
-        Money and signed value of the shares at the last close.
-    target
-        Weight decided at that close.
-    asset_return
-        Simple return of the bar that follows.
-    rates
-        Costs, see `CostModel.rates`.
-
-    Returns
-    -------
-    Booking
-        The books at the close of the bar.
+    ``cash`` and ``position`` are those of the last close, ``target`` is the weight decided then,
+    ``asset_return`` the simple return of the bar that follows.
     """
     equity = cash + position
     if equity <= 0.0:
         return Booking(equity, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-    # Both quotients wait for nothing but the target, which keeps division off the chain from bar to bar.
-    cost = target * (rates.commission + rates.slippage)
-    buying = 1.0 / (1.0 + cost)
-    selling = 1.0 / (1.0 - cost)
+    rate = rates.commission + rates.slippage
+    cost = target * rate
+    scale = 1.0 / (1.0 - cost * cost)
     gap = target * equity - position
     traded = 0.0
     commission = 0.0
     slippage = 0.0
     if abs(gap) > _DUST * equity:
-        # The order is paid from the equity that the target refers to: solve for it instead of overspending.
-        side = 1.0 if gap > 0.0 else -1.0
-        traded = gap * (buying if gap > 0.0 else selling)
+        # Paid from the equity that the target refers to, nothing is overspent: gap / (1 +- cost). Written so
+        # that no branch and no division waits for the bar before, and fees do not wait for the order.
+        traded = (gap - cost * abs(gap)) * scale
         commission = rates.commission * abs(traded)
+        slippage = rates.slippage * abs(traded)
+        left = equity - (rate * scale * abs(gap) - rate * scale * cost * gap)
         if commission < rates.minimum_commission:
+            side = 1.0 if gap > 0.0 else -1.0
             commission = rates.minimum_commission
             traded = (gap - target * commission) / (1.0 + side * target * rates.slippage)
             if traded * side <= 0.0:
                 # The fee alone is more than the order would move: it is not sent.
                 traded = 0.0
                 commission = 0.0
-        slippage = rates.slippage * abs(traded)
+            slippage = rates.slippage * abs(traded)
+            left = equity - commission - slippage
         if traded != 0.0:
-            equity -= commission + slippage
+            equity = left
             position = target * equity
             cash = equity - position
     held = position / equity
-    financing = rates.financing_per_bar * -cash if cash < 0.0 else 0.0
-    borrow = rates.borrow_per_bar * -position if position < 0.0 else 0.0
+    financing = rates.financing_per_bar * (0.0 - min(cash, 0.0))
+    borrow = rates.borrow_per_bar * (0.0 - min(position, 0.0))
     gain = position * asset_return
     return Booking(
-        cash - financing - borrow,
+        cash - borrow - financing,
         position + gain,
         traded,
         held,
@@ -257,36 +262,37 @@ def book_bar(cash: float, position: float, target: float, asset_return: float, r
     )
 
 
-@njit(cache=True, error_model="numpy")
+@njit(cache=True, inline="always", error_model="numpy")
+def write_row(books: FloatArray, t: int, booked: Booking) -> None:
+    """Write bar t into ``books`` (n, 9), whose columns are the fields of `Ledger`."""
+    books[t, 0] = booked.cash
+    books[t, 1] = booked.position
+    books[t, 2] = booked.held
+    books[t, 3] = booked.gain
+    books[t, 4] = booked.traded
+    books[t, 5] = booked.commission
+    books[t, 6] = booked.slippage
+    books[t, 7] = booked.financing
+    books[t, 8] = booked.borrow
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
 def _run(
     held_target: FloatArray, asset_return: FloatArray, no_trade_band: float, rates: Rates, books: FloatArray
 ) -> None:
-    """Book every bar into ``books``, whose columns `_ledger` names; ``books[0]`` holds the capital."""
+    """Book every bar into ``books``, whose first row holds the capital."""
     cash = books[0, 0]
     position = 0.0
     for t in range(1, held_target.shape[0]):
         before = cash + position
         wanted = held_target[t]
-        drifted = abs(wanted * before - position) <= no_trade_band * before
-        if no_trade_band > 0.0 and position != 0.0 and drifted:
-            wanted = position / before
+        if no_trade_band > 0.0 and position != 0.0:
+            drifted = position / before
+            wanted = drifted if abs(wanted - drifted) <= no_trade_band else wanted
         booked = book_bar(cash, position, wanted, asset_return[t], rates)
         cash = booked.cash
         position = booked.position
-        after = cash + position
-        books[t, 0] = after
-        books[t, 1] = cash
-        books[t, 2] = position
-        books[t, 3] = booked.held
-        if before > 0.0:
-            books[t, 4] = booked.gain / before
-            books[t, 5] = after / before - 1.0
-            books[t, 6] = abs(booked.traded) / before
-        books[t, 7] = booked.traded
-        books[t, 8] = booked.commission
-        books[t, 9] = booked.slippage
-        books[t, 10] = booked.financing
-        books[t, 11] = booked.borrow
+        write_row(books, t, booked)
 
 
 def account(
@@ -340,27 +346,30 @@ def account(
     if apply_position_lag:
         # The one lag: what was decided at the last close is held during this bar.
         target = np.concatenate([np.zeros(1), target[:-1]])
-    books = np.zeros((12, len(target))).T
-    books[0, :2] = initial_capital
+    books = new_books(len(target), float(initial_capital))
     _run(target, returns, float(no_trade_band), costs.rates(), books)
-    return _ledger(books, float(initial_capital))
+    return ledger_of(books)
 
 
-def _ledger(books: FloatArray, capital: float) -> Ledger:
+def new_books(n: int, capital: float) -> FloatArray:
+    """Return books (n, 9) for `write_row`, empty but for the capital."""
+    books = np.zeros((len(fields(Ledger)), n)).T
+    books[:1, 0] = capital
+    return books
+
+
+def ledger_of(books: FloatArray) -> Ledger:
+    """Return filled books by name, without copying."""
     return Ledger(
-        equity=books[:, 0],
-        cash=books[:, 1],
-        position_value=books[:, 2],
-        held_weight=books[:, 3],
-        gross_return=books[:, 4],
-        net_return=books[:, 5],
-        turnover=books[:, 6],
-        traded_value=books[:, 7],
-        commission=books[:, 8],
-        slippage=books[:, 9],
-        financing_cost=books[:, 10],
-        borrow_cost=books[:, 11],
-        initial_capital=capital,
+        cash=books[:, 0],
+        position_value=books[:, 1],
+        held_weight=books[:, 2],
+        gain=books[:, 3],
+        traded_value=books[:, 4],
+        commission=books[:, 5],
+        slippage=books[:, 6],
+        financing_cost=books[:, 7],
+        borrow_cost=books[:, 8],
     )
 
 

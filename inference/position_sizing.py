@@ -20,9 +20,8 @@ most. A capped position earns slowly: waiting for the old high would lock a stra
 lifted when the watched equity has risen from its lowest by half of the trigger times the cap (the market has
 made half of the trigger good), or after `breaker_patience_bars`; the high-water mark starts anew from there.
 
-References: Kelly (1956), A new interpretation of information rate. Thorp (2006), The Kelly criterion in
-blackjack, sports betting and the stock market. Gerhold et al. (2014), Transaction costs, trading volume, and the
-liquidity premium: the no-trade band grows with the cube root of the cost.
+References: Thorp (2006), The Kelly criterion in blackjack, sports betting and the stock market. Gerhold et al.
+(2014), Transaction costs, trading volume, and the liquidity premium: the band grows as the cube root of costs.
 """
 
 import hashlib
@@ -51,16 +50,13 @@ class SizingInputs:
 
     Attributes
     ----------
-    expected_return
-        Forecast of the simple return from t to t + h; NaN where there is none.
-    baseline_return
-        What a forecast without skill would have said (the drift), same unit.
+    expected_return, baseline_return
+        Forecast of the simple return from t to t + h, NaN where there is none; the same by a forecast without
+        skill (the drift).
     sigma
         Forecast of the standard deviation of that return, > 0.
-    p_win
-        Probability that a trade on the side of the forecast wins.
-    payoff_ratio
-        Mean win over mean loss of such trades, > 0.
+    p_win, payoff_ratio
+        Probability that a trade on the forecast's side wins; mean win over mean loss of such trades, > 0.
     skill_lower
         Lower confidence bound of out-of-sample skill, clipped to [0, 1]; NaN counts as none.
     asset_return_simple

@@ -96,7 +96,8 @@ def test_breaker_follows_the_equity_that_is_booked(name: str, costs: CostModel) 
     inputs = some_inputs(2000, vol=0.03)
     trace = make_sizer(name).trace(inputs, costs)
     ledger = account(trace.target_weight, inputs.asset_return_simple, costs)
-    np.testing.assert_array_equal(trace.equity, ledger.equity)
+    for field in fields(ledger):
+        np.testing.assert_array_equal(getattr(trace.ledger, field.name), getattr(ledger, field.name))
 
 
 @settings(deadline=None, max_examples=60)
@@ -252,7 +253,7 @@ def crash(n_after: int, recovery: float) -> SizingInputs:
 def test_breaker_caps_after_a_fall_of_15_percent() -> None:
     trace = make_sizer("half-kelly").trace(crash(50, -0.001), FREE)
     first = int(np.argmax(trace.capped))
-    before, there = trace.equity[first - 1] / 10_000.0, trace.equity[first] / 10_000.0
+    before, there = trace.ledger.equity[first - 1] / 10_000.0, trace.ledger.equity[first] / 10_000.0
     assert there < 0.85 <= before
     np.testing.assert_array_equal(trace.target_weight[:first], 1.0)
     np.testing.assert_array_equal(trace.target_weight[trace.capped], 0.25)
@@ -261,7 +262,7 @@ def test_breaker_caps_after_a_fall_of_15_percent() -> None:
 def test_breaker_lets_back_in_when_the_market_made_half_of_the_trigger_good() -> None:
     trace = make_sizer("half-kelly").trace(crash(100, 0.005), FREE)
     last = int(np.flatnonzero(trace.capped)[-1])
-    rise = trace.equity[last + 1] / trace.equity[trace.capped].min() - 1.0
+    rise = trace.ledger.equity[last + 1] / trace.ledger.equity[trace.capped].min() - 1.0
     assert 0.15 / 2 * 0.25 <= rise < 0.15 / 2 * 0.25 + 0.002
     assert last < 30 + 20
     np.testing.assert_array_equal(trace.target_weight[last + 1 :], 1.0)
@@ -336,9 +337,13 @@ def test_unusable_inputs_are_refused() -> None:
     sizer, inputs = make_sizer(), steady(5)
     with pytest.raises(DataError, match="sigma has shape"):
         sizer.fold(replace(inputs, sigma=np.ones(4)), FREE)
-    with pytest.raises(DataError, match=r"expected_return\[0\] is infinite"):
-        sizer.fold(replace(inputs, expected_return=np.full(5, np.inf)), FREE)
-    with pytest.raises(DataError, match=r"asset_return_simple\[1\]"):
-        sizer.fold(replace(inputs, asset_return_simple=np.full(5, np.nan)), FREE)
+    for name in ("expected_return", "baseline_return", "sigma", "p_win", "payoff_ratio", "skill_lower"):
+        column = getattr(inputs, name).copy()
+        column[3] = np.inf
+        with pytest.raises(DataError, match=f"row 3 cannot be used.*{name}.: inf"):
+            sizer.fold(replace(inputs, **{name: column}), FREE)
+    for bad in (np.nan, np.inf, -1.0):
+        with pytest.raises(DataError, match="row 1 cannot be used"):
+            sizer.fold(replace(inputs, asset_return_simple=np.full(5, bad)), FREE)
     with pytest.raises(UsageError, match="horizon_bars"):
         sizer.fold(replace(inputs, horizon_bars=0), FREE)
