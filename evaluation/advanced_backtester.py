@@ -139,17 +139,14 @@ class AdvancedBacktester:
 
         Parameters
         ----------
-        dates
-            (n,) sessions, strictly ascending.
-        close
-            (n,) adjusted closes, > 0.
+        dates, close
+            (n,) sessions, strictly ascending, and adjusted closes, > 0.
         target_weight
             (n,) decided at the close of each bar, as a fraction of equity.
         apply_position_lag
             False when ``target_weight[t]`` is what was held during bar t already.
         is_out_of_sample
-            (n,) True where the forecast behind the weight had not seen the outcome. None: not known, and the
-            result is stamped as in-sample.
+            (n,) True where the forecast behind the weight had not seen the outcome; None: not known.
         include_in_sample
             Also count the rows before the first out-of-sample bar.
         expected_return, horizon_bars
@@ -157,16 +154,11 @@ class AdvancedBacktester:
         reason
             (n,) words for the order that follows from each decision; by default what changed.
 
-        Returns
-        -------
-        BacktestReport
-            See there.
-
         Raises
         ------
         DataError
-            When lengths differ, dates do not ascend, a close is not positive, no row is out of sample, or an
-            in-sample forecast lies behind the first out-of-sample bar and in-sample rows were not asked for.
+            When lengths differ, dates do not ascend, a close is not positive, or, unless in-sample rows are
+            asked for, none is out of sample or in-sample ones lie behind the first that is.
         InsufficientDataError
             When fewer than 2 rows count.
         """
@@ -184,13 +176,18 @@ class AdvancedBacktester:
             window = _drop_in_sample(window)
         if len(window.dates) < 2:
             raise InsufficientDataError(f"a backtest needs 2 rows that count, has {len(window.dates)}")
-        capital = self.initial_capital
+        lag, was_told = apply_position_lag, is_out_of_sample is not None
+        return self._judge(window, horizon_bars, apply_position_lag=lag, was_told=was_told)
+
+    def _judge(
+        self, window: _Window, horizon_bars: int | None, *, apply_position_lag: bool, was_told: bool
+    ) -> BacktestReport:
         ledger = account(
             window.target,
             window.asset_return,
             self.costs,
             apply_position_lag=apply_position_lag,
-            initial_capital=capital,
+            initial_capital=self.initial_capital,
         )
         trades = pd.DataFrame(list(_trades(window, ledger)), columns=list(TRADE_COLUMNS))
         market = self._constant(1.0, window)
@@ -205,9 +202,9 @@ class AdvancedBacktester:
             trades=trades,
             metrics=MappingProxyType(metrics),
             benchmarks=MappingProxyType(self._benchmarks(window, ledger, market)),
-            notes=_notes(window, ledger, was_told=is_out_of_sample is not None),
+            notes=_notes(window, ledger, was_told=was_told),
             costs=self.costs,
-            initial_capital=capital,
+            initial_capital=self.initial_capital,
             out_of_sample_from=window.dates[int(np.argmax(known))] if known.any() else None,
         )
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from evaluation.accounting import DEFAULT_CAPITAL, CostModel, book_bar
+from evaluation.accounting import DEFAULT_CAPITAL, Booking, CostModel, book_bar
 from utils.errors import DataError, InsufficientDataError
 
 Decide = Callable[[pd.DataFrame], float]
@@ -55,8 +55,7 @@ class ForwardSimulator:
         days
             Number of bars to live through after the first decision; None for all of them.
         refit, refit_every_bars
-            Learn the decision rule anew every so many bars, from the bars known then; both or neither. The
-            first rule is ``decide``.
+            Learn the decision rule anew every so many bars, from the bars known then; both or neither.
 
         Returns
         -------
@@ -92,19 +91,23 @@ class ForwardSimulator:
             target = float(decide(known))
             if not np.isfinite(target):
                 raise DataError(f"the decision of {bars.index[t]} is {target}; must be a finite weight")
-            rows.append(
-                {
-                    "close": close,
-                    "target_weight": target,
-                    "held_weight": booked.held,
-                    "equity": cash + position,
-                    "net_return": (cash + position) / before - 1.0 if before > 0.0 else 0.0,
-                    "trade_cost": booked.commission + booked.slippage,
-                    "financing_cost": booked.financing,
-                    "borrow_cost": booked.borrow,
-                }
-            )
+            rows.append(_lived(booked, before, close=close, target_weight=target))
         return pd.DataFrame(rows, index=bars.index[start:])
+
+
+def _lived(booked: Booking, before: float, *, close: float, target_weight: float) -> dict[str, float]:
+    """Return the row of a bar that began with equity ``before``."""
+    equity = booked.cash + booked.position
+    return {
+        "close": close,
+        "target_weight": target_weight,
+        "held_weight": booked.held,
+        "equity": equity,
+        "net_return": (equity - before) / before if before > 0.0 else 0.0,
+        "trade_cost": booked.commission + booked.slippage,
+        "financing_cost": booked.financing,
+        "borrow_cost": booked.borrow,
+    }
 
 
 def _first_row(n_bars: int, days: int | None) -> int:

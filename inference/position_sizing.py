@@ -20,8 +20,8 @@ most. A capped position earns slowly: waiting for the old high would lock a stra
 lifted when the watched equity has risen from its lowest by half of the trigger times the cap (the market has
 made half of the trigger good), or after `breaker_patience_bars`; the high-water mark starts anew from there.
 
-References: Thorp (2006), The Kelly criterion in blackjack, sports betting and the stock market. Gerhold et al.
-(2014), Transaction costs, trading volume, and the liquidity premium: the band grows as the cube root of costs.
+References: Thorp (2006), The Kelly criterion in blackjack, sports betting and the stock market. Gerhold et
+al. (2014), Transaction costs, trading volume, and the liquidity premium: the band grows as a cube root.
 """
 
 import hashlib
