@@ -4,8 +4,8 @@
 
     python benchmarks/panel.py [--quick] [--json] [--directory DIR]
 
-One series goes first, so that imports, calendars and compiled kernels, which a process pays once, are told apart
-in the notes. Memory is that of the whole process at its peak.
+One series goes first, so that imports, calendars and compiled kernels, which a process pays once, are told
+apart in the notes. Memory is that of the whole process at its peak.
 """
 
 import argparse
