@@ -119,7 +119,7 @@ class GBMBundle:
 
 def new_version_id(created_at: datetime) -> str:
     """Return an identifier that sorts by time and never collides."""
-    return f"{created_at:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
+    return f"{created_at:%Y%m%dT%H%M%S%f}-{uuid.uuid4().hex[:8]}"
 
 
 @contextmanager

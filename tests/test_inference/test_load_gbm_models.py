@@ -277,6 +277,14 @@ def test_kill_9_while_saving_leaves_old_or_new_never_a_mixture(models: Path, aft
     assert not loaded.warnings
 
 
+def test_versions_of_one_second_keep_their_order():
+    moments = [
+        datetime(2026, 1, 2, 3, 4, 5, microsecond, tzinfo=UTC) for microsecond in range(0, 900_000, 9_000)
+    ]
+    names = [new_version_id(moment) for moment in moments]
+    assert names == sorted(names)
+
+
 def test_every_error_belongs_to_the_tree():
     for kind in (ModelCorruptError, ModelIncompatibleError, ModelMissingError, StorageError):
         assert issubclass(kind, AIStocksError)
