@@ -247,7 +247,7 @@ class WalkForwardValidator:
             frames.append(_predict(fitted, dataset.take(fold.test_idx), fold))
             tail = self._tail(dataset, fold)
             results.append(self._judge(fold, frames[-1], _predict(fitted, tail, fold), fitted, dataset))
-            logger.info(
+            logger.debug(
                 "fold %d, %s to %s: ic %s", fold.number, fold.test_start, fold.test_end, results[-1].ic
             )
             if on_fold is not None:
