@@ -18,6 +18,7 @@ from evaluation.advanced_backtester import AdvancedBacktester, BacktestReport
 from inference.intervals import ForecastPath, forecast_path, residual_quantiles
 from inference.load_gbm_models import GBMBundle
 from inference.position_sizing import Sizer, SizingInputs
+from utils.errors import ModelIncompatibleError
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -249,7 +250,15 @@ class GBMForecaster:
     ) -> None:
         """Forecast the wanted bars with the final model, where their features are known."""
         ensemble = self.bundle.ensemble
-        features = engineer_features(bars)[list(ensemble.columns)].to_numpy(dtype=np.float32)
+        known = engineer_features(bars)
+        missing = [name for name in ensemble.columns if name not in known.columns]
+        if missing:
+            raise ModelIncompatibleError(
+                f"the model of {self.bundle.symbol} needs features that are not computed any more, "
+                f"{', '.join(missing)}: train again with --overwrite"
+            )
+        # By name: a booster takes columns in another order without a word, and forecasts wrong.
+        features = known[list(ensemble.columns)].to_numpy(dtype=np.float32)
         rows = np.flatnonzero(
             wanted & np.isfinite(features).all(axis=1) & np.isfinite(frame["sigma_log"].to_numpy())
         )

@@ -7,12 +7,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from data.feature_engineer import engineer_features
 from data.target_engineering import build_dataset
 from inference.load_gbm_models import GBMBundle, new_version_id
 from inference.pipeline import FORECAST_COLUMNS, GBMForecaster, decide, path_ahead, win_record
 from inference.position_sizing import PRESETS, make_sizer
 from training.gbm_search import SearchConfig
 from training.recipe import GBMRecipe, RecipeConfig
+from utils.errors import ModelIncompatibleError
 from validation.walk_forward import WalkForwardConfig, WalkForwardValidator
 
 HORIZON = 5
@@ -146,3 +148,17 @@ def test_the_win_record_counts_resolved_forecasts_only():
     assert share[-1] == pytest.approx((221 + 25) / (295 + 50), abs=0.005)
     early, _ = win_record(forecast[:100], outcome[:100], horizon_bars=HORIZON)
     assert np.array_equal(early, share[:100])
+
+
+def test_features_are_taken_by_name_not_by_place(bundle, bars, monkeypatch: pytest.MonkeyPatch):
+    expected = GBMForecaster(bundle=bundle).forecast(bars)
+    shuffled = lambda frame: engineer_features(frame).iloc[:, ::-1]  # noqa: E731
+    monkeypatch.setattr("inference.pipeline.engineer_features", shuffled)
+    pd.testing.assert_frame_equal(GBMForecaster(bundle=bundle).forecast(bars), expected)
+
+
+def test_a_feature_that_is_gone_is_named_and_never_filled(bundle, bars, monkeypatch: pytest.MonkeyPatch):
+    without = lambda frame: engineer_features(frame).drop(columns=["rsi_14"])  # noqa: E731
+    monkeypatch.setattr("inference.pipeline.engineer_features", without)
+    with pytest.raises(ModelIncompatibleError, match="rsi_14"):
+        GBMForecaster(bundle=bundle).forecast(bars)
