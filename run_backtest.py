@@ -37,7 +37,6 @@ SUMMARY_FIGURES = (
     "win_rate",
     "direction_accuracy",
     "direction_base_rate",
-    "information_coefficient",
     "prediction_std",
     "turnover",
     "total_transaction_costs",
@@ -137,6 +136,8 @@ def summary_of(outcome: Outcome) -> dict[str, object]:
         "alpha": None if total is None or passive is None else total - passive,
         "pred_positive_pct": found["pred_positive_share"],
         **{name: found[name] for name in SUMMARY_FIGURES},
+        "signal_information_coefficient": bundle.metadata["verdict"]["evidence"]["ic"],
+        "forecast_rank_correlation": found["information_coefficient"],
         "undefined": reasons(result.metrics),
         "in_sample": result.is_in_sample,
         "out_of_sample_from": None if since is None else f"{since:%Y-%m-%d}",
@@ -145,8 +146,26 @@ def summary_of(outcome: Outcome) -> dict[str, object]:
         "data_hash": bars_hash(outcome.bars.frame),
         "seed": bundle.metadata["seed"],
         "versions": bundle.metadata["versions"],
-        "notes": list(result.notes),
+        "trained_on": bundle.metadata["source"],
+        "trained_through": bundle.metadata["trained_through"],
+        "judged_on": outcome.bars.provenance.source,
+        "notes": notes_of(outcome),
     }
+
+
+def notes_of(outcome: Outcome) -> list[str]:
+    """Return what must be known beside the figures, in words."""
+    trained, judged = outcome.bundle.metadata, outcome.bars.provenance.source
+    notes = [*outcome.result.notes, *outcome.bars.report.problems()]
+    if trained["source"] != judged:
+        notes.append(
+            f"the model was trained and judged on {trained['source']} prices through "
+            f"{trained['trained_through']}; these are {judged} prices, on which no verdict was earned"
+        )
+    exposure = values(outcome.result.metrics)
+    if exposure["exposure_std"] == 0.0 and exposure["exposure_mean"] == 1.0:
+        notes.append("the model's part of the position was nil: the strategy held what buy and hold holds")
+    return notes
 
 
 def report_of(outcome: Outcome) -> Report:
@@ -164,7 +183,7 @@ def report_of(outcome: Outcome) -> Report:
         verdict=outcome.bundle.metadata["verdict"],
         forecasts=outcome.decisions.frame,
         horizon_bars=outcome.decisions.horizon_bars,
-        notes=bars.report.problems(),
+        notes=notes_of(outcome)[len(outcome.result.notes) :],
     )
 
 
@@ -191,8 +210,10 @@ def print_summary(console: Console, outcome: Outcome) -> None:
     """Print the strategy beside its benchmarks."""
     result, summary = outcome.result, summary_of(outcome)
     stamp = "IN-SAMPLE ROWS INCLUDED" if result.is_in_sample else "out of sample"
+    sizing = outcome.decisions.sizing_id.split(":")[0]
     title = (
-        f"{summary['symbol']} {summary['start']} to {summary['end']}, {stamp} (verdict: {summary['verdict']})"
+        f"{summary['symbol']} {summary['start']} to {summary['end']}, {stamp}, {sizing} sizing "
+        f"(verdict: {summary['verdict']})"
     )
     table = Table(title=title, title_justify="left")
     table.add_column("after costs and financing")
@@ -211,6 +232,8 @@ def print_summary(console: Console, outcome: Outcome) -> None:
     for label, (key, style) in rows.items():
         table.add_row(label, *(shown(column.get(key), style) for column in columns))
     console.print(table)
+    for note in notes_of(outcome):
+        console.print(f"  - {escape(note)}", soft_wrap=True)
 
 
 def shown(value: float | None, style: str) -> str:

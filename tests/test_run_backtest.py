@@ -74,6 +74,19 @@ def test_a_window_is_cut_from_the_same_decisions(places: Path, capsys):
     pd.testing.assert_series_equal(target, tables[1]["target_weight"])
 
 
+def test_prices_of_another_source_are_named(places: Path, capsys, csv_dir: Path, tmp_path: Path):
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    (other / "SIGNAL.csv").write_bytes((csv_dir / "SIGNAL.csv").read_bytes())
+    assert not [
+        note for note in run(capsys, "--symbol", "SIGNAL")["notes"] if "no verdict was earned" in note
+    ]
+    summary = run(capsys, "--symbol", "SIGNAL", "--source", f"csv:{other}")
+    assert [note for note in summary["notes"] if "no verdict was earned" in note]
+    assert summary["trained_on"] != summary["judged_on"]
+    assert "no verdict was earned" in Path(summary["report"]).read_text()
+
+
 def test_in_sample_rows_are_stamped_everywhere(places: Path, capsys):
     summary = run(capsys, "--symbol", "SIGNAL", "--in-sample")
     assert summary["in_sample"] is True

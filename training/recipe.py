@@ -55,7 +55,7 @@ class RecipeConfig:
 
     search: SearchConfig = field(default_factory=SearchConfig)
     max_features: int = 40
-    refresh_every_folds: int = 4
+    refresh_every_folds: int = 1
     weight_half_life_sessions: float = 252.0 * 20
     target_limit_sigma: float = 4.0
     seed: int = 7

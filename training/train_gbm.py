@@ -116,7 +116,7 @@ class GBMTrainer:
         judged = {
             "data": {**bundle.metadata["data"], "problems": [*bars.report.problems(), *problems]},
             "verdict": verdict.as_dict(),
-            "metrics": headline_metrics(backtest),
+            "metrics": {**headline_metrics(backtest), "correlation": verdict.evidence["ic"]},
             "duration_s": round(time.monotonic() - started, 1),
         }
         trials = (tuned.trials for found in recipe.searches for tuned in found.values())
@@ -220,7 +220,6 @@ def headline_metrics(backtest: BacktestReport) -> dict[str, float | None]:
     renamed = {
         "cumulative_return": "total_return",
         "directional_accuracy": "direction_accuracy",
-        "correlation": "information_coefficient",
         "transaction_costs": "total_transaction_costs",
     }
     same = ("sharpe_ratio", "max_drawdown", "win_rate", "average_trade_profit", "total_trades", "turnover")
@@ -229,13 +228,7 @@ def headline_metrics(backtest: BacktestReport) -> dict[str, float | None]:
 
 @contextmanager
 def training_lock(models_dir: Path, symbol: str) -> Iterator[None]:
-    """Hold the symbol's training lock; it dies with the process.
-
-    Raises
-    ------
-    LockedError
-        If another process trains the symbol; the message names it.
-    """
+    """Hold the symbol's training lock, which dies with the process; else `LockedError` names who holds it."""
     folder = symbol_dir(models_dir, symbol)
     folder.mkdir(parents=True, exist_ok=True)
     holder = folder / ".training.pid"
@@ -261,9 +254,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--target-horizon", type=int, default=DEFAULT_HORIZON_BARS, help="bars ahead (default: 5)"
     )
-    parser.add_argument("--n-trials", type=int, default=recipe.search.n_trials, help="trials per library")
-    parser.add_argument("--max-features", type=int, default=recipe.max_features, help="features kept")
-    parser.add_argument("--seed", type=int, default=recipe.seed)
+    parser.add_argument(
+        "--n-trials", type=positive, default=recipe.search.n_trials, help="trials per library"
+    )
+    parser.add_argument("--max-features", type=positive, default=recipe.max_features, help="features kept")
+    parser.add_argument("--seed", type=positive, default=recipe.seed)
     parser.add_argument("--overwrite", action="store_true", help="train although a bundle is there")
     parser.add_argument(
         "--strict", action="store_true", help="save nothing unless the verdict is edge (exit 7)"
@@ -272,6 +267,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--force-refresh", action="store_true", help="fetch the whole history again")
     parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
     return parser
+
+
+def positive(text: str) -> int:
+    """Read a number of the command line that must be at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
 
 def config_from(args: argparse.Namespace) -> TrainerConfig:
@@ -285,11 +287,11 @@ def train_symbol(
     symbol: str, args: argparse.Namespace, settings: Settings, on_event: OnEvent
 ) -> dict[str, object]:
     """Fetch, train, judge, save and report one symbol; return the result as plain data."""
+    source = make_source(args.source or settings.source, cache_dir=settings.cache_dir)
     if gbm_link(settings.models_dir, symbol).exists() and not args.overwrite:
         raise ModelExistsError(f"{symbol} has a model already: add --overwrite to train it anew")
     with training_lock(settings.models_dir, symbol):
         cache = None if args.no_cache else BarCache(settings.cache_dir)
-        source = make_source(args.source or settings.source, cache_dir=settings.cache_dir)
         bars = fetch_stock_data(symbol, source=source, cache=cache, force_refresh=args.force_refresh)
         if source.is_live:
             refuse_delisted(bars, datetime.now(UTC))
@@ -342,6 +344,7 @@ def print_summary(console: Console, result: Mapping[str, Any]) -> None:
         "information coefficient": f"{evidence['ic']} (p {evidence['p_ic']})",
         "a year over equal exposure": f"{evidence['active_return_annual']} (p {evidence['p_return']})",
         "direction accuracy": f"{evidence['direction_accuracy']} (always up: {evidence['share_up']})",
+        "tries on these prices": evidence["n_trials"],
         "trained in": f"{result['duration_s']} s, seed {result['seed']}",
     }
     for name, text in rows.items():
@@ -373,19 +376,23 @@ def main(argv: list[str] | None = None) -> int:
     settings = Settings()
     configure_logging("WARNING" if args.json else settings.log_level)
     console = Console(stderr=args.json)
-    results = []
-    try:
-        for symbol in [normalise_symbol(raw) for raw in args.symbols]:
+    results: list[Mapping[str, object]] = []
+    exit_code = 0
+    for raw in args.symbols:
+        try:
+            symbol = normalise_symbol(raw)
             with progress_line(console, symbol) as on_event:
                 results.append(train_symbol(symbol, args, settings, on_event))
             if not args.json:
                 print_summary(console, results[-1])
-    except AIStocksError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
-        return error.exit_code
+        except AIStocksError as error:
+            # The other symbols are trained all the same; the first failure gives the exit code.
+            exit_code = exit_code or error.exit_code
+            results.append({"symbol": raw, "error": str(error)})
+            Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
     if args.json:
         sys.stdout.write(json.dumps(results, allow_nan=False) + "\n")
-    return 0
+    return exit_code
 
 
 if __name__ == "__main__":

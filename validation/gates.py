@@ -6,6 +6,8 @@ A model gets ``edge`` only if all of these hold on out-of-sample rows:
 - its positions earned more than the benchmark of equal exposure, one-sided p of at most .10;
 - its calibrated forecast has a smaller squared error than its own drift forecast.
 
+Both limits are divided by the number of tries on the same prices, so that trying seeds is no way to an edge.
+
 The chance that a model without skill gets ``edge`` is at most 5 %. The first test alone is made for that rate
 and the other two lower it. Overlapping labels, slow signals and drift are where such tests usually break.
 Measured in 1,000 simulated histories each (5-day labels, GARCH with Student-t shocks and drift, 504 to 3,000
@@ -26,7 +28,7 @@ The classic gates are computed and shown beside, and never change the label: a c
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal, cast
 
 import numpy as np
@@ -204,7 +206,7 @@ def judge(
     DataError
         If the returns do not belong together or are not finite.
     """
-    config = config or GateConfig()
+    config = stricter(config or GateConfig(), n_trials)
     strategy, benchmark = _checked(strategy_return, benchmark_return)
     rows = _Rows(record)
     evidence: dict[str, EvidenceValue] = {
@@ -223,10 +225,22 @@ def judge(
     alarm = (_alarm_reason(evidence),) if evidence["leak_alarm"] else ()
     return Verdict(
         label=label,
-        reasons=(*alarm, *missing, *failed, *held),
+        reasons=(
+            *alarm,
+            *missing,
+            *(f"not met: {text}" for text in failed),
+            *(f"met: {text}" for text in held),
+        ),
         evidence=evidence,
         gates=classic_gates(evidence, config),
     )
+
+
+def stricter(config: GateConfig, n_trials: int) -> GateConfig:
+    """Divide the limits of the p-values by the number of tries on the same prices (Bonferroni)."""
+    if n_trials < 1:
+        raise DataError(f"a verdict is one try at least, got {n_trials}")
+    return replace(config, max_p_ic=config.max_p_ic / n_trials, max_p_return=config.max_p_return / n_trials)
 
 
 def _skill_scores(rows: _Rows) -> FloatArray:
@@ -254,8 +268,8 @@ def _forecast_evidence(rows: _Rows, horizon_bars: int, config: GateConfig) -> di
         "direction_accuracy": hits,
         "share_up": base,
         "skill_over_zero": skill(rows.forecast, np.zeros(n), rows.outcome),
-        "skill_over_drift": skill(rows.forecast, _drift(rows, horizon_bars), rows.outcome),
-        "skill_over_mean": skill(rows.forecast, rows.baseline, rows.outcome),
+        "skill_over_average": skill(rows.forecast, _drift(rows, horizon_bars), rows.outcome),
+        "skill_over_drift": skill(rows.forecast, rows.baseline, rows.outcome),
         "hits_over_always_up": None if hits is None or base is None else hits - base,
         "calibration_slope": calibration_slope(rows.forecast, rows.outcome),
         "signal_std": float(rows.signal.std()) if n else None,
@@ -328,19 +342,19 @@ def _edge_reasons(
     evidence: Mapping[str, EvidenceValue], config: GateConfig
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return what speaks against an edge and what speaks for it, in words."""
-    p_ic, p_return, gained = (evidence[name] for name in ("p_ic", "p_return", "skill_over_mean"))
+    p_ic, p_return, gained = (evidence[name] for name in ("p_ic", "p_return", "skill_over_drift"))
     annual = evidence["active_return_annual"]
     checks = (
         (
             p_ic is not None and p_ic <= config.max_p_ic,
-            f"IC {_text(evidence['ic'])} out of sample, p {_text(p_ic)} (at most {config.max_p_ic})"
+            f"IC {_text(evidence['ic'])} out of sample, p {_text(p_ic)} (at most {config.max_p_ic:.3g})"
             if p_ic is not None
             else "the signal does not vary, or varies too little to be tested",
         ),
         (
             p_return is not None and p_return <= config.max_p_return,
             f"{_text(annual)} a year over the benchmark of equal exposure, p {_text(p_return)} "
-            f"(at most {config.max_p_return})"
+            f"(at most {config.max_p_return:.3g})"
             if p_return is not None
             else "the positions do not differ from the benchmark of equal exposure",
         ),

@@ -19,6 +19,7 @@ IntArray = npt.NDArray[np.intp]
 
 # Fewer rows of a symbol than this say nothing about a rank correlation.
 MIN_ROWS_FOR_IC = 20
+MIN_SPREAD_FOR_SLOPE = 0.01
 
 
 def ic_by_session(
@@ -174,8 +175,11 @@ def hit_minus_base(forecast: FloatArray, outcome: FloatArray) -> float | None:
 
 
 def calibration_slope(forecast: FloatArray, outcome: FloatArray) -> float | None:
-    """Return the least-squares slope of outcome on forecast: 1 is calibrated, None a constant forecast."""
-    if len(forecast) < MIN_ROWS_FOR_IC or np.std(forecast) <= 1e-12:
+    """Return the least-squares slope of outcome on forecast, both in volatilities: 1 is calibrated.
+
+    None where the forecast varies by less than `MIN_SPREAD_FOR_SLOPE`: the slope would be noise over nothing.
+    """
+    if len(forecast) < MIN_ROWS_FOR_IC or np.std(forecast) <= MIN_SPREAD_FOR_SLOPE:
         return None
     centred = forecast - forecast.mean()
     return float(centred @ (outcome - outcome.mean()) / (centred @ centred))

@@ -29,7 +29,7 @@ VERDICT = {
     "label": "no-edge",
     "reasons": ["IC 0.021 out of sample, p 0.18 (at most 0.05)"],
     "evidence": {"ic": 0.021, "p_ic": 0.18, "pbo": None, "n_rows": 1740, "leak_alarm": False,
-                 "skill_over_mean": -0.001, "skill_over_zero": 0.004, "skill_over_drift": 0.001,
+                 "skill_over_drift": -0.001, "skill_over_zero": 0.004, "skill_over_average": 0.001,
                  "hits_over_always_up": -0.006, "calibration_slope": 0.62, "something_new": 1.5},
     "gates": [
         {"name": "walk-forward efficiency", "value": None, "threshold": "> 40%", "passed": False},

@@ -116,6 +116,30 @@ def test_errors_name_the_remedy_and_leave_nothing(places, capsys, argv: list[str
     assert not list((places / "models").glob("*/gbm"))
 
 
+def test_one_failing_symbol_loses_nothing_of_the_others(places, capsys):
+    assert main(["GONE", "NOISE", "--n-trials", "2", "--json"]) == 3
+    failed, trained = json.loads(capsys.readouterr().out)
+    assert "GONE" in failed["error"]
+    assert trained["symbol"] == "NOISE"
+
+
+@pytest.mark.parametrize("flag", ["--n-trials", "--max-features", "--seed"])
+@pytest.mark.parametrize("value", ["0", "-3", "1.5", "many"])
+def test_numbers_that_make_no_sense_are_usage_errors(capsys, flag: str, value: str):
+    with pytest.raises(SystemExit, match="2"):
+        main(["NOISE", f"{flag}={value}"])
+    assert "at least 1" in capsys.readouterr().err
+
+
+def test_every_other_try_on_the_same_prices_counts(places, capsys):
+    for tries, seed in ((1, "7"), (2, "8"), (2, "7")):
+        assert main(["NOISE", "--n-trials", "2", "--seed", seed, "--overwrite", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)[0]
+        assert found["evidence"]["n_trials"] == tries
+        limit = "0.025" if tries == 2 else "0.05"
+        assert any(f"(at most {limit})" in reason for reason in found["reasons"])
+
+
 def hold(models: Path, ready, release) -> None:
     with training_lock(models, "AAPL"):
         ready.set()

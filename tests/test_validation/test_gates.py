@@ -11,7 +11,7 @@ from scipy.signal import lfilter
 from scipy.stats import rankdata
 
 from utils.errors import DataError
-from validation.gates import GateConfig, Verdict, judge
+from validation.gates import GateConfig, Verdict, judge, stricter
 from validation.wfe_metrics import FoldMeasures, block_bootstrap_p_value, summarise_folds
 
 HORIZON = 5
@@ -234,7 +234,7 @@ def test_always_up_is_refused_though_it_is_often_right(drift):
     verdict = judged(history, np.full(2_000, 0.3), slope=1.0)
     assert verdict.label == "no-edge"
     assert verdict.evidence["p_ic"] is None
-    assert "the signal does not vary, or varies too little to be tested" in verdict.reasons
+    assert "not met: the signal does not vary, or varies too little to be tested" in verdict.reasons
     gates = gates_of(verdict)
     # This is why the classic gates decide nothing: the hit rate of a constant passes on a drift.
     assert gates["direction accuracy"] == (drift > 0)
@@ -254,7 +254,7 @@ def test_a_passive_position_has_no_edge():
         config=QUICK,
     )
     assert verdict.label == "no-edge"
-    assert "the positions do not differ from the benchmark of equal exposure" in verdict.reasons
+    assert "not met: the positions do not differ from the benchmark of equal exposure" in verdict.reasons
 
 
 def test_a_collapsed_signal_fails_its_gate():
@@ -306,7 +306,7 @@ def test_an_overconfident_forecast_is_refused_whatever_its_ranks():
     signal = planted_signal(history, rng, 0.2)
     assert judged(history, signal, slope=1.0).label == "edge"
     verdict = judged(history, signal, slope=30.0)
-    assert verdict.evidence["skill_over_mean"] < 0
+    assert verdict.evidence["skill_over_drift"] < 0
     assert verdict.label == "no-edge"
     assert "must be above 0" in verdict.reasons[1]
 
@@ -352,7 +352,7 @@ def test_the_evidence_is_plain_and_complete():
     plain = json.loads(json.dumps(verdict.as_dict(), allow_nan=False))
     assert plain["label"] == verdict.label
     evidence = plain["evidence"]
-    for name in ("ic", "p_ic", "p_return", "skill_over_zero", "skill_over_drift", "deflated_sharpe", "pbo"):
+    for name in ("ic", "p_ic", "p_return", "skill_over_zero", "skill_over_average", "deflated_sharpe", "pbo"):
         assert isinstance(evidence[name], float), name
     assert evidence["n_trials"] == 10
     assert {gate["name"] for gate in plain["gates"]} == set(gates_of(verdict))
@@ -366,7 +366,7 @@ def test_the_drift_forecast_is_the_mean_of_what_was_resolved():
     history = make_history(rng, n=600)
     drift = [history.scaled[: max(t - HORIZON + 1, 0)].mean() if t >= HORIZON else 0.0 for t in range(600)]
     verdict = judged(history, rng.normal(size=600), forecast=np.array(drift) * history.sigma_log)
-    assert verdict.evidence["skill_over_drift"] == pytest.approx(0.0, abs=1e-12)
+    assert verdict.evidence["skill_over_average"] == pytest.approx(0.0, abs=1e-12)
 
 
 def test_the_same_evidence_gives_the_same_verdict():
@@ -391,3 +391,14 @@ def test_three_thousand_rows_are_judged_within_a_second():
     started = time.perf_counter()
     judged(history, signal, config=GateConfig())
     assert time.perf_counter() - started < 1.0
+
+
+def test_trying_seeds_is_no_way_to_an_edge():
+    """The limits shrink with the tries on the same prices, so that all of them together keep the rate."""
+    config = GateConfig()
+    assert stricter(config, 1) == config
+    tenth = stricter(config, 10)
+    assert tenth.max_p_ic == pytest.approx(0.005)
+    assert tenth.max_p_return == pytest.approx(0.01)
+    with pytest.raises(DataError, match="got 0"):
+        stricter(config, 0)
