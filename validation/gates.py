@@ -223,14 +223,10 @@ def judge(
     failed, held = _edge_reasons(evidence, config)
     label: Label = "insufficient" if missing else "no-edge" if failed else "edge"
     alarm = (_alarm_reason(evidence),) if evidence["leak_alarm"] else ()
+    told = (*(f"not met: {text}" for text in failed), *(f"met: {text}" for text in held))
     return Verdict(
         label=label,
-        reasons=(
-            *alarm,
-            *missing,
-            *(f"not met: {text}" for text in failed),
-            *(f"met: {text}" for text in held),
-        ),
+        reasons=(*alarm, *missing, *told),
         evidence=evidence,
         gates=classic_gates(evidence, config),
     )
