@@ -223,10 +223,9 @@ def judge(
     failed, held = _edge_reasons(evidence, config)
     label: Label = "insufficient" if missing else "no-edge" if failed else "edge"
     alarm = (_alarm_reason(evidence),) if evidence["leak_alarm"] else ()
-    told = (*(f"not met: {text}" for text in failed), *(f"met: {text}" for text in held))
     return Verdict(
         label=label,
-        reasons=(*alarm, *missing, *told),
+        reasons=(*alarm, *missing, *failed, *held),
         evidence=evidence,
         gates=classic_gates(evidence, config),
     )
@@ -359,8 +358,8 @@ def _edge_reasons(
             f"share of the drift forecast's squared error that is removed: {_text(gained)} (must be above 0)",
         ),
     )
-    failed = tuple(text for holds, text in checks if not holds)
-    return failed, tuple(text for holds, text in checks if holds)
+    failed = tuple(f"not met: {text}" for holds, text in checks if not holds)
+    return failed, tuple(f"met: {text}" for holds, text in checks if holds)
 
 
 def classic_gates(evidence: Mapping[str, EvidenceValue], config: GateConfig) -> tuple[Gate, ...]:
