@@ -290,11 +290,11 @@ def train_symbol(
     source = make_source(args.source or settings.source, cache_dir=settings.cache_dir)
     if gbm_link(settings.models_dir, symbol).exists() and not args.overwrite:
         raise ModelExistsError(f"{symbol} has a model already: add --overwrite to train it anew")
+    cache = None if args.no_cache else BarCache(settings.cache_dir)
+    bars = fetch_stock_data(symbol, source=source, cache=cache, force_refresh=args.force_refresh)
+    if source.is_live:
+        refuse_delisted(bars, datetime.now(UTC))
     with training_lock(settings.models_dir, symbol):
-        cache = None if args.no_cache else BarCache(settings.cache_dir)
-        bars = fetch_stock_data(symbol, source=source, cache=cache, force_refresh=args.force_refresh)
-        if source.is_live:
-            refuse_delisted(bars, datetime.now(UTC))
         log = symbol_dir(settings.models_dir, symbol) / "trials.jsonl"
         problems = findings(bars, args.target_horizon, cache)
         trained = GBMTrainer(config_from(args), on_event).train(bars, trials_log=log, problems=problems)
