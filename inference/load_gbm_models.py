@@ -31,7 +31,7 @@ import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from inference.ensemble import BoosterEnsemble, Calibration, FloatMatrix
+from inference.ensemble import MODEL_NAMES, BoosterEnsemble, Calibration, FloatMatrix
 from utils.errors import (
     AIStocksError,
     ModelCorruptError,
@@ -48,6 +48,10 @@ KEEP_VERSIONS = 5
 GOLDEN_ROWS = 8
 GOLDEN_TOLERANCE = 1e-5
 LIBRARIES = ("xgboost", "lightgbm", "scikit-learn", "numpy", "pandas", "ta-lib")
+_DOCUMENTS = "feature_columns.json feature_importance.json hyperparameters.json training_metadata.json"
+REQUIRED_FILES = (
+    f"xgb_model.joblib lgb_model.joblib scaler.joblib oos_predictions.parquet {_DOCUMENTS}".split()
+)
 RECORD_COLUMNS = (
     "date",
     "predicted_log",
@@ -221,7 +225,7 @@ def library_versions() -> dict[str, str]:
 
 def verify_in_fresh_process(folder: Path) -> None:
     """Load ``folder`` in a new interpreter, so that nothing of this one is needed to use it."""
-    command = [sys.executable, "-m", "inference.load_gbm_models", "verify", str(folder)]
+    command = [sys.executable, "-m", "inference.load_gbm_models", str(folder)]
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode != 0:
@@ -257,19 +261,18 @@ def load_bundle(models_dir: Path, symbol: str) -> GBMBundle:
 
 
 def load_folder(folder: Path) -> GBMBundle:
-    """Check one version's files against its manifest, then load them."""
+    """Check one version's files against its manifest, which must vouch for all of them, then load them."""
     manifest = read_manifest(folder)
-    for name, expected in manifest.files.items():
-        _check_file(folder, name, expected)
+    for name in sorted({*REQUIRED_FILES, *manifest.files}):
+        _check_file(folder, name, manifest.files.get(name, ""))
     metadata = _read_json(folder / "training_metadata.json")
     columns = _read_json(folder / "feature_columns.json")
     fitted = _read_json(folder / "hyperparameters.json")
-    positions = {name: i for i, name in enumerate(columns["columns"])}
     ensemble = BoosterEnsemble(
         columns=tuple(columns["columns"]),
-        selected=tuple(positions[name] for name in columns["selected"]),
+        selected=tuple(columns["columns"].index(name) for name in columns["selected"]),
         scaler=joblib.load(folder / "scaler.joblib"),
-        models={name: joblib.load(folder / f"{name}_model.joblib") for name in fitted["weights"]},
+        models={name: joblib.load(folder / f"{name}_model.joblib") for name in MODEL_NAMES},
         weights=fitted["weights"],
         calibration=Calibration(**fitted["calibration"]),
     )
@@ -378,18 +381,15 @@ def _sha256(path: Path) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads(path.read_text())
-    return document
+    return dict(json.loads(path.read_text()))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Verify one saved version: exit 0 when it loads, 5 when not."""
     parser = argparse.ArgumentParser(prog="python -m inference.load_gbm_models")
-    parser.add_argument("command", choices=["verify"])
     parser.add_argument("folder", type=Path)
-    args = parser.parse_args(argv)
     try:
-        load_folder(args.folder)
+        load_folder(parser.parse_args(argv).folder)
     except AIStocksError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code

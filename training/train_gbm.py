@@ -40,7 +40,7 @@ from inference.pipeline import GBMForecaster, backtest_decisions, decide
 from inference.position_sizing import make_sizer
 from training.gbm_search import SearchConfig
 from training.recipe import FittedGBM, GBMRecipe, RecipeConfig, TrainerConfig
-from utils.errors import AIStocksError, GateRefusedError, LockedError, ModelExistsError
+from utils.errors import AIStocksError, GateRefusedError, LockedError, ModelExistsError, StorageError
 from utils.model_paths import gbm_link, symbol_dir
 from utils.settings import Settings, configure_logging
 from validation.gates import Verdict, judge
@@ -230,16 +230,18 @@ def headline_metrics(backtest: BacktestReport) -> dict[str, float | None]:
 def training_lock(models_dir: Path, symbol: str) -> Iterator[None]:
     """Hold the symbol's training lock, which dies with the process; else `LockedError` names who holds it."""
     folder = symbol_dir(models_dir, symbol)
-    folder.mkdir(parents=True, exist_ok=True)
     holder = folder / ".training.pid"
     lock = FileLock(folder / ".training.lock")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
+        holder.write_text(str(os.getpid()))
     except Timeout as error:
         who = holder.read_text() if holder.is_file() else "unknown"
-        raise LockedError(f"{symbol} is being trained by process {who}: wait for it or stop it") from error
+        raise LockedError(f"{symbol} is being trained by process {who}: wait or stop it") from error
+    except OSError as error:
+        raise StorageError(f"cannot write the lock of {symbol}: {error.strerror}") from error
     with lock:
-        holder.write_text(str(os.getpid()))
         yield
 
 
@@ -271,9 +273,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def positive(text: str) -> int:
     """Read a number of the command line that must be at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
+    if text.isdecimal() and int(text) >= 1:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
 
 
 def config_from(args: argparse.Namespace) -> TrainerConfig:
@@ -386,7 +388,6 @@ def main(argv: list[str] | None = None) -> int:
             if not args.json:
                 print_summary(console, results[-1])
         except AIStocksError as error:
-            # The other symbols are trained all the same; the first failure gives the exit code.
             exit_code = exit_code or error.exit_code
             results.append({"symbol": raw, "error": str(error)})
             Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)

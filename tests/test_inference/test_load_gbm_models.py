@@ -166,6 +166,21 @@ def test_a_malicious_pickle_is_not_executed(models: Path, tmp_path: Path):
     assert not (tmp_path / "owned").exists()
 
 
+def test_a_pickle_that_the_manifest_does_not_list_is_not_executed(models: Path, tmp_path: Path):
+    class Evil:
+        def __reduce__(self):
+            return (os.system, (f"touch {tmp_path}/owned",))
+
+    folder = current_version(models, "AAPL")
+    (folder / "xgb_model.joblib").write_bytes(pickle.dumps(Evil()))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for files in ({k: v for k, v in manifest["files"].items() if k != "xgb_model.joblib"}, {}):
+        (folder / "manifest.json").write_text(json.dumps({**manifest, "files": files}))
+        with pytest.raises(ModelCorruptError):
+            store.load_folder(folder)
+    assert not (tmp_path / "owned").exists()
+
+
 @pytest.mark.parametrize("name", ["../../outside.joblib", "/etc/passwd", "link.joblib"])
 def test_a_manifest_that_points_elsewhere_is_refused(models: Path, tmp_path: Path, name: str):
     folder = current_version(models, "AAPL")
