@@ -5,7 +5,7 @@ so what is validated is what is served.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import lightgbm
 import numpy as np
@@ -15,9 +15,16 @@ from sklearn.preprocessing import RobustScaler
 
 FloatArray = npt.NDArray[np.float64]
 FloatMatrix = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.intp]
 Booster = xgboost.Booster | lightgbm.Booster
 
 MODEL_NAMES = ("xgb", "lgb")
+# Fewer independent rows than this say nothing about a slope.
+MIN_INDEPENDENT = 30
+# A signal is at most doubled.
+MAX_SLOPE = 2.0
+# How far the slopes of symbols are thought to lie from the pooled one.
+SYMBOL_SLOPE_STD = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +40,7 @@ class Calibration:
     raw_mean
         Mean of the raw signal over the rows that the slope was estimated on.
     slope
-        Slope of realised on raw, shrunk towards zero by its own standard error, within [0, 1].
+        Slope of realised on raw, shrunk towards zero by its own standard error, within [0, `MAX_SLOPE`].
     skill_lower
         Lower confidence bound of the slope over the slope itself, within [0, 1]; 0 means that the
         out-of-sample rows do not rule out a signal without skill.
@@ -108,10 +115,12 @@ class BoosterEnsemble:
 
 
 def select_scaled(scaler: RobustScaler, features: FloatMatrix, selected: tuple[int, ...]) -> FloatMatrix:
-    """Scale every column and keep the selected ones as contiguous float32."""
+    """Scale every column and keep the selected ones as contiguous float32, holding one copy."""
     columns = list(selected)
-    centred = features[:, columns] - scaler.center_[columns].astype(np.float32)
-    return np.ascontiguousarray(centred / scaler.scale_[columns].astype(np.float32), dtype=np.float32)
+    scaled = np.ascontiguousarray(features[:, columns], dtype=np.float32)
+    scaled -= scaler.center_[columns].astype(np.float32)
+    scaled /= scaler.scale_[columns].astype(np.float32)
+    return scaled
 
 
 def predict_booster(model: Booster, prepared: FloatMatrix) -> FloatArray:
@@ -169,14 +178,17 @@ def calibrate(
     *,
     drift: float,
     horizon_bars: int,
+    session_code: IntArray | None = None,
+    prior_slope: float = 0.0,
     prior_std: float = 0.5,
     confidence_z: float = 1.645,
 ) -> Calibration:
     """Estimate how far the raw signal may be believed, from out-of-sample rows.
 
-    The least-squares slope of realised on raw is shrunk as a normal posterior with prior N(0, `prior_std`)
-    and clipped into [0, 1]: boosters fitted to returns are overconfident, never too humble. Labels of h bars
-    overlap, so the standard error counts n / h independent rows.
+    The least-squares slope of realised on raw is a normal posterior with prior N(`prior_slope`, `prior_std`),
+    clipped into [0, `MAX_SLOPE`]: a few small trees may be too humble. Its standard error sums over the
+    symbols of a session, which move together, before it squares; labels of h bars overlap, so n sessions
+    count as n / h.
 
     Parameters
     ----------
@@ -186,27 +198,75 @@ def calibrate(
         Mean of the scaled target over the training rows.
     horizon_bars
         Length of the labels.
-    prior_std
-        How large a slope is thought possible before looking.
+    session_code
+        Number of each row's session, from 0, (n,); None where every row is a session of its own.
+    prior_slope, prior_std
+        What is thought of the slope before looking: 0 and wide for a model, the pooled slope for a symbol.
     confidence_z
         Normal quantile of the lower bound (1.645 is one-sided 95 %).
     """
     n_rows = len(raw_scaled)
+    code = np.arange(n_rows) if session_code is None else session_code
+    n_sessions = int(code.max()) + 1 if n_rows else 0
     spread = float(np.var(raw_scaled)) if n_rows else 0.0
-    n_independent = n_rows / horizon_bars
-    if n_independent < 30 or spread <= 1e-12:
-        return Calibration(drift=drift, raw_mean=0.0, slope=0.0, skill_lower=0.0, n_rows=n_rows)
-    raw_mean = float(np.mean(raw_scaled))
+    raw_mean = float(np.mean(raw_scaled)) if n_rows else 0.0
+    if n_sessions / horizon_bars < MIN_INDEPENDENT or spread <= 1e-12:
+        slope = float(np.clip(prior_slope, 0.0, MAX_SLOPE))
+        return Calibration(drift=drift, raw_mean=raw_mean, slope=slope, skill_lower=0.0, n_rows=n_rows)
     centred = raw_scaled - raw_mean
-    slope = float(np.mean(centred * (realised_scaled - np.mean(realised_scaled))) / spread)
-    residual = realised_scaled - np.mean(realised_scaled) - slope * centred
-    error = float(np.sqrt(np.var(residual) / (spread * n_independent)))
-    shrunk = slope * prior_std**2 / (prior_std**2 + error**2)
-    lower = (slope - confidence_z * error) / slope if slope > 0 else 0.0
+    outcome = realised_scaled - np.mean(realised_scaled)
+    own = float(np.mean(centred * outcome)) / spread
+    by_session = np.bincount(code, weights=centred * (outcome - own * centred))
+    error = float(np.sqrt(horizon_bars * np.sum(by_session**2))) / (spread * n_rows)
+    trust = prior_std**2 / (prior_std**2 + error**2)
+    slope = prior_slope + trust * (own - prior_slope)
+    lower = (slope - confidence_z * error * np.sqrt(trust)) / slope if slope > 0 else 0.0
     return Calibration(
         drift=drift,
         raw_mean=raw_mean,
-        slope=float(np.clip(shrunk, 0.0, 1.0)),
+        slope=float(np.clip(slope, 0.0, MAX_SLOPE)),
         skill_lower=float(np.clip(lower, 0.0, 1.0)),
         n_rows=n_rows,
     )
+
+
+def calibrate_symbols(
+    pooled: Calibration,
+    raw_scaled: FloatArray,
+    realised_scaled: FloatArray,
+    session_code: IntArray,
+    symbol: npt.NDArray[np.object_],
+    *,
+    drifts: Mapping[str, float],
+    horizon_bars: int,
+) -> dict[str, Calibration]:
+    """Calibrate each symbol of a panel by its own out-of-sample rows, shrunk towards the pooled slope.
+
+    Parameters
+    ----------
+    pooled
+        Calibration over all rows; a symbol without rows of its own takes its slope and bound.
+    raw_scaled, realised_scaled, session_code, symbol
+        As for `calibrate`, with the symbol of each row, (n,).
+    drifts
+        Mean of the scaled target by symbol, over the training rows.
+    horizon_bars
+        Length of the labels.
+    """
+    found = {}
+    for name, drift in drifts.items():
+        own = np.flatnonzero(symbol == name)
+        sessions = np.unique(session_code[own], return_inverse=True)[1] if len(own) else None
+        each = calibrate(
+            raw_scaled[own],
+            realised_scaled[own],
+            drift=drift,
+            horizon_bars=horizon_bars,
+            session_code=sessions,
+            prior_slope=pooled.slope,
+            prior_std=SYMBOL_SLOPE_STD,
+        )
+        if each.n_rows / horizon_bars < MIN_INDEPENDENT:
+            each = replace(pooled, drift=drift)
+        found[name] = each
+    return found

@@ -1,17 +1,15 @@
-"""The recipe that is validated fold by fold: scale, tune, select, weigh, fit, calibrate.
+"""The recipe that is validated fold by fold: scale, screen, tune, select, weigh, fit, calibrate.
 
-Every step sees rows before the fold only. Tuning and selection are redone every few folds and carried over in
-between: what is carried over was chosen on still earlier rows.
+Every step sees rows before the fold only. Tuning is redone every few folds and carried over in between: what
+is carried over was chosen on still earlier rows. Everything else is redone in every fold.
 """
 
-import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-import lightgbm
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
-import xgboost
 from sklearn.preprocessing import RobustScaler
 
 from data.target_engineering import DEFAULT_HORIZON_BARS, Dataset
@@ -23,14 +21,20 @@ from inference.ensemble import (
     FloatArray,
     FloatMatrix,
     calibrate,
+    calibrate_symbols,
     select_scaled,
-    shap_values,
     shrunk_weights,
 )
-from training.gbm_search import Rows, SearchConfig, Tuned, fit_boosters, tune
+from training.feature_selection import Selection, screen, select_features
+from training.gbm_search import SearchConfig, Tuned, fit_boosters, tune
+from training.libraries import Rows
+from utils.errors import DataError
 from validation.walk_forward import RecipePrediction, WalkForwardConfig
 
-logger = logging.getLogger(__name__)
+DateArray = npt.NDArray[np.datetime64]
+
+# A symbol with so many rows trusts its own mean half, and that of the panel half.
+HALF_TRUST_ROWS = 2_520
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,23 +45,35 @@ class RecipeConfig:
     ----------
     search
         How the boosters are searched.
+    tune_every_folds
+        Tuning is redone every so many folds (and for the final fit); a setting is carried over in between.
+        Screening and selection are redone in every fold.
+    screen_t, screen_share
+        Features are screened when one of them stands out, see `screen`.
     max_features
         How many features SHAP selection keeps.
-    refresh_every_folds
-        Tuning and selection are redone every so many folds (and for the final fit).
+    common_move_share
+        Share of the session's mean target over the panel that is taken off the training targets: what all
+        symbols do together is mostly noise to a model of each. Nothing is taken off a single symbol.
     weight_half_life_sessions
         Age at which a row counts half.
     target_limit_sigma
         Training targets beyond this many volatilities are winsorised; outcomes never are.
+    leave_out
+        Symbols whose rows train and calibrate nothing: their forecasts prove that the model generalises.
     seed
         Seed of everything that draws.
     """
 
     search: SearchConfig = field(default_factory=SearchConfig)
+    tune_every_folds: int = 10
+    screen_t: float = 2.5
+    screen_share: float = 0.6
     max_features: int = 40
-    refresh_every_folds: int = 1
+    common_move_share: float = 0.5
     weight_half_life_sessions: float = 252.0 * 20
     target_limit_sigma: float = 4.0
+    leave_out: tuple[str, ...] = ()
     seed: int = 7
 
 
@@ -84,29 +100,21 @@ class TrainerConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Selection:
-    """Which features are kept, and why.
+class FittedGBM:
+    """One fold's fit; see `validation.walk_forward.FittedRecipe`.
 
     Attributes
     ----------
-    selected
-        Positions of the kept columns, ascending.
-    importance
-        Mean absolute SHAP value of every column, normalised to sum to one, (p,).
-    method
-        ``shap``, or ``gain`` where SHAP values could not be had.
+    ensemble
+        The boosters with the calibration of the panel as a whole.
+    calibrations
+        Calibration by symbol; a symbol that is not in it takes the panel's.
+    tuned, selection
+        How it was fitted.
     """
 
-    selected: tuple[int, ...]
-    importance: FloatArray
-    method: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FittedGBM:
-    """One fold's fit; see `validation.walk_forward.FittedRecipe`."""
-
     ensemble: BoosterEnsemble
+    calibrations: Mapping[str, Calibration]
     tuned: Mapping[str, Tuned]
     selection: Selection
 
@@ -123,20 +131,31 @@ class FittedGBM:
             "skill_lower": self.ensemble.calibration.skill_lower,
             "weights": dict(self.ensemble.weights),
             "rounds": {name: found.rounds for name, found in self.tuned.items()},
+            "setting": {name: "careful" if t.is_careful else "tuned" for name, t in self.tuned.items()},
             "selection": self.selection.method,
         }
+
+    def for_symbol(self, symbol: str) -> BoosterEnsemble:
+        """Return the same boosters with the calibration of one symbol."""
+        return replace(self.ensemble, calibration=self.calibrations.get(symbol, self.ensemble.calibration))
 
     def predict(self, rows: Dataset) -> RecipePrediction:
         """Forecast rows that were not seen; see `validation.walk_forward.RecipePrediction`."""
         per_model = self.ensemble.per_model(rows.features)
         raw_scaled = self.ensemble.combine(per_model)
-        calibration = self.ensemble.calibration
+        by_symbol = [self.for_symbol(name).calibration for name in rows.symbols]
+
+        def by_row(values: list[float]) -> FloatArray:
+            return np.asarray(values, dtype=np.float64)[rows.symbol_code]
+
+        drift, slope = by_row([c.drift for c in by_symbol]), by_row([c.slope for c in by_symbol])
+        centre = by_row([c.raw_mean for c in by_symbol])
         return RecipePrediction(
-            mean_log=calibration.apply(raw_scaled) * rows.sigma_log,
-            baseline_log=calibration.drift * rows.sigma_log,
+            mean_log=(drift + slope * (raw_scaled - centre)) * rows.sigma_log,
+            baseline_log=drift * rows.sigma_log,
             raw_scaled=raw_scaled,
             per_model=per_model,
-            skill_lower=calibration.skill_lower,
+            skill_lower=by_row([c.skill_lower for c in by_symbol]),
         )
 
 
@@ -152,7 +171,6 @@ class GBMRecipe:
     def __init__(self, config: RecipeConfig) -> None:
         self.config = config
         self.searches: list[Mapping[str, Tuned]] = []
-        self._selection: Selection | None = None
 
     def fit(self, train: Dataset, *, fold: int, earlier: pd.DataFrame) -> FittedGBM:
         """Fit on ``train``; calibrate on ``earlier`` out-of-sample rows.
@@ -162,21 +180,29 @@ class GBMRecipe:
         train
             Labelled rows whose labels were known before the fold.
         fold
-            Number of the fold, ascending from 0; decides whether tuning and selection are redone.
+            Number of the fold, ascending from 0; decides whether tuning is redone.
         earlier
             Walk-forward record of earlier folds, rows resolved before the fold; may be empty.
+
+        Raises
+        ------
+        DataError
+            When every symbol is left out.
         """
         config = self.config
-        drift = weighted_mean(train.target_scaled, sample_weights(train, config.weight_half_life_sessions))
-        scaler = RobustScaler().fit(train.features)
+        train, earlier = _without(train, earlier, config.leave_out)
+        drifts, drift = drift_by_symbol(train, sample_weights(train, config.weight_half_life_sessions))
+        scaler = RobustScaler().fit(_some_rows(train.features))
         columns = tuple(range(len(train.columns)))
-        rows = training_rows(train, select_scaled(scaler, train.features, columns), drift, config)
-        if self._selection is None or fold % config.refresh_every_folds == 0:
-            self.searches.append(tune(rows, config.search, config.seed))
-            self._selection = self._select(rows)
-        selection, tuned = self._selection, self.searches[-1]
-        models = fit_boosters(_with_columns(rows, selection), tuned, config.search, config.seed)
-        weights, calibration = evidence(earlier, tuple(models), drift=drift, horizon_bars=train.horizon_bars)
+        rows = training_rows(train, select_scaled(scaler, train.features, columns), drifts, config)
+        screened = screen(rows, config.screen_t, config.screen_share)
+        if not self.searches or fold % config.tune_every_folds == 0:
+            self.searches.append(tune(rows.with_columns(screened), config.search, config.seed))
+        tuned = self.searches[-1]
+        models, selection = self._fit_selected(rows, screened, tuned)
+        weights, calibration, calibrations = evidence(
+            earlier, tuple(models), drift=drift, drifts=drifts, horizon_bars=train.horizon_bars
+        )
         ensemble = BoosterEnsemble(
             columns=train.columns,
             selected=selection.selected,
@@ -185,18 +211,43 @@ class GBMRecipe:
             weights=weights,
             calibration=calibration,
         )
-        return FittedGBM(ensemble=ensemble, tuned=tuned, selection=selection)
+        return FittedGBM(ensemble=ensemble, calibrations=calibrations, tuned=tuned, selection=selection)
 
     def fit_all(self, dataset: Dataset, record: pd.DataFrame) -> FittedGBM:
         """Fit on every labelled row, tuned and selected anew, calibrated on the whole walk-forward record."""
         labelled = dataset.take(np.flatnonzero(dataset.labelled))
         return self.fit(labelled, fold=0, earlier=record)
 
-    def _select(self, rows: Rows) -> Selection:
-        models = fit_boosters(rows, self.searches[-1], self.config.search, self.config.seed)
-        return select_features(
-            models, rows.features, max_features=self.config.max_features, seed=self.config.seed
+    def _fit_selected(
+        self, rows: Rows, screened: tuple[int, ...], tuned: Mapping[str, Tuned]
+    ) -> tuple[dict[str, Booster], Selection]:
+        """Fit on the screened features, keep those that SHAP values call for, and fit on these again."""
+        config = self.config
+        sieved = rows.with_columns(screened)
+        models = fit_boosters(sieved, tuned, config.search, config.seed)
+        kept = select_features(models, sieved.features, max_features=config.max_features, seed=config.seed)
+        importance = np.zeros(rows.features.shape[1])
+        importance[list(screened)] = kept.importance
+        selected = tuple(screened[i] for i in kept.selected)
+        if selected != screened:
+            models = fit_boosters(rows.with_columns(selected), tuned, config.search, config.seed)
+        return models, Selection(selected=selected, importance=importance, method=kept.method)
+
+
+def _without(train: Dataset, earlier: pd.DataFrame, symbols: tuple[str, ...]) -> tuple[Dataset, pd.DataFrame]:
+    if not symbols:
+        return train, earlier
+    kept = np.flatnonzero(~np.isin(np.asarray(train.symbols)[train.symbol_code], symbols))
+    if not len(kept):
+        raise DataError(
+            f"leaving out {', '.join(symbols)} leaves no rows to train on: name a larger universe"
         )
+    return train.take(kept), earlier if earlier.empty else earlier[~earlier["symbol"].isin(symbols)]
+
+
+def _some_rows(features: FloatMatrix, at_most: int = 200_000) -> FloatMatrix:
+    """Return evenly spaced rows: quantiles need no more, and a large panel stays within its memory."""
+    return features[:: 1 + len(features) // at_most]
 
 
 def sample_weights(train: Dataset, half_life_sessions: float) -> FloatArray:
@@ -206,34 +257,61 @@ def sample_weights(train: Dataset, half_life_sessions: float) -> FloatArray:
     return np.asarray(0.5 ** (age / half_life_sessions), dtype=np.float64)
 
 
-def weighted_mean(values: FloatArray, weights: FloatArray) -> float:
-    """Return the weighted mean of ``values``."""
-    return float(np.average(values, weights=weights))
+def drift_by_symbol(train: Dataset, weights: FloatArray) -> tuple[dict[str, float], float]:
+    """Return the weighted mean of the scaled target by symbol, and over all rows.
+
+    A symbol's own mean is shrunk towards that of all by its number of rows: ten years count half.
+    """
+    pooled = float(np.average(train.target_scaled, weights=weights))
+    drifts = {}
+    for code, name in enumerate(train.symbols):
+        own = train.symbol_code == code
+        if not own.any():
+            continue
+        mean = float(np.average(train.target_scaled[own], weights=weights[own]))
+        trust = 1.0 if len(train.symbols) == 1 else own.sum() / (own.sum() + HALF_TRUST_ROWS)
+        drifts[name] = pooled + float(trust) * (mean - pooled)
+    return drifts, pooled
 
 
-def training_rows(train: Dataset, scaled: np.ndarray, drift: float, config: RecipeConfig) -> Rows:
-    """Return the rows that the boosters are fitted on: target free of drift, winsorised, weighted by age."""
+def training_rows(
+    train: Dataset, scaled: FloatMatrix, drifts: Mapping[str, float], config: RecipeConfig
+) -> Rows:
+    """Return the rows that the boosters are fitted on.
+
+    Their target is winsorised, free of the symbol's drift and of its share of the common move.
+    """
     limit = config.target_limit_sigma
+    drift = np.asarray([drifts.get(name, 0.0) for name in train.symbols])[train.symbol_code]
+    target = np.clip(train.target_scaled, -limit, limit) - drift
     return Rows(
         features=scaled,
-        target_scaled=np.clip(train.target_scaled, -limit, limit) - drift,
+        target_scaled=target - config.common_move_share * common_move(target, train.date),
         weight=sample_weights(train, config.weight_half_life_sessions),
+        date=train.date,
         label_end_position=np.searchsorted(train.date, train.label_end),
+        horizon_bars=train.horizon_bars,
     )
 
 
-def _with_columns(rows: Rows, selection: Selection) -> Rows:
-    return Rows(
-        features=np.ascontiguousarray(rows.features[:, list(selection.selected)]),
-        target_scaled=rows.target_scaled,
-        weight=rows.weight,
-        label_end_position=rows.label_end_position,
-    )
+def common_move(target: FloatArray, date: DateArray) -> FloatArray:
+    """Return what the other symbols' targets did in each row's session, over k - 1 of its k symbols, (n,).
+
+    The mean of the session times (k - 1) / k: nothing for a symbol that stands alone.
+    """
+    session = np.unique(date, return_inverse=True)[1]
+    total, count = np.bincount(session, weights=target), np.bincount(session)
+    return np.asarray((total / count * (count - 1) / count)[session], dtype=np.float64)
 
 
 def evidence(
-    record: pd.DataFrame, models: tuple[str, ...], *, drift: float, horizon_bars: int
-) -> tuple[dict[str, float], Calibration]:
+    record: pd.DataFrame,
+    models: tuple[str, ...],
+    *,
+    drift: float,
+    drifts: Mapping[str, float],
+    horizon_bars: int,
+) -> tuple[dict[str, float], Calibration, dict[str, Calibration]]:
     """Weigh the boosters and calibrate their signal on resolved out-of-sample rows.
 
     Parameters
@@ -242,70 +320,29 @@ def evidence(
         Walk-forward record (see `validation.walk_forward`); rows without an outcome are left out.
     models
         Names of the boosters.
-    drift
-        The forecast of a model without skill, in units of volatility.
+    drift, drifts
+        The forecast of a model without skill, in units of volatility: of the panel, and by symbol.
     horizon_bars
         Length of the labels.
+
+    Returns
+    -------
+    tuple
+        Weights by booster, the panel's calibration, and the calibration by symbol.
     """
     if record.empty:
-        return dict.fromkeys(models, 1.0 / len(models)), calibrate(
-            np.empty(0), np.empty(0), drift=drift, horizon_bars=horizon_bars
-        )
+        nothing = np.empty(0)
+        pooled = calibrate(nothing, nothing, drift=drift, horizon_bars=horizon_bars)
+        weights = dict.fromkeys(models, 1.0 / len(models))
+        return weights, pooled, {name: replace(pooled, drift=own) for name, own in drifts.items()}
     resolved = record[record["realised_log"].notna()]
-    realised_scaled = np.asarray(resolved["realised_log"] / resolved["sigma_log"], dtype=np.float64)
+    realised = np.asarray(resolved["realised_log"] / resolved["sigma_log"], dtype=np.float64)
     per_model = {name: np.asarray(resolved[f"model_{name}"], dtype=np.float64) for name in models}
-    weights = shrunk_weights(per_model, realised_scaled)
-    raw_scaled = np.asarray(resolved["raw_scaled"], dtype=np.float64)
-    return weights, calibrate(raw_scaled, realised_scaled, drift=drift, horizon_bars=horizon_bars)
-
-
-def select_features(
-    models: Mapping[str, Booster],
-    features: FloatMatrix,
-    *,
-    max_features: int,
-    seed: int,
-    sample_rows: int = 600,
-) -> Selection:
-    """Keep the ``max_features`` columns that move the boosters most.
-
-    Parameters
-    ----------
-    models
-        Boosters fitted on the training rows with all columns.
-    features
-        Scaled training rows, (n, p).
-    max_features
-        How many columns to keep.
-    seed
-        Draws the rows that SHAP values are computed on.
-    sample_rows
-        How many rows; the mean absolute value is stable from a few hundred on.
-    """
-    n_rows, n_columns = features.shape
-    index = np.sort(np.random.default_rng(seed).permutation(n_rows)[:sample_rows])
-    try:
-        parts = [np.abs(shap_values(model, features[index])).mean(axis=0) for model in models.values()]
-        method = "shap"
-    except (xgboost.core.XGBoostError, lightgbm.basic.LightGBMError) as error:
-        logger.warning("SHAP values failed (%s): features are selected by gain instead", error)
-        parts = [gain_importance(model, n_columns) for model in models.values()]
-        method = "gain"
-    importance = np.mean([_normalised(part) for part in parts], axis=0)
-    keep = np.argsort(-importance, kind="stable")[:max_features]
-    return Selection(selected=tuple(int(i) for i in np.sort(keep)), importance=importance, method=method)
-
-
-def gain_importance(model: Booster, n_columns: int) -> FloatArray:
-    """Return total gain by column, (p,)."""
-    if isinstance(model, xgboost.Booster):
-        gains = np.zeros(n_columns)
-        for name, gain in model.get_score(importance_type="total_gain").items():
-            gains[int(name.removeprefix("f"))] = gain
-        return gains
-    return np.asarray(model.feature_importance("gain"), dtype=np.float64)
-
-
-def _normalised(values: FloatArray) -> FloatArray:
-    total = float(values.sum())
-    return values / total if total > 0 else np.full_like(values, 1.0 / len(values))
+    raw = np.asarray(resolved["raw_scaled"], dtype=np.float64)
+    session = pd.factorize(resolved["date"], sort=True)[0]
+    pooled = calibrate(raw, realised, drift=drift, horizon_bars=horizon_bars, session_code=session)
+    symbol = resolved["symbol"].to_numpy(dtype=object)
+    if len(drifts) == 1:
+        return shrunk_weights(per_model, realised), pooled, dict.fromkeys(drifts, pooled)
+    own = calibrate_symbols(pooled, raw, realised, session, symbol, drifts=drifts, horizon_bars=horizon_bars)
+    return shrunk_weights(per_model, realised), pooled, own

@@ -51,14 +51,14 @@ class RecipePrediction:
     per_model
         Each model's share of the signal before weighing, (n,) each.
     skill_lower
-        Lower confidence bound of the skill, within [0, 1], as known when the fit was made.
+        Lower confidence bound of the skill, within [0, 1], as known when the fit was made, (n,).
     """
 
     mean_log: FloatArray
     baseline_log: FloatArray
     raw_scaled: FloatArray
     per_model: Mapping[str, FloatArray]
-    skill_lower: float
+    skill_lower: FloatArray
 
 
 class FittedRecipe(Protocol):

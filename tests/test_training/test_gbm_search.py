@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 
 from inference.ensemble import predict_booster
-from training.gbm_search import Rows, SearchConfig, fit_boosters, inner_blocks, search, tune
-from training.recipe import gain_importance, select_features
+from training.gbm_search import EARNED_T, SearchConfig, careful, fit_boosters, inner_blocks, search, tune
+from training.libraries import LIBRARIES, Rows
+from utils.errors import UsageError
 
 CONFIG = SearchConfig(n_trials=3, max_rounds=40)
 
@@ -15,7 +16,9 @@ def make_rows(n: int = 700, p: int = 8, seed: int = 0, horizon_bars: int = 5, si
         features=features,
         target_scaled=signal * features[:, 2].astype(np.float64) + rng.normal(size=n),
         weight=np.ones(n),
+        date=np.datetime64("2010-01-01") + np.arange(n),
         label_end_position=np.arange(n) + horizon_bars,
+        horizon_bars=horizon_bars,
     )
 
 
@@ -48,30 +51,62 @@ def test_threads_do_not_change_a_fit(threads: int):
         )
 
 
-def test_a_planted_feature_is_found_and_selected_first():
-    rows = make_rows(signal=0.6)
-    models = fit_boosters(rows, tune(rows, CONFIG, seed=1), CONFIG, seed=1)
-    found = select_features(models, rows.features, max_features=3, seed=1)
-    assert found.method == "shap"
-    assert int(np.argmax(found.importance)) == 2
-    assert 2 in found.selected
-    assert len(found.selected) == 3
-    assert found.importance.sum() == pytest.approx(1.0)
-    for model in models.values():
-        assert int(np.argmax(gain_importance(model, 8))) == 2
+@pytest.mark.parametrize("name", ["xgb", "lgb"])
+def test_on_noise_the_careful_setting_stands(name: str):
+    found = search(name, make_rows(signal=0.0), CONFIG, seed=1)
+    assert found.is_careful
+    assert found.gain_t <= EARNED_T
+    same = careful(name, 700, 5)
+    assert (found.params, found.rounds) == (same.params, same.rounds)
+    assert len(found.trials) == 3
 
 
-def test_selection_falls_back_to_gain_and_says_so(monkeypatch: pytest.MonkeyPatch):
-    import xgboost
+@pytest.mark.parametrize("name", ["xgb", "lgb"])
+def test_a_tuned_setting_that_is_clearly_better_is_used(name: str):
+    """A relation of many steps needs more than the careful setting's few leaves."""
+    rows = make_rows(n=3_000, horizon_bars=1)
+    wave = 4.0 * np.sin(4.0 * rows.features[:, 2].astype(np.float64))
+    wavy = Rows(
+        features=rows.features,
+        target_scaled=wave + 0.1 * np.random.default_rng(1).normal(size=3_000),
+        weight=rows.weight,
+        date=rows.date,
+        label_end_position=rows.label_end_position,
+        horizon_bars=1,
+    )
+    found = search(name, wavy, SearchConfig(n_trials=6, max_rounds=60), seed=1)
+    assert not found.is_careful
+    assert found.gain_t > EARNED_T
 
-    import training.recipe as module
 
-    def broken(model, prepared):
-        raise xgboost.core.XGBoostError("no contributions")
+def test_without_trials_nothing_is_searched():
+    found = search("lgb", make_rows(), SearchConfig(n_trials=0), seed=1)
+    assert found == careful("lgb", 700, 5)
+    assert (found.trials, found.inner_rmse) == ((), None)
 
-    rows = make_rows()
-    models = fit_boosters(rows, tune(rows, CONFIG, seed=1), CONFIG, seed=1)
-    monkeypatch.setattr(module, "shap_values", broken)
-    found = select_features(models, rows.features, max_features=3, seed=1)
-    assert found.method == "gain"
-    assert int(np.argmax(found.importance)) == 2
+
+def test_a_large_panel_may_grow_larger_trees():
+    small, large = (LIBRARIES["lgb"].careful(n, 1) for n in (700, 300_000))
+    assert small["num_leaves"] < large["num_leaves"]
+    assert small["min_data_in_leaf"] < large["min_data_in_leaf"]
+
+
+@pytest.mark.parametrize("models", [(), ("xgb", "xgb"), ("forest",)])
+def test_unknown_libraries_are_refused(models: tuple[str, ...]):
+    with pytest.raises(UsageError, match="name each of xgb, lgb, cat at most once"):
+        SearchConfig(models=models)
+
+
+def test_a_session_of_a_panel_stands_on_one_side_of_a_block():
+    rows = make_rows(n=600, horizon_bars=1)
+    date = np.repeat(rows.date[:200], 3)
+    panel = Rows(
+        features=rows.features,
+        target_scaled=rows.target_scaled,
+        weight=rows.weight,
+        date=date,
+        label_end_position=np.searchsorted(date, date + 1),
+        horizon_bars=1,
+    )
+    for fit, score in inner_blocks(panel, CONFIG):
+        assert fit.date.max() < score.date.min()

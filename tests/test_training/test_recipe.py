@@ -6,9 +6,11 @@ import pytest
 
 from data.target_engineering import Dataset
 from training.gbm_search import SearchConfig
-from training.recipe import GBMRecipe, RecipeConfig, evidence, sample_weights
+from training.recipe import GBMRecipe, RecipeConfig, common_move, evidence, sample_weights
+from utils.errors import DataError
+from validation.walk_forward import WalkForwardConfig, WalkForwardValidator
 
-CONFIG = RecipeConfig(search=SearchConfig(n_trials=3, max_rounds=40), max_features=5, refresh_every_folds=2)
+CONFIG = RecipeConfig(search=SearchConfig(n_trials=3, max_rounds=40), max_features=5, tune_every_folds=2)
 
 
 def make_dataset(
@@ -41,8 +43,15 @@ def test_a_fold_forecasts_the_planted_signal():
     rows = data.take(np.arange(600, 800))
     found = fitted.predict(rows)
     assert np.corrcoef(found.raw_scaled, rows.target_scaled)[0, 1] > 0.2
-    assert "f4" in fitted.selected_features
+    assert fitted.selected_features == ("f4",)
+
+
+def test_without_a_feature_that_stands_out_shap_selects():
+    data = make_dataset(signal=0.0)
+    config = replace(CONFIG, screen_t=np.inf)
+    fitted = GBMRecipe(config).fit(data.take(np.arange(600)), fold=0, earlier=NOTHING)
     assert len(fitted.selected_features) == 5
+    assert fitted.selection.method == "shap"
 
 
 def test_without_earlier_rows_the_forecast_is_the_drift():
@@ -54,7 +63,7 @@ def test_without_earlier_rows_the_forecast_is_the_drift():
     np.testing.assert_allclose(found.baseline_log, drift * 0.04)
 
 
-def test_tuning_and_selection_are_redone_on_schedule():
+def test_tuning_is_redone_on_schedule():
     recipe, data = GBMRecipe(CONFIG), make_dataset()
     for fold in range(4):
         recipe.fit(data.take(np.arange(500 + 50 * fold)), fold=fold, earlier=NOTHING)
@@ -103,19 +112,113 @@ def make_record(n: int = 3_000, seed: int = 0) -> pd.DataFrame:
             "raw_scaled": raw,
             "model_xgb": raw + rng.normal(size=n),
             "model_lgb": rng.normal(size=n),
+            "date": pd.bdate_range("2010-01-01", periods=n),
+            "symbol": "AAPL",
             "realised_log": 0.04 * (0.3 * raw + rng.normal(size=n)),
             "sigma_log": np.full(n, 0.04),
         }
     )
 
 
+def weigh(record: pd.DataFrame, drifts=None):
+    drifts = drifts or {"AAPL": 0.1}
+    return evidence(record, ("xgb", "lgb"), drift=0.1, drifts=drifts, horizon_bars=1)
+
+
 def test_evidence_reads_resolved_rows_only():
     record = make_record()
     open_rows = make_record(seed=1).assign(realised_log=np.nan)
-    both = pd.concat([record, open_rows])
-    assert evidence(both, ("xgb", "lgb"), drift=0.1, horizon_bars=1) == evidence(
-        record, ("xgb", "lgb"), drift=0.1, horizon_bars=1
-    )
-    weights, calibration = evidence(record, ("xgb", "lgb"), drift=0.1, horizon_bars=1)
+    assert weigh(pd.concat([record, open_rows])) == weigh(record)
+    weights, calibration, by_symbol = weigh(record)
     assert weights["xgb"] > weights["lgb"]
     assert calibration.slope == pytest.approx(0.3, abs=0.05)
+    assert by_symbol == {"AAPL": calibration}
+
+
+def make_panel(symbols=("AAA", "BBB", "CCC"), *, n: int = 500, common: float = 0.0, **given) -> Dataset:
+    parts = [make_dataset(n=n, seed=seed, **given) for seed in range(len(symbols))]
+    shock = common * np.random.default_rng(99).normal(size=n)
+    date = np.concatenate([part.date for part in parts])
+    order = np.argsort(date, kind="stable")
+    target = np.concatenate([part.target_scaled + shock for part in parts])[order]
+    return Dataset(
+        columns=parts[0].columns,
+        features=np.concatenate([part.features for part in parts])[order],
+        date=date[order],
+        label_end=np.concatenate([part.label_end for part in parts])[order],
+        symbol_code=np.repeat(np.arange(len(symbols)), n).astype(np.int32)[order],
+        symbols=symbols,
+        target_scaled=target,
+        target_log=target * 0.04,
+        sigma_log=np.full(len(date), 0.04),
+        horizon_bars=parts[0].horizon_bars,
+    )
+
+
+def walk(panel: Dataset, config: RecipeConfig = CONFIG):
+    split = WalkForwardConfig(n_resamples=100, min_train_bars=200, test_bars=100)
+    return WalkForwardValidator(split).run(panel, GBMRecipe(config))
+
+
+def test_a_panel_is_walked_forward_and_each_symbol_gets_its_own_calibration():
+    panel = make_panel()
+    result = walk(panel)
+    assert set(result.record["symbol"]) == set(panel.symbols)
+    fitted = GBMRecipe(CONFIG).fit_all(panel, result.record)
+    slopes = {name: fitted.for_symbol(name).calibration.slope for name in panel.symbols}
+    pooled = fitted.ensemble.calibration.slope
+    assert len(set(slopes.values())) == 3
+    assert all(abs(slope - pooled) < 0.3 for slope in slopes.values())
+    assert fitted.for_symbol("UNKNOWN").calibration == fitted.ensemble.calibration
+
+
+def test_a_panel_s_forecast_carries_the_drift_of_its_symbol():
+    panel = make_panel(n=300)
+    high = panel.symbol_code == 1
+    panel = replace(panel, target_scaled=panel.target_scaled + high)
+    fitted = GBMRecipe(CONFIG).fit(panel, fold=0, earlier=NOTHING)
+    drift = {name: fitted.for_symbol(name).calibration.drift for name in panel.symbols}
+    assert drift["BBB"] > max(drift["AAA"], drift["CCC"])
+    np.testing.assert_allclose(fitted.predict(panel).baseline_log[high], drift["BBB"] * 0.04)
+
+
+def test_a_left_out_symbol_trains_and_calibrates_nothing():
+    """Whatever its past looks like, the forecasts are the same."""
+    config = replace(CONFIG, leave_out=("BBB",))
+    panel = make_panel()
+    own = panel.symbol_code == 1
+    spoilt = replace(panel, target_scaled=np.where(own, -9.0, panel.target_scaled))
+    spoilt = replace(spoilt, target_log=spoilt.target_scaled * 0.04)
+    first, second = (walk(p, config).record for p in (panel, spoilt))
+    assert np.array_equal(first["predicted_log"], second["predicted_log"])
+    trained_on = walk(spoilt).record
+    assert not np.array_equal(first["predicted_log"], trained_on["predicted_log"])
+
+
+def test_leaving_everybody_out_is_refused():
+    with pytest.raises(DataError, match="leaves no rows to train on"):
+        GBMRecipe(replace(CONFIG, leave_out=("AAPL",))).fit(make_dataset(), fold=0, earlier=NOTHING)
+
+
+def test_the_common_move_is_that_of_the_others_and_nothing_for_one_alone():
+    date = np.array(["2020-01-01", "2020-01-01", "2020-01-02"], dtype="datetime64[D]")
+    np.testing.assert_allclose(common_move(np.array([1.0, 3.0, 5.0]), date), [1.0, 1.0, 0.0])
+
+
+def test_a_common_shock_disturbs_the_trees_less_when_it_is_taken_off():
+    panel = make_panel(tuple("ABCDEFGH"), common=3.0, signal=0.2)
+    found = {}
+    for share in (0.0, 0.5, 1.0):
+        record = walk(panel, replace(CONFIG, common_move_share=share)).record.dropna()
+        found[share] = np.corrcoef(record["raw_scaled"], record["realised_log"])[0, 1]
+    assert found[1.0] > found[0.0]
+    assert found[0.5] > found[0.0]
+
+
+def test_symbols_that_move_together_do_not_count_as_many():
+    """Ten copies of one series say as much about the slope as the series itself."""
+    record = make_record(400)
+    copies = pd.concat([record.assign(symbol=str(i)) for i in range(10)]).sort_values("date", kind="stable")
+    alone, ten = weigh(record)[1], weigh(copies, {str(i): 0.1 for i in range(10)})[1]
+    assert ten.skill_lower == pytest.approx(alone.skill_lower)
+    assert ten.slope == pytest.approx(alone.slope)

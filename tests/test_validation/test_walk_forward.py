@@ -60,7 +60,7 @@ class FittedLine:
             baseline_log=self.drift * rows.sigma_log,
             raw_scaled=signal,
             per_model={"line": signal},
-            skill_lower=0.5,
+            skill_lower=np.full(len(signal), 0.5),
         )
 
 
