@@ -54,8 +54,9 @@ def closes(other: pd.DataFrame, name: str) -> tuple[pd.DatetimeIndex, FloatArray
     DataError
         If that is not what it is, or nothing is left.
     """
-    if "Close" not in other.columns or not isinstance(other.index, pd.DatetimeIndex) or other.index.hasnans:
-        raise DataError(f"{name} needs a column Close over dates: pass bars")
+    is_dated = isinstance(other.index, pd.DatetimeIndex) and not other.index.hasnans
+    if list(other.columns).count("Close") != 1 or not is_dated:
+        raise DataError(f"{name} needs one column Close over dates: pass bars")
     dates = bar_dates(other)
     if not dates.is_unique or not dates.is_monotonic_increasing:
         raise DataError(f"{name} has doubled or unsorted sessions: pass bars that `clean_bars` has mended")

@@ -1,11 +1,14 @@
 """Other series as of the same close: their alignment, what is refused, and the features' plain formulas."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data.calendars import calendar_for
 from data.data_fetcher import CsvSource, fetch_stock_data
@@ -17,6 +20,7 @@ from data.feature_engineer import (
     warmup_bars,
 )
 from data.market_context import MAX_AGE_SESSIONS, align_close, refuse_earlier_closes
+from data.target_engineering import build_dataset
 from utils.errors import AIStocksError, DataError, UsageError
 
 MakeBars = Callable[..., pd.DataFrame]
@@ -114,6 +118,34 @@ def test_a_bar_sees_the_close_of_its_session_and_none_after() -> None:
     np.testing.assert_array_equal(align_close(bars, other, "it"), [np.nan, 10.0, 10.0, 11.0, 11.0])
 
 
+@given(
+    bar_days=st.sets(st.integers(0, 40), min_size=1),
+    other_days=st.dictionaries(st.integers(-10, 45), st.one_of(st.none(), st.floats(1.0, 99.0)), min_size=1),
+)
+@settings(deadline=None, max_examples=200)
+def test_alignment_is_that_of_a_naive_loop(bar_days: set[int], other_days: dict[int, float | None]) -> None:
+    first = pd.Timestamp("2024-01-01")
+    bars = pd.DataFrame(index=pd.DatetimeIndex([first + pd.Timedelta(days=d) for d in sorted(bar_days)]))
+    days = sorted(other_days)
+    other = series([other_days[d] for d in days], *[str(first + pd.Timedelta(days=d)) for d in days])
+    known = {d: close for d, close in other_days.items() if close is not None}
+    seen = {day: max((d for d in known if d <= day), default=None) for day in sorted(bar_days)}
+    ages = [sum(last < d <= day for d in bar_days) for day, last in seen.items() if last is not None]
+    weekdays_before = np.busday_count(
+        np.datetime64("2024-01-01") + (seen[min(bar_days)] or 0), np.datetime64("2024-01-01") + min(bar_days)
+    )
+    if (
+        not known
+        or max(ages, default=0) > MAX_AGE_SESSIONS
+        or weekdays_before > MAX_AGE_SESSIONS - max(ages, default=0)
+    ):
+        with suppress(DataError):
+            align_close(bars, other, "it")
+        return
+    expected = [np.nan if last is None else known[last] for last in seen.values()]
+    np.testing.assert_array_equal(align_close(bars, other, "it"), expected)
+
+
 def test_missing_closes_count_as_no_session() -> None:
     bars = on_days("2024-01-01", 3)
     other = series([10.0, np.nan, 12.0], "2024-01-01", "2024-01-02", "2024-01-03")
@@ -176,8 +208,10 @@ def test_a_series_that_begins_later_lengthens_the_warm_up(make_bars: MakeBars, v
     [
         (lambda other: other.iloc[:0], "has no close at all"),
         (lambda other: other.assign(Close=np.nan), "has no close at all"),
-        (lambda other: other.rename(columns={"Close": "close"}), "needs a column Close"),
-        (lambda other: other.reset_index(drop=True), "needs a column Close over dates"),
+        (lambda other: other.rename(columns={"Close": "close"}), "needs one column Close"),
+        (lambda other: pd.concat([other, other], axis=1), "needs one column Close"),
+        (lambda other: pd.concat({"^VIX": other}, axis=1).swaplevel(axis=1), "needs one column Close"),
+        (lambda other: other.reset_index(drop=True), "needs one column Close over dates"),
         (lambda other: other.set_axis(other.index.where(other.index != other.index[3])), "over dates"),
         (lambda other: pd.concat([other, other.iloc[-1:]]), "doubled or unsorted"),
         (lambda other: other.iloc[::-1], "doubled or unsorted"),
@@ -237,5 +271,22 @@ def test_no_error_is_anything_but_ours(make_bars: MakeBars) -> None:
     bars = make_bars(n=300)
     for broken in (pd.DataFrame(), pd.DataFrame({"Close": []}), pd.DataFrame({"Close": [None]})):
         for argument in ("vix", "market"):
-            with pytest.raises(AIStocksError):
-                engineer_features(bars, **{argument: broken})
+            for build in (engineer_features, lambda part, **other: build_dataset({"AAPL": part}, 5, **other)):
+                with pytest.raises(AIStocksError):
+                    build(bars, **{argument: broken})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int64", "Float64", "object"])
+def test_closes_of_any_numeric_type_are_read(dtype: str, make_bars: MakeBars) -> None:
+    bars = make_bars(n=300)
+    whole = pd.DataFrame({"Close": bars["Close"].round()})
+    got = align_close(bars, whole.astype({"Close": dtype}), "it")
+    np.testing.assert_array_equal(got, whole["Close"])
+
+
+def test_a_missing_close_of_a_nullable_type_is_no_session(make_bars: MakeBars) -> None:
+    bars = make_bars(n=10)
+    closes = bars["Close"].astype("Float64")
+    closes.iloc[4] = pd.NA
+    got = align_close(bars, pd.DataFrame({"Close": closes}), "it")
+    assert got[4] == got[3] == bars["Close"].iloc[3]
