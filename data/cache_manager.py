@@ -34,17 +34,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from data.calendars import calendar_for, join_raw, priced_rows, settled_rows
-from data.data_fetcher import BarSource, RawAnswer, RevisionedSource, check_answer, make_source
-from data.schema import (
-    CorruptTableError,
-    TableMeta,
-    decode_table,
-    encode_table,
-    normalise_symbol,
-    seal,
-    unseal,
-)
+from data.calendars import calendar_for, check_answer, join_raw, priced_rows, settled_rows
+from data.data_fetcher import BarSource, RawAnswer, RevisionedSource, last_due, make_source
+from data.schema import normalise_symbol
+from data.tables import CorruptTableError, TableMeta, decode_table, encode_table, seal, unseal
 from utils.errors import (
     AIStocksError,
     DataError,
@@ -207,17 +200,18 @@ class BarCache:
         self, symbol: str, source: BarSource, cached: CachedTable | None, now: datetime, *, whole: bool
     ) -> RawAnswer:
         last_closed = calendar_for(symbol).last_closed_session(now)
-        raw = None
+        raw, revision = None, None
         if source.is_live and cached is not None and not whole:
             start = priced_rows(cached.frame).index[-self._policy.overlap_bars :][0].date()
             newer = settled_rows(source.fetch(symbol, start=start), last_closed)
             raw = join_raw(cached.frame, newer, tolerance=self._policy.price_tolerance)
-        if raw is None:
-            raw = source.fetch(symbol)
+        if isinstance(source, RevisionedSource):
             # A file is kept as it is: another ``now`` may want more of it. A live bar may still form.
-            raw = settled_rows(raw, last_closed) if source.is_live else raw
+            raw, revision = source.fetch_revised(symbol)
+        elif raw is None:
+            raw = settled_rows(source.fetch(symbol), last_closed)
         try:
-            check_answer(symbol, raw, source.name, calendar_for(symbol))
+            check_answer(symbol, raw, source.name, now)
             if source.is_live and cached is not None:
                 self._refuse_fewer(symbol, cached.frame, raw)
         except DataError as error:
@@ -229,7 +223,7 @@ class BarCache:
             source=source.name,
             last_session=priced_rows(raw).index[-1].date(),
             fetched_at=now,
-            revision=source.revision(symbol) if isinstance(source, RevisionedSource) else None,
+            revision=revision,
         )
         self.store("bars", raw, meta)
         self._remember(symbol, source, None)
@@ -264,7 +258,9 @@ class BarCache:
     @contextmanager
     def locked(self, symbol: str, source_name: str) -> Iterator[None]:
         """Keep other threads and processes off what is cached; ``LockedError`` after too long."""
-        path = self._root / "locks" / f"{self._folder(symbol, source_name).parent.name}-{symbol}.lock"
+        # As many files as a byte has values: symbols that nobody knows leave no trace of their own.
+        name = hashlib.sha256(f"{source_name}/{symbol}".encode()).hexdigest()[:2]
+        path = self._root / "locks" / f"{name}.lock"
         lock = FileLock(path, timeout=self._policy.lock_timeout_s)
         with self._writing():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -329,12 +325,12 @@ def describe(cache: BarCache, symbol: str, source_name: str, now: datetime) -> d
         bars, features = (cache.load(kind, symbol, source_name) for kind in ("bars", "features"))
         if bars is None:
             return shown
-        frame, report = check_answer(symbol, bars.frame, source_name, calendar_for(symbol))
+        frame, report = check_answer(symbol, bars.frame, source_name, now)
     except DataError as error:
         return {**shown, "state": "corrupt", "problems": [str(error)]}
     return {
         **shown,
-        "state": "stale" if frame.index[-1] < calendar_for(symbol).last_closed_session(now) else "ok",
+        "state": "stale" if frame.index[-1] < last_due(symbol, source_name, now) else "ok",
         "rows": report.rows,
         "first_session": f"{frame.index[0]:%Y-%m-%d}",
         "last_session": f"{frame.index[-1]:%Y-%m-%d}",

@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from data.schema import PRICE_COLUMNS, BarsReport, QualityLimits, bar_dates, refuse_above
-from utils.errors import UsageError
+from data.schema import PRICE_COLUMNS, BarsReport, QualityLimits, bar_dates, clean_bars, refuse_above
+from utils.errors import DataError, UsageError
 
 _FIRST_DAY = np.datetime64("1960-01-01")
 # Far enough for a forecast of 252 sessions made at any moment of the year after the current one.
@@ -183,6 +183,27 @@ def fit_sessions(
     missing = len(calendar.missing(pd.DatetimeIndex(frame.index)))
     refuse_above(missing, len(frame) + missing, limits.missing_sessions, "sessions are missing")
     return frame, replace(report, rows=len(frame), off_calendar=len(off_calendar), missing_sessions=missing)
+
+
+def check_answer(
+    symbol: str, raw: pd.DataFrame, source_name: str, now: datetime
+) -> tuple[pd.DataFrame, BarsReport]:
+    """Return the bars of the sessions in a raw table that had closed by ``now``, and what was found in it.
+
+    Raises
+    ------
+    DataError
+        If the table cannot be used; the message names symbol and source.
+    """
+    calendar = calendar_for(symbol)
+    settled = settled_rows(raw, calendar.last_closed_session(now))
+    if settled.empty:
+        raise DataError(f"{symbol}: {source_name} has no session that had closed by {now:%Y-%m-%d %H:%M} UTC")
+    try:
+        frame, report = fit_sessions(*clean_bars(settled), calendar)
+    except DataError as error:
+        raise type(error)(f"{symbol} from {source_name}: {error}") from error
+    return frame, replace(report, unfinished_dropped=len(raw) - len(settled))
 
 
 def settled_rows(raw: pd.DataFrame, last_closed: pd.Timestamp) -> pd.DataFrame:

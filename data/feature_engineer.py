@@ -7,8 +7,10 @@ one-day return.
 
 import argparse
 import hashlib
+import tomllib
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,11 +18,13 @@ import talib
 
 from data import indicators as ind
 from data.indicators import NO_MOVE, BarArrays, FloatArray
+from data.market_context import MAX_AGE_SESSIONS, align_close, cross_asset_rows, first_row, market_rows
 from utils.errors import UsageError
 
 # Raised whenever values change while the words of a formula stay the same; part of the hash.
 FEATURE_SET_VERSION = 1
 REGIME_LOW, REGIME_HIGH = 0.75, 1.25
+VIX_SERIES, MARKET_SERIES = "the series of ^VIX", "the market's series"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,114 +54,20 @@ class FeatureSpec:
     source: str
 
 
-def _family(family: str, *rows: tuple[str, str, int, float, float, str]) -> tuple[FeatureSpec, ...]:
+def _registry() -> tuple[FeatureSpec, ...]:
+    text = Path(__file__).with_name("features.toml").read_text(encoding="utf-8")
     return tuple(
-        FeatureSpec(name=n, family=family, formula=f, warmup_bars=w, lower=low, upper=high, source=source)
-        for n, f, w, low, high, source in rows
+        FeatureSpec(name=n, family=family["name"], formula=f, warmup_bars=w, lower=low, upper=high, source=of)
+        for family in tomllib.loads(text)["family"]
+        for n, f, w, low, high, of in family["rows"]
     )
 
 
-FEATURES: tuple[FeatureSpec, ...] = (
-    *_family(
-        "returns_volatility",
-        ("volatility_5d", "std(r, 5)", 5, 0.0, 0.25, "daily, population"),
-        ("volatility_20d", "std(r, 20)", 20, 0.0, 0.25, "daily, population"),
-        ("volatility_ratio", "std(r, 5) / std(r, 20)", 20, 0.0, 2.0, "own"),
-        ("garman_klass", "sqrt(mean(gk, 20))", 19, 0.0, 0.25, "Garman, Klass 1980"),
-        ("parkinson", "sqrt(mean(log(H/L)^2, 20) / (4 log 2))", 19, 0.0, 0.25, "Parkinson 1980"),
-        ("atr_14", "ATR(14) / C", 180, 0.0, 0.5, "Wilder 1978, TA-Lib ATR"),
-        ("atr_ratio_5_20", "mean(TR, 5) / mean(TR, 20)", 20, 0.0, 4.0, "own"),
-        ("true_range_ratio", "TR / mean(TR, 20)", 20, 0.0, 6.0, "own"),
-    ),
-    *_family(
-        "momentum",
-        ("rsi_14", "RSI(C, 14) / 100", 220, 0.0, 1.0, "Wilder 1978, TA-Lib RSI"),
-        ("rsi_7", "RSI(C, 7) / 100", 120, 0.0, 1.0, "Wilder 1978, TA-Lib RSI"),
-        ("macd", "(EMA(C, 12) - EMA(C, 26)) / C", 230, -0.5, 0.5, "Appel 1979, TA-Lib MACD"),
-        ("macd_signal", "EMA(MACD, 9) / C", 230, -0.5, 0.5, "Appel 1979, TA-Lib MACD"),
-        ("macd_histogram", "macd - macd_signal", 230, -0.25, 0.25, "Appel 1979, TA-Lib MACD"),
-        ("stoch_k", "mean((C - LL14) / (HH14 - LL14), 3)", 15, 0.0, 1.0, "Lane 1984, slow %K"),
-        ("stoch_d", "mean(stoch_k, 3)", 17, 0.0, 1.0, "Lane 1984, slow %D"),
-        ("williams_r", "(C - HH14) / (HH14 - LL14)", 13, -1.0, 0.0, "Williams 1979"),
-        ("cci_20", "CCI(20) / 100", 19, -5.0, 5.0, "Lambert 1980"),
-        ("roc_10", "C / C[-10] - 1", 10, -0.9, 2.0, "TA-Lib ROCP"),
-        ("roc_20", "C / C[-20] - 1", 20, -0.9, 2.0, "TA-Lib ROCP"),
-        ("tsi", "EMA25_13(dC) / EMA25_13(|dC|), EMA13 of EMA25", 240, -1.0, 1.0, "Blau 1991"),
-    ),
-    *_family(
-        "trend",
-        ("sma_distance_10", "(C / SMA(C, 10) - 1) / (s20 sqrt(10))", 20, -5.0, 5.0, "own"),
-        ("sma_distance_20", "(C / SMA(C, 20) - 1) / (s20 sqrt(20))", 20, -5.0, 5.0, "own"),
-        ("sma_distance_50", "(C / SMA(C, 50) - 1) / (s20 sqrt(50))", 49, -5.0, 5.0, "own"),
-        ("ema_distance_10", "(C / EMA(C, 10) - 1) / (s20 sqrt(10))", 120, -5.0, 5.0, "own"),
-        ("ema_distance_20", "(C / EMA(C, 20) - 1) / (s20 sqrt(20))", 200, -5.0, 5.0, "own"),
-        ("price_to_sma", "C / SMA(C, 200) - 1", 199, -0.9, 2.0, "TA-Lib SMA"),
-        ("sma_cross_20_50", "SMA(C, 20) / SMA(C, 50) - 1", 49, -0.5, 0.5, "TA-Lib SMA"),
-        ("sma_cross_50_200", "SMA(C, 50) / SMA(C, 200) - 1", 199, -0.75, 1.0, "TA-Lib SMA"),
-        ("adx_14", "ADX(14) / 100", 240, 0.0, 1.0, "Wilder 1978"),
-        ("di_spread_14", "(+DI - -DI) / (+DI + -DI), 14 bars", 220, -1.0, 1.0, "Wilder 1978"),
-    ),
-    *_family(
-        "bands",
-        ("bollinger_upper", "(SMA(C, 20) + 2 std(C, 20)) / C - 1", 19, -0.5, 1.0, "Bollinger 2001"),
-        ("bollinger_lower", "(SMA(C, 20) - 2 std(C, 20)) / C - 1", 19, -1.0, 0.5, "Bollinger 2001"),
-        ("bollinger_width", "4 std(C, 20) / SMA(C, 20)", 19, 0.0, 2.0, "Bollinger 2001"),
-        ("bollinger_position", "(C - lower) / (upper - lower)", 19, -1.0, 2.0, "Bollinger 2001, %b"),
-        ("keltner_upper", "(EMA(C, 20) + 2 ATR(10)) / C - 1", 200, -0.5, 1.0, "Raschke's Keltner bands"),
-        ("keltner_lower", "(EMA(C, 20) - 2 ATR(10)) / C - 1", 200, -1.0, 0.5, "Raschke's Keltner bands"),
-    ),
-    *_family(
-        "volume",
-        ("volume_sma_ratio", "V / mean(V, 20)", 19, 0.0, 10.0, "own"),
-        ("obv_slope", "sum(sign(r) V, 20) / sum(V, 20)", 20, -1.0, 1.0, "Granville 1963"),
-        ("vwap_distance", "C / VWAP(20) - 1", 19, -0.5, 1.0, "own"),
-        ("mfi_14", "share of sum(TP V, 14) where TP rose", 14, 0.0, 1.0, "Quong, Soudack 1989"),
-        ("vpt", "sum(dC/C[-1] V, 20) / sum(V, 20) / s20", 20, -3.0, 3.0, "volume price trend"),
-        ("accumulation_distribution", "sum(CLV V, 20) / sum(V, 20)", 19, -1.0, 1.0, "Chaikin money flow"),
-    ),
-    *_family(
-        "multi_timeframe",
-        ("velocity_5d", "log(C / C[-5]) / (s20 sqrt(5))", 20, -5.0, 5.0, "own"),
-        ("velocity_10d", "log(C / C[-10]) / (s20 sqrt(10))", 20, -5.0, 5.0, "own"),
-        ("velocity_20d", "log(C / C[-20]) / (s20 sqrt(20))", 20, -5.0, 5.0, "own"),
-        ("acceleration_5d", "velocity_5d - velocity_5d[-5]", 25, -5.0, 5.0, "own"),
-        ("rsi_velocity_5d", "rsi_14 - rsi_14[-5]", 225, -1.0, 1.0, "own"),
-        ("volume_velocity_5d", "(v - w) / (v + w), v = sum(V, 5), w = v[-5]", 9, -1.0, 1.0, "own"),
-        ("momentum_60d", "log(C / C[-60]) / (s200 sqrt(60))", 200, -5.0, 5.0, "Jegadeesh, Titman 1993"),
-        (
-            "momentum_250d",
-            "log(C[-20] / C[-250]) / (s200 sqrt(230))",
-            250,
-            -5.0,
-            5.0,
-            "Jegadeesh, Titman 1993",
-        ),
-    ),
-    *_family(
-        "pattern",
-        ("higher_high", "share of the last 5 bars with H > H[-1]", 5, 0.0, 1.0, "own"),
-        ("lower_low", "share of the last 5 bars with L < L[-1]", 5, 0.0, 1.0, "own"),
-        ("gap_up", "max(O / H[-1] - 1, 0) / s20", 20, 0.0, 5.0, "own"),
-        ("gap_down", "max(1 - O / L[-1], 0) / s20", 20, 0.0, 5.0, "own"),
-        ("body_size", "(C - O) / (H - L)", 0, -1.0, 1.0, "own"),
-        ("inside_bar", "H <= H[-1] and L >= L[-1] and H > L", 1, 0.0, 1.0, "own"),
-    ),
-    *_family(
-        "regime",
-        ("volatility_regime_low", "std(r, 20) / std(r, 200) < 0.75", 200, 0.0, 1.0, "own"),
-        ("volatility_regime_normal", "neither low nor high", 200, 0.0, 1.0, "own"),
-        ("volatility_regime_high", "std(r, 20) / std(r, 200) > 1.25", 200, 0.0, 1.0, "own"),
-        ("trend_strength", "|log(C / C[-20])| / sum(|r|, 20)", 20, 0.0, 1.0, "Kaufman 1995"),
-        ("trend_direction", "log(C / C[-60]) / sum(|r|, 60)", 60, -1.0, 1.0, "Kaufman 1995, signed"),
-        ("mean_reversion", "-sum(r r[-1], 60) / sum(r^2, 60)", 61, -1.0, 1.0, "autocorrelation, negated"),
-    ),
-    *_family(
-        "microstructure",
-        ("high_low_range", "log(H / L)", 0, 0.0, 0.5, "own"),
-        ("close_location", "CLV = (2C - H - L) / (H - L)", 0, -1.0, 1.0, "Chaikin"),
-        ("intraday_volatility", "sqrt(gk / mean(gk, 20))", 19, 0.0, 5.0, "Garman, Klass 1980"),
-        ("overnight_return", "log(O / C[-1])", 1, -0.25, 0.25, "own"),
-    ),
+_REGISTRY = _registry()
+CROSS_ASSET: tuple[FeatureSpec, ...] = tuple(spec for spec in _REGISTRY if spec.family == "cross_asset")
+MARKET_CONTEXT: tuple[FeatureSpec, ...] = tuple(spec for spec in _REGISTRY if spec.family == "market_context")
+FEATURES: tuple[FeatureSpec, ...] = tuple(
+    spec for spec in _REGISTRY if spec not in {*CROSS_ASSET, *MARKET_CONTEXT}
 )
 MAX_WARMUP_BARS: int = max(spec.warmup_bars for spec in FEATURES)
 
@@ -167,6 +77,13 @@ LEGEND = (
     "s20, s200 = std(r, 20), std(r, 200), at least 0.0005; HH14, LL14: highest high, lowest low of 14 bars. "
     "mean, sum, std: over the last so many bars. Where a denominator is nothing (no volume, no range, no "
     "move) the value is the neutral one: 0, 0.5 of a share, 1 of a ratio. A condition is 1 or 0."
+)
+OPTIONAL_LEGEND = (
+    "Off unless asked, and in no model that did not ask: they need another series. X: the close of ^VIX; M: "
+    "the close of the market (an index, or the mean of a universe); m = log(M / M[-1]); spread = "
+    "rv_iv_spread. As of the same close; a session without one takes the last close, at most "
+    f"{MAX_AGE_SESSIONS} sessions old. A deviation of nothing is 0. The warm-up counts from the first "
+    "session of the other series where that begins later. Symbols that close before New York are refused."
 )
 
 
@@ -181,10 +98,11 @@ class FeatureRows:
         Names of the features stored so far.
     """
 
-    def __init__(self, n_bars: int) -> None:
-        self.block = np.empty((len(FEATURES), n_bars))
+    def __init__(self, n_bars: int, optional: tuple[FeatureSpec, ...] = ()) -> None:
+        specs = FEATURES + optional
+        self.block = np.empty((len(specs), n_bars))
         self.stored: set[str] = set()
-        self._specs = {spec.name: (spec, row) for spec, row in zip(FEATURES, self.block, strict=True)}
+        self._specs = {spec.name: (spec, row) for spec, row in zip(specs, self.block, strict=True)}
 
     def __getitem__(self, name: str) -> FloatArray:
         """Return a row that was stored before."""
@@ -314,31 +232,68 @@ _PRICE_FAMILIES = (_returns_volatility, _momentum, _trend, _bands, _multi_timefr
 _BAR_FAMILIES = (_volume, _pattern, _microstructure)
 
 
-def engineer_features(bars: pd.DataFrame) -> pd.DataFrame:
+def engineer_features(
+    bars: pd.DataFrame, *, vix: pd.DataFrame | None = None, market: pd.DataFrame | None = None
+) -> pd.DataFrame:
     """Compute every feature of the registry.
 
     Parameters
     ----------
     bars
         Adjusted OHLCV bars of one symbol, ascending; prices positive, nothing missing.
+    vix, market
+        Bars of ^VIX and of the market (only ``Close`` is read); each appends its optional family. They must
+        have closed by the close of the bars: see ``data.market_context.refuse_earlier_closes``.
 
     Returns
     -------
     DataFrame
         Float64, indexed like ``bars``, columns in the registry's order. Row t is known at the close of t and
-        is the same, to the last bit, whatever follows it. NaN in the declared warm-ups and nowhere else.
+        is the same, to the last bit, whatever follows it. NaN in the declared warm-ups and nowhere else; the
+        warm-up of an optional family counts from the first session of its series where that begins later.
+
+    Raises
+    ------
+    DataError
+        When ``vix`` or ``market`` cannot be used, or lacks more than `MAX_AGE_SESSIONS` sessions in a row.
     """
-    rows = FeatureRows(len(bars))
+    optional = _optional(vix is not None, market is not None)
+    rows = FeatureRows(len(bars), optional)
     if len(bars):
         ohlcv = ("Open", "High", "Low", "Close", "Volume")
         x = ind.bar_arrays(*(np.array(bars[name], dtype=np.float64) for name in ohlcv))
         for compute in (*_PRICE_FAMILIES, *_BAR_FAMILIES):
             compute(x, rows)
-    return pd.DataFrame(rows.block.T, index=bars.index, columns=get_feature_columns(), copy=False)
+        made = cross_asset_rows(x, align_close(bars, vix, VIX_SERIES)) if vix is not None else {}
+        made |= market_rows(x, align_close(bars, market, MARKET_SERIES)) if market is not None else {}
+        for name, values in made.items():
+            rows[name] = values
+    columns = [spec.name for spec in FEATURES + optional]
+    return pd.DataFrame(rows.block.T, index=bars.index, columns=columns, copy=False)
 
 
-def get_feature_columns(include_sentiment: bool = False) -> list[str]:  # noqa: FBT001, FBT002
-    """Return the names of the features, in order.
+def _optional(cross_asset: bool, market_context: bool) -> tuple[FeatureSpec, ...]:  # noqa: FBT001
+    return (CROSS_ASSET if cross_asset else ()) + (MARKET_CONTEXT if market_context else ())
+
+
+def warmup_bars(
+    bars: pd.DataFrame, *, vix: pd.DataFrame | None = None, market: pd.DataFrame | None = None
+) -> int:
+    """Return how many leading rows of :func:`engineer_features` to leave out; maybe more than there are."""
+    needed = MAX_WARMUP_BARS
+    for other, name, specs in ((vix, VIX_SERIES, CROSS_ASSET), (market, MARKET_SERIES, MARKET_CONTEXT)):
+        if other is not None:
+            needed = max(needed, first_row(bars, other, name) + max(spec.warmup_bars for spec in specs))
+    return needed
+
+
+def get_feature_columns(
+    include_sentiment: bool = False,  # noqa: FBT001, FBT002
+    *,
+    cross_asset: bool = False,
+    market_context: bool = False,
+) -> list[str]:
+    """Return the names of the features, in order; the optional families only when asked for.
 
     Raises
     ------
@@ -347,13 +302,23 @@ def get_feature_columns(include_sentiment: bool = False) -> list[str]:  # noqa: 
     """
     if include_sentiment:
         raise UsageError("no sentiment features are registered: call get_feature_columns(False)")
-    return [spec.name for spec in FEATURES]
+    return [spec.name for spec in FEATURES + _optional(cross_asset, market_context)]
 
 
-def feature_set_hash() -> str:
+def feature_set_hash(*, cross_asset: bool = False, market_context: bool = False) -> str:
     """Return the sha256 of the registry and its version: what a cache or a bundle was made with."""
-    content = repr((FEATURE_SET_VERSION, [astuple(spec) for spec in FEATURES]))
+    specs = FEATURES + _optional(cross_asset, market_context)
+    content = repr((FEATURE_SET_VERSION, [astuple(spec) for spec in specs]))
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _table(specs: tuple[FeatureSpec, ...]) -> list[str]:
+    lines = ["| name | family | formula | warm-up (bars) | bounds | source |", "|---|---|---|---|---|---|"]
+    for spec in specs:
+        formula, bounds = spec.formula.replace("|", "\\|"), f"{spec.lower:g} to {spec.upper:g}"
+        cells = (spec.name, spec.family, formula, str(spec.warmup_bars), bounds, spec.source)
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def features_table() -> str:
@@ -365,13 +330,14 @@ def features_table() -> str:
         "",
         f"{len(FEATURES)} columns, warm-up {MAX_WARMUP_BARS} bars. {LEGEND}",
         "",
-        "| name | family | formula | warm-up (bars) | bounds | source |",
-        "|---|---|---|---|---|---|",
+        *_table(FEATURES),
+        "",
+        "## Optional features",
+        "",
+        OPTIONAL_LEGEND,
+        "",
+        *_table(CROSS_ASSET + MARKET_CONTEXT),
     ]
-    for spec in FEATURES:
-        formula, bounds = spec.formula.replace("|", "\\|"), f"{spec.lower:g} to {spec.upper:g}"
-        cells = (spec.name, spec.family, formula, str(spec.warmup_bars), bounds, spec.source)
-        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""What a table of bars is: its columns, its repair, its hash, its form on disk.
+"""What a table of bars is: its columns, its repair, its hash.
 
 Raw tables come in Yahoo's convention (``Open High Low Close`` adjusted for splits, ``Adj Close`` for
 splits and dividends, ``Volume`` split-adjusted). :func:`clean_bars` turns them into the bars that every
@@ -6,22 +6,18 @@ other room reads, counts what it mended, and refuses what it cannot mend.
 """
 
 import hashlib
-import json
 import re
 from dataclasses import dataclass, replace
-from datetime import date, datetime
+from datetime import datetime
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
 
 from utils.errors import DataError, InsufficientDataError, InvalidSymbolError
 
 Column = NDArray[np.float64]
-SCHEMA_VERSION = 1
 BAR_COLUMNS = ("Open", "High", "Low", "Close", "Volume")
 RAW_COLUMNS = ("Open", "High", "Low", "Close", "Adj Close", "Volume")
 PRICE_COLUMNS = ("Open", "High", "Low", "Close", "Adj Close")
@@ -39,11 +35,13 @@ class QualityLimits:
     Attributes
     ----------
     rejected, interior_nan, missing_sessions, off_calendar
-        Largest share of rows with impossible prices, without prices before the last good row, of sessions
-        without a row, and of rows on days without a session.
+        Largest share of rows with impossible prices (or absurd ones), without prices before the last good
+        row, of sessions without a row, and of rows on days without a session.
     close_tolerance, open_tolerance
         Relative excess of close or open over the day's range that is mended by widening the range: vendors
         round each column by itself, and quote currencies' opens from the day before.
+    lowest_price, highest_price, highest_volume
+        No market was ever beyond them, whatever its currency and its splits; a defect in a file often is.
     """
 
     rejected: float = 0.01
@@ -52,6 +50,14 @@ class QualityLimits:
     off_calendar: float = 0.05
     close_tolerance: float = 1e-4
     open_tolerance: float = 0.02
+    lowest_price: float = 1e-12
+    highest_price: float = 1e15
+    highest_volume: float = 1e18
+
+
+# What agrees with a count of one, and of more.
+_ONE = MappingProxyType({"s": "", "was": "was", "is": "is", "has": "has", "their": "its"})
+_MORE = MappingProxyType({"s": "s", "was": "were", "is": "are", "has": "have", "their": "their"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,8 +74,10 @@ class BarsReport:
     unfinished_dropped: int = 0
     interior_nan: int = 0
     duplicates: int = 0
+    conflicting: int = 0
     unsorted: int = 0
     rejected_rows: int = 0
+    absurd_rows: int = 0
     range_mended: int = 0
     volume_missing: int = 0
     zero_volume_rows: int = 0
@@ -80,20 +88,24 @@ class BarsReport:
     def problems(self) -> tuple[str, ...]:
         """Return one sentence per kind of trouble, none when the table was in order."""
         said = (
-            (self.nan_tail_dropped, "rows without prices at the end were dropped"),
-            (self.unfinished_dropped, "rows of a session still open were dropped"),
-            (self.interior_nan, "rows without prices inside the history were dropped"),
-            (self.duplicates, "doubled rows were dropped, the last of each was kept"),
-            (self.unsorted, "rows were out of order and were sorted"),
-            (self.rejected_rows, "rows with impossible prices were dropped"),
-            (self.range_mended, "rows had their high or low widened to hold open and close"),
-            (self.volume_missing, "volumes were missing and read as 0"),
-            (self.zero_volume_rows, "rows have volume 0"),
-            (self.moves_over_50pct, "closes moved by more than half in one session"),
-            (self.missing_sessions, "sessions of the exchange are missing"),
-            (self.off_calendar, "rows on days when the exchange was closed were dropped"),
+            (self.nan_tail_dropped, "row{s} without prices at the end {was} dropped"),
+            (self.unfinished_dropped, "row{s} of sessions that had not closed yet {was} dropped"),
+            (self.interior_nan, "row{s} without prices inside the history {was} dropped"),
+            (self.duplicates, "doubled row{s} {was} dropped, the last of each was kept"),
+            (self.conflicting, "of the doubled rows said something else than the one kept"),
+            (self.unsorted, "row{s} {was} out of order and {was} sorted"),
+            (self.rejected_rows, "row{s} with impossible prices {was} dropped"),
+            (self.absurd_rows, "row{s} with prices or volumes beyond those of any market {was} dropped"),
+            (self.range_mended, "row{s} had {their} high or low widened to hold open and close"),
+            (self.volume_missing, "volume{s} {was} missing and read as 0"),
+            (self.zero_volume_rows, "row{s} {has} volume 0"),
+            (self.moves_over_50pct, "close{s} moved by more than half in one session"),
+            (self.missing_sessions, "session{s} of the exchange {is} missing"),
+            (self.off_calendar, "row{s} on days when the exchange was closed {was} dropped"),
         )
-        return tuple(f"{count} {words}" for count, words in said if count)
+        return tuple(
+            f"{count} {words.format_map(_ONE if count == 1 else _MORE)}" for count, words in said if count
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +121,8 @@ class Provenance:
     last_session
         Session of the last bar, tz-naive.
     stale
-        True when the exchange had closed a later session at the time of asking.
+        True when the exchange had closed a later session at the time of asking, and the source could know it:
+        never for the sample, whose prices have ended for good.
     """
 
     source: str
@@ -242,9 +255,13 @@ def _order(table: pd.DataFrame, report: BarsReport) -> tuple[pd.DataFrame, BarsR
         priced = np.asarray(table["Close"].notna())
         table = table.iloc[np.lexsort((priced, dates.asi8))]
     doubled = table.index.duplicated(keep="last")
+    conflicting = 0
     if doubled.any():
-        table = table.loc[~doubled]
-    return table, replace(report, unsorted=unsorted, duplicates=int(doubled.sum()))
+        kept, dropped = table.loc[~doubled], table.loc[doubled].dropna(subset=list(PRICE_COLUMNS))
+        differs = (dropped != kept.loc[dropped.index]) & (dropped.notna() | kept.loc[dropped.index].notna())
+        conflicting, table = int(differs.any(axis=1).sum()), kept
+    report = replace(report, unsorted=unsorted, duplicates=int(doubled.sum()), conflicting=conflicting)
+    return table, report
 
 
 def _drop_missing(
@@ -267,21 +284,35 @@ def _drop_impossible(
     volume_missing = int(table["Volume"].isna().sum())
     if volume_missing:
         table = table.assign(Volume=table["Volume"].fillna(0.0))
-    values = np.asarray(table, dtype=np.float64)
+    values = np.array(table, dtype=np.float64)
+    absurd = _absurd(values, limits)
+    values[absurd] = np.nan
     open_, high, low, close, _, volume = values.T
     bad = ~np.isfinite(values).all(axis=1) | (values[:, :5] <= 0.0).any(axis=1) | (volume < 0.0)
     bad |= (high < low) | _outside(close, low, high, limits.close_tolerance * np.abs(close))
     bad |= _outside(open_, low, high, limits.open_tolerance * np.abs(close))
-    rejected = int(bad.sum())
-    refuse_above(rejected, len(table), limits.rejected, "rows have impossible prices")
+    refuse_above(int(bad.sum()), len(table), limits.rejected, "rows have impossible prices")
     top, bottom = np.maximum(open_, close), np.minimum(open_, close)
     outside = ~bad & ((top > high) | (bottom < low))
     if outside.any():
         table = table.assign(High=np.maximum(high, top), Low=np.minimum(low, bottom))
     report = replace(
-        report, rejected_rows=rejected, range_mended=int(outside.sum()), volume_missing=volume_missing
+        report,
+        rejected_rows=int((bad & ~absurd).sum()),
+        absurd_rows=int(absurd.sum()),
+        range_mended=int(outside.sum()),
+        volume_missing=volume_missing,
     )
-    return (table.loc[~bad] if rejected else table), report
+    return (table.loc[~bad] if bad.any() else table), report
+
+
+def _absurd(values: Column, limits: QualityLimits) -> NDArray[np.bool_]:
+    """Return the rows with a number that is a defect of the file, though positive and finite."""
+    prices, volume = values[:, :5], values[:, 5]
+    tiny, huge = (prices > 0.0) & (prices < limits.lowest_price), prices > limits.highest_price
+    beyond = ((tiny | huge) & np.isfinite(prices)).any(axis=1)
+    beyond |= (volume > limits.highest_volume) & np.isfinite(volume)
+    return np.asarray(beyond, dtype=np.bool_)
 
 
 def _outside(
@@ -319,69 +350,6 @@ def bars_hash(frame: pd.DataFrame) -> str:
     digest.update(pd.DatetimeIndex(frame.index).as_unit("s").asi8.astype("<i8").tobytes())
     digest.update(np.ascontiguousarray(frame, dtype="<f8").tobytes())
     return digest.hexdigest()
-
-
-class TableMeta(BaseModel):
-    """What lies beside a table on disk; ``rows``, ``file`` and ``sha256`` are filled in when it is stored."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    schema_version: int = SCHEMA_VERSION
-    symbol: str
-    source: str
-    last_session: date
-    fetched_at: datetime
-    revision: str | None = None
-    bars_hash: str | None = None
-    feature_set_hash: str | None = None
-    target_horizon_bars: int | None = None
-    rows: int = 0
-    file: str = Field(default="", pattern=r"^(bars|features)-[0-9a-f]{16}\.parquet$")
-    sha256: str = ""
-
-
-class CorruptTableError(DataError):
-    """A cached file is not the one that was written."""
-
-
-def seal(meta: TableMeta) -> bytes:
-    """Return the description of a table as JSON that begins with its own sha256."""
-    return _sealed(json.dumps(meta.model_dump(mode="json"), sort_keys=True).encode())
-
-
-def unseal(sealed: bytes) -> TableMeta | None:
-    """Return the description that :func:`seal` wrote, None for another schema version.
-
-    Raises
-    ------
-    CorruptTableError
-        If a byte of it is not what was written.
-    """
-    text = sealed[len('{"sha256": "", "meta": ') + 64 : -1]
-    if sealed != _sealed(text):
-        raise CorruptTableError("the description of a table is not what was written")
-    meta = json.loads(text)
-    return TableMeta.model_validate(meta) if meta["schema_version"] == SCHEMA_VERSION else None
-
-
-def _sealed(text: bytes) -> bytes:
-    return b'{"sha256": "%b", "meta": %b}' % (hashlib.sha256(text).hexdigest().encode(), text)
-
-
-def encode_table(frame: pd.DataFrame) -> bytes:
-    """Return a table of numbers over dates as a Parquet file with page checksums."""
-    dates = pd.DatetimeIndex(frame.index).as_unit("us").to_numpy()
-    columns = {str(name): np.asarray(frame[name], dtype=np.float64) for name in frame.columns}
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table({"date": dates, **columns}), sink, write_page_checksum=True)
-    return bytes(sink.getvalue())
-
-
-def decode_table(content: bytes) -> pd.DataFrame:
-    """Return the table that :func:`encode_table` wrote, after checking its pages."""
-    table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
-    columns = {name: table[name].to_numpy() for name in table.column_names if name != "date"}
-    return pd.DataFrame(columns, index=pd.DatetimeIndex(table["date"].to_numpy(), name="date"))
 
 
 def check_enough(frame: pd.DataFrame, needed_bars: int, purpose: str) -> None:

@@ -15,8 +15,9 @@ import numpy.typing as npt
 import pandas as pd
 from numba import njit
 
-from data.feature_engineer import MAX_WARMUP_BARS, engineer_features, get_feature_columns
+from data.feature_engineer import engineer_features, get_feature_columns, warmup_bars
 from data.indicators import MIN_SIGMA_LOG, bar_moves
+from data.market_context import refuse_earlier_closes
 from utils.errors import DataError, InsufficientDataError, UsageError
 
 logger = logging.getLogger(__name__)
@@ -265,25 +266,28 @@ class Dataset:
 _ROW_FIELDS = ("features", "date", "label_end", "symbol_code", "target_scaled", "target_log", "sigma_log")
 
 
-def _check_frames(frames: Mapping[str, pd.DataFrame], horizon_bars: int) -> None:
-    needed = MAX_WARMUP_BARS + horizon_bars + 1
-    if not frames:
-        raise UsageError("no symbol given: a dataset needs the bars of at least one")
-    short = {symbol: len(bars) for symbol, bars in frames.items() if len(bars) < needed}
+def _check_frames(frames: Mapping[str, pd.DataFrame], horizon_bars: int, warmups: Mapping[str, int]) -> None:
+    needed = {symbol: warmup + horizon_bars + 1 for symbol, warmup in warmups.items()}
+    short = {symbol: len(bars) for symbol, bars in frames.items() if len(bars) < needed[symbol]}
     if short:
+        most = max(needed[symbol] for symbol in short)
         listed = ", ".join(f"{symbol} ({have})" for symbol, have in short.items())
         raise InsufficientDataError(
-            f"a dataset with a horizon of {horizon_bars} bars needs {needed} bars a symbol, there are "
+            f"a dataset with a horizon of {horizon_bars} bars needs {most} bars a symbol, there are "
             f"fewer for {listed}: leave them out or take an earlier start"
         )
 
 
 def _empty_dataset(
-    frames: Mapping[str, pd.DataFrame], horizon_bars: int
+    frames: Mapping[str, pd.DataFrame],
+    horizon_bars: int,
+    columns: tuple[str, ...],
+    warmups: Mapping[str, int],
 ) -> tuple[Dataset, npt.NDArray[np.intp]]:
     """Allocate the whole panel at once; also return where row i, counted symbol after symbol, belongs."""
-    columns = tuple(get_feature_columns())
-    dates = [np.asarray(bars.index[MAX_WARMUP_BARS:], dtype="datetime64[D]") for bars in frames.values()]
+    dates = [
+        np.asarray(bars.index[warmups[symbol] :], dtype="datetime64[D]") for symbol, bars in frames.items()
+    ]
     codes = np.repeat(np.arange(len(dates), dtype=np.int32), [len(part) for part in dates])
     date = np.concatenate(dates)
     order = np.lexsort((codes, date))
@@ -305,11 +309,17 @@ def _empty_dataset(
     return empty, place
 
 
-def build_dataset(frames: Mapping[str, pd.DataFrame], horizon_bars: int = DEFAULT_HORIZON_BARS) -> Dataset:
+def build_dataset(
+    frames: Mapping[str, pd.DataFrame],
+    horizon_bars: int = DEFAULT_HORIZON_BARS,
+    *,
+    vix: pd.DataFrame | None = None,
+    market: pd.DataFrame | None = None,
+) -> Dataset:
     """Build the panel of all symbols: features of each bar, and its target where it is known.
 
-    The first `MAX_WARMUP_BARS` rows of a symbol are left out; rows that are not finite are counted and left
-    out. The panel is allocated once and filled symbol by symbol.
+    The rows of a symbol's warm-up are left out; rows that are not finite are counted and left out. The panel
+    is allocated once and filled symbol by symbol.
 
     Parameters
     ----------
@@ -317,6 +327,9 @@ def build_dataset(frames: Mapping[str, pd.DataFrame], horizon_bars: int = DEFAUL
         Bars by symbol, adjusted OHLCV.
     horizon_bars
         Number of bars that the target looks ahead.
+    vix, market
+        Bars of ^VIX and of the market; each appends its optional family to the columns, see
+        `engineer_features`. A symbol's rows begin once they have a value.
 
     Returns
     -------
@@ -326,35 +339,54 @@ def build_dataset(frames: Mapping[str, pd.DataFrame], horizon_bars: int = DEFAUL
 
     Raises
     ------
+    UsageError
+        When no symbol is given, or ``vix`` or ``market`` with one whose exchange closes before New York.
     InsufficientDataError
         When a symbol has no labelled row after the warm-up.
     DataError
-        When more than `MAX_DROPPED_FRACTION` of a symbol's rows would have to be dropped.
+        When more than `MAX_DROPPED_FRACTION` of a symbol's rows would have to be dropped, or ``vix`` or
+        ``market`` cannot be used.
     """
     horizon = check_horizon(horizon_bars)
-    _check_frames(frames, horizon)
-    panel, place = _empty_dataset(frames, horizon)
+    if not frames:
+        raise UsageError("no symbol given: a dataset needs the bars of at least one")
+    if vix is not None or market is not None:
+        refuse_earlier_closes(frames)
+    warmups = {symbol: warmup_bars(bars, vix=vix, market=market) for symbol, bars in frames.items()}
+    _check_frames(frames, horizon, warmups)
+    columns = get_feature_columns(cross_asset=vix is not None, market_context=market is not None)
+    panel, place = _empty_dataset(frames, horizon, tuple(columns), warmups)
     usable = np.empty(len(panel), dtype=np.bool_)
     start = 0
     for symbol, bars in frames.items():
-        rows = place[start : start + len(bars) - MAX_WARMUP_BARS]
+        features = engineer_features(bars, vix=vix, market=market)
+        rows = place[start : start + len(bars) - warmups[symbol]]
+        usable[rows] = _fill(panel, rows, symbol, features.to_numpy(), make_target(bars, horizon))
         start += len(rows)
-        target = make_target(bars, horizon).iloc[MAX_WARMUP_BARS:]
-        features = engineer_features(bars).to_numpy()[MAX_WARMUP_BARS:]
-        # A missing target is right in the last rows only; before them it is a broken price.
-        bad = ~np.isfinite(features).all(axis=1) | ~np.isfinite(np.asarray(target["sigma_log"]))
-        bad[: len(rows) - horizon] |= ~np.isfinite(np.asarray(target["target_log"])[: len(rows) - horizon])
-        if bad.mean() > MAX_DROPPED_FRACTION:
-            raise DataError(
-                f"{symbol}: {int(bad.sum())} of {len(bad)} rows after the warm-up are not finite, more than "
-                f"the {MAX_DROPPED_FRACTION:.0%} that may be dropped; check its prices"
-            )
-        usable[rows] = ~bad
-        panel.features[rows] = features
-        panel.label_end[rows] = np.asarray(target["label_end"], dtype="datetime64[D]")
-        for name in ("target_scaled", "target_log", "sigma_log"):
-            getattr(panel, name)[rows] = np.asarray(target[name])
     return panel if usable.all() else _without(panel, usable)
+
+
+def _fill(
+    panel: Dataset, rows: npt.NDArray[np.intp], symbol: str, features: FloatArray, target: pd.DataFrame
+) -> npt.NDArray[np.bool_]:
+    """Write a symbol's last ``len(rows)`` bars into the panel; return which of them are finite."""
+    warmup = len(features) - len(rows)
+    features, target = features[warmup:], target.iloc[warmup:]
+    # A missing target is right in the last rows only; before them it is a broken price.
+    known = len(rows) - panel.horizon_bars
+    usable = np.isfinite(features).all(axis=1) & np.isfinite(np.asarray(target["sigma_log"]))
+    usable[:known] &= np.isfinite(np.asarray(target["target_log"])[:known])
+    bad = int(len(rows) - np.count_nonzero(usable))
+    if bad > MAX_DROPPED_FRACTION * len(rows):
+        raise DataError(
+            f"{symbol}: {bad} of {len(rows)} rows after the warm-up are not finite, more than "
+            f"the {MAX_DROPPED_FRACTION:.0%} that may be dropped; check its prices"
+        )
+    panel.features[rows] = features
+    panel.label_end[rows] = np.asarray(target["label_end"], dtype="datetime64[D]")
+    for name in ("target_scaled", "target_log", "sigma_log"):
+        getattr(panel, name)[rows] = np.asarray(target[name])
+    return np.asarray(usable, dtype=np.bool_)
 
 
 def _without(panel: Dataset, usable: npt.NDArray[np.bool_]) -> Dataset:

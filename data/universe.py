@@ -13,14 +13,16 @@ from functools import cache as memoised
 from pathlib import Path
 from types import MappingProxyType
 
+import numpy as np
 import pandas as pd
 
 from data.cache_manager import BarCache
-from data.calendars import calendar_for
+from data.calendars import calendar_for, calendar_name
 from data.data_fetcher import BarSource, ReadsThrough, fetch_stock_data
 from data.data_validator import DataValidator
 from data.feature_engineer import engineer_features, feature_set_hash
-from data.schema import Bars, TableMeta, bars_hash, normalise_symbol
+from data.schema import Bars, bars_hash, normalise_symbol
+from data.tables import TableMeta
 from utils.errors import AIStocksError, DataError, UsageError
 
 logger = logging.getLogger(__name__)
@@ -173,7 +175,9 @@ def cached_features(
     Notes
     -----
     It is a check of the past and a record, not a shortcut: 66 features of 11,355 bars are computed in 5 to
-    17 ms and read back, with their checksums, in 32 to 44 ms. Training and serving compute.
+    17 ms and read back, with their checksums, in 32 to 44 ms. Training and serving compute, and so are the
+    optional families, which `data.target_engineering.build_dataset` adds to a whole panel: the key knows
+    nothing of their series.
     """
     symbol, source = bars.symbol, bars.provenance.source
     key = bars_hash(bars.frame)
@@ -244,3 +248,34 @@ def findings(bars: Bars, horizon_bars: int, cache: BarCache | None = None) -> tu
     calendar = calendar_for(bars.symbol)
     validator = DataValidator(bars.frame, features, horizon_bars=horizon_bars, calendar=calendar)
     return validator.run_all_validations().problems()
+
+
+def universe_mean(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Return the mean of a universe as a market to compare its symbols with.
+
+    Parameters
+    ----------
+    frames
+        Bars by symbol, ascending.
+
+    Returns
+    -------
+    DataFrame
+        ``Close`` over all sessions of any symbol, 1 in the first: it grows by the mean log return of the
+        symbols that have a close in the session and one before. Row t is known at the close of t.
+
+    Raises
+    ------
+    UsageError
+        If no symbol is given, or they close at different hours.
+    """
+    if not frames:
+        raise UsageError("no symbol given: the mean of a universe needs the bars of at least one")
+    calendars = sorted({calendar_name(symbol) for symbol in frames})
+    if len(calendars) > 1:
+        raise UsageError(
+            f"the mean of a universe needs symbols that close together, these follow {', '.join(calendars)}"
+        )
+    parts = [pd.Series(np.log(np.asarray(bars["Close"])), bars.index).diff() for bars in frames.values()]
+    returns = pd.concat(parts, axis=1, sort=True)
+    return pd.DataFrame({"Close": np.exp(returns.mean(axis=1).fillna(0.0).cumsum())})

@@ -15,7 +15,9 @@ import pytest
 from data.cache_manager import BarCache, CachePolicy, build_parser, main
 from data.calendars import calendar_for
 from data.data_fetcher import CsvSource, fetch_stock_data
-from data.schema import CorruptTableError, TableMeta, bars_hash
+from data.schema import bars_hash
+from data.tables import CorruptTableError, TableMeta
+from data.universe import load_panel
 from utils.errors import DataError, LockedError, StorageError, UnknownSymbolError, UpstreamError
 
 FLIPS = 200
@@ -290,7 +292,7 @@ def test_every_flipped_byte_is_caught_and_the_bars_fetched_again(cache, raw, tmp
 
 
 def test_page_checksums_alone_would_catch_a_flip_in_the_values(cache, raw):
-    from data.schema import decode_table, encode_table
+    from data.tables import decode_table, encode_table
 
     content = bytearray(encode_table(raw))
     content[len(content) // 3] ^= 0x10
@@ -335,7 +337,7 @@ def test_a_table_swapped_for_that_of_another_symbol_is_caught(cache, raw, tmp_pa
 def test_another_schema_version_rebuilds_itself(cache, raw, monkeypatch):
     source, now = LiveSource(raw), after(raw.index[-1])
     frame_of(cache, source, now)
-    monkeypatch.setattr("data.schema.SCHEMA_VERSION", 2)
+    monkeypatch.setattr("data.tables.SCHEMA_VERSION", 2)
     assert cache.load("bars", "AAPL", "yahoo") is None
     frame_of(cache, source, now)
     assert len(source.asked) == 2
@@ -430,6 +432,32 @@ def test_two_processes_never_show_a_reader_half_a_table(tmp_path, raw):
     assert readings > 10
 
 
+def test_symbols_that_nobody_knows_leave_a_bounded_number_of_files(tmp_path):
+    cache, now = BarCache(tmp_path), after(pd.Timestamp("2024-06-14"))
+    for number in range(600):
+        with pytest.raises(UnknownSymbolError):
+            fetch_stock_data(f"X{number}", source=LiveSource(None), cache=cache, now=now)
+    left = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert 0 < len(left) <= 256
+    assert {path.parent.name for path in left} == {"locks"}
+
+
+def test_symbols_that_share_a_lock_take_turns(tmp_path, raw):
+    cache, now = BarCache(tmp_path), after(raw.index[-1])
+    symbols, seen = [], {}
+    for symbol in (f"X{number}" for number in range(300)):
+        with cache.locked(symbol, "yahoo"):
+            pass
+        new = {path.name for path in (tmp_path / "locks").iterdir()} - set(seen)
+        symbols += [] if new else [symbol]
+        seen |= dict.fromkeys(new, symbol)
+    assert symbols, "by the pigeonhole some share"
+    source = LiveSource(raw, delay_s=0.001)
+    some = [*list(seen.values())[:20], *symbols[:10]]
+    load_panel(some, source, cache, 30, now=now)
+    assert sorted(symbol for symbol, _ in cache.entries()) == sorted(some)
+
+
 def test_a_lock_that_is_held_too_long_is_named(tmp_path, raw):
     cache = BarCache(tmp_path, CachePolicy(lock_timeout_s=0.05))
     with cache.locked("AAPL", "yahoo"), pytest.raises(LockedError, match="takes too long"):
@@ -503,6 +531,11 @@ def test_the_command_line_ends_with_the_code_of_the_error(capsys, tmp_path):
     assert main(["refresh", "../x", "--source", "sample", *where]) == 2
     assert main(["refresh", "AAPL", "--source", "bloomberg", *where]) == 2
     assert not (tmp_path / "cache" / "bars").exists()
+
+
+def test_the_sample_is_not_stale(capsys, tmp_path):
+    where = ("--source", "sample", "--cache-dir", str(tmp_path))
+    assert cli(capsys, "refresh", "IBM", *where)[1][0]["state"] == "ok"
 
 
 def test_the_table_for_people(capsys, tmp_path):

@@ -16,9 +16,9 @@ import pandas as pd
 import pytest
 from curl_cffi.requests import Session
 
-from data.cache_manager import BarCache
+from data.cache_manager import BarCache, describe
 from data.data_fetcher import CsvSource, SampleSource, YahooSource, fetch_stock_data, make_source
-from data.schema import BAR_COLUMNS, RAW_COLUMNS
+from data.schema import BAR_COLUMNS, RAW_COLUMNS, bars_hash
 from utils.errors import DataError, UnknownSymbolError, UpstreamError, UsageError
 
 Answer = tuple[int, bytes]
@@ -209,7 +209,8 @@ def test_a_source_gives_bars_with_provenance(source):
     assert bars.report.off_calendar == 0
     assert bars.provenance.source == source.name
     assert bars.provenance.last_session == bars.frame.index[-1]
-    assert bars.provenance.stale, "the exchange has closed many sessions since"
+    # The exchange has closed many sessions since; the sample's prices have ended for good.
+    assert bars.provenance.stale == (source.name != "sample")
     assert bars.provenance.fetched_at.tzinfo is UTC
 
 
@@ -226,6 +227,32 @@ def test_stale_is_judged_at_the_moment_of_asking(csv_folder):
     closed = datetime(last.year, last.month, last.day, 22, 0, tzinfo=UTC)
     assert not fetch_stock_data("AAPL", source=source, now=closed).provenance.stale
     assert fetch_stock_data("AAPL", source=source, now=closed + timedelta(days=4)).provenance.stale
+
+
+def test_the_sample_is_never_stale_and_ends_when_it_says():
+    source = SampleSource()
+    for symbol in ("AAPL", "FB", "GOOG", "IBM", "MSFT"):
+        assert source.fetch(symbol).index[-1] == SampleSource.ENDS
+    for moment in (datetime(2010, 1, 5, 23, tzinfo=UTC), datetime(2013, 3, 1, 23, tzinfo=UTC), None):
+        assert not fetch_stock_data("AAPL", source=source, now=moment).provenance.stale
+
+
+def test_a_row_dated_in_the_future_is_dropped_and_said_with_and_without_a_cache(csv_folder, tmp_path):
+    path = csv_folder / "AAPL.csv"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines, "2999-01-04" + lines[-1][10:]]))
+    source = CsvSource(csv_folder)
+    cache = BarCache(tmp_path / "cache")
+    for cached in (None, cache, cache):
+        bars = fetch_stock_data("AAPL", source=source, cache=cached)
+        assert len(bars.frame) == 300
+        assert bars.report.problems() == ("1 row of sessions that had not closed yet was dropped",)
+    shown = describe(cache, "AAPL", source.name, datetime.now(UTC))
+    assert (shown["rows"], shown["state"]) == (300, "stale")
+    path.write_text("\n".join([lines[0], "2999-01-04" + lines[-1][10:]]))
+    for cached in (None, cache):
+        with pytest.raises(DataError, match="csv:prices has no session that had closed by"):
+            fetch_stock_data("AAPL", source=source, cache=cached)
 
 
 def test_the_bar_of_an_open_session_is_not_used(csv_folder):
@@ -287,6 +314,33 @@ def test_a_csv_may_carry_times_of_day(csv_folder):
     summer = [line.replace(",", " 00:00:00-04:00,", 1) if "-07-" in line else line for line in lines[1:]]
     path.write_text("\n".join([lines[0], *summer]))
     pd.testing.assert_frame_equal(CsvSource(csv_folder).fetch("AAPL"), plain)
+
+
+def test_a_file_that_changes_while_it_is_read_is_read_again(csv_folder, tmp_path, make_bars):
+    class Overtaken(CsvSource):
+        def _read(self, symbol: str) -> bytes:
+            content = super()._read(symbol)
+            raw_table(make_bars(280, seed=2)).rename_axis("Date").to_csv(csv_folder / "AAPL.csv")
+            return content
+
+    cache = BarCache(tmp_path / "cache")
+    assert len(fetch_stock_data("AAPL", source=Overtaken(csv_folder), cache=cache).frame) == 300
+    after, plain = CsvSource(csv_folder), fetch_stock_data("AAPL", source=CsvSource(csv_folder))
+    assert len(plain.frame) == 280
+    assert bars_hash(fetch_stock_data("AAPL", source=after, cache=cache).frame) == bars_hash(plain.frame)
+
+
+def test_a_revision_is_that_of_the_answer(csv_folder):
+    for source in (CsvSource(csv_folder), SampleSource()):
+        table, revision = source.fetch_revised("AAPL")
+        assert revision == source.revision("AAPL")
+        pd.testing.assert_frame_equal(table, source.fetch("AAPL"))
+
+
+def test_a_file_that_may_not_be_read_is_named(csv_folder):
+    (csv_folder / "DIR.csv").mkdir()
+    with pytest.raises(UpstreamError, match=r"DIR.csv of csv:prices cannot be read: Is a directory"):
+        fetch_stock_data("DIR", source=CsvSource(csv_folder))
 
 
 @pytest.mark.parametrize(

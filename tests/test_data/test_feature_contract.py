@@ -1,7 +1,7 @@
 """One contract for every feature; each check is shown a fault that it must catch."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from data import feature_engineer
 from data.feature_engineer import (
+    CROSS_ASSET,
     FEATURES,
+    MARKET_CONTEXT,
     MAX_WARMUP_BARS,
     FeatureRows,
     engineer_features,
@@ -21,6 +23,8 @@ from data.feature_engineer import (
 
 Compute = Callable[[pd.DataFrame], pd.DataFrame]
 NAMES = get_feature_columns()
+SPECS = FEATURES + CROSS_ASSET + MARKET_CONTEXT
+ALL_NAMES = get_feature_columns(cross_asset=True, market_context=True)
 PRICES = ["Open", "High", "Low", "Close"]
 # Neighbours too: a flag that changes rarely must change at one of them.
 CUTS = (*range(262, 330), *range(330, 640, 13), 637, 638, 639)
@@ -63,7 +67,7 @@ def range_violations(compute: Compute, bars: pd.DataFrame) -> set[str]:
     values = compute(bars).iloc[MAX_WARMUP_BARS:]
     return {
         spec.name
-        for spec in FEATURES
+        for spec in SPECS
         if not values[spec.name].between(spec.lower, spec.upper).all()
         or not np.isfinite(values[spec.name]).all()
     }
@@ -76,11 +80,42 @@ def return_violations(compute: Compute, bars: pd.DataFrame) -> set[str]:
     return set(ranks.columns[ranks.corrwith(close.pct_change().reindex(ranks.index).rank()).abs() > 0.98])
 
 
-def with_column(name: str, column: Callable[[pd.DataFrame, pd.DataFrame], pd.Series]) -> Compute:
+@dataclass(frozen=True)
+class AllFeatures:
+    """The optional families too; the other series end where the bars end, and may be scaled."""
+
+    market_factor: float = 1.0
+    peek_bars: int = 0
+
+    def __call__(self, bars: pd.DataFrame) -> pd.DataFrame:
+        vix, market = (
+            series.loc[: bars.index[-1]].shift(-self.peek_bars).ffill() for series in _other_series()
+        )
+        return engineer_features(bars, vix=vix, market=market * self.market_factor)
+
+
+all_features = AllFeatures()
+
+
+@cache
+def _other_series() -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Closes of a ^VIX and of a market on the days of the bars, but for a holiday; the market has a halt."""
+    rng = np.random.default_rng(12)
+    bars = _bars_with_quirks()
+    returns = 0.5 * np.log(bars["Close"]).diff().fillna(0.0) + rng.normal(0, 0.007, len(bars))
+    returns.iloc[450:475] = 0.0
+    vix = 18 * np.exp(np.cumsum(0.9 * rng.normal(0, 0.06, len(bars)) - 0.02 * np.sin(np.arange(len(bars)))))
+    others = pd.DataFrame({"Close": vix}, bars.index), pd.DataFrame({"Close": 300 * np.exp(returns.cumsum())})
+    return others[0].drop(bars.index[[290, 291, 511]]), others[1].drop(bars.index[[305, 402]])
+
+
+def with_column(
+    name: str, column: Callable[[pd.DataFrame, pd.DataFrame], pd.Series], base: Compute = all_features
+) -> Compute:
     """Replace one feature by what ``column`` makes of the bars and the true features."""
 
     def compute(bars: pd.DataFrame) -> pd.DataFrame:
-        features = engineer_features(bars)
+        features = base(bars)
         return features.assign(**{name: column(bars, features).clip(-1e9, 1e9)})
 
     return compute
@@ -111,24 +146,23 @@ def bars() -> pd.DataFrame:
 
 @cache
 def _prefix(length: int) -> pd.DataFrame:
-    return engineer_features(_bars_with_quirks().iloc[:length])
+    return all_features(_bars_with_quirks().iloc[:length])
 
 
 # --- prefix invariance ----------------------------------------------------------------------------
 
 
 def test_no_feature_changes_when_bars_are_added(bars: pd.DataFrame) -> None:
-    assert prefix_violations(engineer_features, bars) == set()
+    assert prefix_violations(all_features, bars) == set()
 
 
 def test_no_feature_changes_when_bars_are_added_to_short_histories(bars: pd.DataFrame) -> None:
     assert (
-        prefix_violations(engineer_features, bars, (1, 2, 3, 5, 14, 20, 21, 34, 60, 199, 200, 201, 251))
-        == set()
+        prefix_violations(all_features, bars, (1, 2, 3, 5, 14, 20, 21, 34, 60, 199, 200, 201, 251)) == set()
     )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL_NAMES)
 def test_a_feature_that_looks_one_bar_ahead_is_caught(name: str, bars: pd.DataFrame) -> None:
     # The last row repeats the one before: no NaN gives the mutant away, only its values do.
     def mutant(part: pd.DataFrame) -> pd.DataFrame:
@@ -136,6 +170,17 @@ def test_a_feature_that_looks_one_bar_ahead_is_caught(name: str, bars: pd.DataFr
         return features.assign(**{name: features[name].shift(-1).ffill()})
 
     assert prefix_violations(mutant, bars) == {name}
+
+
+def test_another_series_next_close_is_caught(bars: pd.DataFrame) -> None:
+    optional = {spec.name for spec in CROSS_ASSET + MARKET_CONTEXT}
+    assert prefix_violations(AllFeatures(peek_bars=1), bars) == optional
+
+
+def test_the_optional_families_leave_the_others_as_they_are(bars: pd.DataFrame) -> None:
+    plain = engineer_features(bars)
+    assert list(plain.columns) == NAMES
+    pd.testing.assert_frame_equal(all_features(bars)[NAMES], plain, check_exact=True)
 
 
 @given(seed=st.integers(0, 10_000), cut=st.integers(1, 449))
@@ -150,28 +195,45 @@ def test_any_prefix_of_any_bars_gives_the_same_bits(
 
 
 def test_no_feature_knows_the_scale_of_prices_and_volumes(bars: pd.DataFrame) -> None:
-    assert scale_violations(engineer_features, bars) == set()
+    assert scale_violations(all_features, bars) == set()
+
+
+def test_no_feature_knows_the_scale_of_the_market(bars: pd.DataFrame) -> None:
+    gap = (AllFeatures(market_factor=1000.0)(bars) - all_features(bars)).abs().max()
+    assert (gap < 1e-9).all()
 
 
 def test_features_of_other_scales_are_caught(bars: pd.DataFrame) -> None:
     in_dollars = with_column("macd", lambda b, f: f["macd"] * b["Close"])
     in_shares = with_column("obv_slope", lambda b, f: f["obv_slope"] * b["Volume"])
+    beyond = with_column("relative_volatility_20d", lambda b, f: f["beta_60d"] * b["Close"])
     a_dollar = with_column("higher_high", lambda b, f: (b["High"].diff() > 1.0).astype(float))
     assert scale_violations(in_dollars, bars) == {"macd"}
     assert scale_violations(in_shares, bars) == {"obv_slope"}
     assert scale_violations(a_dollar, bars) == {"higher_high"}
+    assert scale_violations(beyond, bars) == {"relative_volatility_20d"}
 
 
 # --- warm-up --------------------------------------------------------------------------------------
 
 
 def _declared() -> dict[str, int]:
-    return {spec.name: spec.warmup_bars for spec in FEATURES}
+    return {spec.name: spec.warmup_bars for spec in SPECS}
 
 
 def test_declared_warm_ups_are_true(bars: pd.DataFrame, make_bars: Callable[..., pd.DataFrame]) -> None:
-    assert warmup_violations(engineer_features, _declared(), bars) == set()
+    assert warmup_violations(all_features, _declared(), bars) == set()
     assert warmup_violations(engineer_features, _declared(), make_bars(n=900, seed=3)) == set()
+
+
+def test_an_optional_warm_up_declared_too_short_is_caught(
+    bars: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = tuple(
+        replace(spec, warmup_bars=40) if spec.name == "beta_60d" else spec for spec in MARKET_CONTEXT
+    )
+    monkeypatch.setattr(feature_engineer, "MARKET_CONTEXT", short)
+    assert warmup_violations(all_features, _declared() | {"beta_60d": 40}, bars) == {"beta_60d"}
 
 
 @pytest.mark.parametrize(
@@ -225,13 +287,13 @@ def _faults() -> Iterator[tuple[str, pd.DataFrame]]:
 
 @pytest.mark.parametrize(("fault", "broken"), list(_faults()), ids=[fault for fault, _ in _faults()])
 def test_features_stay_finite_and_bounded(fault: str, broken: pd.DataFrame) -> None:
-    assert range_violations(engineer_features, broken) == set()
-    assert scale_violations(engineer_features, broken) == set()
+    assert range_violations(all_features, broken) == set()
+    assert scale_violations(all_features, broken) == set()
 
 
 @pytest.mark.parametrize(("fault", "broken"), list(_faults()), ids=[fault for fault, _ in _faults()])
 def test_faults_do_not_make_prefixes_differ(fault: str, broken: pd.DataFrame) -> None:
-    assert prefix_violations(engineer_features, broken, (270, 303, 401, 553, 600)) == set()
+    assert prefix_violations(all_features, broken, (270, 303, 401, 553, 600)) == set()
 
 
 def test_features_that_break_on_a_fault_are_caught(bars: pd.DataFrame) -> None:
@@ -240,6 +302,8 @@ def test_features_that_break_on_a_fault_are_caught(bars: pd.DataFrame) -> None:
     unbounded = with_column("roc_20", lambda b, f: b["Close"])
     assert range_violations(undefined, silent) == {"volume_sma_ratio"}
     assert range_violations(unbounded, bars) == {"roc_20"}
+    unguarded = with_column("beta_60d", lambda b, f: f["vix_level"] / 0.0)
+    assert range_violations(unguarded, bars) == {"beta_60d"}
 
 
 def test_a_halted_stock_says_nothing() -> None:
@@ -264,6 +328,7 @@ def test_a_halted_stock_says_nothing() -> None:
 
 def test_no_feature_is_the_one_day_return(make_bars: Callable[..., pd.DataFrame]) -> None:
     assert return_violations(engineer_features, make_bars(n=900, seed=5)) == set()
+    assert return_violations(all_features, _bars_with_quirks()) == set()
 
 
 @pytest.mark.parametrize(
@@ -278,7 +343,8 @@ def test_no_feature_is_the_one_day_return(make_bars: Callable[..., pd.DataFrame]
 def test_the_one_day_return_in_disguise_is_caught(
     disguise: Callable[[pd.DataFrame, pd.DataFrame], pd.Series], make_bars: Callable[..., pd.DataFrame]
 ) -> None:
-    assert return_violations(with_column("roc_10", disguise), make_bars(n=900, seed=5)) == {"roc_10"}
+    disguised = with_column("roc_10", disguise, engineer_features)
+    assert return_violations(disguised, make_bars(n=900, seed=5)) == {"roc_10"}
 
 
 # --- the registry ---------------------------------------------------------------------------------
@@ -297,7 +363,8 @@ def test_the_registry_has_the_families_of_the_design() -> None:
         "regime": 6,
         "microstructure": 4,
     }
-    assert len(set(NAMES)) == len(NAMES)
+    assert (len(CROSS_ASSET), len(MARKET_CONTEXT)) == (4, 7)
+    assert len(set(ALL_NAMES)) == len(ALL_NAMES) == len(NAMES) + 11
     assert 60 <= len(NAMES) <= 80
 
 
@@ -307,16 +374,17 @@ def test_every_registered_feature_is_computed_and_nothing_else(
     made: list[FeatureRows] = []
 
     class Watched(FeatureRows):
-        def __init__(self, n_bars: int) -> None:
-            super().__init__(n_bars)
+        def __init__(self, n_bars: int, optional: tuple[feature_engineer.FeatureSpec, ...]) -> None:
+            super().__init__(n_bars, optional)
             made.append(self)
 
     monkeypatch.setattr(feature_engineer, "FeatureRows", Watched)
     assert list(engineer_features(bars).columns) == NAMES
-    assert made[0].stored == set(NAMES)
+    assert list(all_features(bars).columns) == ALL_NAMES
+    assert [rows.stored for rows in made] == [set(NAMES), set(ALL_NAMES)]
 
 
-@pytest.mark.parametrize("spec", FEATURES, ids=NAMES)
+@pytest.mark.parametrize("spec", SPECS, ids=ALL_NAMES)
 def test_every_feature_says_what_it_is(spec: feature_engineer.FeatureSpec, bars: pd.DataFrame) -> None:
     assert spec.formula
     assert spec.source

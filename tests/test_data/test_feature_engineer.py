@@ -176,8 +176,17 @@ def test_the_hash_follows_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     assert feature_set_hash() != before
 
 
+def test_the_hash_knows_the_optional_families() -> None:
+    flags = [{"cross_asset": a, "market_context": b} for a in (False, True) for b in (False, True)]
+    assert len({feature_set_hash(**flag) for flag in flags}) == 4
+    assert feature_set_hash() == feature_set_hash(cross_asset=False)
+    # What bundles and caches were made with before the registry moved to a file.
+    assert feature_set_hash() == HASH
+
+
 # Sums of means of one seeded history. When they change, raise FEATURE_SET_VERSION: bundles and caches made
 # with the old values must not pass for new ones.
+HASH = "84566753803134158696160eb31181309fd6391c779e028f9b2cacbee5a57737"
 GOLDEN = {1: {"all": 11.538311, "absolute": 21.327243}}
 
 
@@ -193,7 +202,8 @@ def test_the_page_is_the_generated_one() -> None:
 
 def test_the_page_lists_every_feature_and_splits_no_cell() -> None:
     rows = [line for line in features_table().splitlines() if line.startswith("| ")][1:]
-    assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == get_feature_columns()
+    names = [row.split(" | ")[0].removeprefix("| ") for row in rows if not row.startswith("| name |")]
+    assert names == get_feature_columns(cross_asset=True, market_context=True)
     assert {row.replace("\\|", "").count("|") for row in rows} == {7}
 
 

@@ -1,5 +1,6 @@
 """What is mended, what is refused, and that a symbol never becomes a path."""
 
+import re
 from datetime import UTC, date, datetime
 
 import numpy as np
@@ -11,18 +12,14 @@ from hypothesis import strategies as st
 from data.schema import (
     BAR_COLUMNS,
     RAW_COLUMNS,
-    CorruptTableError,
+    BarsReport,
     QualityLimits,
-    TableMeta,
     bars_hash,
     check_enough,
     clean_bars,
-    decode_table,
-    encode_table,
     normalise_symbol,
-    seal,
-    unseal,
 )
+from data.tables import CorruptTableError, TableMeta, decode_table, encode_table, seal, unseal
 from utils.errors import DataError, InsufficientDataError, InvalidSymbolError, UsageError
 from utils.model_paths import symbol_dir
 
@@ -135,6 +132,37 @@ def test_doubled_and_unsorted_rows_are_mended_and_counted(raw):
     assert np.isfinite(frame["Close"].iloc[101]), "a row with a price wins over a later one without"
 
 
+def test_doubled_rows_that_disagree_are_their_own_finding(raw):
+    same = raw.iloc[[10, 10, 11]]
+    other = raw.iloc[[20, 21]].assign(Volume=7.0)
+    unpriced = raw.iloc[[30]].assign(Close=np.nan)
+    report = clean_bars(pd.concat([raw, same]))[1]
+    assert (report.duplicates, report.conflicting) == (3, 0)
+    frame, report = clean_bars(pd.concat([raw, same, other, unpriced]))
+    assert (report.duplicates, report.conflicting) == (6, 2)
+    assert "2 of the doubled rows said something else than the one kept" in report.problems()
+    assert (frame["Volume"].iloc[[20, 21]] == 7.0).all()
+    no_volume = raw.iloc[[40]].assign(Volume=np.nan)
+    assert clean_bars(pd.concat([raw, no_volume]))[1].conflicting == 1
+    assert clean_bars(pd.concat([raw, no_volume, no_volume]))[1].conflicting == 1
+
+
+def test_findings_agree_with_their_number():
+    counts = [name for name in BarsReport.__dataclass_fields__ if name not in {"raw_rows", "rows"}]
+    ones = BarsReport(**dict.fromkeys(counts, 1)).problems()
+    twos = BarsReport(**dict.fromkeys(counts, 2)).problems()
+    assert len(ones) == len(twos) == len(counts)
+    assert "1 close moved by more than half in one session" in ones
+    assert "2 closes moved by more than half in one session" in twos
+    assert "1 session of the exchange is missing" in ones
+    assert "2 rows had their high or low widened to hold open and close" in twos
+    for words in ones:
+        assert "{" not in words
+        assert not re.match(r"1 \w*( with\w* \w+)? ?(rows|closes|volumes|sessions)\b", words), words
+        if "of the doubled" not in words:
+            assert not re.search(r"\b(were|are|have)\b", words), words
+
+
 @pytest.mark.parametrize(
     "fault",
     [
@@ -159,6 +187,38 @@ def test_impossible_rows_are_rejected_counted_and_refused_above_one_percent(raw,
         bad.iloc[9, raw.columns.get_loc(column)] = value
     with pytest.raises(DataError, match="5 of 400 rows have impossible prices"):
         clean_bars(bad)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        dict.fromkeys(RAW_COLUMNS[:5], 1e-320),
+        dict.fromkeys(RAW_COLUMNS[:5], 1e300),
+        dict.fromkeys(RAW_COLUMNS[:5], 1.79e308),
+        {"High": 1e300},
+        {"Adj Close": 1e-300},
+        {"Volume": 1e300},
+    ],
+    ids=["denormal", "huge", "nearly infinite", "one price", "adjustment", "volume"],
+)
+def test_absurd_rows_are_dropped_counted_and_refused_above_one_percent(raw, fault):
+    bad = raw.assign(Volume=raw["Volume"].astype(float))
+    for column, value in fault.items():
+        bad.iloc[[5, 6, 7, 8], raw.columns.get_loc(column)] = value
+    frame, report = clean_bars(bad)
+    assert (report.absurd_rows, report.rejected_rows, len(frame)) == (4, 0, 396)
+    assert report.problems()[0] == "4 rows with prices or volumes beyond those of any market were dropped"
+    assert np.isfinite(np.log(frame[["Open", "High", "Low", "Close"]])).all(axis=None)
+    for column, value in fault.items():
+        bad.iloc[9, raw.columns.get_loc(column)] = value
+    with pytest.raises(DataError, match="5 of 400 rows have impossible prices"):
+        clean_bars(bad)
+
+
+def test_prices_of_any_real_market_are_kept(raw):
+    prices = list(RAW_COLUMNS[:5])
+    for factor in (1e-10, 1e-6, 1e8, 1e11):
+        assert clean_bars(raw.assign(**{name: raw[name] * factor for name in prices}))[1].problems() == ()
 
 
 def test_rounding_outside_the_range_is_mended_by_widening(raw):

@@ -253,8 +253,8 @@ def test_too_few_bars_are_refused_with_need_and_have(
 
 
 def _broken(monkeypatch: pytest.MonkeyPatch, rows: slice) -> None:
-    def engineer(bars: pd.DataFrame) -> pd.DataFrame:
-        features = engineer_features(bars).copy()
+    def engineer(bars: pd.DataFrame, **others: pd.DataFrame | None) -> pd.DataFrame:
+        features = engineer_features(bars, **others).copy()
         features.iloc[rows, 3] = np.nan
         return features
 
@@ -280,6 +280,48 @@ def test_more_dropped_rows_than_the_budget_are_refused(
     _broken(monkeypatch, slice(500, 510))
     with pytest.raises(DataError, match="A: 10 of 550 rows"):
         build_dataset({"A": make_bars(n=800)}, 5)
+
+
+# --- the optional families ------------------------------------------------------------------------
+
+
+def test_other_series_append_their_columns_and_change_nothing_else(
+    panel: Dataset, frames: dict[str, pd.DataFrame], make_bars: MakeBars
+) -> None:
+    market = make_bars(n=800, seed=42)
+    vix = market.assign(Close=20.0 + market["Close"].pct_change().fillna(0.0) * 100)
+    both = build_dataset(frames, 5, vix=vix, market=market)
+    assert both.columns == tuple(get_feature_columns(cross_asset=True, market_context=True))
+    np.testing.assert_array_equal(both.features[:, : len(panel.columns)], panel.features)
+    np.testing.assert_array_equal(both.target_scaled, panel.target_scaled)
+    np.testing.assert_array_equal(both.date, panel.date)
+    rows = both.take(both.symbol_code == 1)
+    expected = engineer_features(frames["BBB"], vix=vix, market=market).to_numpy(dtype=np.float32)
+    np.testing.assert_array_equal(rows.features, expected[MAX_WARMUP_BARS:])
+    alone = build_dataset(frames, 5, market=market)
+    assert alone.columns == (*panel.columns, *both.columns[-7:])
+
+
+def test_rows_begin_once_a_later_series_has_warmed_up(make_bars: MakeBars) -> None:
+    bars, market = make_bars(n=600), make_bars(n=600, seed=1).iloc[300:]
+    late = build_dataset({"A": bars}, 5, market=market)
+    assert late.dropped_rows == 0
+    assert late.date[0] == np.datetime64(bars.index[300 + 60], "D")
+    assert len(late) == 600 - 360
+    with pytest.raises(InsufficientDataError, match=r"needs 656 bars a symbol, .* A \(600\)"):
+        build_dataset({"A": bars}, 5, market=market.iloc[290:])
+    after = market.set_axis(market.index + pd.Timedelta(days=3650))
+    with pytest.raises(InsufficientDataError, match="needs 666 bars"):
+        build_dataset({"A": bars}, 5, market=after)
+
+
+def test_a_symbol_that_closes_before_the_other_series_is_refused(make_bars: MakeBars) -> None:
+    bars, vix = make_bars(n=400), make_bars(n=400, seed=1)
+    for symbol in ("7203.T", "SAP.DE", "QNBK.QA"):
+        assert len(build_dataset({symbol: bars}, 5)) == 400 - MAX_WARMUP_BARS
+        with pytest.raises(UsageError, match=f"{symbol}: the exchange closes before New York"):
+            build_dataset({"AAPL": bars, symbol: bars}, 5, vix=vix)
+    assert len(build_dataset({"BTC-USD": bars, "RY.TO": bars}, 5, vix=vix)) == 2 * (400 - MAX_WARMUP_BARS)
 
 
 def test_a_panel_of_every_symbol_at_hand_is_quick(market_dir: Path) -> None:

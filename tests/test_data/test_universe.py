@@ -19,6 +19,7 @@ from data.universe import (
     named_universes,
     refuse_delisted,
     resolve_universe,
+    universe_mean,
 )
 from utils.errors import DataError, InvalidSymbolError, UnknownSymbolError, UsageError
 
@@ -235,3 +236,41 @@ def test_findings_keep_the_features_and_notice_when_those_of_the_past_change(
     )
     findings(as_bars(bars), 5, cache)
     assert "look-ahead" in caplog.text
+
+
+# -- the mean of a universe
+
+
+def test_the_mean_grows_by_the_mean_return(make_bars):
+    frames = {name: make_bars(n=50, seed=seed) for seed, name in enumerate(["AAA", "BBB"])}
+    close = universe_mean(frames)["Close"]
+    assert close.iloc[0] == 1.0
+    mean = sum(np.log(frame["Close"]).diff() for frame in frames.values()) / 2
+    np.testing.assert_allclose(np.log(close).diff().iloc[1:], mean.iloc[1:], rtol=1e-9, atol=1e-14)
+
+
+def test_a_symbol_that_joins_or_pauses_makes_no_jump(make_bars):
+    one, late = make_bars(n=60), make_bars(n=60, seed=1) * 1000.0
+    close = universe_mean({"AAA": one, "BBB": late.iloc[30:].drop(late.index[40])})["Close"]
+    assert list(close.index) == list(one.index)
+    returns = np.log(close).diff()
+    own = np.log(one["Close"]).diff()
+    for row in (*range(1, 31), 40):
+        assert returns.iloc[row] == pytest.approx(own.iloc[row], abs=1e-12)
+    over_the_pause = np.log(late["Close"].iloc[41] / late["Close"].iloc[39])
+    assert returns.iloc[41] == pytest.approx((own.iloc[41] + over_the_pause) / 2, abs=1e-12)
+
+
+def test_the_mean_knows_nothing_of_later_bars(make_bars):
+    frames = {name: make_bars(n=120, seed=seed) for seed, name in enumerate(["AAA", "BBB", "CCC"])}
+    whole = universe_mean(frames)
+    for cut in (1, 2, 57, 119):
+        part = universe_mean({name: frame.iloc[:cut] for name, frame in frames.items()})
+        assert bars_hash(part) == bars_hash(whole.iloc[:cut])
+
+
+def test_the_mean_needs_symbols_that_close_together(make_bars):
+    with pytest.raises(UsageError, match="no symbol"):
+        universe_mean({})
+    with pytest.raises(UsageError, match=r"close together, these follow 24/7, XNYS"):
+        universe_mean({"AAPL": make_bars(n=30), "BTC-USD": make_bars(n=30)})
