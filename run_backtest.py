@@ -110,7 +110,7 @@ def backtest(args: argparse.Namespace, settings: Settings) -> Outcome:
         raise DataError(
             f"no out-of-sample row lies in that window: the model of {symbol} is out of sample from "
             f"{bundle.metadata['out_of_sample_from']} to {bars.frame.index[-1]:%Y-%m-%d}; --in-sample shows "
-            "earlier rows, stamped as such"
+            f"earlier rows, stamped as such{''.join('; ' + text for text in decisions.findings)}"
         )
     result = backtest_decisions(window, costs, initial_capital=args.capital, include_in_sample=args.in_sample)
     return Outcome(result=result, decisions=window, bundle=bundle, bars=bars)
@@ -156,7 +156,7 @@ def summary_of(outcome: Outcome) -> dict[str, object]:
 def notes_of(outcome: Outcome) -> list[str]:
     """Return what must be known beside the figures, in words."""
     trained, judged = outcome.bundle.metadata, outcome.bars.provenance.source
-    notes = [*outcome.result.notes, *outcome.bars.report.problems()]
+    notes = [*outcome.result.notes, *outcome.bars.report.problems(), *outcome.decisions.findings]
     if trained["source"] != judged:
         notes.append(
             f"the model was trained and judged on {trained['source']} prices through "

@@ -33,6 +33,7 @@ FORECAST_COLUMNS = (
     "payoff_ratio",
     "skill_lower",
     "is_out_of_sample",
+    "is_of_other_prices",
     "expected_log",
     "baseline_log",
     "sigma_log",
@@ -41,6 +42,9 @@ FORECAST_COLUMNS = (
 )
 # Imagined forecasts behind the win rate before any is resolved: half of them right, wins as large as losses.
 PRIOR_FORECASTS = 50.0
+# An outcome that lies further from the recorded one, in volatilities, was made by other prices; two series
+# agree by chance in one row of some twenty, so a disagreement is remembered for a while.
+OTHER_PRICES_SIGMA, OTHER_PRICES_MEMORY_BARS = 0.05, 20
 
 
 class Forecaster(Protocol):
@@ -78,6 +82,18 @@ class Decisions:
     frame: pd.DataFrame
     horizon_bars: int
     sizing_id: str
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """What is amiss between the model's record and the bars, in words."""
+        n_rows = int(self.frame["is_of_other_prices"].sum())
+        if not n_rows:
+            return ()
+        text = (
+            f"{n_rows} forecasts of the model's record were made from other prices than these (another "
+            "source, or restated): they do not count as out of sample; train again with --overwrite"
+        )
+        return (text,)
 
     @property
     def out_of_sample_from(self) -> pd.Timestamp | None:
@@ -210,9 +226,11 @@ class GBMForecaster:
         probabilities at t come from forecasts that were resolved by t.
         """
         target = make_target(bars, self.horizon_bars)
-        frame = self._centre(bars, np.asarray(target["sigma_log"], dtype=np.float64))
-        mean_log, sigma_log = frame["expected_log"].to_numpy(), frame["sigma_log"].to_numpy()
         realised_log = np.asarray(target["target_log"], dtype=np.float64)
+        frame = self._centre(bars, np.asarray(target["sigma_log"], dtype=np.float64))
+        frame["is_of_other_prices"] = self._is_of_other_prices(pd.DatetimeIndex(bars.index), realised_log)
+        frame["is_out_of_sample"] &= ~frame["is_of_other_prices"]
+        mean_log, sigma_log = frame["expected_log"].to_numpy(), frame["sigma_log"].to_numpy()
         residuals = residual_quantiles(mean_log, sigma_log, realised_log, horizon_bars=self.horizon_bars)
         frame["lower_z"], frame["upper_z"] = residuals.lower_z, residuals.upper_z
         frame["lower"] = np.expm1(mean_log + residuals.lower_z * sigma_log)
@@ -226,6 +244,20 @@ class GBMForecaster:
             mean_log, realised_log, horizon_bars=self.horizon_bars
         )
         return frame
+
+    def _is_of_other_prices(self, index: pd.DatetimeIndex, realised_log: FloatArray) -> npt.NDArray[np.bool_]:
+        """Tell which replayed forecasts were made from other prices, as far as each bar can know, (n,).
+
+        A forecast of the record is one of these bars only where the outcomes that the record holds are those
+        of these bars. The outcome of bar t - h is known at t, so the mask at t depends on nothing later.
+        """
+        record = self.bundle.record.set_index("date").reindex(index)
+        apart = np.abs(np.asarray(record["realised_log"], dtype=np.float64) - realised_log)
+        differs = apart > OTHER_PRICES_SIGMA * np.asarray(record["sigma_log"], dtype=np.float64)
+        known = np.zeros(len(index))
+        known[self.horizon_bars :] = differs[: max(len(index) - self.horizon_bars, 0)]
+        recent = pd.Series(known).rolling(OTHER_PRICES_MEMORY_BARS, min_periods=1).max().to_numpy() > 0
+        return np.asarray(recent & np.asarray(record["predicted_log"].notna()), dtype=np.bool_)
 
     def _centre(self, bars: pd.DataFrame, sigma_log: FloatArray) -> pd.DataFrame:
         """Return centre, scale and skill per bar: the record's rows, then the final model's."""

@@ -341,7 +341,12 @@ def metadata_of(
         verdict=meta.verdict,
         evidence={name: value for name, value in evidence.items() if is_finite_number(value)},
         model_version=model.bundle.model_version,
-        notes=[*model.warnings, *data_notes(bars, chart, model, request), *request_notes(request)],
+        notes=[
+            *model.warnings,
+            *decisions.findings,
+            *data_notes(bars, chart, model, request),
+            *request_notes(request),
+        ],
     )
 
 

@@ -162,3 +162,37 @@ def test_a_feature_that_is_gone_is_named_and_never_filled(bundle, bars, monkeypa
     monkeypatch.setattr("inference.pipeline.engineer_features", without)
     with pytest.raises(ModelIncompatibleError, match="rsi_14"):
         GBMForecaster(bundle=bundle).forecast(bars)
+
+
+def test_forecasts_made_from_other_prices_are_not_out_of_sample(bars, bundle, make_bars):
+    """The record is joined by date: on another series of the same sessions it proves nothing."""
+    own = decide("AAPL", bars, GBMForecaster(bundle=bundle), make_sizer())
+    other = decide("AAPL", make_bars(n=900, seed=6), GBMForecaster(bundle=bundle), make_sizer())
+    replayed = own.frame.index <= bundle.record["date"].max()
+    assert own.findings == ()
+    assert own.frame["is_out_of_sample"].to_numpy()[replayed].sum() == len(bundle.record)
+    # Until the first outcome of the record is known nobody can tell.
+    assert other.frame["is_out_of_sample"].to_numpy()[replayed].sum() <= HORIZON + 3
+    assert "were made from other prices" in other.findings[0]
+
+
+def test_prices_restated_from_one_bar_on_are_noticed_there_and_scaled_prices_are_the_same(bars, bundle):
+    forecaster = GBMForecaster(bundle=bundle)
+    split = 650
+    restated = bars.copy()
+    restated.iloc[split:, :4] *= 1.05
+    frame = decide("AAPL", restated, forecaster, make_sizer()).frame
+    flagged = np.flatnonzero(frame["is_of_other_prices"])
+    assert flagged[0] == split
+    assert flagged[-1] < split + 30
+    scaled = bars.copy()
+    scaled.iloc[:, :4] *= 1.05
+    assert decide("AAPL", scaled, forecaster, make_sizer()).findings == ()
+
+
+def test_whether_prices_are_others_is_known_at_the_bar(bars, bundle, make_bars):
+    forecaster, other = GBMForecaster(bundle=bundle), make_bars(n=900, seed=6)
+    whole = forecaster.forecast(other)["is_of_other_prices"].to_numpy()
+    for cut in range(480, 800, 40):
+        part = forecaster.forecast(other.iloc[:cut])["is_of_other_prices"].to_numpy()
+        assert np.array_equal(part, whole[:cut])

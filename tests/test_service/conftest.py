@@ -79,7 +79,7 @@ class FakeForecaster:
         known = frame["expected_log"].notna()
         frame["prob_up"] = (0.5 + 4 * frame["expected_log"]).clip(0.05, 0.95).where(known)
         frame["p_win"], frame["payoff_ratio"], frame["skill_lower"] = 0.55, 1.1, 0.5
-        frame["is_out_of_sample"] = known
+        frame["is_out_of_sample"], frame["is_of_other_prices"] = known, False
         return frame
 
 
