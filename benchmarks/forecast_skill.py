@@ -1,0 +1,181 @@
+"""Out-of-sample skill of the pooled recipe on the series of a folder, refitted yearly.
+
+::
+
+    python benchmarks/forecast_skill.py [--horizons 1,5] [--leave-out] [--json] [--directory DIR]
+
+The figure that counts is the information coefficient over time: the rank correlation, by symbol, of the
+signal with what happened, in units of volatility; then the mean over symbols. ``--leave-out`` also forecasts
+each third of the symbols with a model of the other two thirds. The symbols were chosen by somebody who
+knew which companies would last: skill does not profit from that directly, returns would.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import spearmanr
+
+from data.data_fetcher import CsvSource
+from data.target_engineering import Dataset, build_dataset
+from data.universe import load_panel
+from training.gbm_search import SearchConfig
+from training.recipe import GBMRecipe, RecipeConfig
+from utils.settings import PROJECT_ROOT
+from validation.walk_forward import WalkForwardConfig, WalkForwardValidator
+
+DIRECTORY = PROJECT_ROOT.parent / "shared" / "market"
+FIRST, LAST, RECENT = "2006-01-01", "2025-12-31", "2016-01-01"
+# Least mean IC by horizon; at others it must only be positive.
+LEAST_IC = {1: 0.036, 5: 0.033}
+LEAVE_OUT_LOSS, SLOPE, LIMIT_S = 0.004, (0.8, 1.2), 300.0
+N_GROUPS = 3
+
+
+def panel_of(directory: Path, horizon_bars: int) -> Dataset:
+    """Return the panel through the last year that is scored; an index of volatility is no asset."""
+    symbols = sorted(path.stem for path in directory.glob("*.csv") if path.stem != "VIX")
+    panel = load_panel(symbols, CsvSource(directory), jobs=2)
+    frames = {symbol: bars.frame.loc[:LAST] for symbol, bars in panel.items()}
+    return build_dataset(frames, horizon_bars)
+
+
+def walk(data: Dataset, config: RecipeConfig) -> pd.DataFrame:
+    """Return the resolved rows of a walk-forward whose first test session is the first of `FIRST`'s year."""
+    before = int(np.sum(np.unique(data.date) < np.datetime64(FIRST)))
+    validator = WalkForwardValidator(WalkForwardConfig(min_train_bars=before, test_bars=252))
+    record = validator.run(data, GBMRecipe(config)).record
+    return record[record["realised_log"].notna()]
+
+
+def information_coefficients(record: pd.DataFrame) -> dict[str, float]:
+    """Return each symbol's rank correlation of signal and outcome over time."""
+    found = {}
+    for symbol, rows in record.groupby("symbol"):
+        if len(rows) >= 250:
+            outcome = rows["realised_log"] / rows["sigma_log"]
+            found[str(symbol)] = float(spearmanr(rows["raw_scaled"], outcome).statistic)
+    return found
+
+
+def slope_of(record: pd.DataFrame) -> float:
+    """Return the slope of outcome on calibrated forecast, in volatilities, over all rows."""
+    sigma = _floats(record, "sigma_log")
+    return float(
+        np.polyfit(_floats(record, "predicted_log") / sigma, _floats(record, "realised_log") / sigma, 1)[0]
+    )
+
+
+def _floats(frame: pd.DataFrame, name: str) -> npt.NDArray[np.float64]:
+    return np.asarray(frame[name], dtype=np.float64)
+
+
+def measure(directory: Path, horizon_bars: int, *, leave_out: bool) -> dict[str, Any]:
+    """Score one horizon."""
+    data = panel_of(directory, horizon_bars)
+    config = RecipeConfig(search=SearchConfig(n_trials=0))
+    start = time.perf_counter()
+    record = walk(data, config)
+    seconds = time.perf_counter() - start
+    by_symbol = information_coefficients(record)
+    ic = float(np.mean(list(by_symbol.values())))
+    year = record["date"].dt.year
+    calibrated = record[year > year.min()]  # the first fold has no earlier rows to calibrate on
+    slope = slope_of(calibrated)
+    found: dict[str, Any] = {
+        "ic": _bar(ic, ic >= LEAST_IC.get(horizon_bars, 0.0)),
+        "slope": _bar(slope, SLOPE[0] <= slope <= SLOPE[1]),
+        "walk_forward_s": _bar(seconds, seconds <= LIMIT_S),
+    }
+    if leave_out:
+        rows = []
+        for group in range(N_GROUPS):
+            apart = tuple(data.symbols[group::N_GROUPS])
+            scored = walk(data, replace(config, leave_out=apart))
+            rows.append(scored[scored["symbol"].isin(apart)])
+        elsewhere = float(np.mean(list(information_coefficients(pd.concat(rows)).values())))
+        found["ic_left_out"] = _bar(elsewhere, elsewhere >= ic - LEAVE_OUT_LOSS)
+    recent = information_coefficients(record[record["date"] >= RECENT])
+    return {
+        "bars": found,
+        "notes": {
+            "symbols": len(by_symbol),
+            "rows": len(record),
+            "share_positive": float(np.mean([value > 0 for value in by_symbol.values()])),
+            "ic_since_2016": float(np.mean(list(recent.values()))),
+            "slope_since_2016": slope_of(record[record["date"] >= RECENT]),
+            "by_year": {
+                int(one): float(np.mean(list(information_coefficients(rows).values())))
+                for one, rows in record.groupby(year)
+            },
+            "by_symbol": by_symbol,
+        },
+    }
+
+
+def _bar(value: float, ok: bool) -> dict[str, Any]:  # noqa: FBT001
+    return {"value": round(value, 4), "ok": bool(ok)}
+
+
+def print_tables(found: dict[int, dict[str, Any]]) -> None:
+    """Print the figures, and the years side by side."""
+    console = Console()
+    table = Table(title=f"Pooled recipe, {FIRST} to {LAST}, out of sample", title_justify="left")
+    for name in ("horizon", "measure", "value", "limit met"):
+        table.add_column(name)
+    for horizon, one in found.items():
+        for name, bar in one["bars"].items():
+            table.add_row(str(horizon), name, f"{bar['value']:.4f}", "yes" if bar["ok"] else "NO")
+        for name, value in one["notes"].items():
+            if isinstance(value, int | float):
+                table.add_row(
+                    str(horizon), name, f"{value:.4f}" if isinstance(value, float) else str(value), ""
+                )
+    console.print(table)
+    years = Table(title="Mean IC by year", title_justify="left")
+    years.add_column("year")
+    for horizon in found:
+        years.add_column(f"h={horizon}")
+    for year in next(iter(found.values()))["notes"]["by_year"]:
+        years.add_row(
+            str(year), *(f"{one['notes']['by_year'].get(year, np.nan):.4f}" for one in found.values())
+        )
+    console.print(years)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--horizons", default="1,5", help="bars ahead, with commas")
+    parser.add_argument("--leave-out", action="store_true", help="also forecast symbols that trained nothing")
+    parser.add_argument("--json", action="store_true", help="print one JSON object last")
+    parser.add_argument("--directory", type=Path, default=DIRECTORY, help="folder of CSV files")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the skill; exit 1 when a limit is missed."""
+    args = build_parser().parse_args(argv)
+    if not args.directory.is_dir():
+        print(f"no folder {args.directory}: name one of CSV files with --directory", file=sys.stderr)
+        return 2
+    horizons = [int(text) for text in args.horizons.split(",")]
+    found = {h: measure(args.directory, h, leave_out=args.leave_out) for h in horizons}
+    print_tables(found)
+    if args.json:
+        print(json.dumps(found))
+    return 0 if all(bar["ok"] for one in found.values() for bar in one["bars"].values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

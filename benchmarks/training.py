@@ -1,0 +1,193 @@
+"""Time and memory of training: the search against a naive one, one symbol, a pooled universe, many symbols.
+
+::
+
+    python benchmarks/training.py [--only search,single,pooled,jobs] [--json] [--directory DIR]
+
+The naive search is what one writes first: scikit-learn's wrappers in `cross_val_score`, on the same rows, the
+same purged blocks, the same spaces and the same number of trials, with every core, nothing binned twice being
+spared, nothing stopped early, nothing pruned.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightgbm
+import numpy as np
+import optuna
+import xgboost
+from sklearn.model_selection import cross_val_score
+
+from data.data_fetcher import CsvSource
+from data.data_splitter import PurgedTimeSeriesSplit
+from data.target_engineering import build_dataset
+from data.universe import load_panel
+from training.gbm_search import SearchConfig, tune
+from training.libraries import LIBRARIES, Rows
+from training.recipe import RecipeConfig, training_rows
+from utils.settings import PROJECT_ROOT
+
+DIRECTORY = PROJECT_ROOT.parent / "shared" / "market"
+SYMBOL, N_TRIALS, MANY = "AAPL", 30, 8
+# XGBoost's wrapper calls some parameters otherwise.
+WRAPPED = {"eta": "learning_rate", "alpha": "reg_alpha", "lambda": "reg_lambda"}
+Case = Callable[[argparse.Namespace], dict[str, Any]]
+
+
+def rows_of(directory: Path) -> Rows:
+    """Return the symbol's training rows."""
+    bars = load_panel([SYMBOL], CsvSource(directory))[SYMBOL].frame
+    data = build_dataset({SYMBOL: bars})
+    data = data.take(np.flatnonzero(data.labelled))
+    return training_rows(data, data.features, {SYMBOL: 0.0}, RecipeConfig())
+
+
+def naive_search(name: str, rows: Rows, config: SearchConfig, seed: int) -> float:
+    """Return the best score of a search as one writes it first."""
+    splitter = PurgedTimeSeriesSplit(
+        config.n_inner_blocks, test_size_bars=len(rows) // (2 * config.n_inner_blocks)
+    )
+    blocks = list(splitter.split(len(rows), rows.label_end_position))
+
+    def objective(trial: optuna.Trial) -> float:
+        drawn = LIBRARIES[name].suggest(trial, len(rows))
+        params: dict[str, Any] = {WRAPPED.get(key, key): value for key, value in drawn.items()}
+        params |= {"n_estimators": config.max_rounds, "random_state": seed, "n_jobs": os.cpu_count()}
+        if name == "xgb":
+            model = xgboost.XGBRegressor(**params, verbosity=0)
+        else:
+            model = lightgbm.LGBMRegressor(**params, bagging_freq=1, verbosity=-1)
+        scores = cross_val_score(
+            model, rows.features, rows.target_scaled, cv=blocks, scoring="neg_root_mean_squared_error"
+        )
+        return -float(scores.mean())
+
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
+    study.optimize(objective, n_trials=config.n_trials)
+    return float(study.best_value)
+
+
+def search_case(args: argparse.Namespace) -> dict[str, Any]:
+    """Compare the two searches on the same rows."""
+    rows, config = rows_of(args.directory), SearchConfig(n_trials=N_TRIALS)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    start = time.perf_counter()
+    ours = tune(rows, config, seed=1)
+    ours_s = time.perf_counter() - start
+    start = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about feature names that nobody gave
+        naive = {name: naive_search(name, rows, config, seed=1) for name in config.models}
+    naive_s = time.perf_counter() - start
+    found = {f"{n}_score_ratio": _at_most((ours[n].inner_rmse or np.inf) / naive[n], 1.001) for n in naive}
+    return {
+        "search_times_faster": _at_least(naive_s / ours_s, 8.0),
+        **found,
+        "search_s": _seen(ours_s),
+        "naive_s": _seen(naive_s),
+    }
+
+
+def train(symbols: Sequence[str], directory: Path, *flags: str) -> tuple[float, float]:
+    """Train by the command line; return seconds and the largest process's peak memory in GiB."""
+    with tempfile.TemporaryDirectory() as folder:
+        places = {name: f"{folder}/{name.lower()}" for name in ("MODELS_DIR", "LOGS_DIR", "CACHE_DIR")}
+        environment = os.environ | {f"AI_STOCKS_{name}": path for name, path in places.items()}
+        command = [
+            sys.executable,
+            "-m",
+            "training.train_gbm",
+            *symbols,
+            "--source",
+            f"csv:{directory}",
+            "--json",
+        ]
+        start = time.perf_counter()
+        subprocess.run([*command, *flags], env=environment, check=True, capture_output=True, cwd=PROJECT_ROOT)
+        seconds = time.perf_counter() - start
+    unit = 1 if sys.platform == "darwin" else 1024
+    return seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 2**30
+
+
+def single_case(args: argparse.Namespace) -> dict[str, Any]:
+    """Train one symbol with the default settings."""
+    seconds, gib = train([SYMBOL], args.directory)
+    return {"single_s": _at_most(seconds, 90.0), "single_peak_gib": _at_most(gib, 1.5)}
+
+
+def pooled_case(args: argparse.Namespace) -> dict[str, Any]:
+    """Train one model of every series in the folder."""
+    symbols = sorted(path.stem for path in args.directory.glob("*.csv") if path.stem != "VIX")
+    seconds, gib = train([SYMBOL], args.directory, "--universe", ",".join(symbols))
+    return {"pooled_s": _at_most(seconds, 300.0), "pooled_peak_gib": _seen(gib)}
+
+
+def jobs_case(args: argparse.Namespace) -> dict[str, Any]:
+    """Train several symbols in two processes, against half of the time one after the other."""
+    symbols = sorted(path.stem for path in args.directory.glob("*.csv") if path.stem != "VIX")[:MANY]
+    one_by_one, _ = train(symbols, args.directory)
+    side_by_side, gib = train(symbols, args.directory, "--jobs", "2")
+    ratio = side_by_side / (one_by_one / 2)
+    return {"jobs_ratio": _at_most(ratio, 1.1), "jobs_s": _seen(side_by_side), "jobs_peak_gib": _seen(gib)}
+
+
+CASES: dict[str, Case] = {
+    "search": search_case,
+    "single": single_case,
+    "pooled": pooled_case,
+    "jobs": jobs_case,
+}
+
+
+def _at_most(value: float, limit: float) -> dict[str, Any]:
+    return {"value": round(value, 4), "limit": f"at most {limit:g}", "ok": value <= limit}
+
+
+def _at_least(value: float, limit: float) -> dict[str, Any]:
+    return {"value": round(value, 4), "limit": f"at least {limit:g}", "ok": value >= limit}
+
+
+def _seen(value: float) -> dict[str, Any]:
+    return {"value": round(value, 4), "limit": "", "ok": True}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", default="search,single,pooled", help=f"of {','.join(CASES)}")
+    parser.add_argument("--json", action="store_true", help="print one JSON object last")
+    parser.add_argument("--directory", type=Path, default=DIRECTORY, help="folder of CSV files")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print each figure beside its limit; exit 1 when one is missed."""
+    args = build_parser().parse_args(argv)
+    if not args.directory.is_dir():
+        print(f"no folder {args.directory}: name one of CSV files with --directory", file=sys.stderr)
+        return 2
+    found: dict[str, Any] = {}
+    for name in args.only.split(","):
+        for measure, bar in CASES[name](args).items():
+            found[measure] = bar
+            print(
+                f"{measure:22} {bar['value']:10.3f}  {bar['limit']:14} {'' if bar['ok'] else 'MISSED'}",
+                flush=True,
+            )
+    if args.json:
+        print(json.dumps(found))
+    return 0 if all(bar["ok"] for bar in found.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
