@@ -58,11 +58,11 @@ def walk(data: Dataset, config: RecipeConfig) -> pd.DataFrame:
     return record[record["realised_log"].notna()]
 
 
-def information_coefficients(record: pd.DataFrame) -> dict[str, float]:
-    """Return each symbol's rank correlation of signal and outcome over time."""
+def information_coefficients(record: pd.DataFrame, least_rows: int = 200) -> dict[str, float]:
+    """Return each symbol's rank correlation of signal and outcome over time; symbols of few rows left out."""
     found = {}
     for symbol, rows in record.groupby("symbol"):
-        if len(rows) >= 250:
+        if len(rows) >= least_rows:
             outcome = rows["realised_log"] / rows["sigma_log"]
             found[str(symbol)] = float(spearmanr(rows["raw_scaled"], outcome).statistic)
     return found

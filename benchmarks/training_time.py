@@ -2,7 +2,7 @@
 
 ::
 
-    python benchmarks/training.py [--only search,single,pooled,jobs] [--json] [--directory DIR]
+    python benchmarks/training_time.py [--only search,single,pooled,jobs] [--json] [--directory DIR]
 
 The naive search is what one writes first: scikit-learn's wrappers in `cross_val_score`, on the same rows, the
 same purged blocks, the same spaces and the same number of trials, with every core, nothing binned twice being
