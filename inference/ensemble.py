@@ -172,6 +172,23 @@ def shrunk_weights(
     return {name: equal + trust * (value / total - equal) for name, value in skill.items()}
 
 
+def overlap_error(scores: FloatArray, horizon_bars: int) -> float:
+    """Return the standard error of the sum of scores, one per session, that come from labels of h bars.
+
+    Newey and West's with 3 (h - 1) lags: how far overlapping labels repeat each other depends on how slowly
+    the signal moves.
+
+    References
+    ----------
+    Newey, West (1987), Econometrica 55.
+    """
+    lags = min(3 * (horizon_bars - 1), len(scores) - 1)
+    variance = float(scores @ scores)
+    for lag in range(1, lags + 1):
+        variance += 2 * (1 - lag / (lags + 1)) * float(scores[lag:] @ scores[:-lag])
+    return float(np.sqrt(max(variance, 0.0)))
+
+
 def calibrate(
     raw_scaled: FloatArray,
     realised_scaled: FloatArray,
@@ -187,8 +204,7 @@ def calibrate(
 
     The least-squares slope of realised on raw is a normal posterior with prior N(`prior_slope`, `prior_std`),
     clipped into [0, `MAX_SLOPE`]: a few small trees may be too humble. Its standard error sums over the
-    symbols of a session, which move together, before it squares; labels of h bars overlap, so n sessions
-    count as n / h.
+    symbols of a session, which move together, and allows for labels that overlap, see `overlap_error`.
 
     Parameters
     ----------
@@ -216,8 +232,8 @@ def calibrate(
     centred = raw_scaled - raw_mean
     outcome = realised_scaled - np.mean(realised_scaled)
     own = float(np.mean(centred * outcome)) / spread
-    by_session = np.bincount(code, weights=centred * (outcome - own * centred))
-    error = float(np.sqrt(horizon_bars * np.sum(by_session**2))) / (spread * n_rows)
+    by_session = np.bincount(code, weights=centred * (outcome - own * centred)).astype(np.float64)
+    error = overlap_error(by_session, horizon_bars) / (spread * n_rows)
     trust = prior_std**2 / (prior_std**2 + error**2)
     slope = prior_slope + trust * (own - prior_slope)
     lower = (slope - confidence_z * error * np.sqrt(trust)) / slope if slope > 0 else 0.0

@@ -8,7 +8,7 @@ import lightgbm
 import numpy as np
 import xgboost
 
-from inference.ensemble import Booster, FloatArray, FloatMatrix, shap_values
+from inference.ensemble import Booster, FloatArray, FloatMatrix, overlap_error, shap_values
 from training.libraries import Rows
 
 logger = logging.getLogger(__name__)
@@ -40,9 +40,9 @@ def screen(rows: Rows, least_t: float, share: float) -> tuple[int, ...]:
     """Return the features that stand out alone, ascending; all of them where none does.
 
     Each feature is tested by itself, as it is and as its distance from its middle (so that an even
-    relation counts), with products summed over the symbols of a session and counted once per horizon. Where
-    the strongest passes ``least_t``, the features with at least ``share`` of its t-value are kept: with few
-    independent rows, sixty columns of noise would drown it.
+    relation counts), with products summed over the symbols of a session, and with the standard error of
+    labels that overlap. Where the strongest passes ``least_t``, the features with at least ``share`` of its
+    t-value are kept: with few independent rows, sixty columns of noise would drown it.
 
     Parameters
     ----------
@@ -70,7 +70,7 @@ def screen_t_values(rows: Rows) -> FloatArray:
         for values in (plain, np.abs(plain)):
             product = (values - values.mean()) * target * rows.weight
             by_session = np.add.reduceat(product, starts)
-            error = float(np.sqrt(rows.horizon_bars * np.sum(by_session**2)))
+            error = overlap_error(by_session, rows.horizon_bars)
             if error > 0:
                 found[column] = max(found[column], abs(float(by_session.sum())) / error)
     return found

@@ -18,7 +18,7 @@ import numpy as np
 import optuna
 
 from data.data_splitter import PurgedTimeSeriesSplit
-from inference.ensemble import Booster, FloatArray, predict_booster
+from inference.ensemble import Booster, FloatArray, overlap_error, predict_booster
 from training.libraries import LIBRARIES, Fitting, Library, Params, Rows
 from utils.errors import UsageError
 
@@ -212,8 +212,7 @@ def _gain_t(library: Library, blocks: list[_Block], found: Tuned, rival: Tuned, 
         session = np.unique(rows.date, return_inverse=True)[1]
         by_session.append(np.bincount(session, weights=rows.weight * (errors[0] - errors[1])))
     saved: FloatArray = np.concatenate(by_session)
-    # Labels of h bars overlap: n sessions count as n / h.
-    error = float(np.std(saved)) * np.sqrt(blocks[0].score_rows.horizon_bars * len(saved))
+    error = overlap_error(saved - saved.mean(), blocks[0].score_rows.horizon_bars)
     return float(np.sum(saved) / error) if error > 0 else 0.0
 
 

@@ -7,6 +7,7 @@ from sklearn.preprocessing import RobustScaler
 from inference.ensemble import (
     BoosterEnsemble,
     calibrate,
+    overlap_error,
     predict_booster,
     select_scaled,
     shap_values,
@@ -106,3 +107,13 @@ def test_weights_are_equal_without_evidence_and_lean_towards_skill():
     assert sum(weights.values()) == pytest.approx(1.0)
     assert 0.8 < weights["good"] < 1.0
     assert weights["noise"] > 0.0
+
+
+def test_overlapping_sums_of_a_slow_signal_count_once_per_horizon_and_those_of_a_quick_one_each():
+    rng = np.random.default_rng(0)
+    moves = rng.normal(size=20_000)
+    overlapping = np.convolve(moves, np.ones(5), mode="valid")
+    slow = overlap_error(overlapping, 5) / overlap_error(overlapping, 1)
+    assert slow == pytest.approx(np.sqrt(5), rel=0.1)
+    quick = overlapping * rng.normal(size=len(overlapping))
+    assert overlap_error(quick, 5) / overlap_error(quick, 1) == pytest.approx(1.0, rel=0.1)

@@ -68,7 +68,17 @@ def test_a_session_counts_once_however_many_symbols_repeat_it():
     np.testing.assert_allclose(screen_t_values(rows.take(ten)), screen_t_values(rows), rtol=1e-6)
 
 
-def test_overlapping_labels_count_once():
-    rows = make_rows(signal=0.2)
-    daily = replace(rows, horizon_bars=1)
-    np.testing.assert_allclose(screen_t_values(daily), np.sqrt(5) * screen_t_values(rows))
+def test_a_slow_feature_and_labels_that_overlap_say_less():
+    """A walk explains any other walk: with overlapping labels its t-value must not grow with the horizon."""
+    rng = np.random.default_rng(3)
+    found = []
+    for _ in range(60):
+        slow = np.cumsum(rng.normal(size=(2_000, 1)), axis=0)
+        moves = rng.normal(size=2_019)
+        target = np.convolve(moves, np.ones(20), mode="valid") / np.sqrt(20)
+        rows = replace(make_rows(2_000), target_scaled=target, horizon_bars=20)
+        values = ((slow - slow.mean()) / slow.std()).astype(np.float32)
+        found.append(
+            screen_t_values(replace(rows, features=values, target_scaled=target, horizon_bars=20))[0]
+        )
+    assert np.mean(np.array(found) > 2.5) < 0.15
