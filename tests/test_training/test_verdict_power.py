@@ -1,0 +1,44 @@
+"""A small, seeded version of ``benchmarks/verdict_power.py``: noise is no edge, a planted signal is one."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+from data.feature_engineer import engineer_features
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def power() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("verdict_power", ROOT / "benchmarks" / "verdict_power.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("horizon_bars", [1, 5])
+def test_the_planted_feature_has_the_stated_correlation(power: ModuleType, horizon_bars: int):
+    found = []
+    for seed, carrier in enumerate(power.CARRIERS):
+        bars = power.planted(seed, carrier, 0.2, horizon_bars)
+        outcome = np.log(bars["Close"].shift(-horizon_bars) / bars["Close"])
+        found.append(spearmanr(engineer_features(bars)[carrier], outcome, nan_policy="omit").statistic)
+    assert np.mean(found) == pytest.approx(0.2, abs=0.03)
+    assert np.ptp(found) < 0.15
+
+
+def test_noise_is_called_an_edge_at_most_once_in_six(power: ModuleType):
+    labels = [power.verdict_of("null", seed, n_trials=2, horizon_bars=1)["label"] for seed in range(6)]
+    assert labels.count("edge") <= 1
+
+
+def test_a_signal_in_one_series_is_found(power: ModuleType):
+    labels = [power.verdict_of("single", seed, n_trials=2, horizon_bars=1)["label"] for seed in range(4)]
+    assert labels.count("edge") >= 3
