@@ -6,7 +6,7 @@
 
 Forecasts are those of the walk-forward of `forecast_skill`, with everything before the first scored year used
 to calibrate; each preset then decides on every symbol alone, out of sample, 8 bps a side, with financing.
-``--sweep`` also shows what other constants of `calibrated` would have done: its own were chosen from that table,
+``--sweep`` also shows what other constants of `calibrated` would have done: its own were chosen from that,
 on all symbols at once, so its figures here are not out of sample in the choice of constants.
 """
 
