@@ -304,7 +304,7 @@ def _ensemble(version: Version[GBMManifest]) -> tuple[BoosterEnsemble, Fitted]:
     with unusable(folder, SCALER):
         scaler = joblib.load(io.BytesIO(contents[SCALER]))
         if not isinstance(scaler, RobustScaler) or scaler.center_.shape != (len(names.columns),):
-            raise corrupt(folder, f"{SCALER} does not scale {len(names.columns)} columns")
+            raise corrupt(folder, f"{SCALER} does not scale the columns of {COLUMNS}")
     ensemble = BoosterEnsemble(
         columns=names.columns,
         selected=tuple(names.columns.index(name) for name in names.selected),
