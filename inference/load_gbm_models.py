@@ -1,82 +1,57 @@
-"""The one owner of the booster bundle's format: save it, load it, roll it back.
+"""The one owner of the booster bundle's format; `inference.artifact` keeps its folder whole.
 
-``saved_models/<SYMBOL>/gbm`` is a link to ``saved_models/<SYMBOL>/versions/<version>``. A version is written
-aside, flushed to disk, loaded once by a fresh process, and only then does the link move, in one atomic step.
-Whoever reads resolves the link first, so all files of an answer come from one version.
-
-Nothing is unpickled before its sha256 agrees with the manifest, and nothing is served before the golden
-inputs give the golden outputs.
+Nothing is unpickled before its sha256 agrees with the sealed manifest, and nothing is served before the
+features are those that are computed here and the golden inputs give the golden outputs.
 """
 
 import argparse
-import errno
-import hashlib
+import io
 import json
-import logging
-import os
-import shutil
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from importlib import metadata as package_metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import joblib
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, ValidationError
+from lightgbm.basic import LightGBMError
+from sklearn.preprocessing import RobustScaler
 
-from inference.ensemble import MODEL_NAMES, BoosterEnsemble, Calibration, FloatMatrix
-from utils.errors import (
-    AIStocksError,
-    ModelCorruptError,
-    ModelIncompatibleError,
-    ModelMissingError,
-    StorageError,
+from data.feature_engineer import feature_set_hash, get_feature_columns
+from data.schema import normalise_symbol
+from inference import artifact
+from inference.artifact import Version, corrupt, unusable
+from inference.bundle_schema import (
+    BOOSTER_LIBRARY,
+    COLUMNS,
+    HYPERPARAMETERS,
+    IMPORTANCE,
+    METADATA,
+    RECORD,
+    RECORD_COLUMNS,
+    SCALER,
+    SCHEMA_VERSION,
+    ColumnNames,
+    Fitted,
+    GBMManifest,
+    PromisedMetadata,
+    model_file,
 )
-from utils.model_paths import current_version, gbm_link, list_versions, versions_dir
+from inference.ensemble import Booster, BoosterEnsemble, FloatMatrix
+from utils.errors import AIStocksError, ModelCorruptError, ModelIncompatibleError
+from utils.model_paths import GBM, Linked, linked_version
+from utils.settings import Settings
 
-logger = logging.getLogger(__name__)
-
-SCHEMA_VERSION = 1
-KEEP_VERSIONS = 5
 GOLDEN_ROWS = 8
 GOLDEN_TOLERANCE = 1e-5
+VERIFY_WAIT_S = 300.0
 LIBRARIES = ("xgboost", "lightgbm", "scikit-learn", "numpy", "pandas", "ta-lib")
-_DOCUMENTS = "feature_columns.json feature_importance.json hyperparameters.json training_metadata.json"
-REQUIRED_FILES = (
-    f"xgb_model.joblib lgb_model.joblib scaler.joblib oos_predictions.parquet {_DOCUMENTS}".split()
-)
-RECORD_COLUMNS = (
-    "date",
-    "predicted_log",
-    "baseline_log",
-    "raw_scaled",
-    "realised_log",
-    "sigma_log",
-    "skill_lower",
-    "fold",
-    "trained_through",
-)
-
-
-class Manifest(BaseModel):
-    """What a saved version promises about itself; untrusted until validated."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    schema_version: int
-    model_version: str
-    files: dict[str, str]
-    libraries: dict[str, str]
-    data_hash: str
-    golden_inputs: list[list[float]]
-    golden_outputs: list[float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,20 +96,28 @@ class GBMBundle:
         return str(self.metadata["model_version"])
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """What a version says about itself, every file checked and nothing unpickled.
+
+    Attributes
+    ----------
+    metadata
+        Content of ``training_metadata.json``.
+    models
+        Names of its boosters.
+    warnings
+        Why it serves in the place of another version.
+    """
+
+    metadata: Mapping[str, Any]
+    models: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+
+
 def new_version_id(created_at: datetime) -> str:
     """Return an identifier that sorts by time and never collides."""
     return f"{created_at:%Y%m%dT%H%M%S%f}-{uuid.uuid4().hex[:8]}"
-
-
-@contextmanager
-def _storage_errors(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = "the disk is full" if error.errno == errno.ENOSPC else str(error.strerror)
-        raise StorageError(
-            f"cannot write the bundle of {target.name}: {reason}; the earlier one is untouched"
-        ) from error
 
 
 def save_bundle(bundle: GBMBundle, models_dir: Path, *, golden_inputs: FloatMatrix) -> Path:
@@ -156,59 +139,53 @@ def save_bundle(bundle: GBMBundle, models_dir: Path, *, golden_inputs: FloatMatr
 
     Raises
     ------
-    StorageError
-        If the disk is full or not writable; what served before still serves.
+    StorageError, LockedError
+        See `inference.artifact.publish`; what served before still serves.
     ModelCorruptError
         If a fresh process cannot load what was written.
     """
-    versions = versions_dir(models_dir, bundle.symbol)
-    aside = versions / f".aside-{bundle.model_version}"
-    final = versions / bundle.model_version
-    with _storage_errors(versions.parent):
-        try:
-            aside.mkdir(parents=True)
-            _write_files(bundle, aside, golden_inputs[:GOLDEN_ROWS])
-            verify_in_fresh_process(aside)
-            aside.rename(final)
-            _flush(versions)
-            _point_link(gbm_link(models_dir, bundle.symbol), final)
-            _prune(versions, keep=final.name)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    return final
+    contents = _contents(bundle)
+    models = tuple(bundle.ensemble.models)
+    rows = golden_inputs[:GOLDEN_ROWS]
+    manifest = GBMManifest(
+        schema_version=SCHEMA_VERSION,
+        kind=GBM.name,
+        symbol=bundle.symbol,
+        model_version=bundle.model_version,
+        files=artifact.sha256_of(contents),
+        models=cast("Any", models),
+        libraries=library_versions([*LIBRARIES, *(["catboost"] if "cat" in models else [])]),
+        data_hash=str(bundle.metadata["data_hash"]),
+        golden_inputs=[[float(value) for value in row] for row in rows],
+        golden_outputs=golden_outputs(bundle.ensemble, rows).tolist(),
+    )
+    return artifact.publish(
+        models_dir, GBM, manifest=manifest, contents=contents, verify=verify_in_fresh_process
+    )
 
 
-def _write_files(bundle: GBMBundle, folder: Path, golden_inputs: FloatMatrix) -> None:
+def _contents(bundle: GBMBundle) -> dict[str, bytes]:
     ensemble = bundle.ensemble
-    for name, model in ensemble.models.items():
-        joblib.dump(model, folder / f"{name}_model.joblib")
-    joblib.dump(ensemble.scaler, folder / "scaler.joblib")
-    bundle.record.to_parquet(folder / "oos_predictions.parquet", write_page_checksum=True)
+    pickled = {model_file(name): model for name, model in ensemble.models.items()} | {SCALER: ensemble.scaler}
     documents = {
-        "feature_columns.json": {"columns": ensemble.columns, "selected": ensemble.selected_features},
-        "feature_importance.json": bundle.importance,
-        "hyperparameters.json": {
+        COLUMNS: {"columns": ensemble.columns, "selected": ensemble.selected_features},
+        IMPORTANCE: bundle.importance,
+        HYPERPARAMETERS: {
             "boosters": bundle.hyperparameters,
             "weights": ensemble.weights,
             "calibration": asdict(ensemble.calibration),
         },
-        "training_metadata.json": bundle.metadata,
+        METADATA: bundle.metadata,
     }
+    contents = {}
+    for name, content in pickled.items():
+        joblib.dump(content, buffer := io.BytesIO())
+        contents[name] = buffer.getvalue()
+    bundle.record.to_parquet(buffer := io.BytesIO(), write_page_checksum=True)
+    contents[RECORD] = buffer.getvalue()
     for name, document in documents.items():
-        (folder / name).write_text(json.dumps(document, indent=1, allow_nan=False))
-    manifest = Manifest(
-        schema_version=SCHEMA_VERSION,
-        model_version=bundle.model_version,
-        files={path.name: _sha256(path) for path in sorted(folder.iterdir())},
-        libraries=library_versions(),
-        data_hash=str(bundle.metadata["data_hash"]),
-        golden_inputs=[[float(value) for value in row] for row in golden_inputs],
-        golden_outputs=golden_outputs(ensemble, golden_inputs).tolist(),
-    )
-    (folder / "manifest.json").write_text(manifest.model_dump_json(indent=1))
-    for path in folder.iterdir():
-        _flush(path)
-    _flush(folder)
+        contents[name] = json.dumps(document, indent=1, allow_nan=False).encode()
+    return contents
 
 
 def golden_outputs(
@@ -218,16 +195,21 @@ def golden_outputs(
     return ensemble.combine(ensemble.per_model(inputs))
 
 
-def library_versions() -> dict[str, str]:
+def library_versions(names: Iterable[str] = LIBRARIES) -> dict[str, str]:
     """Return the installed versions of what a bundle depends on."""
-    return {name: package_metadata.version(name) for name in LIBRARIES}
+    return {name: package_metadata.version(name) for name in names}
 
 
 def verify_in_fresh_process(folder: Path) -> None:
     """Load ``folder`` in a new interpreter, so that nothing of this one is needed to use it."""
-    command = [sys.executable, "-m", "inference.load_gbm_models", str(folder)]
+    command = [sys.executable, "-m", "inference.load_gbm_models", "verify", str(folder.resolve())]
     root = Path(__file__).resolve().parents[1]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)  # noqa: S603
+    try:
+        done = subprocess.run(  # noqa: S603
+            command, cwd=root, capture_output=True, text=True, check=False, timeout=VERIFY_WAIT_S
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ModelCorruptError("the new bundle does not load in a fresh process: it hangs") from error
     if done.returncode != 0:
         last_line = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise ModelCorruptError(f"the new bundle does not load in a fresh process: {last_line}")
@@ -243,156 +225,188 @@ def load_bundle(models_dir: Path, symbol: str) -> GBMBundle:
     ModelCorruptError, ModelIncompatibleError
         If no version can be used.
     """
-    current = current_version(models_dir, symbol)
-    try:
-        return load_folder(current)
-    except ModelCorruptError as error:
-        for version in reversed(list_versions(models_dir, symbol)):
-            if version.name >= current.name:
-                continue
-            try:
-                earlier = load_folder(version)
-            except ModelCorruptError:
-                continue
-            message = f"{error}; the earlier version {version.name} serves instead"
-            logger.warning(message)
-            return replace(earlier, warnings=(message,))
-        raise
+    return load_linked(linked_version(models_dir, symbol))
+
+
+def load_linked(linked: Linked) -> GBMBundle:
+    """Load what a link names, see `load_bundle`; the link is not read again."""
+    bundle, warnings = artifact.load_linked(linked, load_folder)
+    return replace(bundle, warnings=warnings)
+
+
+def describe_linked(linked: Linked) -> Description:
+    """Describe the version that `load_linked` would load: its files are checked, none is unpickled."""
+
+    def describe(folder: Path) -> Description:
+        version = artifact.read_version(folder, GBM, GBMManifest)
+        return Description(metadata=_checked_metadata(version), models=version.manifest.models)
+
+    description, warnings = artifact.load_linked(linked, describe)
+    return replace(description, warnings=warnings)
 
 
 def load_folder(folder: Path) -> GBMBundle:
     """Check one version's files against its manifest, which must vouch for all of them, then load them."""
-    manifest = read_manifest(folder)
-    for name in sorted({*REQUIRED_FILES, *manifest.files}):
-        _check_file(folder, name, manifest.files.get(name, ""))
-    metadata = _read_json(folder / "training_metadata.json")
-    columns = _read_json(folder / "feature_columns.json")
-    fitted = _read_json(folder / "hyperparameters.json")
-    ensemble = BoosterEnsemble(
-        columns=tuple(columns["columns"]),
-        selected=tuple(columns["columns"].index(name) for name in columns["selected"]),
-        scaler=joblib.load(folder / "scaler.joblib"),
-        models={name: joblib.load(folder / f"{name}_model.joblib") for name in MODEL_NAMES},
-        weights=fitted["weights"],
-        calibration=Calibration(**fitted["calibration"]),
-    )
-    _check_golden(ensemble, manifest)
+    version = artifact.read_version(folder, GBM, GBMManifest)
+    metadata = _checked_metadata(version)
+    ensemble, fitted = _ensemble(version)
+    _check_golden(ensemble, version)
     return GBMBundle(
-        symbol=str(metadata["symbol"]),
-        horizon_bars=int(metadata["horizon_bars"]),
+        symbol=metadata["symbol"],
+        horizon_bars=metadata["horizon_bars"],
         ensemble=ensemble,
-        record=pd.read_parquet(folder / "oos_predictions.parquet"),
+        record=_record(version),
         metadata=metadata,
-        importance=_read_json(folder / "feature_importance.json"),
-        hyperparameters=fitted["boosters"],
+        importance=_document(version, IMPORTANCE),
+        hyperparameters=fitted.boosters,
         path=folder,
     )
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Read and validate a manifest; unpickles nothing."""
-    try:
-        manifest = Manifest.model_validate_json((folder / "manifest.json").read_bytes())
-    except (OSError, ValidationError) as error:
-        raise ModelCorruptError(f"bundle {folder.name}: its manifest cannot be read: train again") from error
-    if manifest.schema_version != SCHEMA_VERSION:
+def expected_features(metadata: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:  # noqa: ARG001
+    """Return the columns and the hash of the feature set that a bundle with these metadata needs today."""
+    return tuple(get_feature_columns()), feature_set_hash()
+
+
+def _checked_metadata(version: Version[GBMManifest]) -> dict[str, Any]:
+    """Return the metadata, once they agree with the manifest and with the features computed here."""
+    folder, manifest = version.folder, version.manifest
+    with unusable(folder, METADATA):
+        metadata = _document(version, METADATA)
+        promised = PromisedMetadata.model_validate(metadata)
+    named = (promised.symbol, promised.model_version, promised.data_hash)
+    if named != (manifest.symbol, manifest.model_version, manifest.data_hash):
+        raise corrupt(folder, f"{METADATA} speaks of another version than the manifest")
+    with unusable(folder, COLUMNS):
+        columns = ColumnNames.model_validate_json(version.contents[COLUMNS]).columns
+    known, expected_hash = expected_features(metadata)
+    if missing := [name for name in columns if name not in known]:
         raise ModelIncompatibleError(
-            f"bundle {folder.name} has schema {manifest.schema_version}, "
-            f"this program reads {SCHEMA_VERSION}: train again"
+            f"the model of {promised.symbol} needs features that are not computed any more, "
+            f"{', '.join(missing)}: train again with --overwrite"
         )
-    return manifest
-
-
-def _check_file(folder: Path, name: str, expected_sha256: str) -> None:
-    path = folder / name
-    if Path(name).name != name or path.is_symlink() or not path.is_file():
-        raise ModelCorruptError(
-            f"bundle {folder.name}: {name!r} is not a plain file of the bundle: train again"
-        )
-    if _sha256(path) != expected_sha256:
-        raise ModelCorruptError(f"bundle {folder.name}: {name} is not the file that was saved: train again")
-
-
-def _check_golden(ensemble: BoosterEnsemble, manifest: Manifest) -> None:
-    inputs = np.asarray(manifest.golden_inputs, dtype=np.float32)
-    error = float(np.max(np.abs(golden_outputs(ensemble, inputs) - manifest.golden_outputs), initial=0.0))
-    if not error <= GOLDEN_TOLERANCE:
-        here = library_versions()
-        then = manifest.libraries
-        changed = [
-            f"{name} {then[name]} -> {here.get(name)}" for name in then if here.get(name) != then[name]
-        ]
+    if promised.feature_set_hash != expected_hash:
         raise ModelIncompatibleError(
-            f"bundle {manifest.model_version} forecasts differently here (by {error:.2g}; changed: "
-            f"{', '.join(changed) or 'no library'}): train again with --overwrite"
+            f"the features of {promised.symbol} are computed differently since bundle {folder.name} was "
+            "trained: train again with --overwrite"
         )
+    return metadata
+
+
+def _ensemble(version: Version[GBMManifest]) -> tuple[BoosterEnsemble, Fitted]:
+    folder, contents, models = version.folder, version.contents, version.manifest.models
+    with unusable(folder, COLUMNS):
+        names = ColumnNames.model_validate_json(contents[COLUMNS])
+    with unusable(folder, HYPERPARAMETERS):
+        fitted = Fitted.model_validate_json(contents[HYPERPARAMETERS])
+        if set(fitted.weights) != set(models):
+            raise corrupt(folder, f"{HYPERPARAMETERS} does not weigh {', '.join(models)}")
+    with unusable(folder, SCALER):
+        scaler = joblib.load(io.BytesIO(contents[SCALER]))
+        if not isinstance(scaler, RobustScaler) or scaler.center_.shape != (len(names.columns),):
+            raise corrupt(folder, f"{SCALER} does not scale the columns of {COLUMNS}")
+    ensemble = BoosterEnsemble(
+        columns=names.columns,
+        selected=tuple(names.columns.index(name) for name in names.selected),
+        scaler=scaler,
+        models={name: _booster(version, name) for name in models},
+        weights=fitted.weights,
+        calibration=fitted.calibration,
+    )
+    return ensemble, fitted
+
+
+def _booster(version: Version[GBMManifest], name: str) -> Booster:
+    library = BOOSTER_LIBRARY[name]
+    with unusable(version.folder, model_file(name), LightGBMError):
+        try:
+            model = joblib.load(io.BytesIO(version.contents[model_file(name)]))
+        except ModuleNotFoundError as error:
+            if error.name != library:
+                raise
+            raise ModelIncompatibleError(
+                f"bundle {version.folder.name} needs {library}, which is not installed: "
+                f"install {library}, or train again with --overwrite"
+            ) from error
+    if type(model).__module__.partition(".")[0] != library:
+        raise corrupt(version.folder, f"{model_file(name)} holds no model of {library}")
+    return cast("Booster", model)
+
+
+def _record(version: Version[GBMManifest]) -> pd.DataFrame:
+    with unusable(version.folder, RECORD):
+        record = pd.read_parquet(io.BytesIO(version.contents[RECORD]))
+        needed = {*RECORD_COLUMNS, *(f"model_{name}" for name in version.manifest.models)}
+        if absent := sorted(needed - set(record.columns)):
+            raise corrupt(version.folder, f"{RECORD} lacks {', '.join(absent)}")
+        if record["date"].dtype.kind != "M" or not record["date"].is_unique:
+            raise corrupt(version.folder, f"{RECORD} does not hold one row per session")
+    return record
+
+
+def _check_golden(ensemble: BoosterEnsemble, version: Version[GBMManifest]) -> None:
+    manifest = version.manifest
+    with unusable(version.folder, "what the boosters forecast", LightGBMError):
+        inputs = np.asarray(manifest.golden_inputs, dtype=np.float32)
+        outputs = golden_outputs(ensemble, inputs)
+        error = float(np.max(np.abs(outputs - np.asarray(manifest.golden_outputs))))
+    if error <= GOLDEN_TOLERANCE:
+        return
+    here, then = library_versions(), manifest.libraries
+    changed = [f"{name} {then[name]} -> {here[name]}" for name in here if here[name] != then.get(name)]
+    raise ModelIncompatibleError(
+        f"bundle {manifest.model_version} forecasts differently here (by {error:.2g}; changed: "
+        f"{', '.join(changed) or 'no library'}): train again with --overwrite"
+    )
+
+
+def _document(version: Version[GBMManifest], name: str) -> dict[str, Any]:
+    with unusable(version.folder, name):
+        return dict(json.loads(version.contents[name]))
 
 
 def read_metadata(models_dir: Path, symbol: str) -> dict[str, Any]:
-    """Read ``training_metadata.json`` of the serving version, checked by its hash; unpickles nothing."""
-    folder = current_version(models_dir, symbol)
-    manifest = read_manifest(folder)
-    _check_file(folder, "training_metadata.json", manifest.files.get("training_metadata.json", ""))
-    return _read_json(folder / "training_metadata.json")
+    """Read ``training_metadata.json`` of the version that serves; unpickles nothing."""
+    return dict(describe_linked(linked_version(models_dir, symbol)).metadata)
 
 
 def rollback(models_dir: Path, symbol: str) -> Path:
-    """Let the version before the current one serve again.
+    """Let the newest version before the current one that loads serve again.
 
     Raises
     ------
     ModelMissingError
         If there is no earlier version that loads.
     """
-    current = current_version(models_dir, symbol)
-    earlier = [path for path in list_versions(models_dir, symbol) if path.name < current.name]
-    if not earlier:
-        raise ModelMissingError(f"{symbol} has no version before {current.name}")
-    load_folder(earlier[-1])
-    with _storage_errors(current.parent):
-        _point_link(gbm_link(models_dir, symbol), earlier[-1])
-    return earlier[-1]
+    return artifact.roll_back(models_dir, symbol, GBM, load_folder)
 
 
-def _point_link(link: Path, target: Path) -> None:
-    fresh = link.with_name(f".{link.name}-{uuid.uuid4().hex[:8]}")
-    fresh.symlink_to(Path("versions") / target.name)
-    fresh.replace(link)
-    _flush(link.parent)
-
-
-def _prune(versions: Path, keep: str) -> None:
-    kept = [path for path in sorted(versions.iterdir()) if not path.name.startswith(".")]
-    for path in kept[:-KEEP_VERSIONS]:
-        if path.name != keep:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text()))
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m inference.load_gbm_models",
+        description="Verify a saved version, or serve the one before.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("verify", help="load one version").add_argument("what", metavar="FOLDER")
+    commands.add_parser("rollback", help="let the version before serve").add_argument(
+        "what", metavar="SYMBOL"
+    )
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Verify one saved version: exit 0 when it loads, 5 when not."""
-    parser = argparse.ArgumentParser(prog="python -m inference.load_gbm_models")
-    parser.add_argument("folder", type=Path)
+    """Run one command; exit 5 when a version cannot be used, see `utils.errors` for the other codes."""
+    args = build_parser().parse_args(argv)
     try:
-        load_folder(parser.parse_args(argv).folder)
+        if args.command == "verify":
+            load_folder(Path(args.what))
+            return 0
+        version = rollback(Settings().models_dir, normalise_symbol(args.what))
     except AIStocksError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
+    sys.stdout.write(f"{version.name} serves\n")
     return 0
 
 

@@ -1,13 +1,14 @@
 """Which saved models there are, and the loaded one of each symbol that is asked for.
 
-Listing reads metadata and unpickles nothing. Loading happens at the first question for a symbol and again
-when its link moves to another version; what was loaded before serves on when the new one cannot be used.
+Listing checks the files that would serve and unpickles nothing. Loading happens at the first question for a
+symbol and again when its link moves to another version; what was loaded before serves on when the new one
+cannot be used. Each question reads the link once, and the list describes what a prediction would come from.
 """
 
 import logging
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard, cast
@@ -15,12 +16,18 @@ from typing import Any, TypeGuard, cast
 from pydantic import ValidationError
 
 from inference.ensemble import MODEL_NAMES
-from inference.load_gbm_models import GBMBundle, load_bundle, read_metadata
+from inference.load_gbm_models import GBMBundle, describe_linked, load_linked
 from inference.pipeline import Forecaster, GBMForecaster
 from service.schemas import VerdictLabel
 from service.work_schemas import BacktestMetrics, ModelMeta
-from utils.errors import AIStocksError, ModelCorruptError, ModelError, ModelMissingError
-from utils.model_paths import current_version, list_symbols
+from utils.errors import (
+    AIStocksError,
+    ModelCorruptError,
+    ModelError,
+    ModelIncompatibleError,
+    ModelMissingError,
+)
+from utils.model_paths import Linked, linked_version, list_symbols
 
 logger = logging.getLogger(__name__)
 
@@ -63,16 +70,17 @@ class ModelRegistry:
     models_dir
         Root of the saved models; need not exist.
     load
-        Loads one symbol's bundle; replaced in tests.
+        Loads what a link names; replaced in tests.
     """
 
-    def __init__(self, models_dir: Path, load: Callable[[Path, str], GBMBundle] = load_bundle) -> None:
+    def __init__(self, models_dir: Path, load: Callable[[Linked], GBMBundle] = load_linked) -> None:
         self._models_dir = models_dir
         self._load = load
         self._guard = threading.Lock()
         self._locks: dict[str, threading.Lock] = {}
         self._served: dict[str, ServedModel] = {}
-        self._metas: dict[Path, ModelMeta] = {}
+        self._metas: dict[str, tuple[Linked, ModelMeta]] = {}
+        self._refused: dict[str, tuple[Linked, ModelIncompatibleError]] = {}
 
     def list(self) -> tuple[ModelMeta, ...]:
         """Return what is saved, by symbol; a damaged bundle is left out and logged."""
@@ -112,62 +120,92 @@ class ModelRegistry:
             If nothing usable was loaded before either.
         """
         try:
-            folder = current_version(self._models_dir, symbol)
+            linked = linked_version(self._models_dir, symbol)
         except ModelMissingError:
             self._served.pop(symbol, None)
             raise
         served = self._served.get(symbol)
-        if served is not None and served.folder == folder:
+        if served is not None and served.folder == linked.folder:
             return served
         with self._lock_of(symbol):
             served = self._served.get(symbol)
-            if served is None or served.folder != folder:
-                served = self._loaded(symbol, folder, served)
+            if served is None or served.folder != linked.folder:
+                served = self._loaded(symbol, linked, served)
                 self._served[symbol] = served
             return served
 
-    def _loaded(self, symbol: str, folder: Path, before: ServedModel | None) -> ServedModel:
+    def _loaded(self, symbol: str, linked: Linked, before: ServedModel | None) -> ServedModel:
         try:
-            bundle = self._bundle(symbol)
-            meta = model_meta(bundle.metadata)
+            bundle = self._bundle(symbol, linked)
+            meta = model_meta(
+                bundle.metadata, ensemble_size=len(bundle.ensemble.models), warnings=bundle.warnings
+            )
         except ModelError as error:
             if before is None:
                 raise
             message = f"{error}; version {before.bundle.model_version} serves on"
             logger.warning(message)
+            warnings = (*before.bundle.warnings, message)
+            meta = model_meta(
+                before.bundle.metadata, ensemble_size=before.meta.ensemble_size, warnings=warnings
+            )
             # Remembering the folder keeps every request from trying it again; the next version has its own.
-            return replace(before, folder=folder, warnings=(*before.bundle.warnings, message))
+            return replace(before, folder=linked.folder, warnings=warnings, meta=meta)
         return ServedModel(
             meta=meta,
             bundle=bundle,
             forecaster=GBMForecaster(bundle=bundle),
-            folder=folder,
+            folder=linked.folder,
             warnings=bundle.warnings,
         )
 
-    def _bundle(self, symbol: str) -> GBMBundle:
+    def _bundle(self, symbol: str, linked: Linked) -> GBMBundle:
+        refused = self._refused.get(symbol)
+        if refused is not None and refused[0] == linked:
+            raise refused[1]
         try:
-            return self._load(self._models_dir, symbol)
+            return self._load(linked)
         except OSError as error:
             raise ModelCorruptError(f"the model of {symbol} cannot be read ({error.strerror})") from error
+        except ModelIncompatibleError as error:
+            # A running process keeps its libraries: trying again would fail again, at the price of a load.
+            self._refused[symbol] = (linked, error)
+            raise
 
     def _meta(self, symbol: str) -> ModelMeta:
-        folder = current_version(self._models_dir, symbol)
-        if folder not in self._metas:
-            try:
-                metadata = read_metadata(self._models_dir, symbol)
-            except OSError as error:
-                raise ModelCorruptError(f"the model of {symbol} cannot be read ({error.strerror})") from error
-            self._metas[folder] = model_meta(metadata)
-        return self._metas[folder]
+        linked = linked_version(self._models_dir, symbol)
+        served = self._served.get(symbol)
+        if served is not None and served.folder == linked.folder:
+            return served.meta
+        refused = self._refused.get(symbol)
+        if refused is not None and refused[0] == linked:
+            raise refused[1]
+        known = self._metas.get(symbol)
+        if known is not None and known[0] == linked:
+            return known[1]
+        found = describe_linked(linked)
+        meta = model_meta(found.metadata, ensemble_size=len(found.models), warnings=found.warnings)
+        self._metas[symbol] = (linked, meta)
+        return meta
 
     def _lock_of(self, symbol: str) -> threading.Lock:
         with self._guard:
             return self._locks.setdefault(symbol, threading.Lock())
 
 
-def model_meta(metadata: Mapping[str, Any]) -> ModelMeta:
+def model_meta(
+    metadata: Mapping[str, Any], *, ensemble_size: int = len(MODEL_NAMES), warnings: Sequence[str] = ()
+) -> ModelMeta:
     """Translate ``training_metadata.json`` into what the list of models says.
+
+    Parameters
+    ----------
+    metadata
+        Content of the file.
+    ensemble_size
+        Number of boosters behind a forecast.
+    warnings
+        What was amiss while reading, in words; goes into the notes.
 
     Raises
     ------
@@ -176,6 +214,8 @@ def model_meta(metadata: Mapping[str, Any]) -> ModelMeta:
     """
     try:
         metrics, undefined = wire_metrics(metadata.get("metrics") or {})
+        notes = [f"undefined, sent as 0: {', '.join(undefined)}"] if undefined else []
+        notes += warnings
         label = metadata["verdict"]["label"]
         return ModelMeta(
             id=metadata["model_id"],
@@ -184,8 +224,8 @@ def model_meta(metadata: Mapping[str, Any]) -> ModelMeta:
             fusion_mode_default="gbm_only",
             metrics=metrics,
             sequence_length=SEQUENCE_LENGTH,
-            ensemble_size=len(MODEL_NAMES),
-            notes=f"undefined, sent as 0: {', '.join(undefined)}" if undefined else None,
+            ensemble_size=ensemble_size,
+            notes="; ".join(notes) or None,
             model_variant="gbm",
             data_interval="1d",
             quality_gate_passed=label == "edge",

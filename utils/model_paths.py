@@ -1,8 +1,77 @@
-"""Where a symbol's artifacts lie, and the promise that they lie nowhere else."""
+"""Where a symbol's artifacts lie, the promise that they lie nowhere else, and who may change them.
 
+``<root>/<SYMBOL>/<kind>`` is a link to ``<root>/<SYMBOL>/<versions>/<version>``. Whoever reads resolves the
+link once and passes the folder on, so that all files of an answer come from one version. Whoever changes
+anything holds a lock that dies with its process.
+"""
+
+import errno
+import os
+import shutil
+import stat
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from utils.errors import InvalidSymbolError, ModelCorruptError, ModelMissingError
+from filelock import FileLock, Timeout
+
+from utils.errors import (
+    InvalidSymbolError,
+    LockedError,
+    ModelCorruptError,
+    ModelError,
+    ModelMissingError,
+    StorageError,
+)
+
+KEEP_VERSIONS = 5
+# Verifying a version takes seconds; whoever waits longer waits for something that hangs.
+LOCK_WAIT_S = 300.0
+ASIDE, GONE = ".aside-", ".gone-"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArtifactKind:
+    """One sort of artifact that a symbol may have.
+
+    Attributes
+    ----------
+    name
+        Name of the link beside the versions.
+    versions
+        Name of the folder that holds this kind's versions.
+    trainer
+        Module whose command line makes one.
+    """
+
+    name: str
+    versions: str
+    trainer: str
+
+    def train(self, symbol: str, *, anew: bool = False) -> str:
+        """Return the command that makes an artifact of ``symbol``, for messages."""
+        return f"`python -m {self.trainer} {symbol}{' --overwrite' if anew else ''}`"
+
+
+GBM = ArtifactKind(name="gbm", versions="versions", trainer="training.train_gbm")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Linked:
+    """What a symbol's link names.
+
+    Attributes
+    ----------
+    folder
+        The version that the link names; the newest kept one where the link itself cannot be read.
+    damage
+        Why the link does not lead to a version, in words; None when it does.
+    """
+
+    folder: Path
+    damage: str | None = None
 
 
 def symbol_dir(root: Path, symbol: str) -> Path:
@@ -20,44 +89,206 @@ def symbol_dir(root: Path, symbol: str) -> Path:
     InvalidSymbolError
         If the folder would lie outside ``root``.
     """
-    base = root.resolve()
-    path = (base / symbol).resolve()
+    refusal = f"symbol {symbol[:40]!r} does not name a folder under the model root"
+    try:
+        base = root.resolve()
+        path = (base / symbol).resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        # A loop of links, a name that is too long, a NUL.
+        raise InvalidSymbolError(refusal) from error
     if path.parent != base:
-        raise InvalidSymbolError(f"symbol {symbol!r} does not name a folder under the model root")
+        raise InvalidSymbolError(refusal)
     return path
 
 
+def artifact_link(root: Path, symbol: str, kind: ArtifactKind) -> Path:
+    """Return ``<root>/<SYMBOL>/<kind>``: a link to the version that serves, swapped atomically."""
+    return symbol_dir(root, symbol) / kind.name
+
+
 def gbm_link(root: Path, symbol: str) -> Path:
-    """Return ``<root>/<SYMBOL>/gbm``: a link to the version that serves, swapped atomically."""
-    return symbol_dir(root, symbol) / "gbm"
+    """Return ``<root>/<SYMBOL>/gbm``, see `artifact_link`."""
+    return artifact_link(root, symbol, GBM)
 
 
-def versions_dir(root: Path, symbol: str) -> Path:
-    """Return the folder that keeps the symbol's earlier bundles."""
-    return symbol_dir(root, symbol) / "versions"
+def versions_dir(root: Path, symbol: str, kind: ArtifactKind = GBM) -> Path:
+    """Return the folder that keeps the symbol's versions of one kind."""
+    return symbol_dir(root, symbol) / kind.versions
 
 
-def current_version(models_dir: Path, symbol: str) -> Path:
-    """Return the folder that the symbol's link points to."""
-    link = gbm_link(models_dir, symbol)
-    folder = link.resolve()
-    if not folder.is_dir():
-        raise ModelMissingError(f"no model for {symbol}: run `python -m training.train_gbm {symbol}`")
-    if folder.parent != versions_dir(models_dir, symbol).resolve():
-        raise ModelCorruptError(f"the model of {symbol} lies outside its folder: train again")
-    return folder
+def linked_version(models_dir: Path, symbol: str, kind: ArtifactKind = GBM) -> Linked:
+    """Return the version that the symbol's link names, or what is wrong with the link.
+
+    Raises
+    ------
+    ModelMissingError
+        If there is no link, or nothing that could serve in its place.
+    ModelCorruptError
+        If the link leads out of the symbol's folder.
+    """
+    link = artifact_link(models_dir, symbol, kind)
+    try:
+        folder = _target(link, link.parent / kind.versions)
+        if stat.S_ISDIR(folder.lstat().st_mode):
+            return Linked(folder=folder)
+        damage = f"the {kind.name} link of {symbol} names {folder.name}, which is not a folder"
+    except FileNotFoundError as error:
+        if not link.is_symlink():
+            raise ModelMissingError(f"no model for {symbol}: run {kind.train(symbol)}") from error
+        folder = Path(link.parent, kind.versions, link.readlink().name)
+        damage = f"the {kind.name} link of {symbol} names version {folder.name}, which is not there"
+    except (OSError, RuntimeError):
+        folder, damage = link, f"the {kind.name} link of {symbol} cannot be read"
+    kept = list_versions(models_dir, symbol, kind)
+    if not kept:
+        raise ModelMissingError(f"{damage}, and no version is kept: run {kind.train(symbol)}")
+    return Linked(folder=kept[-1] if folder == link else folder, damage=damage)
 
 
-def list_versions(models_dir: Path, symbol: str) -> list[Path]:
+def _target(link: Path, versions: Path) -> Path:
+    """Return the version that ``link`` names; it need not exist.
+
+    Raises
+    ------
+    OSError, RuntimeError
+        If the link is absent, is not a link, loops, or is a chain that dangles.
+    ModelCorruptError
+        If it leads anywhere but into ``versions``.
+    """
+    target = link.parent / link.readlink()
+    if target.parent == versions and not target.name.startswith("."):
+        return target
+    target = link.resolve(strict=True)
+    if target.parent != versions or target.name.startswith("."):
+        raise ModelCorruptError(
+            f"the {link.name} model of {link.parent.name} lies outside its folder: train again"
+        )
+    return target
+
+
+def current_version(models_dir: Path, symbol: str, kind: ArtifactKind = GBM) -> Path:
+    """Return the folder that the symbol's link points to.
+
+    Raises
+    ------
+    ModelMissingError
+        If the symbol was never trained.
+    ModelCorruptError
+        If the link does not lead to a version of this symbol.
+    """
+    linked = linked_version(models_dir, symbol, kind)
+    if linked.damage is not None:
+        raise ModelCorruptError(f"{linked.damage}: run {kind.train(symbol, anew=True)}")
+    return linked.folder
+
+
+def list_versions(models_dir: Path, symbol: str, kind: ArtifactKind = GBM) -> list[Path]:
     """Return the kept versions of a symbol, oldest first."""
-    versions = versions_dir(models_dir, symbol)
-    if not versions.is_dir():
-        return []
-    return sorted(path for path in versions.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return kept_versions(versions_dir(models_dir, symbol, kind))
 
 
-def list_symbols(models_dir: Path) -> list[str]:
-    """Return the symbols that have a bundle, sorted."""
-    if not models_dir.is_dir():
+def kept_versions(versions: Path) -> list[Path]:
+    """Return the versions inside one folder of versions, oldest first; links are none."""
+    try:
+        with os.scandir(versions) as entries:
+            names = [
+                e.name for e in entries if e.is_dir(follow_symlinks=False) and not e.name.startswith(".")
+            ]
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(path.name for path in models_dir.iterdir() if (path / "gbm" / "manifest.json").is_file())
+    except OSError as error:
+        raise ModelCorruptError(
+            f"the versions of {versions.parent.name} cannot be read ({error.strerror}): check the permissions"
+        ) from error
+    return [versions / name for name in sorted(names)]
+
+
+def list_symbols(models_dir: Path, kind: ArtifactKind = GBM) -> list[str]:
+    """Return the symbols that have an artifact of this kind, whole or damaged, sorted."""
+    try:
+        return sorted(path.name for path in models_dir.iterdir() if os.path.lexists(path / kind.name))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise ModelCorruptError(
+            f"the folder of saved models cannot be read ({error.strerror}): check its permissions"
+        ) from error
+
+
+@contextmanager
+def storage_errors(symbol: str) -> Iterator[None]:
+    """Turn what a disk refuses into a `StorageError`."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in {errno.ENOSPC, errno.EDQUOT}
+        reason = "the disk is full" if full else error.strerror or type(error).__name__
+        raise StorageError(
+            f"cannot write the model of {symbol}: {reason}; what served before still serves: "
+            "make room or mend the permissions, and try again"
+        ) from error
+
+
+@contextmanager
+def saving(models_dir: Path, symbol: str, kind: ArtifactKind) -> Iterator[None]:
+    """Hold the right to change a symbol's versions; tidy up before and after."""
+    versions = versions_dir(models_dir, symbol, kind)
+    versions.mkdir(parents=True, exist_ok=True)
+    for folder in (versions.parent, versions.parent.parent):
+        flush(folder)
+    lock = FileLock(versions / ".lock")
+    try:
+        lock.acquire(timeout=LOCK_WAIT_S)
+    except Timeout as error:
+        raise LockedError(
+            f"another process saves the {kind.name} model of {symbol}: wait or stop it"
+        ) from error
+    try:
+        # Nobody but the holder of the lock writes here, so these belong to processes that were killed.
+        for left in [*versions.glob(f"{ASIDE}*"), *versions.glob(f"{GONE}*")]:
+            shutil.rmtree(left, ignore_errors=True)
+        for left in versions.parent.glob(f".{kind.name}-*"):
+            left.unlink(missing_ok=True)
+        yield
+        with suppress(OSError, ModelError):
+            _prune(versions, linked_version(models_dir, symbol, kind).folder)
+    finally:
+        lock.release()
+
+
+def _prune(versions: Path, serving: Path) -> None:
+    """Keep the newest versions and the one that serves; renamed first, none is ever half there."""
+    for path in kept_versions(versions)[:-KEEP_VERSIONS]:
+        if path.name != serving.name:
+            gone = path.rename(path.with_name(f"{GONE}{path.name}"))
+            shutil.rmtree(gone, ignore_errors=True)
+
+
+def flush(folder: Path) -> None:
+    """Wait until the names inside ``folder`` are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def point(link: Path, version: Path) -> None:
+    """Let ``link`` name ``version``, or what it named before where the disk refuses."""
+    before = link.readlink() if link.is_symlink() else None
+    _swap(link, Path(version.parent.name, version.name))
+    try:
+        flush(link.parent)
+    except OSError:
+        with suppress(OSError):
+            link.unlink() if before is None else _swap(link, before)
+        raise
+
+
+def _swap(link: Path, target: Path) -> None:
+    fresh = link.with_name(f".{link.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        fresh.symlink_to(target)
+        fresh.replace(link)
+    finally:
+        fresh.unlink(missing_ok=True)

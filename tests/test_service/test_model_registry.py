@@ -1,18 +1,28 @@
 """Listing without unpickling, lazy loading, reloading, and what serves when a new version is broken."""
 
+import json
 import logging
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import inference.load_gbm_models
-from inference.load_gbm_models import GBMBundle
+from data.feature_engineer import feature_set_hash, get_feature_columns
+from inference.artifact import publish, sha256_of
+from inference.load_gbm_models import SCHEMA_VERSION, GBMBundle, GBMManifest
 from service.model_registry import ModelRegistry, ServedModel, model_meta, wire_metrics
 from tests.test_service.conftest import bundle_of, metadata_of
-from utils.errors import InvalidSymbolError, ModelCorruptError, ModelMissingError
-from utils.model_paths import current_version
+from utils.errors import (
+    InvalidSymbolError,
+    ModelCorruptError,
+    ModelIncompatibleError,
+    ModelMissingError,
+)
+from utils.model_paths import GBM, Linked, linked_version
 
 Save = Callable[..., Path]
 
@@ -24,12 +34,43 @@ class Loader:
         self.loads: list[str] = []
         self.broken: dict[str, Exception] = {}
 
-    def __call__(self, models_dir: Path, symbol: str) -> GBMBundle:
-        version = current_version(models_dir, symbol).name
+    def __call__(self, linked: Linked) -> GBMBundle:
+        version = linked.folder.name
         self.loads.append(version)
         if version in self.broken:
             raise self.broken[version]
-        return bundle_of(symbol, version)
+        bundle = bundle_of(linked.folder.parents[1].name, version)
+        return replace(bundle, ensemble=SimpleNamespace(models={"xgb": None}))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def save_version(tmp_path: Path) -> Save:
+    """Return a writer of versions whose files are whole, and whose boosters are no models."""
+
+    def save(symbol: str = "AAPL", version: str = "v1", **changes: object) -> Path:
+        promised = {"feature_set_hash": feature_set_hash(), **changes}
+        names = {"columns": get_feature_columns()[:2], "selected": get_feature_columns()[:2]}
+        contents = dict.fromkeys(("scaler.joblib", "oos_predictions.parquet", "xgb_model.joblib"), b"junk")
+        contents |= dict.fromkeys(("feature_importance.json", "hyperparameters.json"), b"{}")
+        contents["feature_columns.json"] = json.dumps(names).encode()
+        contents["training_metadata.json"] = json.dumps(metadata_of(symbol, version, **promised)).encode()
+        manifest = GBMManifest(
+            schema_version=SCHEMA_VERSION,
+            kind=GBM.name,
+            symbol=symbol,
+            model_version=version,
+            files=sha256_of(contents),
+            models=("xgb",),
+            libraries={},
+            data_hash="0" * 64,
+            golden_inputs=[[0.0, 0.0]],
+            golden_outputs=[0.0],
+        )
+        return publish(
+            tmp_path / "models", GBM, manifest=manifest, contents=contents, verify=lambda folder: None
+        )
+
+    return save
 
 
 @pytest.fixture
@@ -77,6 +118,78 @@ def test_a_damaged_bundle_is_left_out_and_logged(
     with caplog.at_level(logging.WARNING):
         assert [meta.symbol for meta in registry.list()] == ["AAPL"]
     assert "MSFT" in caplog.text or "training_metadata.json" in caplog.text
+
+
+def test_the_list_describes_what_serves(
+    registry: ModelRegistry, tmp_path: Path, save_version: Save, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_version("AAPL", "v1", trained_through="2001-01-01")
+    newer = save_version("AAPL", "v2", trained_through="2002-02-02")
+    assert registry.list()[0].model_version == "v2"
+    (newer / "xgb_model.joblib").write_bytes(b"damaged")
+    for again in (ModelRegistry(tmp_path / "models"), ModelRegistry(tmp_path / "models")):
+        (meta,) = again.list()
+        assert (meta.model_version, meta.trained_through) == ("v1", "2001-01-01")
+        assert "v2" in str(meta.notes)
+        assert "v1 serves instead" in str(meta.notes)
+    assert meta.ensemble_size == 1
+
+
+def test_the_list_and_the_prediction_agree_once_a_model_is_loaded(
+    registry: ModelRegistry, loader: Loader, save_version: Save
+) -> None:
+    save_version("AAPL", "v1")
+    registry.get("AAPL")
+    loader.broken["v2"] = ModelCorruptError("bundle v2: golden")
+    save_version("AAPL", "v2")
+    served = registry.get("AAPL")
+    assert registry.list() == (served.meta,)
+    assert served.meta.model_version == "v1"
+    assert served.warnings[-1] in str(served.meta.notes)
+
+
+def test_an_incompatible_model_is_tried_once_and_not_listed(
+    registry: ModelRegistry, loader: Loader, save_version: Save
+) -> None:
+    save_version("AAPL", "v1")
+    loader.broken["v1"] = ModelIncompatibleError("forecasts differently here")
+    for _ in range(3):
+        with pytest.raises(ModelIncompatibleError, match="differently"):
+            registry.get("AAPL")
+    assert loader.loads == ["v1"]
+    assert registry.list() == ()
+    save_version("AAPL", "v2")
+    assert registry.get("AAPL").meta.model_version == "v2"
+    assert registry.list()[0].model_version == "v2"
+
+
+def test_a_question_reads_the_link_once(
+    registry: ModelRegistry, save_version: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_version("AAPL")
+    reads: list[str] = []
+
+    def counted(models_dir: Path, symbol: str) -> Linked:
+        reads.append(symbol)
+        return linked_version(models_dir, symbol)
+
+    monkeypatch.setattr("service.model_registry.linked_version", counted)
+    monkeypatch.setattr("inference.load_gbm_models.linked_version", counted)
+    registry.list()
+    registry.get("AAPL")
+    assert reads == ["AAPL", "AAPL"]
+
+
+@pytest.mark.parametrize("target", ["versions/v9", "gbm"])
+def test_a_link_that_dangles_or_loops_hides_no_model(
+    registry: ModelRegistry, loader: Loader, save_version: Save, target: str
+) -> None:
+    link = save_version("AAPL", "v1").parents[1] / "gbm"
+    link.unlink()
+    link.symlink_to(target)
+    (meta,) = registry.list()
+    assert meta.model_version == "v1"
+    assert "v1 serves instead" in str(meta.notes)
 
 
 def test_metadata_of_another_shape_are_corrupt(registry: ModelRegistry, save_version: Save) -> None:
@@ -153,9 +266,9 @@ def test_a_hundred_threads_load_once(tmp_path: Path, loader: Loader, save_versio
     save_version("AAPL")
     together = threading.Barrier(20)
 
-    def slow(models_dir: Path, symbol: str) -> GBMBundle:
+    def slow(linked: Linked) -> GBMBundle:
         threading.Event().wait(0.02)
-        return loader(models_dir, symbol)
+        return loader(linked)
 
     registry = ModelRegistry(tmp_path / "models", slow)
     answers: list[ServedModel] = []

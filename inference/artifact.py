@@ -1,0 +1,350 @@
+"""The saved folder of any kind of model: versioned, written atomically, vouched for by a sealed manifest.
+
+Nothing in here knows what the files mean. A version is written aside, flushed to disk and verified, and only
+then does the symbol's link move, in one atomic step; a lock that dies with its process lets one save of a
+symbol run at a time, so whatever lies aside when a save begins was left by a process that was killed.
+
+Reading gives the bytes that were hashed, so no file can change between its check and its use. The manifest
+begins with the sha256 of the rest of itself: a flipped byte anywhere in a version is noticed. This guards
+against accidents, not against somebody who may write into the folder.
+"""
+
+import hashlib
+import json
+import logging
+import lzma
+import os
+import pickle
+import re
+import shutil
+import stat
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError, field_validator
+
+from utils.errors import (
+    ModelCorruptError,
+    ModelError,
+    ModelExistsError,
+    ModelIncompatibleError,
+    ModelMissingError,
+)
+from utils.model_paths import (
+    ASIDE,
+    ArtifactKind,
+    Linked,
+    artifact_link,
+    flush,
+    kept_versions,
+    linked_version,
+    point,
+    saving,
+    storage_errors,
+)
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+SEAL = re.compile(rb'\{"seal": "([0-9a-f]{64})",')
+# What reading bytes of any kind may raise; an unpickler raises nearly everything.
+DAMAGE: tuple[type[Exception], ...] = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    lzma.LZMAError,
+    pickle.PickleError,
+    struct.error,
+    zlib.error,
+)
+
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+T = TypeVar("T")
+
+
+class Manifest(BaseModel):
+    """What a version promises about itself; untrusted until validated.
+
+    Attributes
+    ----------
+    schema_version
+        Equals `SCHEMA` of the class that reads it.
+    kind, symbol, model_version
+        Whose version it is, so that a folder that was copied elsewhere is noticed.
+    files
+        sha256 of every other file by name.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    SCHEMA: ClassVar[int] = 0
+
+    schema_version: int
+    kind: str
+    symbol: str
+    model_version: str
+    files: dict[str, Sha256]
+
+    @field_validator("files")
+    @classmethod
+    def _names_are_plain(cls, files: dict[str, str]) -> dict[str, str]:
+        for name in files:
+            if not PLAIN_NAME.fullmatch(name) or name == MANIFEST:
+                raise ValueError(f"{name[:60]!a} is not a plain file of the bundle")
+        return files
+
+
+ManifestT = TypeVar("ManifestT", bound=Manifest)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Version(Generic[ManifestT]):
+    """One version whose every file is the one that was saved.
+
+    Attributes
+    ----------
+    folder
+        Where it lies.
+    manifest
+        Its validated manifest.
+    contents
+        The bytes of every file that the manifest lists, by name.
+    """
+
+    folder: Path
+    manifest: ManifestT
+    contents: Mapping[str, bytes]
+
+
+def sha256_of(contents: Mapping[str, bytes]) -> dict[str, str]:
+    """Return the sha256 of each content, by name."""
+    return {name: hashlib.sha256(content).hexdigest() for name, content in sorted(contents.items())}
+
+
+def sealed(manifest: Manifest) -> bytes:
+    """Return a manifest as JSON whose first field is the sha256 of the rest."""
+    body = json.dumps(manifest.model_dump(mode="json"), indent=1, allow_nan=False).encode()
+    return b'{"seal": "%s",' % hashlib.sha256(body).hexdigest().encode() + body[1:]
+
+
+def corrupt(folder: Path, what: str) -> ModelCorruptError:
+    """Return the error that says what is damaged in which version, and what to do."""
+    return ModelCorruptError(f"bundle {folder.name}: {what}: train again with --overwrite")
+
+
+@contextmanager
+def unusable(folder: Path, what: str, *also: type[Exception]) -> Iterator[None]:
+    """Turn whatever reading damaged content raises into one `ModelCorruptError` that names ``what``."""
+    try:
+        yield
+    except (*DAMAGE, *also) as error:
+        raise corrupt(folder, f"{what} cannot be used ({_reason(error)})") from error
+
+
+def _reason(error: BaseException) -> str:
+    """Say what failed without the paths that messages of libraries may hold."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False, include_input=False)[0]
+        return f"{'.'.join(map(str, first['loc']))[:80]}: {first['msg'][:200]}".lstrip(": ")
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return type(error).__name__
+
+
+def read_manifest(folder: Path, manifest_type: type[ManifestT]) -> ManifestT:
+    """Read a manifest, check its seal, and validate it.
+
+    Raises
+    ------
+    ModelCorruptError
+        If it is absent, changed since it was sealed, or promises nonsense.
+    ModelIncompatibleError
+        If another release of this program wrote it.
+    """
+    raw = _read_plain(folder, MANIFEST)
+    seal = SEAL.match(raw)
+    body = b"{" + raw[seal.end() :] if seal else raw
+    if seal and hashlib.sha256(body).hexdigest().encode() != seal[1]:
+        raise corrupt(folder, "its manifest is not the one that was saved")
+    with unusable(folder, "its manifest"):
+        schema = dict(json.loads(body)).get("schema_version")
+    if isinstance(schema, int) and schema != manifest_type.SCHEMA:
+        raise ModelIncompatibleError(
+            f"bundle {folder.name} has schema {schema}, this program reads {manifest_type.SCHEMA}: "
+            "train again with --overwrite"
+        )
+    if not seal:
+        raise corrupt(folder, "its manifest has no seal")
+    with unusable(folder, "its manifest"):
+        return manifest_type.model_validate_json(body)
+
+
+def read_version(folder: Path, kind: ArtifactKind, manifest_type: type[ManifestT]) -> Version[ManifestT]:
+    """Read every file that the manifest lists, and nothing else.
+
+    Raises
+    ------
+    ModelCorruptError, ModelIncompatibleError
+        See `read_manifest`; also if a file is not the one that was saved, or the version is another symbol's.
+    """
+    manifest = read_manifest(folder, manifest_type)
+    at_home = folder.parent.name == kind.versions
+    if manifest.kind != kind.name or (at_home and folder.parents[1].name != manifest.symbol):
+        raise corrupt(folder, f"it is a {manifest.kind[:20]!a} model of {manifest.symbol[:20]!a}")
+    contents = {}
+    for name, expected in manifest.files.items():
+        content = _read_plain(folder, name)
+        if hashlib.sha256(content).hexdigest() != expected:
+            raise corrupt(folder, f"{name} is not the file that was saved")
+        contents[name] = content
+    return Version(folder=folder, manifest=manifest, contents=contents)
+
+
+def _read_plain(folder: Path, name: str) -> bytes:
+    """Read a file that is no link, no pipe and no folder, so that reading neither escapes nor waits."""
+    with unusable(folder, name):
+        if not stat.S_ISREG((folder / name).lstat().st_mode):
+            raise corrupt(folder, f"{name} is not a plain file of the bundle")
+        with os.fdopen(os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+            return file.read()
+
+
+def load_linked(linked: Linked, load: Callable[[Path], T]) -> tuple[T, tuple[str, ...]]:
+    """Load the version that a link names; an earlier one, with a warning, where it is damaged.
+
+    A version later than the named one never serves: it may be what a rollback turned away from.
+
+    Raises
+    ------
+    ModelCorruptError
+        If the named version is damaged and no earlier one can be used.
+    ModelIncompatibleError
+        If the named version is whole and does not fit this installation.
+    """
+    try:
+        if linked.damage is None:
+            return load(linked.folder), ()
+        problem = ModelCorruptError(linked.damage)
+    except ModelCorruptError as error:
+        problem = error
+    for version in _earlier(linked):
+        try:
+            content = load(version)
+        except ModelError as error:
+            logger.warning("version %s cannot serve either: %s", version.name, error)
+            continue
+        message = f"{problem}; the earlier version {version.name} serves instead"
+        logger.warning(message)
+        return content, (message,)
+    raise problem
+
+
+def _earlier(linked: Linked) -> list[Path]:
+    """Return the kept versions that may serve instead, newest first."""
+    kept = reversed(kept_versions(linked.folder.parent))
+    # Behind a link that cannot be read, the newest version is the best guess.
+    return [
+        path for path in kept if path.name < linked.folder.name or (linked.damage and path == linked.folder)
+    ]
+
+
+def publish(
+    models_dir: Path,
+    kind: ArtifactKind,
+    *,
+    manifest: Manifest,
+    contents: Mapping[str, bytes],
+    verify: Callable[[Path], None],
+) -> Path:
+    """Write a version aside, verify it, and let it serve.
+
+    Parameters
+    ----------
+    models_dir
+        Root of the saved models.
+    kind
+        What it is.
+    manifest
+        Lists exactly the files of ``contents``.
+    contents
+        Bytes of every file by name.
+    verify
+        Raises unless the version in the given folder can be used.
+
+    Returns
+    -------
+    Path
+        Folder of the new version.
+
+    Raises
+    ------
+    StorageError
+        If the disk is full or not writable; what served before still serves.
+    LockedError
+        If another process saves the same symbol and does not come to an end.
+    """
+    link = artifact_link(models_dir, manifest.symbol, kind)
+    final = link.parent / kind.versions / manifest.model_version
+    aside = final.with_name(f"{ASIDE}{final.name}")
+    with storage_errors(manifest.symbol), saving(models_dir, manifest.symbol, kind):
+        if final.exists():
+            raise ModelExistsError(f"version {final.name} of {manifest.symbol} is saved already")
+        try:
+            _write(aside, {**contents, MANIFEST: sealed(manifest)})
+            verify(aside)
+            aside.rename(final)
+            flush(final.parent)
+            point(link, final)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            if not (link.is_symlink() and link.readlink().name == final.name):
+                shutil.rmtree(final, ignore_errors=True)
+            raise
+    return final
+
+
+def _write(folder: Path, contents: Mapping[str, bytes]) -> None:
+    folder.mkdir()
+    for name, content in contents.items():
+        with (folder / name).open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    flush(folder)
+
+
+def roll_back(models_dir: Path, symbol: str, kind: ArtifactKind, load: Callable[[Path], object]) -> Path:
+    """Let the newest version before the current one that loads serve again.
+
+    Raises
+    ------
+    ModelMissingError
+        If there is no earlier version that loads.
+    StorageError, LockedError
+        See `publish`.
+    """
+    with storage_errors(symbol), saving(models_dir, symbol, kind):
+        linked = linked_version(models_dir, symbol, kind)
+        for version in _earlier(linked):
+            try:
+                load(version)
+            except ModelError as error:
+                logger.warning("skipped: %s", error)
+                continue
+            point(artifact_link(models_dir, symbol, kind), version)
+            return version
+    raise ModelMissingError(f"{symbol} has no version before {linked.folder.name} that loads")
