@@ -34,6 +34,7 @@ from validation.walk_forward import FoldResult, WalkForwardResult, WalkForwardVa
 
 MINIMUM_TEST_BARS = 252
 NOT_JUDGED_YET = {"label": "no-edge", "reasons": [], "evidence": {}}
+UNIVERSE_EVIDENCE = ("ic", "p_ic", "p_return", "active_return_annual", "skill_over_drift", "n_rows")
 AS_CONFIGURED = "as the configuration says"
 OnEvent = Callable[[Mapping[str, Any]], None]
 
@@ -68,6 +69,8 @@ class Walked:
         Every trial of every search, as recorded.
     started
         Clock (`time.monotonic`) at the start of the run.
+    pooled
+        Verdict on all symbols together; None for one that stands alone.
     """
 
     dataset: Dataset
@@ -76,6 +79,7 @@ class Walked:
     fitted: FittedGBM
     trials: tuple[Mapping[str, object], ...]
     started: float
+    pooled: Verdict | None = None
 
 
 class GBMTrainer:
@@ -134,7 +138,7 @@ class GBMTrainer:
         self._stage("final fit", 0.9)
         fitted = recipe.fit_all(dataset, result.record)
         trials = (tuned.trials for found in recipe.searches for tuned in found.values())
-        return Walked(
+        walked = Walked(
             dataset=dataset,
             hashes={symbol: bars_hash(bars.frame) for symbol, bars in panel.items()},
             result=result,
@@ -142,6 +146,29 @@ class GBMTrainer:
             trials=tuple(trial for part in trials for trial in part),
             started=started,
         )
+        return walked if len(panel) == 1 else replace(walked, pooled=self._judge_together(walked, panel))
+
+    def _judge_together(self, walked: Walked, panel: Mapping[str, Bars]) -> Verdict:
+        """Judge the panel as one: all forecasts, and the decided positions in equal parts."""
+        self._stage("verdict on the universe", 0.93)
+        strategies, benchmarks = {}, {}
+        for symbol, bars in panel.items():
+            report = self._book(bars, self._bundle(bars, walked))
+            strategies[symbol] = report.daily["net_return"]
+            benchmarks[symbol] = report.benchmarks["exposure_matched"].daily["net_return"]
+        return judge(
+            walked.result.record,
+            horizon_bars=self.config.horizon_bars,
+            strategy_return=pd.DataFrame(strategies).mean(axis=1).to_numpy(),
+            benchmark_return=pd.DataFrame(benchmarks).mean(axis=1).to_numpy(),
+            summary=walked.result.summary,
+        )
+
+    def _book(self, bars: Bars, bundle: GBMBundle) -> BacktestReport:
+        """Decide on every out-of-sample row as the product would have, and book it."""
+        costs = self.config.costs
+        decisions = decide(bars.symbol, bars.frame, GBMForecaster(bundle=bundle), make_sizer(), costs=costs)
+        return backtest_decisions(decisions, costs)
 
     def conclude(
         self, walked: Walked, bars: Bars, *, trials_log: Path | None = None, problems: Sequence[str] = ()
@@ -179,6 +206,8 @@ class GBMTrainer:
             n_trials = count_trials(trials_log, run)
             record_run(trials_log, run)
         verdict, backtest = self.judge(bars, bundle, walked.result, n_trials=n_trials)
+        if walked.pooled is not None:
+            verdict = of_universe(walked.pooled, verdict, bars.symbol, len(walked.hashes))
         judged = {
             "data": {**bundle.metadata["data"], "problems": [*bars.report.problems(), *problems]},
             "verdict": verdict.as_dict(),
@@ -199,10 +228,8 @@ class GBMTrainer:
     def judge(
         self, bars: Bars, bundle: GBMBundle, result: WalkForwardResult, *, n_trials: int = 1
     ) -> tuple[Verdict, BacktestReport]:
-        """Decide on every out-of-sample row as the product would have, book it, and weigh the evidence."""
-        costs = self.config.costs
-        decisions = decide(bars.symbol, bars.frame, GBMForecaster(bundle=bundle), make_sizer(), costs=costs)
-        backtest = backtest_decisions(decisions, costs)
+        """Book the decided positions, and weigh the evidence of the symbol alone."""
+        backtest = self._book(bars, bundle)
         verdict = judge(
             bundle.record,
             horizon_bars=bundle.horizon_bars,
@@ -292,6 +319,26 @@ class GBMTrainer:
 
     def _stage(self, stage: str, progress: float) -> None:
         self._tell({"type": "stage", "stage": stage, "progress": round(progress, 3)})
+
+
+def of_universe(pooled: Verdict, own: Verdict, symbol: str, n_symbols: int) -> Verdict:
+    """Return the verdict of a symbol whose model learned from a universe.
+
+    One model was fitted, so one question is asked: has it skill over the universe. What a symbol's own rows
+    say is far weaker, is shown beside it, and sets the symbol's calibration; it changes the label only where
+    the symbol is too short to be judged at all.
+    """
+    label = own.label if own.label == "insufficient" else pooled.label
+    shared = {f"universe_{name}": pooled.evidence[name] for name in UNIVERSE_EVIDENCE}
+    return replace(
+        own,
+        label=label,
+        reasons=(
+            *(f"{n_symbols} symbols together: {reason}" for reason in pooled.reasons),
+            *(f"{symbol} alone ({own.label}): {reason}" for reason in own.reasons),
+        ),
+        evidence={**own.evidence, **shared},
+    )
 
 
 def universe_facts(walked: Walked, *, left_out: Sequence[str]) -> dict[str, Any] | None:

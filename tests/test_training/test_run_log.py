@@ -73,7 +73,7 @@ def test_a_signal_that_hardly_varies_has_collapsed(trained, share, collapsed):
 
 
 def test_an_error_ends_the_log_as_failed_and_goes_on(tmp_path):
-    with pytest.raises(DataError), logged_run(tmp_path, "TEST", CONFIG) as log:
+    with pytest.raises(DataError), logged_run(tmp_path, "TEST", CONFIG) as log:  # noqa: PT012
         log.on_event({"type": "fold", "number": 0, "ic": 0.25, "n": 20})
         raise DataError("planted trouble")
     found = sections(the_log(tmp_path))
@@ -82,7 +82,7 @@ def test_an_error_ends_the_log_as_failed_and_goes_on(tmp_path):
 
 
 def test_a_refused_verdict_keeps_its_word(tmp_path, trained):
-    with pytest.raises(GateRefusedError), logged_run(tmp_path, "TEST", CONFIG) as log:
+    with pytest.raises(GateRefusedError), logged_run(tmp_path, "TEST", CONFIG) as log:  # noqa: PT012
         log.conclude(with_collapsed(trained, 1.0))
         raise GateRefusedError("strict")
     status = sections(the_log(tmp_path))["STATUS"]
@@ -90,7 +90,7 @@ def test_a_refused_verdict_keeps_its_word(tmp_path, trained):
 
 
 def test_a_closed_log_is_not_blamed_for_what_befalls_another(tmp_path, trained):
-    with pytest.raises(KeyboardInterrupt), logged_run(tmp_path, "TEST", CONFIG) as log:
+    with pytest.raises(KeyboardInterrupt), logged_run(tmp_path, "TEST", CONFIG) as log:  # noqa: PT012
         log.conclude(with_collapsed(trained, 0.0))
         log.close()
         raise KeyboardInterrupt
