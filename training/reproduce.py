@@ -30,7 +30,9 @@ from data.cache_manager import BarCache
 from data.data_fetcher import BarSource, fetch_stock_data, make_source
 from data.feature_engineer import feature_set_hash, get_feature_columns
 from data.schema import Bars
-from inference.load_gbm_models import GBMBundle, golden_outputs, library_versions, load_folder, read_manifest
+from inference.artifact import read_manifest
+from inference.bundle_schema import GBMManifest
+from inference.load_gbm_models import GBMBundle, golden_outputs, library_versions, load_folder
 from training.device import DeviceChoice, choose_device
 from training.recipe import TrainerConfig
 from training.run_log import progress_line
@@ -137,9 +139,9 @@ def compare(bundle: GBMBundle, again: Trained, hashes: Mapping[str, str], folder
     ]
     findings.append(_equal("features", then["feature_set_hash"][:12], feature_set_hash()[:12]))
     findings.append(_equal("device", then["device"], now["device"], counts=False))
-    here = library_versions()
+    here = library_versions(then["versions"])
     for name, version in then["versions"].items():
-        findings.append(_equal(f"version of {name}", version, here.get(name, "none"), counts=False))
+        findings.append(_equal(f"version of {name}", version, here[name], counts=False))
     findings.append(_equal("verdict", then["verdict"]["label"], again.verdict.label, counts=False))
     findings.append(_equal("selected features", *(_names(b) for b in (bundle, again.bundle))))
     findings.append(
@@ -149,7 +151,7 @@ def compare(bundle: GBMBundle, again: Trained, hashes: Mapping[str, str], folder
         _close(f"largest difference of {name}", bundle.record, again.bundle.record, name)
         for name in prediction_columns(bundle.record)
     ]
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, GBMManifest)
     golden = np.asarray(manifest.golden_inputs, dtype=np.float32)
     outputs = np.asarray(manifest.golden_outputs)
     findings.append(

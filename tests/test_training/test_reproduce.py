@@ -82,7 +82,7 @@ def test_another_seed_is_found(prices, tiny_bundle, capsys, monkeypatch):
 
 
 def test_other_library_versions_are_told_and_do_not_count(prices, tiny_bundle, capsys, monkeypatch):
-    monkeypatch.setattr(reproduce, "library_versions", lambda: {"xgboost": "0.1"})
+    monkeypatch.setattr(reproduce, "library_versions", lambda names: dict.fromkeys(names, "0.1"))
     code, found = run(capsys, tiny_bundle / "SIGNAL" / "gbm")
     assert code == 0
     assert found["version of xgboost"] == {
