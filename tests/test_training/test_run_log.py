@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -155,3 +156,21 @@ def test_events_reach_the_logs_and_the_listener(tmp_path):
         run_log.fan_out(heard.append, [log])({"type": "fold", "number": 0})
     assert len(heard) == 2
     assert sections(the_log(tmp_path))["FOLD METRICS"] == ["number", "     0"]
+
+
+def test_the_report_shows_what_a_sceptic_asks_for(tmp_path, trained):
+    path = publish_report(trained, tmp_path)
+    assert path is not None
+    page = " ".join(unescape(path.read_text()).split())
+    for fold in trained.bundle.metadata["folds"]:
+        assert f"{fold['test_start'][:7]} to {fold['test_end'][:7]}" in page
+    for heading in ("Own IC", "Sharpe of hold", "Stability of the features", "Verdicts on these prices"):
+        assert heading in page, heading
+    for gate in trained.verdict.gates:
+        assert gate.name in page
+        assert gate.threshold in page
+    for reason in trained.verdict.reasons:
+        assert page.count(reason) >= 2, "in the banner and beside the gates"
+    assert trained.bundle.metadata["device_reason"] in page
+    top = max(trained.bundle.importance, key=lambda name: trained.bundle.importance[name])
+    assert top in page
