@@ -129,10 +129,10 @@ def write_report(report: Report, path: Path) -> Path:
 
 def provenance_of(metadata: Mapping[str, Any]) -> dict[str, str]:
     """Return what a bundle's metadata tell about data, model and libraries: facts by name, for a report."""
-    flat = {**metadata, **{f"data.{name}": fact for name, fact in metadata.get("data", {}).items()}}
-    flat["versions"] = ", ".join(
-        f"{name} {version}" for name, version in metadata.get("versions", {}).items()
-    )
+    parts = ((part, metadata.get(part) or {}) for part in ("data", "universe"))
+    flat = {**metadata, **{f"{part}.{name}": fact for part, facts in parts for name, fact in facts.items()}}
+    libraries = metadata.get("versions", {}).items()
+    flat["versions"] = ", ".join(f"{name} {version}" for name, version in libraries)
     places = _words("training").table["provenance"].items()
     return {label: str(flat[place]) for label, place in places if flat.get(place) not in (None, "")}
 
@@ -287,8 +287,7 @@ def training_report(
     Parameters
     ----------
     symbol, metadata
-        What was trained, and the bundle's metadata: ``verdict`` with evidence and gates, ``folds``, horizon
-        and provenance are shown.
+        What was trained, and the bundle's metadata: ``verdict``, ``folds``, horizon, provenance are shown.
     record
         The symbol's walk-forward record: ``date`` and the h-day log returns ``predicted_log``,
         ``baseline_log``, ``realised_log`` (NaN where not known yet).
@@ -299,22 +298,23 @@ def training_report(
     """
     known = record.dropna(subset=["realised_log", "predicted_log"]).sort_values("date").set_index("date")
     folds, horizon, verdict = metadata["folds"], metadata["horizon_bars"], metadata["verdict"]
+    evidence = {**verdict["evidence"], **(summary or {})}
     rows = f"Out of sample, {_span(known.index)}, {len(known):,} forecasts"
-    pruned = sum(trial["state"] == "pruned" for trial in trials)
     best = sorted(trials, key=lambda trial: (trial["state"] == "pruned", trial["inner_rmse"] or np.inf))
-    fills = {"rows": f"{rows}.", "horizon": horizon, "total": len(trials), "folds": len(folds)}
+    pruned, tries = sum(trial["state"] == "pruned" for trial in trials), evidence.get("n_trials", 1)
+    fills = {"rows": f"{rows}.", "horizon": horizon, "total": len(trials), "tries": tries}
     fills |= {"symbol": symbol, "subtitle": f"{rows} of the return over {horizon} sessions"}
     words = _words("training", {**fills, "pruned": pruned, "shown": min(SHOWN_TRIALS, len(trials))})
     best = [{"why": words.table["stopped"], **trial} for trial in best[:SHOWN_TRIALS]]
     gates = ({"note": words.table["gate"].get(gate["name"], ""), **gate} for gate in verdict["gates"])
-    evidence = {**verdict["evidence"], **(summary or {})}
+    tables = words.records("gates", gates), _evidence(words, evidence)
     ics = (_floats([fold[name] for fold in folds]) for name in ("ic", "ic_low", "ic_high"))
     ic = words.on("ic", charts.fold_chart([fold["test_start"][:7] for fold in folds], *ics))
     periods = ({**fold, "period": f"{fold['test_start'][:7]} to {fold['test_end'][:7]}"} for fold in folds)
     sections = (
         words.section("folds", ic, words.records("folds", periods)),
         words.section("naive", *_skill(words, known, evidence, horizon)),
-        words.section("gates", words.records("gates", gates), _evidence(words, evidence)),
+        words.section("gates", *tables, bullets=verdict["reasons"]),
         words.section("features", _importance(words, importance, folds)),
         words.section("trials", words.records("trials", best)),
         words.section("data", bullets=findings or words.table["no_findings"]),

@@ -348,6 +348,8 @@ def universe_facts(walked: Walked, *, left_out: Sequence[str]) -> dict[str, Any]
     date, code = walked.dataset.date, walked.dataset.symbol_code
     last = {name: str(date[code == i].max()) for i, name in enumerate(walked.dataset.symbols)}
     return {
+        "described": f"{len(walked.hashes)} symbols, {len(walked.dataset):,} rows"
+        + (f"; without {', '.join(left_out)} itself" if left_out else ""),
         "symbols": list(walked.hashes),
         "data": {name: {"hash": text, "last_session": last[name]} for name, text in walked.hashes.items()},
         "left_out": list(left_out),

@@ -1,7 +1,9 @@
 """The log of a run: its sections, its one word, and that it never stands in the way."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from data.schema import Bars, BarsReport, Provenance
 from training import run_log
 from training.gbm_search import SearchConfig
 from training.recipe import RecipeConfig, TrainerConfig
-from training.run_log import SECTIONS, fold_lines, logged_run, publish_report, show, status_of
+from training.run_log import SECTIONS, RunLog, fold_lines, logged_run, publish_report, show, status_of
 from training.trainer import GBMTrainer, Trained
 from utils.errors import DataError, GateRefusedError
 
@@ -60,6 +62,11 @@ def test_the_log_has_all_sections_in_order(tmp_path, trained):
     assert found["STATUS"][0] == {"edge": "SUCCESS"}.get(trained.verdict.label, "NO_EDGE")
 
 
+def run_into(folder: Path, error: type[BaseException], work: Callable[[RunLog], None]) -> None:
+    with pytest.raises(error), logged_run(folder, "TEST", CONFIG) as log:
+        work(log)
+
+
 def with_collapsed(trained: Trained, share: float | None) -> Trained:
     summary = replace(trained.walk_forward.summary, collapsed_folds=share)
     return replace(trained, walk_forward=replace(trained.walk_forward, summary=summary))
@@ -73,27 +80,33 @@ def test_a_signal_that_hardly_varies_has_collapsed(trained, share, collapsed):
 
 
 def test_an_error_ends_the_log_as_failed_and_goes_on(tmp_path):
-    with pytest.raises(DataError), logged_run(tmp_path, "TEST", CONFIG) as log:  # noqa: PT012
+    def work(log: RunLog) -> None:
         log.on_event({"type": "fold", "number": 0, "ic": 0.25, "n": 20})
         raise DataError("planted trouble")
+
+    run_into(tmp_path, DataError, work)
     found = sections(the_log(tmp_path))
     assert found["STATUS"] == ["FAILED", "DataError: planted trouble"]
     assert found["FOLD METRICS"] == ["number   n    ic", "     0  20  0.25"]
 
 
 def test_a_refused_verdict_keeps_its_word(tmp_path, trained):
-    with pytest.raises(GateRefusedError), logged_run(tmp_path, "TEST", CONFIG) as log:  # noqa: PT012
+    def work(log: RunLog) -> None:
         log.conclude(with_collapsed(trained, 1.0))
         raise GateRefusedError("strict")
+
+    run_into(tmp_path, GateRefusedError, work)
     status = sections(the_log(tmp_path))["STATUS"]
     assert (status[0], status[-1]) == ("COLLAPSED", "refused: strict")
 
 
 def test_a_closed_log_is_not_blamed_for_what_befalls_another(tmp_path, trained):
-    with pytest.raises(KeyboardInterrupt), logged_run(tmp_path, "TEST", CONFIG) as log:  # noqa: PT012
+    def work(log: RunLog) -> None:
         log.conclude(with_collapsed(trained, 0.0))
         log.close()
         raise KeyboardInterrupt
+
+    run_into(tmp_path, KeyboardInterrupt, work)
     assert sections(the_log(tmp_path))["STATUS"][0] in {"SUCCESS", "NO_EDGE"}
 
 
@@ -143,3 +156,21 @@ def test_events_reach_the_logs_and_the_listener(tmp_path):
         run_log.fan_out(heard.append, [log])({"type": "fold", "number": 0})
     assert len(heard) == 2
     assert sections(the_log(tmp_path))["FOLD METRICS"] == ["number", "     0"]
+
+
+def test_the_report_shows_what_a_sceptic_asks_for(tmp_path, trained):
+    path = publish_report(trained, tmp_path)
+    assert path is not None
+    page = " ".join(unescape(path.read_text()).split())
+    for fold in trained.bundle.metadata["folds"]:
+        assert f"{fold['test_start'][:7]} to {fold['test_end'][:7]}" in page
+    for heading in ("Own IC", "Sharpe of hold", "Stability of the features", "Verdicts on these prices"):
+        assert heading in page, heading
+    for gate in trained.verdict.gates:
+        assert gate.name in page
+        assert gate.threshold in page
+    for reason in trained.verdict.reasons:
+        assert page.count(reason) >= 2, "in the banner and beside the gates"
+    assert trained.bundle.metadata["device_reason"] in page
+    top = max(trained.bundle.importance, key=lambda name: trained.bundle.importance[name])
+    assert top in page

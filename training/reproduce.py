@@ -1,0 +1,274 @@
+"""Train a saved bundle again from the recipe that it recorded, save nothing, and say what differs.
+
+::
+
+    python -m training.reproduce saved_models/AAPL/gbm
+
+Exit 0 when prices, features and predictions came out the same to the last bit, 10 when something differs, or
+the code of the error that prevented a comparison (see `utils.errors`). Other library versions are told and do
+not count by themselves: what counts is whether they changed anything.
+"""
+
+import argparse
+import hashlib
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pydantic import TypeAdapter, ValidationError
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from data.cache_manager import BarCache
+from data.data_fetcher import BarSource, fetch_stock_data, make_source
+from data.feature_engineer import feature_set_hash, get_feature_columns
+from data.schema import Bars
+from inference.artifact import read_manifest
+from inference.bundle_schema import GBMManifest
+from inference.load_gbm_models import GBMBundle, golden_outputs, library_versions, load_folder
+from training.device import DeviceChoice, choose_device
+from training.recipe import TrainerConfig
+from training.run_log import progress_line
+from training.trainer import GBMTrainer, Trained
+from utils.errors import AIStocksError, ModelIncompatibleError, ModelMissingError, UsageError
+from utils.settings import Settings, configure_logging
+
+logger = logging.getLogger(__name__)
+
+DIFFERS = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One thing that was compared.
+
+    Attributes
+    ----------
+    what
+        Its name.
+    then, now
+        As recorded, and as it came out.
+    is_same
+        Whether they agree.
+    counts
+        Whether a difference makes the training one that was not reproduced.
+    """
+
+    what: str
+    then: str
+    now: str
+    is_same: bool
+    counts: bool = True
+
+
+def config_of(recipe: Mapping[str, Any]) -> TrainerConfig:
+    """Return the trainer's configuration that a bundle recorded.
+
+    Raises
+    ------
+    ModelIncompatibleError
+        When this version has other parameters than the one that recorded them: a default must not stand in.
+    """
+    try:
+        config = TypeAdapter(TrainerConfig).validate_python(recipe)
+    except (ValidationError, UsageError) as error:
+        raise ModelIncompatibleError(f"the recorded recipe cannot be read: {error}") from error
+    here = json.loads(json.dumps(asdict(config)))
+    if here != json.loads(json.dumps(recipe)):
+        changed = sorted(leaf for leaf, _ in set(_leaves(here)) ^ set(_leaves(recipe)))
+        raise ModelIncompatibleError(
+            f"the recipe was recorded by another version, which has other parameters ({', '.join(changed)}): "
+            "use that version, or train again"
+        )
+    return config
+
+
+def _leaves(nested: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    found = []
+    for key, value in nested.items():
+        name = f"{prefix}{key}"
+        found += _leaves(value, f"{name}.") if isinstance(value, Mapping) else [(name, json.dumps(value))]
+    return found
+
+
+def bars_as_then(symbol: str, last_session: str, source: BarSource, cache: BarCache | None) -> Bars:
+    """Return the symbol's prices up to the last session that the training had seen."""
+    bars = fetch_stock_data(symbol, source=source, cache=cache)
+    return replace(bars, frame=bars.frame.loc[: pd.Timestamp(last_session)])
+
+
+def train_again(
+    bundle: GBMBundle, source: BarSource, cache: BarCache | None, console: Console
+) -> tuple[Trained, Mapping[str, str]]:
+    """Train on the recorded prices with the recorded recipe; also return the hash of the prices by symbol."""
+    metadata, config = bundle.metadata, config_of(bundle.metadata["recipe"])
+    universe = metadata.get("universe")
+    last = {bundle.symbol: metadata["data"]["last_session"]}
+    if universe is not None:
+        last = {name: universe["data"][name]["last_session"] for name in universe["symbols"]}
+    panel = {name: bars_as_then(name, last[name], source, cache) for name in last}
+    with progress_line(console, bundle.symbol) as on_event:
+        trainer = GBMTrainer(config, on_event, device=device_as_then(config))
+        walked = trainer.walk(panel)
+        return trainer.conclude(walked, panel[bundle.symbol]), walked.hashes
+
+
+def device_as_then(config: TrainerConfig) -> DeviceChoice:
+    """Return the recorded device, or the CPU where this machine has no GPU."""
+    recorded = config.recipe.search.device
+    if recorded == "cpu":
+        return DeviceChoice(device="cpu", reason="as recorded")
+    return choose_device("cuda", 0, len(get_feature_columns()), allow_cpu_fallback=True)
+
+
+def compare(bundle: GBMBundle, again: Trained, hashes: Mapping[str, str], folder: Path) -> list[Finding]:
+    """Compare a bundle with what training it again gave."""
+    then, now = bundle.metadata, again.bundle.metadata
+    recorded = (
+        then["universe"]["data"] if then.get("universe") else {bundle.symbol: {"hash": then["data_hash"]}}
+    )
+    findings = [
+        _equal(f"prices of {name}", recorded[name]["hash"][:12], hashes[name][:12]) for name in recorded
+    ]
+    findings.append(_equal("features", then["feature_set_hash"][:12], feature_set_hash()[:12]))
+    findings.append(_equal("device", then["device"], now["device"], counts=False))
+    here = library_versions(then["versions"])
+    for name, version in then["versions"].items():
+        findings.append(_equal(f"version of {name}", version, here[name], counts=False))
+    findings.append(_equal("verdict", then["verdict"]["label"], again.verdict.label, counts=False))
+    findings.append(_equal("selected features", *(_names(b) for b in (bundle, again.bundle))))
+    findings.append(
+        _equal("out-of-sample predictions", *(predictions_hash(b.record) for b in (bundle, again.bundle)))
+    )
+    findings += [
+        _close(f"largest difference of {name}", bundle.record, again.bundle.record, name)
+        for name in prediction_columns(bundle.record)
+    ]
+    manifest = read_manifest(folder, GBMManifest)
+    golden = np.asarray(manifest.golden_inputs, dtype=np.float32)
+    outputs = np.asarray(manifest.golden_outputs)
+    findings.append(
+        _within("final model, golden rows", outputs, golden_outputs(again.bundle.ensemble, golden))
+    )
+    return findings
+
+
+def prediction_columns(record: pd.DataFrame) -> list[str]:
+    """Return the columns of a walk-forward record that the models made."""
+    models = sorted(name for name in record.columns if name.startswith("model_"))
+    return ["predicted_log", "baseline_log", "raw_scaled", "skill_lower", *models]
+
+
+def predictions_hash(record: pd.DataFrame) -> str:
+    """Return a hash of the out-of-sample predictions, to the last bit."""
+    content = hashlib.sha256(np.asarray(record["date"], dtype="datetime64[D]").tobytes())
+    for name in prediction_columns(record):
+        content.update(np.asarray(record[name], dtype=np.float64).tobytes())
+    return content.hexdigest()[:12]
+
+
+def _names(bundle: GBMBundle) -> str:
+    return ", ".join(bundle.ensemble.selected_features)
+
+
+def _equal(what: str, then: str, now: str, *, counts: bool = True) -> Finding:
+    return Finding(what=what, then=then, now=now, is_same=then == now, counts=counts)
+
+
+def _close(what: str, then: pd.DataFrame, now: pd.DataFrame, name: str) -> Finding:
+    if name not in now.columns:
+        return Finding(what=what, then="there", now="missing", is_same=False)
+    both = pd.concat([frame.set_index("date")[name] for frame in (then, now)], axis=1)
+    return _within(what, both.iloc[:, 0].to_numpy(), both.iloc[:, 1].to_numpy())
+
+
+def _within(what: str, then: np.ndarray[Any, Any], now: np.ndarray[Any, Any]) -> Finding:
+    apart = float(np.max(np.abs(then - now), initial=0.0))
+    return Finding(what=what, then="0", now=f"{apart:.3g}", is_same=apart == 0.0)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.reproduce",
+        description="Train a saved bundle again and say what differs; nothing is saved.",
+        epilog=f"Exit 0: the same; {DIFFERS}: it differs.",
+    )
+    parser.add_argument("bundle", type=Path, help="saved_models/SYMBOL/gbm, or a folder of versions/")
+    parser.add_argument(
+        "--source", help="where the prices are, unless AI_STOCKS_SOURCE or the bundle says it"
+    )
+    parser.add_argument("--no-cache", action="store_true", help="neither read nor write cached prices")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON on stdout")
+    return parser
+
+
+def source_of(asked: str | None, settings: Settings, recorded: str) -> BarSource:
+    """Return the source that the bundle was trained from.
+
+    Raises
+    ------
+    UsageError
+        When it was a folder of files whose place is not known here.
+    """
+    source = make_source(asked or settings.source, cache_dir=settings.cache_dir)
+    if asked is not None or source.name == recorded:
+        return source
+    if recorded.startswith("csv:"):
+        raise UsageError(f"the bundle was trained from {recorded}: say where that is, with --source csv:DIR")
+    return make_source(recorded, cache_dir=settings.cache_dir)
+
+
+def reproduce(args: argparse.Namespace, settings: Settings, console: Console) -> list[Finding]:
+    """Load, train again and compare."""
+    folder = args.bundle.resolve()
+    if not folder.is_dir():
+        raise ModelMissingError(f"there is no bundle at {args.bundle}: name saved_models/SYMBOL/gbm")
+    bundle = load_folder(folder)
+    source = source_of(args.source, settings, str(bundle.metadata["source"]))
+    cache = None if args.no_cache else BarCache(settings.cache_dir)
+    again, hashes = train_again(bundle, source, cache, console)
+    return compare(bundle, again, hashes, folder)
+
+
+def show(findings: list[Finding], console: Console) -> None:
+    """Print the findings; what is the same only by name."""
+    differing = [finding for finding in findings if not finding.is_same]
+    same = ", ".join(finding.what for finding in findings if finding.is_same)
+    if differing:
+        table = Table("", "recorded", "now", title="What differs", title_justify="left")
+        for finding in differing:
+            table.add_row(escape(finding.what), escape(finding.then), escape(finding.now))
+        console.print(table)
+    console.print(f"the same: {escape(same)}", soft_wrap=True)
+    verdict = "differs" if any(finding.counts for finding in differing) else "came out the same"
+    console.print(f"the training {verdict}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Reproduce one bundle; see the module for the exit codes."""
+    args = build_parser().parse_args(argv)
+    settings = Settings()
+    configure_logging("WARNING" if args.json else settings.log_level)
+    console = Console(stderr=args.json)
+    try:
+        findings = reproduce(args, settings, console)
+    except AIStocksError as error:
+        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+        return error.exit_code
+    if args.json:
+        sys.stdout.write(json.dumps([asdict(finding) for finding in findings]) + "\n")
+    else:
+        show(findings, console)
+    return DIFFERS if any(finding.counts and not finding.is_same for finding in findings) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
