@@ -24,6 +24,7 @@ import xgboost
 from sklearn.preprocessing import RobustScaler
 
 from data.feature_engineer import feature_set_hash, get_feature_columns
+from inference import artifact
 from inference import load_gbm_models as store
 from inference.ensemble import BoosterEnsemble, calibrate
 from inference.load_gbm_models import GBMBundle, load_bundle, new_version_id, rollback, save_bundle
@@ -422,7 +423,7 @@ def test_the_command_line_verifies_and_rolls_back(
 
 
 def test_a_verification_that_hangs_is_given_up(models: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(store, "VERIFY_WAIT_S", 0.01)
+    monkeypatch.setattr(artifact, "VERIFY_WAIT_S", 0.01)
     with pytest.raises(ModelCorruptError, match="it hangs"):
         save_bundle(make_bundle(seed=3), models, golden_inputs=GOLDEN)
     assert load_bundle(models, "AAPL").metadata["seed"] == 2
