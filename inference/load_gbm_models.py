@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from functools import cache
 from importlib import metadata as package_metadata
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
@@ -26,7 +27,7 @@ from sklearn.preprocessing import RobustScaler
 from data.feature_engineer import feature_set_hash, get_feature_columns
 from inference import artifact
 from inference.artifact import Version, corrupt, unusable
-from inference.ensemble import Booster, BoosterEnsemble, Calibration, FloatMatrix
+from inference.ensemble import Booster, BoosterEnsemble, Calibration, FloatArray, FloatMatrix
 from utils.errors import ModelIncompatibleError
 from utils.model_paths import GBM, Linked, linked_version, roll_back, serve_linked
 
@@ -60,10 +61,8 @@ class GBMManifest(artifact.Manifest):
     ----------
     models
         Names of its boosters; there is one ``<name>_model.joblib`` for each, and no other is loaded.
-    libraries
-        Versions that made it.
-    data_hash
-        Of the bars that it was trained on.
+    libraries, data_hash
+        Versions that made it, and the hash of the bars that it was trained on.
     golden_inputs, golden_outputs
         Unscaled feature rows (k, p) and what the boosters said to them, in units of volatility (k,).
     """
@@ -213,9 +212,7 @@ def _contents(bundle: GBMBundle) -> dict[str, bytes]:
     return contents
 
 
-def golden_outputs(
-    ensemble: BoosterEnsemble, inputs: FloatMatrix
-) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def golden_outputs(ensemble: BoosterEnsemble, inputs: FloatMatrix) -> FloatArray:
     """Return raw forecasts of the golden rows, in units of volatility, (k,)."""
     return ensemble.combine(ensemble.per_model(inputs))
 
@@ -278,8 +275,12 @@ def load_folder(folder: Path) -> GBMBundle:
     )
 
 
-def expected_features(metadata: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:  # noqa: ARG001
-    """Return the columns and the hash of the feature set that a bundle with these metadata needs today."""
+@cache
+def expected_features() -> tuple[tuple[str, ...], str]:
+    """Return the columns and the hash of the feature set that is computed here; constant in a process.
+
+    Optional families are arguments to add here, to be read from the metadata by the caller.
+    """
     return tuple(get_feature_columns()), feature_set_hash()
 
 
@@ -294,7 +295,7 @@ def _checked_metadata(version: Version[GBMManifest]) -> dict[str, Any]:
         raise corrupt(folder, f"{METADATA} speaks of another version than the manifest")
     with unusable(folder, COLUMNS):
         columns = artifact.ColumnNames.model_validate_json(version.contents[COLUMNS]).columns
-    known, expected_hash = expected_features(metadata)
+    known, expected_hash = expected_features()
     if missing := [name for name in columns if name not in known]:
         raise ModelIncompatibleError(
             f"the model of {promised.symbol} needs features that are not computed any more, "

@@ -311,7 +311,7 @@ def test_a_bundle_of_the_release_before_must_be_trained_again(models: Path):
 
 
 def test_columns_that_are_not_computed_any_more_are_named(models: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(store, "expected_features", lambda metadata: (COLUMNS[2:], feature_set_hash()))
+    monkeypatch.setattr(store, "expected_features", lambda: (COLUMNS[2:], feature_set_hash()))
     for read in (load_bundle, store.read_metadata):
         with pytest.raises(ModelIncompatibleError, match=rf"{COLUMNS[0]}, {COLUMNS[1]}: train again with"):
             read(models, "AAPL")
@@ -320,7 +320,7 @@ def test_columns_that_are_not_computed_any_more_are_named(models: Path, monkeypa
 def test_features_that_are_computed_differently_must_be_trained_again(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(store, "expected_features", lambda metadata: (COLUMNS, "another hash"))
+    monkeypatch.setattr(store, "expected_features", lambda: (COLUMNS, "another hash"))
     for read in (load_bundle, store.read_metadata):
         with pytest.raises(
             ModelIncompatibleError, match=r"computed differently .*train again with --overwrite"
