@@ -104,7 +104,7 @@ def planted(seed: int, carrier: str, ic: float, horizon_bars: int) -> pd.DataFra
 
 def verdict_of(case: str, seed: int, n_trials: int, horizon_bars: int) -> dict[str, Any]:
     """Simulate, train and judge once."""
-    search = SearchConfig(n_trials=n_trials)
+    search = SearchConfig(n_trials=0 if case == "pooled" else n_trials)
     config = TrainerConfig(horizon_bars=horizon_bars, recipe=RecipeConfig(search=search, seed=1 + seed))
     carrier = CARRIERS[seed % len(CARRIERS)]
     trainer = GBMTrainer(config)
@@ -113,13 +113,19 @@ def verdict_of(case: str, seed: int, n_trials: int, horizon_bars: int) -> dict[s
             f"S{i:02d}": planted(1_000 * (seed + 1) + i, carrier, POOLED_IC, horizon_bars)
             for i in range(N_POOLED)
         }
-        panel = trainer.train_panel(fetched(frames), targets=("S00",))
-        verdict = panel["S00"].verdict
+        panel = fetched(frames)
+        verdict = trainer.conclude(trainer.walk(panel), panel["S00"]).verdict
     else:
         frame = noise(seed) if case == "null" else planted(seed, carrier, SINGLE_IC, horizon_bars)
         verdict = trainer.train(fetched({"SIM": frame})["SIM"]).verdict
     kept = ("ic", "p_ic", "p_return", "skill_over_drift")
-    return {"seed": seed, "label": verdict.label, **{name: verdict.evidence[name] for name in kept}}
+    if case == "pooled":
+        kept = tuple(f"universe_{name}" for name in kept)
+    return {
+        "seed": seed,
+        "label": verdict.label,
+        **{name.removeprefix("universe_"): verdict.evidence[name] for name in kept},
+    }
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

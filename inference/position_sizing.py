@@ -11,17 +11,16 @@ odds (`half-kelly`, `long-biased`)
     costs about one sigma of exposure: the exposure is that share over sigma, scaled by conviction (predicted
     return over predicted std, annualised, at most 1), on the forecast's side. In the dead zone: neutral.
 excess (`calibrated`, `passive`)
-    Neutral exposure plus `kelly_fraction` x skill x (forecast - no-skill forecast) / sigma^2, where skill is
-    the lower confidence bound of what the forecast was worth out of sample. No skill: exactly neutral.
+    Neutral exposure plus `kelly_fraction` x skill x excess / sigma^2. Skill is the lower confidence bound of
+    what the forecast was worth out of sample; excess is what it promises over the no-skill forecast, less
+    `cost_hurdle` one-way costs. No skill, or no more than costs: exactly neutral.
 
 The breaker watches equity; with a reference exposure, equity over the equity of holding that. When this falls
 `breaker_drawdown` below its high-water mark, the exposure may differ from the reference by `breaker_cap` at
 most. A capped position earns slowly: waiting for the old high would lock a strategy out for years. The cap is
 lifted when the watched equity has risen from its lowest by half of the trigger times the cap (the market has
 made half of the trigger good), or after `breaker_patience_bars`; the high-water mark starts anew from there.
-
-References: Thorp (2006), The Kelly criterion in blackjack, sports betting and the stock market. Gerhold et
-al. (2014), Transaction costs, trading volume, and the liquidity premium: the band grows as a cube root.
+References: Thorp (2006), the Kelly criterion; Gerhold et al. (2014), the band as a cube root of costs.
 """
 
 import hashlib
@@ -76,18 +75,20 @@ class SizingInputs:
 
 
 class SizingRules(NamedTuple):
-    """All that a sizer's answer depends on besides its inputs and the costs; weights are fractions of equity.
+    """All that a sizer's answer depends on besides inputs and costs; weights are fractions of equity.
 
     Attributes
     ----------
     uses_odds
-        Which rule turns a forecast into an exposure, see the module.
+        Which rule, see the module.
     neutral, bullish, bearish
         Exposure without a signal, and before Kelly's part on each side (odds).
     kelly_fraction, dead_zone_simple
         Part of Kelly's exposure that is used; size up to which a forecast is no signal (odds).
     max_long, max_short
         Limits of the exposure, both >= 0.
+    cost_hurdle
+        What a promise must exceed to count, in one-way costs (excess); only what exceeds it counts.
     no_trade_band_scale
         Half-width of the no-trade band over the cube root of the one-way cost (.093 at 8 bps); 0 for no band.
         Past the band the position moves to its edge.
@@ -109,6 +110,7 @@ class SizingRules(NamedTuple):
     dead_zone_simple: float = 0.001
     max_long: float = 1.0
     max_short: float = 0.0
+    cost_hurdle: float = 0.0
     no_trade_band_scale: float = 0.0
     without_forecast: float = 0.0
     holds_without_forecast: bool = False
@@ -122,7 +124,7 @@ class SizingRules(NamedTuple):
 
 
 # `calibrated` deviates from passive by the model's part only, so its breaker watches the equity over passive:
-# it stops a model that loses, not a market that falls.
+# it stops a model that loses, not a market that falls. Its constants: see docs/sizing.md.
 PRESETS: Mapping[str, SizingRules] = MappingProxyType(
     {
         "half-kelly": SizingRules(
@@ -147,7 +149,8 @@ PRESETS: Mapping[str, SizingRules] = MappingProxyType(
         "calibrated": SizingRules(
             uses_odds=False,
             neutral=1.0,
-            max_long=1.5,
+            kelly_fraction=4.0,
+            cost_hurdle=1.5,
             no_trade_band_scale=1.0,
             without_forecast=1.0,
             breaker_drawdown=0.1,
@@ -161,10 +164,11 @@ DEFAULT_SIZING = "calibrated"
 
 
 class _Scales(NamedTuple):
-    """What the surroundings of a fold set: costs, half-width of the band, horizons per year."""
+    """What the surroundings of a fold set: costs, half-width of the band, hurdle, horizons per year."""
 
     rates: Rates
     band: float
+    hurdle: float
     horizons_per_year: float
 
 
@@ -194,9 +198,9 @@ class _State(NamedTuple):
 
 
 @njit(cache=True, inline="always", error_model="numpy")
-def _exposure(row: _Row[float], rules: SizingRules, per_year: float) -> float:
+def _exposure(row: _Row[float], rules: SizingRules, scales: _Scales) -> float:
     """Return the exposure that the forecast asks for, before band and limits; NaN without a forecast."""
-    exposure = np.nan
+    exposure, per_year = np.nan, scales.horizons_per_year
     if not (np.isfinite(row.expected_return) and row.sigma > 0.0):
         return exposure
     if rules.uses_odds > 0.0:
@@ -213,7 +217,8 @@ def _exposure(row: _Row[float], rules: SizingRules, per_year: float) -> float:
             scale = rules.volatility_target_annual / (row.sigma * np.sqrt(per_year))
             exposure *= min(max(scale, rules.volatility_low), rules.volatility_high)
         if row.skill_lower > 0.0:
-            excess = row.expected_return - row.baseline_return
+            promise = row.expected_return - row.baseline_return
+            excess = promise - min(max(promise, -scales.hurdle), scales.hurdle)
             exposure += rules.kelly_fraction * min(row.skill_lower, 1.0) * excess / (row.sigma * row.sigma)
     return exposure
 
@@ -245,7 +250,7 @@ def _step(state: _State, booked: Booking, row: _Row[float], rules: SizingRules, 
         if recovered or capped >= rules.breaker_patience_bars:
             capped = -1.0
             peak = watched
-    wanted = _exposure(row, rules, scales.horizons_per_year)
+    wanted = _exposure(row, rules, scales)
     known = not np.isnan(wanted)
     if not known:
         wanted = state.target if state.holds else rules.without_forecast
@@ -338,8 +343,7 @@ class RuleSizer:
     def config_id(self) -> str:
         """Hash of name and rules: equal ids mean equal decisions on equal inputs and costs."""
         numbers = {key: float(value) for key, value in self.rules._asdict().items()}
-        content = json.dumps([self.name, numbers], sort_keys=True).encode()
-        return hashlib.sha256(content).hexdigest()[:12]
+        return hashlib.sha256(json.dumps([self.name, numbers], sort_keys=True).encode()).hexdigest()[:12]
 
     def fold(self, inputs: SizingInputs, costs: CostModel) -> FloatArray:
         """Return target_weight (n,); see `trace`."""
@@ -353,15 +357,11 @@ class RuleSizer:
         DataError
             When lengths differ, an input is infinite, or a bar's return is not finite and above -1.
         """
-        columns = _columns(inputs)
-        n = len(columns.sigma)
-        books, target, capped = (
-            accounting.new_books(n, self.initial_capital),
-            np.empty(n),
-            np.empty(n, np.bool_),
-        )
-        band = self.rules.no_trade_band_scale * float(np.cbrt(costs.one_way_rate))
-        scales = _Scales(costs.rates(), band, costs.periods_per_year / inputs.horizon_bars)
+        columns, n = _columns(inputs), len(inputs.sigma)
+        books, target = accounting.new_books(n, self.initial_capital), np.empty(n)
+        capped, cost = np.empty(n, np.bool_), costs.one_way_rate
+        band, hurdle = self.rules.no_trade_band_scale * float(np.cbrt(cost)), self.rules.cost_hurdle * cost
+        scales = _Scales(costs.rates(), band, hurdle, costs.periods_per_year / inputs.horizon_bars)
         # One type for every field, or numba compiles once per mixture of ints and floats.
         used = _fold(columns, SizingRules._make(map(float, self.rules)), scales, books, (target, capped))
         if used < n:

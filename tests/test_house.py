@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("data", "training", "inference", "evaluation", "validation", "service", "utils")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-MAX_FILES, MAX_MODULE_LINES, MAX_FUNCTION_LINES = 45, 400, 60
+MAX_FILES, MAX_MODULE_LINES, MAX_FUNCTION_LINES = 45, 500, 60
 MODULES_WITH_PARSERS = {
     "run_backtest.py": "run_backtest",
     "app.py": "app",

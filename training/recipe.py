@@ -33,8 +33,9 @@ from validation.walk_forward import RecipePrediction, WalkForwardConfig
 
 DateArray = npt.NDArray[np.datetime64]
 
-# A symbol with so many rows trusts its own mean half, and that of the panel half.
-HALF_TRUST_ROWS = 2_520
+# A symbol with so many rows trusts its own mean half, and that of the panel half: means of symbols differ by
+# some .01 volatilities a bar (.16 a year), and n rows know a mean within 1 / sqrt(n).
+HALF_TRUST_ROWS = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +50,7 @@ class RecipeConfig:
         Tuning is redone every so many folds (and for the final fit); a setting is carried over in between.
         Screening and selection are redone in every fold.
     screen_t, screen_share
-        Features are screened when one of them stands out, see `screen`.
+        Features of a single symbol are screened when one of them stands out, see `screen`.
     max_features
         How many features SHAP selection keeps.
     common_move_share
@@ -195,7 +196,9 @@ class GBMRecipe:
         scaler = RobustScaler().fit(_some_rows(train.features))
         columns = tuple(range(len(train.columns)))
         rows = training_rows(train, select_scaled(scaler, train.features, columns), drifts, config)
-        screened = screen(rows, config.screen_t, config.screen_share)
+        # The rows of a panel are enough for all features; those of one symbol are not.
+        alone = len(train.symbols) == 1
+        screened = screen(rows, config.screen_t, config.screen_share) if alone else columns
         if not self.searches or fold % config.tune_every_folds == 0:
             self.searches.append(tune(rows.with_columns(screened), config.search, config.seed))
         tuned = self.searches[-1]
@@ -260,7 +263,7 @@ def sample_weights(train: Dataset, half_life_sessions: float) -> FloatArray:
 def drift_by_symbol(train: Dataset, weights: FloatArray) -> tuple[dict[str, float], float]:
     """Return the weighted mean of the scaled target by symbol, and over all rows.
 
-    A symbol's own mean is shrunk towards that of all by its number of rows: ten years count half.
+    A symbol's own mean is shrunk towards that of all, see `HALF_TRUST_ROWS`.
     """
     pooled = float(np.average(train.target_scaled, weights=weights))
     drifts = {}

@@ -4,7 +4,8 @@
 
     AIStocksError                    exit 1   a bug, or something nobody foresaw
     ├── UsageError                   exit 2   the caller asked for something impossible
-    │   └── InvalidSymbolError
+    │   ├── InvalidSymbolError
+    │   └── DeviceError              exit 9   a GPU was asked for and cannot be used
     ├── UpstreamError                exit 3   the price source cannot be reached or answers nonsense
     │   └── UnknownSymbolError                the source answers, and does not know the symbol
     ├── DataError                    exit 4   the bars are there and cannot be used
@@ -19,6 +20,8 @@
     ├── GateRefusedError             exit 7   ``--strict`` and the verdict is not ``edge``
     └── StorageError                 exit 8   disk full, read-only, not writable
 
+``training.reproduce`` ends with 10 when the training came out differently, and a training that is interrupted
+with 130, as shells have it; both raise nothing of this tree.
 A message says what is wrong, which value came, and what to do. HTTP statuses are mapped in ``service.api``.
 """
 
@@ -37,6 +40,12 @@ class UsageError(AIStocksError):
 
 class InvalidSymbolError(UsageError):
     """Not a symbol that any source could know."""
+
+
+class DeviceError(UsageError):
+    """A GPU was asked for and cannot be used."""
+
+    exit_code = 9
 
 
 class UpstreamError(AIStocksError):

@@ -22,6 +22,8 @@ from utils.errors import DataError, UsageError
 
 COSTS = CostModel()
 FREE = CostModel(commission_bps=0.0, slippage_bps=0.0, financing_annual=0.0, borrow_annual=0.0)
+# `calibrated` without its limit, so that its rule shows on both sides.
+UNBOUND = make_sizer("calibrated", max_long=9.0)
 Fold = Callable[[SizingInputs, CostModel], np.ndarray]
 
 
@@ -123,7 +125,7 @@ def test_limits_of_the_presets() -> None:
     assert limits == {
         "half-kelly": (1.0, 0.3),
         "long-biased": (1.8, 0.1),
-        "calibrated": (1.5, 0.0),
+        "calibrated": (1.0, 0.0),
         "passive": (1.0, 0.0),
     }
     assert DEFAULT_SIZING == make_sizer().name == "calibrated"
@@ -163,9 +165,22 @@ def test_long_biased_leans_long_and_steps_aside(expected: float, low: float, hig
 
 
 def test_calibrated_by_hand() -> None:
-    inputs = steady(5, expected_return=0.004, skill_lower=0.25)
+    inputs = steady(5, expected_return=0.001, skill_lower=0.25)
     target = make_sizer("calibrated").fold(inputs, FREE)
-    np.testing.assert_allclose(target, 1.0 + 0.5 * 0.25 * (0.004 - 0.002) / 0.05**2)
+    np.testing.assert_allclose(target, 1.0 + 4.0 * 0.25 * (0.001 - 0.002) / 0.05**2)
+
+
+def test_a_promise_counts_only_as_far_as_it_exceeds_one_and_a_half_one_way_costs() -> None:
+    sizer = replace(UNBOUND, rules=UNBOUND.rules._replace(no_trade_band_scale=0.0))
+
+    def weight(promise: float) -> float:
+        return float(sizer.fold(steady(2, expected_return=0.002 + promise, skill_lower=0.25), COSTS)[0])
+
+    hurdle = 1.5 * COSTS.one_way_rate
+    assert weight(hurdle) == weight(-hurdle) == 1.0
+    reach = 4.0 * 0.25 / 0.05**2
+    assert weight(hurdle + 2e-4) == pytest.approx(1.0 + reach * 2e-4)
+    assert weight(-hurdle - 2e-4) == pytest.approx(1.0 - reach * 2e-4)
 
 
 @pytest.mark.parametrize("skill", [0.0, -0.5, np.nan])
@@ -190,20 +205,21 @@ def test_bars_without_forecast() -> None:
     inputs = steady(10)
     inputs.expected_return[:3] = np.nan
     inputs.expected_return[6:] = np.nan
+    bearish = replace(inputs, baseline_return=inputs.expected_return + 0.01)
     half = make_sizer("half-kelly").fold(inputs, FREE)
     np.testing.assert_array_equal(half[:3], 0.0)
     assert half[3] > 0.0
     np.testing.assert_array_equal(half[3:], half[3])
-    calibrated = make_sizer("calibrated").fold(inputs, FREE)
+    calibrated = make_sizer("calibrated").fold(bearish, FREE)
     np.testing.assert_array_equal(calibrated[[0, 1, 2, 6, 7, 8, 9]], 1.0)
-    assert calibrated[4] > 1.0
+    assert calibrated[4] < 1.0
     no_baseline = make_sizer("calibrated").fold(steady(4, baseline_return=np.nan), FREE)
     np.testing.assert_array_equal(no_baseline, 1.0)
 
 
 def test_no_trade_band_grows_with_costs_and_saves_turnover() -> None:
     inputs = replace(some_inputs(2000), skill_lower=np.full(2000, 0.1))
-    sizer = make_sizer("calibrated")
+    sizer = replace(UNBOUND, rules=UNBOUND.rules._replace(cost_hurdle=0.0, kelly_fraction=0.5))
     eager = replace(sizer, rules=sizer.rules._replace(no_trade_band_scale=0.0))
 
     def turnover(one: RuleSizer, costs: CostModel) -> float:
@@ -218,15 +234,16 @@ def test_inside_the_band_nothing_is_traded() -> None:
     inputs = steady(60, move=0.001, expected_return=0.003, skill_lower=0.25)
     inputs.expected_return[:10] = np.nan
     inputs.expected_return[20:] += 0.0002
-    target = make_sizer("calibrated").fold(inputs, COSTS)
+    target = UNBOUND.fold(inputs, COSTS)
     assert np.flatnonzero(account(target, inputs.asset_return_simple, COSTS).turnover).tolist() == [1]
 
 
 def test_past_the_band_the_position_moves_to_its_edge() -> None:
     inputs = steady(3, expected_return=0.012, skill_lower=0.25)
     inputs.expected_return[0] = np.nan
-    target = make_sizer("calibrated").fold(inputs, COSTS)
-    assert target[1] == pytest.approx(1.0 + 0.5 * 0.25 * 0.01 / 0.05**2 - np.cbrt(8e-4))
+    target = UNBOUND.fold(inputs, COSTS)
+    counted = 0.01 - 1.5 * COSTS.one_way_rate
+    assert target[1] == pytest.approx(1.0 + 4.0 * 0.25 * counted / 0.05**2 - np.cbrt(8e-4))
 
 
 def test_volatility_target_scales_within_bounds() -> None:
@@ -285,10 +302,10 @@ def test_breaker_trips_again_from_where_it_released() -> None:
 
 
 def test_breaker_of_calibrated_stops_a_model_that_loses_and_not_a_market_that_falls() -> None:
-    wrong = steady(400, move=-0.004, expected_return=0.02, skill_lower=1.0)
+    wrong = steady(400, move=0.004, expected_return=-0.02, skill_lower=1.0)
     trace = make_sizer("calibrated").trace(wrong, COSTS)
     assert trace.capped.any()
-    np.testing.assert_allclose(trace.target_weight[trace.capped], 1.1)
+    np.testing.assert_allclose(trace.target_weight[trace.capped], 0.9)
     right = steady(400, move=-0.004, expected_return=-0.02, skill_lower=1.0)
     assert not make_sizer("calibrated").trace(right, COSTS).capped.any()
 

@@ -373,6 +373,7 @@ def test_no_bytes_break_the_service(client: TestClient, body: bytes) -> None:
 ERRORS = [
     (errors.UsageError, 422),
     (errors.InvalidSymbolError, 422),
+    (errors.DeviceError, 422),
     (errors.UpstreamError, 503),
     (errors.UnknownSymbolError, 404),
     (errors.DataError, 422),

@@ -1,31 +1,28 @@
-"""The trainer as a person meets it: what it finds, what it refuses, what it leaves behind."""
+"""The command line as a person meets it: what each flag does, what it refuses, what it leaves behind."""
 
 import json
 import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 
-from data.schema import Bars, BarsReport, Provenance
 from inference.load_gbm_models import load_bundle, read_metadata
-from training.gbm_search import SearchConfig
-from training.recipe import RecipeConfig, TrainerConfig
-from training.train_gbm import GBMTrainer, main, training_lock
-from utils.errors import InsufficientDataError, LockedError
+from training import run_log, train_gbm
+from training.device import DeviceChoice
+from training.train_gbm import build_parser, config_from, main
+from training.trainer import Trained, training_lock
+from utils.errors import DeviceError, LockedError, StorageError
 from utils.model_paths import list_versions
 
-QUICK = TrainerConfig(
-    horizon_bars=1, recipe=RecipeConfig(search=SearchConfig(n_trials=3), refresh_every_folds=9)
-)
-
-
-def as_bars(frame: pd.DataFrame, symbol: str = "TEST") -> Bars:
-    seen = Provenance(source="csv", fetched_at=datetime.now(UTC), last_session=frame.index[-1], stale=False)
-    return Bars(symbol=symbol, frame=frame, provenance=seen, report=BarsReport())
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = ["--n-trials", "0"]
+DRY = [*QUICK, "--validate-only"]
 
 
 @pytest.fixture
@@ -33,6 +30,8 @@ def places(tmp_path: Path, csv_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     for name in ("models", "logs", "cache"):
         monkeypatch.setenv(f"AI_STOCKS_{name.upper()}_DIR", str(tmp_path / name))
     monkeypatch.setenv("AI_STOCKS_SOURCE", f"csv:{csv_dir}")
+    # What it checks is tested with the store; it takes longer than the training.
+    monkeypatch.setattr("inference.load_gbm_models.verify_in_fresh_process", lambda _folder: None)
     return tmp_path
 
 
@@ -43,44 +42,6 @@ def test_a_planted_signal_is_an_edge_and_noise_is_not(tiny_bundle: Path):
     assert signal["evidence"]["p_ic"] <= 0.05
     # So strong a signal does not occur in prices: the alarm must ring although the label stands.
     assert signal["evidence"]["leak_alarm"] is (signal["evidence"]["ic"] > 0.10)
-
-
-@pytest.mark.parametrize("drift", [0.0, 0.0008], ids=["driftless", "drifting"])
-def test_noise_is_seldom_an_edge(make_bars, drift: float):
-    """At the stated 5 %, two or more false edges of eight come in 1 of 17 such tests; the seed is fixed."""
-    trainer = GBMTrainer(QUICK)
-    noise = [as_bars(make_bars(n=1_700, seed=seed, drift=drift)) for seed in range(8)]
-    labels = [trainer.train(bars).verdict.label for bars in noise]
-    assert labels.count("edge") <= 1, labels
-
-
-def test_the_same_seed_trains_the_same_model(make_planted):
-    bars = as_bars(make_planted(n=1_700, seed=1))
-    first, second = (GBMTrainer(QUICK).train(bars) for _ in range(2))
-    pd.testing.assert_frame_equal(first.bundle.record, second.bundle.record)
-    assert first.verdict == second.verdict
-    assert first.backtest.metrics == second.backtest.metrics
-
-
-def test_the_record_is_out_of_sample_on_every_row(make_planted):
-    trained = GBMTrainer(QUICK).train(as_bars(make_planted(n=1_700, seed=1)))
-    record = trained.bundle.record
-    assert (record["trained_through"] < record["date"]).all()
-    assert trained.backtest.daily["is_out_of_sample"].all()
-    assert trained.bundle.metadata["out_of_sample_from"] == f"{record['date'].min():%Y-%m-%d}"
-
-
-def test_too_short_a_history_says_need_and_have(make_bars):
-    with pytest.raises(InsufficientDataError, match=r"needs \d+ bars.*900|900.*\d+"):
-        GBMTrainer(QUICK).train(as_bars(make_bars(n=900)))
-
-
-def test_progress_rises_to_the_end(make_planted):
-    events: list[dict] = []
-    GBMTrainer(QUICK, events.append).train(as_bars(make_planted(n=1_700)))
-    progress = [event["progress"] for event in events]
-    assert progress == sorted(progress)
-    assert all(event["type"] == "stage" and event["stage"] for event in events)
 
 
 def test_the_command_leaves_a_bundle_a_report_and_one_json_on_stdout(places, capsys):
@@ -105,7 +66,7 @@ def test_the_command_leaves_a_bundle_a_report_and_one_json_on_stdout(places, cap
         (["../../etc/passwd"], 2, "not a symbol"),
         (["GONE"], 3, "GONE"),
         (["NOISE", "--source", "nowhere"], 2, "csv:DIR"),
-        (["NOISE", "--target-horizon", "0"], 2, "horizon"),
+        (["NOISE", "--target-horizon", "900"], 2, "horizon"),
     ],
 )
 def test_errors_name_the_remedy_and_leave_nothing(places, capsys, argv: list[str], code: int, words: str):
@@ -125,7 +86,7 @@ def test_one_failing_symbol_loses_nothing_of_the_others(places, capsys):
     assert trained["symbol"] == "NOISE"
 
 
-@pytest.mark.parametrize("flag", ["--n-trials", "--max-features", "--seed"])
+@pytest.mark.parametrize("flag", ["--jobs", "--max-features", "--seed", "--target-horizon"])
 @pytest.mark.parametrize("value", ["0", "-3", "1.5", "many"])
 def test_numbers_that_make_no_sense_are_usage_errors(capsys, flag: str, value: str):
     with pytest.raises(SystemExit, match="2"):
@@ -135,7 +96,7 @@ def test_numbers_that_make_no_sense_are_usage_errors(capsys, flag: str, value: s
 
 def test_every_other_try_on_the_same_prices_counts(places, capsys):
     for tries, seed in ((1, "7"), (2, "8"), (2, "7")):
-        assert main(["NOISE", "--n-trials", "2", "--seed", seed, "--overwrite", "--json"]) == 0
+        assert main(["NOISE", *DRY, "--seed", seed, "--json"]) == 0
         found = json.loads(capsys.readouterr().out)[0]
         assert found["evidence"]["n_trials"] == tries
         limit = "0.025" if tries == 2 else "0.05"
@@ -172,3 +133,259 @@ def test_an_error_inside_a_training_releases_the_lock(tmp_path: Path):
         raise ZeroDivisionError
     with training_lock(tmp_path, "AAPL"):
         assert np.isfinite(1.0)
+
+
+def config(*argv: str):
+    return config_from(build_parser().parse_args(["AAPL", *argv]))
+
+
+def test_the_flags_reach_the_recipe():
+    plain = config()
+    assert (plain.horizon_bars, plain.recipe.search.models) == (5, ("xgb", "lgb"))
+    assert config("--target-horizon", "20").horizon_bars == 20
+    assert config("--n-trials", "3").recipe.search.n_trials == 3
+    assert config("--no-lgb").recipe.search.models == ("xgb",)
+    assert config("--models", "lgb,cat").recipe.search.models == ("lgb", "cat")
+    assert config("--max-features", "12").recipe.max_features == 12
+    assert config("--seed", "11").recipe.seed == 11
+
+
+def test_a_pooled_model_is_searched_only_when_asked():
+    assert config("--universe", "us50").recipe.search.n_trials == 0
+    assert config("--universe", "us50", "--n-trials", "4").recipe.search.n_trials == 4
+    assert config("--universe", "us50", "--tune").recipe.search.n_trials == train_gbm.TUNE_TRIALS
+    assert config("--tune").recipe.search.n_trials > config().recipe.search.n_trials > 0
+    assert config("--universe", "us50", "--jobs", "8").recipe.search.threads == 4
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--rollback", "--universe", "us50"], "leave --universe out"),
+        (["--rollback", "--validate-only"], "leave --validate-only out"),
+        (["--leave-symbol-out"], "add --universe"),
+        (["--models", "xgb", "--no-lgb"], "once"),
+        (["--tune", "--n-trials", "0"], "needs trials"),
+        (["--include-sentiment"], "no sentiment features"),
+        (["--validate-only", "--overwrite"], "leave --overwrite out"),
+        (["--device", "cpu", "--allow-cpu-fallback"], "--allow-cpu-fallback"),
+        (["--device", "cpu", "--require-gpu"], "contradict"),
+        (["--require-gpu", "--allow-cpu-fallback"], "contradict"),
+        (["--models", "lgb", "--require-gpu"], "only XGBoost"),
+        (["--universe", "no/such/file.txt"], "no such file"),
+    ],
+)
+def test_flags_that_cannot_be_meant_together_are_usage_errors(places, capsys, argv, words):
+    assert main(["NOISE", *argv]) == 2
+    assert words in capsys.readouterr().err.replace("\n", " ")
+    assert not (places / "models").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--target-horizon", "1,5,20"], "one horizon so far"),
+        (["--models", "xgb,xgb"], "at most once"),
+        (["--models", "svm"], "xgb, lgb, cat"),
+        (["--n-trials", "-1"], "at least 0"),
+        (["--device", "tpu"], "invalid choice"),
+    ],
+)
+def test_values_that_make_no_sense_are_usage_errors(capsys, argv, words):
+    with pytest.raises(SystemExit, match="2"):
+        main(["NOISE", *argv])
+    assert words in capsys.readouterr().err
+
+
+def test_catboost_is_named_where_it_is_missing(places, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "catboost", None)
+    assert main(["NOISE", "--models", "cat"]) == 2
+    assert "ai-stocks[catboost]" in capsys.readouterr().err
+
+
+def test_a_missing_gpu_has_its_own_exit_code_before_anything_is_fetched(places, capsys, monkeypatch):
+    def none(*args: object, **flags: object) -> DeviceChoice:
+        raise DeviceError("a GPU was asked for and cannot be used: planted")
+
+    monkeypatch.setattr(train_gbm, "choose_device", none)
+    assert main(["GONE", "--require-gpu"]) == 9
+    assert "planted" in capsys.readouterr().err
+
+
+def test_validate_only_saves_nothing_and_counts_as_a_try(places, capsys):
+    assert main(["NOISE", *QUICK, "--validate-only", "--json"]) == 0
+    outcome = json.loads(capsys.readouterr().out)[0]
+    assert outcome["bundle"] is None
+    assert Path(outcome["report"]).is_file()
+    assert not (places / "models" / "NOISE" / "gbm").exists()
+    assert not (places / "models" / "NOISE" / "versions").exists()
+    assert main(["NOISE", *QUICK, "--seed", "8", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["evidence"]["n_trials"] == 2
+
+
+def test_rollback_lets_the_version_before_serve_and_says_which(places, capsys):
+    versions = []
+    for seed in ("7", "8"):
+        assert main(["NOISE", *QUICK, "--seed", seed, "--overwrite", "--json"]) == 0
+        versions.append(json.loads(capsys.readouterr().out)[0]["model_version"])
+    assert main(["NOISE", "--rollback"]) == 0
+    shown = capsys.readouterr().out.replace("\n", "")
+    assert f"{versions[0]} serves, instead of {versions[1]}" in shown
+    assert load_bundle(places / "models", "NOISE").model_version == versions[0]
+    assert main(["NOISE", "--rollback", "--json"]) == 5
+    assert "error" in json.loads(capsys.readouterr().out)[0]
+
+
+def test_a_log_and_a_report_that_cannot_be_written_lose_no_model(places, capsys, monkeypatch):
+    (places / "logs").write_text("a file where a folder should be")
+    assert main(["NOISE", *QUICK, "--json"]) == 0
+    outcome = json.loads(capsys.readouterr().out)[0]
+    assert (outcome["log"], outcome["report"]) == (None, None)
+    assert load_bundle(places / "models", "NOISE").model_version == outcome["model_version"]
+
+
+def test_the_log_says_what_came_of_the_run(places, capsys):
+    assert main(["NOISE", *QUICK, "--json"]) == 0
+    outcome = json.loads(capsys.readouterr().out)[0]
+    text = Path(outcome["log"]).read_text()
+    assert [line for line in text.splitlines() if line.startswith("===")] == [
+        f"=== {name} ===" for name in run_log.SECTIONS
+    ]
+    assert f"=== STATUS ===\n{outcome['status']}\n" in text
+    assert outcome["status"] == ("SUCCESS" if outcome["verdict"] == "edge" else "NO_EDGE")
+
+
+def test_a_training_that_fails_says_so_in_its_log(places, capsys, monkeypatch):
+    def full(*args: object, **named: object) -> None:
+        raise StorageError("the disk is full: planted")
+
+    monkeypatch.setattr(train_gbm, "save_bundle", full)
+    assert main(["NOISE", *QUICK]) == 8
+    (log,) = (places / "logs").glob("NOISE_gbm_*.log")
+    assert "=== STATUS ===\nFAILED\nStorageError: the disk is full: planted" in log.read_text()
+    assert not (places / "models" / "NOISE" / "gbm").exists()
+
+
+def test_a_bug_in_one_symbol_does_not_stop_the_others(places, capsys, monkeypatch):
+    real = train_gbm.deliver
+
+    def faulty(trained, *rest: object):
+        if trained.bundle.symbol == "NOISE":
+            raise ZeroDivisionError("planted")
+        return real(trained, *rest)
+
+    monkeypatch.setattr(train_gbm, "deliver", faulty)
+    assert main(["NOISE", "SIGNAL", *QUICK, "--json"]) == 1
+    failed, trained = json.loads(capsys.readouterr().out)
+    assert "ZeroDivisionError: planted" in failed["error"]
+    assert trained["symbol"] == "SIGNAL"
+    (log,) = (places / "logs").glob("NOISE_gbm_*.log")
+    assert "FAILED\nZeroDivisionError" in log.read_text()
+
+
+def test_jobs_change_no_result_and_the_first_failure_is_the_exit_code(places, capsys):
+    argv = ["NOISE", "GONE", "SIGNAL", "../bad", *DRY, "--json"]
+    results = []
+    for jobs in ("1", "2"):
+        assert main([*argv, "--jobs", jobs]) == 3
+        results.append(json.loads(capsys.readouterr().out))
+    assert [outcome["symbol"] for outcome in results[0]] == ["NOISE", "GONE", "SIGNAL", "../bad"]
+    for alone, beside in zip(*results, strict=True):
+        for name in ("symbol", "evidence", "metrics", "data_hash", "verdict", "error", "exit_code"):
+            assert alone.get(name) == beside.get(name)
+
+
+@pytest.fixture
+def many(places: Path, make_planted, monkeypatch) -> Path:
+    """Three more symbols beside NOISE and SIGNAL; E is too short for a panel."""
+    folder = places / "many"
+    folder.mkdir()
+    for name, seed, n in (("A", 1, 1_700), ("B", 2, 1_700), ("C", 3, 1_700), ("D", 4, 1_000), ("E", 5, 200)):
+        bars = make_planted(seed=seed, n=1_700, ic=0.2).iloc[-n:]
+        bars.assign(**{"Adj Close": bars["Close"]}).to_csv(folder / f"{name}.csv", index_label="Date")
+    monkeypatch.setenv("AI_STOCKS_SOURCE", f"csv:{folder}")
+    return places
+
+
+def test_a_pooled_model_leaves_a_bundle_for_each_named_symbol(many, capsys):
+    assert main(["B", "D", "--universe", "A,B,C,E,GONE", "--target-horizon", "1", "--json"]) == 0
+    shown = capsys.readouterr()
+    outcomes = json.loads(shown.out)
+    assert [outcome["symbol"] for outcome in outcomes] == ["B", "D"]
+    for name in ("E", "GONE"):
+        assert f"{name} is left out of the universe" in shown.err
+    bundles = [load_bundle(many / "models", name) for name in ("B", "D")]
+    for bundle in bundles:
+        assert bundle.metadata["universe"]["symbols"] == ["A", "B", "C", "D"]
+        assert bundle.metadata["universe"]["left_out"] == []
+        assert len(list((many / "logs").glob(f"{bundle.symbol}_gbm_*.log"))) == 1
+    assert bundles[0].ensemble.calibration != bundles[1].ensemble.calibration
+    assert bundles[0].ensemble.selected == bundles[1].ensemble.selected
+    assert not (many / "models" / "A").exists()
+
+
+def test_leave_symbol_out_trains_without_its_rows(many, capsys, monkeypatch):
+    seen: dict[str, Trained] = {}
+    real = train_gbm.deliver
+
+    def spy(trained: Trained, *rest: object):
+        seen[trained.bundle.symbol] = trained
+        return real(trained, *rest)
+
+    monkeypatch.setattr(train_gbm, "deliver", spy)
+    assert main(["A", "B", "--universe", "A,B,C", "--leave-symbol-out", "--validate-only"]) == 0
+    for name, trained in seen.items():
+        assert trained.bundle.metadata["universe"]["left_out"] == [name]
+        assert trained.bundle.metadata["recipe"]["recipe"]["leave_out"] == (name,)
+    assert (
+        seen["A"].bundle.ensemble.scaler.center_.tolist() != seen["B"].bundle.ensemble.scaler.center_.tolist()
+    )
+    capsys.readouterr()
+    assert main(["C", "--universe", "C,D", "--leave-symbol-out", "--json"]) == 4
+    assert "fewer than 2" in json.loads(capsys.readouterr().out)[0]["error"]
+
+
+def test_one_refused_symbol_of_a_pooled_run_stops_no_other(many, capsys):
+    (many / "models" / "A").mkdir(parents=True)
+    argv = ["GONE", "A", "B", "--universe", "C", "--validate-only", "--json"]
+    with training_lock(many / "models", "A"):
+        assert main(argv) == 3
+    gone, locked, trained = json.loads(capsys.readouterr().out)
+    assert (gone["exit_code"], locked["exit_code"]) == (3, 6)
+    assert trained["symbol"] == "B"
+
+
+@pytest.mark.parametrize("how", [["training/train_gbm.py"], ["-m", "training.train_gbm"]])
+def test_it_runs_as_a_script_and_as_a_module(how):
+    # The packages are installed in place; from another checkout these must win, as they do for pytest.
+    where = [sys.executable, "-c", "import training; print(training.__file__)"]
+    installed = subprocess.run(where, cwd="/", capture_output=True, text=True, check=False).stdout
+    env = dict(os.environ)
+    if not installed.startswith(str(ROOT)):
+        env["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(
+        [sys.executable, *how, "--help"], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--target-horizon" in done.stdout
+
+
+def test_an_interrupted_training_leaves_nothing_that_serves(places):
+    command = [sys.executable, "-m", "training.train_gbm", "NOISE", "--n-trials", "400"]
+    run = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+    log = ""
+    assert run.stderr is not None
+    while "features" not in log:
+        log = run.stderr.readline()
+    time.sleep(1.0)
+    run.send_signal(signal.SIGINT)
+    _, rest = run.communicate(timeout=10)
+    assert run.returncode == 130
+    assert "Traceback" not in rest
+    assert len([line for line in rest.splitlines() if "interrupted" in line]) == 1
+    assert not (places / "models" / "NOISE" / "gbm").exists()
+    assert not list((places / "models").glob("*/versions/*"))
+    (log_file,) = (places / "logs").glob("NOISE_gbm_*.log")
+    assert "=== STATUS ===\nFAILED\nKeyboardInterrupt: interrupted" in log_file.read_text()
+    with training_lock(places / "models", "NOISE"):
+        pass

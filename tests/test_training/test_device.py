@@ -1,0 +1,116 @@
+"""Where the boosters are trained: nobody is believed, everything is told."""
+
+import warnings
+
+import numpy as np
+import pytest
+import xgboost
+
+from training.device import (
+    AUTO_CELLS,
+    choose_device,
+    device_of,
+    probe_cuda,
+    probe_lightgbm_opencl,
+)
+from utils.errors import DeviceError, UsageError
+
+LARGE = AUTO_CELLS // 50, 50
+SMALL = 1_000, 50
+
+
+def there() -> None:
+    return None
+
+
+def missing() -> str:
+    return "no CUDA device"
+
+
+def never() -> str:
+    raise AssertionError("nobody should have asked")
+
+
+@pytest.mark.parametrize(
+    ("requested", "size", "probe", "device", "words"),
+    [
+        ("cpu", LARGE, never, "cpu", "asked for"),
+        ("auto", SMALL, never, "cpu", "20 million"),
+        ("auto", LARGE, there, "cuda", "pays"),
+        ("auto", LARGE, missing, "cpu", "no CUDA device"),
+        ("cuda", SMALL, there, "cuda", "asked for"),
+    ],
+)
+def test_the_choice_and_its_reason(requested, size, probe, device, words):
+    choice = choose_device(requested, *size, probe=probe)
+    assert choice.device == device
+    assert words in choice.reason
+
+
+@pytest.mark.parametrize("requested", ["auto", "cuda"])
+def test_a_required_gpu_that_is_missing_is_an_error_that_names_the_remedy(requested):
+    with pytest.raises(DeviceError, match=r"no CUDA device.*--device cpu") as caught:
+        choose_device(requested, *SMALL, require_gpu=True, probe=missing)
+    assert caught.value.exit_code == 9
+
+
+def test_cuda_falls_back_only_when_allowed():
+    with pytest.raises(DeviceError, match="--allow-cpu-fallback"):
+        choose_device("cuda", *SMALL, probe=missing)
+    choice = choose_device("cuda", *SMALL, allow_cpu_fallback=True, probe=missing)
+    assert choice.device == "cpu"
+    assert "no CUDA device" in choice.reason
+
+
+def test_a_required_gpu_is_used_whatever_the_size():
+    assert choose_device("auto", *SMALL, require_gpu=True, probe=there).device == "cuda"
+
+
+@pytest.mark.parametrize(("requested", "fallback"), [("cpu", False), ("cuda", True), ("auto", True)])
+def test_contradicting_wishes_are_refused(requested, fallback):
+    with pytest.raises(UsageError, match="contradict") as caught:
+        choose_device(requested, *SMALL, require_gpu=True, allow_cpu_fallback=fallback, probe=never)
+    assert caught.value.exit_code == 2
+
+
+def test_the_probe_believes_the_booster_and_not_the_silence(monkeypatch):
+    """Planted: a library that takes ``device='cuda'`` and trains on the CPU, as XGBoost does."""
+    train = xgboost.train
+
+    def on_cpu(params, *args, **kwargs):
+        return train({**params, "device": "cpu"}, *args, **kwargs)
+
+    monkeypatch.setattr(xgboost, "train", on_cpu)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "XGBoost" in str(probe_cuda())
+
+
+def test_the_probe_tells_an_error_of_the_library(monkeypatch):
+    def fail(*args, **kwargs):
+        raise xgboost.core.XGBoostError("driver too old\nstack")
+
+    monkeypatch.setattr(xgboost, "train", fail)
+    assert str(probe_cuda()).endswith("driver too old")
+
+
+def test_the_probes_answer_on_this_machine_without_noise(capfd):
+    for probe in (probe_cuda, probe_lightgbm_opencl):
+        answer = probe()
+        assert answer is None or answer
+    assert "WARNING" not in capfd.readouterr().err
+
+
+@pytest.mark.gpu
+def test_a_booster_trained_on_the_gpu_serves_on_the_cpu():
+    if (answer := probe_cuda()) is not None:
+        pytest.skip(answer)
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(5_000, 20)).astype(np.float32)
+    target = rows[:, 0] + rng.normal(size=5_000)
+    params = {"device": "cuda", "tree_method": "hist", "max_depth": 4}
+    booster = xgboost.train(params, xgboost.DMatrix(rows, target), num_boost_round=50)
+    assert device_of(booster).startswith("cuda")
+    there_ = booster.predict(xgboost.DMatrix(rows))
+    booster.set_param({"device": "cpu"})
+    np.testing.assert_allclose(booster.inplace_predict(rows), there_, atol=1e-5)

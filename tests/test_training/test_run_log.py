@@ -1,0 +1,145 @@
+"""The log of a run: its sections, its one word, and that it never stands in the way."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from data.schema import Bars, BarsReport, Provenance
+from training import run_log
+from training.gbm_search import SearchConfig
+from training.recipe import RecipeConfig, TrainerConfig
+from training.run_log import SECTIONS, fold_lines, logged_run, publish_report, show, status_of
+from training.trainer import GBMTrainer, Trained
+from utils.errors import DataError, GateRefusedError
+
+CONFIG = {"horizon_bars": 1, "recipe": {"seed": 7, "search": {"models": ("xgb",)}}}
+
+
+@pytest.fixture(scope="module")
+def trained(make_planted) -> Trained:
+    frame = make_planted(n=1_700, seed=1)
+    seen = Provenance(source="csv", fetched_at=frame.index[-1], last_session=frame.index[-1], stale=False)
+    report = BarsReport(duplicates=3)
+    config = TrainerConfig(horizon_bars=1, recipe=RecipeConfig(search=SearchConfig(n_trials=0)))
+    return GBMTrainer(config).train(Bars(symbol="TEST", frame=frame, provenance=seen, report=report))
+
+
+def the_log(folder: Path) -> str:
+    (path,) = folder.glob("TEST_gbm_*.log")
+    return path.read_text()
+
+
+def sections(text: str) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        if line.startswith("=== "):
+            found[line.strip("= ")] = []
+        elif line:
+            found[list(found)[-1]].append(line)
+    return found
+
+
+def test_the_log_has_all_sections_in_order(tmp_path, trained):
+    with logged_run(tmp_path, "TEST", CONFIG) as log:
+        logging.getLogger("lightgbm").warning("planted %s", "warning")
+        log.conclude(trained)
+    found = sections(the_log(tmp_path))
+    assert tuple(found) == SECTIONS
+    assert "recipe.search.models: ('xgb',)" in found["TRAINING CONFIG"]
+    assert len(found["FOLD METRICS"]) == 1 + len(trained.walk_forward.folds)
+    assert "sharpe" in found["FOLD METRICS"][0].split()
+    assert f"verdict: {trained.verdict.label}" in found["FINAL METRICS"]
+    gates = [line for line in found["FINAL METRICS"] if line.startswith("gate ")]
+    assert len(gates) == len(trained.verdict.gates)
+    assert all("threshold" in line and line.endswith(("passed", "failed")) for line in gates)
+    assert "lightgbm: planted warning" in found["WARNINGS"]
+    assert any("doubled rows" in line for line in found["WARNINGS"])
+    assert found["STATUS"][0] == {"edge": "SUCCESS"}.get(trained.verdict.label, "NO_EDGE")
+
+
+def with_collapsed(trained: Trained, share: float | None) -> Trained:
+    summary = replace(trained.walk_forward.summary, collapsed_folds=share)
+    return replace(trained, walk_forward=replace(trained.walk_forward, summary=summary))
+
+
+@pytest.mark.parametrize(
+    ("share", "collapsed"), [(None, False), (0.0, False), (0.49, False), (0.5, True), (1.0, True)]
+)
+def test_a_signal_that_hardly_varies_has_collapsed(trained, share, collapsed):
+    assert (status_of(with_collapsed(trained, share)) == "COLLAPSED") is collapsed
+
+
+def test_an_error_ends_the_log_as_failed_and_goes_on(tmp_path):
+    with pytest.raises(DataError), logged_run(tmp_path, "TEST", CONFIG) as log:  # noqa: PT012
+        log.on_event({"type": "fold", "number": 0, "ic": 0.25, "n": 20})
+        raise DataError("planted trouble")
+    found = sections(the_log(tmp_path))
+    assert found["STATUS"] == ["FAILED", "DataError: planted trouble"]
+    assert found["FOLD METRICS"] == ["number   n    ic", "     0  20  0.25"]
+
+
+def test_a_refused_verdict_keeps_its_word(tmp_path, trained):
+    with pytest.raises(GateRefusedError), logged_run(tmp_path, "TEST", CONFIG) as log:  # noqa: PT012
+        log.conclude(with_collapsed(trained, 1.0))
+        raise GateRefusedError("strict")
+    status = sections(the_log(tmp_path))["STATUS"]
+    assert (status[0], status[-1]) == ("COLLAPSED", "refused: strict")
+
+
+def test_a_closed_log_is_not_blamed_for_what_befalls_another(tmp_path, trained):
+    with pytest.raises(KeyboardInterrupt), logged_run(tmp_path, "TEST", CONFIG) as log:  # noqa: PT012
+        log.conclude(with_collapsed(trained, 0.0))
+        log.close()
+        raise KeyboardInterrupt
+    assert sections(the_log(tmp_path))["STATUS"][0] in {"SUCCESS", "NO_EDGE"}
+
+
+def test_a_run_that_is_killed_leaves_what_it_came_to(tmp_path):
+    with logged_run(tmp_path, "TEST", CONFIG) as log:
+        log.on_event({"type": "fold", "number": 0, "ic": 0.25, "n": 20})
+        found = sections(the_log(tmp_path))
+    assert len(found["FOLD METRICS"]) == 2
+    assert "STATUS" not in found
+
+
+def test_a_folder_that_cannot_be_written_is_one_warning(tmp_path, trained, caplog):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with logged_run(blocked, "TEST", CONFIG) as log:
+        log.on_event({"type": "fold", "number": 0, "ic": 0.25, "n": 20})
+        log.conclude(trained)
+        assert log.path is None
+        assert publish_report(trained, blocked) is None
+    said = [record.message for record in caplog.records]
+    assert sum("no training log" in text for text in said) == 1
+    assert sum("no report" in text for text in said) == 1
+
+
+def test_the_handler_goes_with_the_run(tmp_path):
+    before = list(logging.getLogger().handlers)
+    with logged_run(tmp_path, "TEST", CONFIG):
+        assert len(logging.getLogger().handlers) == len(before) + 1
+    assert logging.getLogger().handlers == before
+
+
+def test_undefined_is_a_word_and_never_a_zero():
+    assert fold_lines([{"number": 0, "ic": None}])[1].split() == ["0", "undefined"]
+
+
+def test_errors_are_shown_on_stderr_even_where_json_is_wanted(capsys):
+    show({"symbol": "X", "error": "planted [b]", "exit_code": 2}, Console(stderr=True), in_full=False)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "planted [b]" in shown.err
+
+
+def test_events_reach_the_logs_and_the_listener(tmp_path):
+    heard: list[object] = []
+    with logged_run(tmp_path, "TEST", CONFIG) as log:
+        run_log.fan_out(heard.append, [log])({"type": "stage", "stage": "x", "progress": 0.5})
+        run_log.fan_out(heard.append, [log])({"type": "fold", "number": 0})
+    assert len(heard) == 2
+    assert sections(the_log(tmp_path))["FOLD METRICS"] == ["number", "     0"]

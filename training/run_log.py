@@ -1,0 +1,360 @@
+"""What a training tells people: one plain log per run, the HTML report, and what the terminal shows.
+
+The log is written anew after every event, so a run that is killed leaves what it had come to; its last
+section, STATUS, is then missing. Neither log nor report may fail a training: trouble with them is a warning.
+
+STATUS begins with one word:
+
+- ``SUCCESS``: the verdict is ``edge``;
+- ``NO_EDGE``: it is ``no-edge`` or ``insufficient``;
+- ``COLLAPSED``: in half of the folds or more the signal hardly varied, whatever the verdict;
+- ``FAILED``: the run ended in an error, which is named.
+"""
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from evaluation.report import training_report, write_report
+from training.trainer import OnEvent, Trained
+from utils.errors import AIStocksError, GateRefusedError, StorageError
+
+logger = logging.getLogger(__name__)
+
+Status = Literal["SUCCESS", "NO_EDGE", "COLLAPSED", "FAILED"]
+SECTIONS = ("TRAINING CONFIG", "FOLD METRICS", "FINAL METRICS", "WARNINGS", "STATUS")
+COLLAPSED_SHARE = 0.5
+INTERRUPTED = 130
+INTERRUPTED_LINE = "interrupted: what was not saved yet is lost, what served before still serves\n"
+GRACE_S = 2.0
+Outcome = dict[str, Any]
+FOLD_COLUMNS = (
+    "number",
+    "test_start",
+    "test_end",
+    "n",
+    "ic",
+    "ic_low",
+    "ic_high",
+    "symbol_ic",
+    "hit_minus_base",
+    "sharpe",
+    "sharpe_buy_hold",
+    "calibration_slope",
+    "pred_std_over_target_std",
+    "share_positive",
+)
+
+
+class RunLog:
+    """The log of one run for one symbol; a folder that cannot be written makes it silent after one warning.
+
+    Parameters
+    ----------
+    folder
+        Where it lies, as ``<SYMBOL>_gbm_<timestamp>.log``.
+    symbol
+        The symbol.
+    config
+        Everything that decides the run, nested; written flat.
+    """
+
+    def __init__(self, folder: Path, symbol: str, config: Mapping[str, Any]) -> None:
+        self.path: Path | None = folder / f"{symbol}_gbm_{datetime.now(UTC):%Y%m%dT%H%M%S%f}.log"
+        self.status: Status | None = None
+        self._is_closed = False
+        self._folds: list[Mapping[str, Any]] = []
+        self._sections: dict[str, list[str]] = {name: [] for name in SECTIONS}
+        self._sections["TRAINING CONFIG"] = [f"{key}: {_text(value)}" for key, value in flat(config)]
+        self._write()
+
+    def on_event(self, event: Mapping[str, Any]) -> None:
+        """Take down a fold; stages are shown elsewhere."""
+        if event["type"] == "fold":
+            self._folds.append(event)
+            self._sections["FOLD METRICS"] = fold_lines(self._folds)
+            self._write()
+
+    def warn(self, text: str) -> None:
+        """Take down what should make a reader wary, once."""
+        if text not in self._sections["WARNINGS"]:
+            self._sections["WARNINGS"].append(text)
+
+    def conclude(self, trained: Trained) -> None:
+        """Take down what came out; the status follows from it."""
+        metadata, verdict = trained.bundle.metadata, trained.verdict
+        found = {
+            "verdict": verdict.label,
+            "evidence": verdict.evidence,
+            "metrics": metadata["metrics"],
+            "across folds": asdict(trained.walk_forward.summary),
+            "duration_s": metadata["duration_s"],
+        }
+        gates = (
+            f"gate {gate.name}: {_text(gate.value)} (threshold {gate.threshold}) "
+            f"{'passed' if gate.passed else 'failed'}"
+            for gate in verdict.gates
+        )
+        self._sections["FOLD METRICS"] = fold_lines(metadata["folds"])
+        self._sections["FINAL METRICS"] = [*(f"{key}: {_text(value)}" for key, value in flat(found)), *gates]
+        for problem in metadata["data"]["problems"]:
+            self.warn(str(problem))
+        self._finish(status_of(trained), verdict.reasons)
+
+    def fail(self, error: BaseException) -> None:
+        """Take down how the run ended; a refused verdict keeps its status."""
+        if self._is_closed:
+            return
+        said = str(error) or "interrupted"
+        if isinstance(error, GateRefusedError) and self.status is not None:
+            self._finish(self.status, (*self._sections["STATUS"][1:], f"refused: {said}"))
+        else:
+            self._finish("FAILED", (f"{type(error).__name__}: {said}",))
+
+    def close(self) -> None:
+        """Take down nothing more: what goes wrong later befalls another symbol of the run."""
+        self._is_closed = True
+
+    def _finish(self, status: Status, reasons: Sequence[str]) -> None:
+        self.status = status
+        self._sections["STATUS"] = [status, *reasons]
+        self._write()
+
+    def _write(self) -> None:
+        if self.path is None:
+            return
+        lines = []
+        for name, content in self._sections.items():
+            # No STATUS yet means that the run is not over, or was killed.
+            if name != "STATUS" or content:
+                lines += [f"=== {name} ===", *(content or ["none"]), ""]
+        part = self.path.with_name(f".{self.path.name}.part")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text("\n".join(lines), encoding="utf-8")
+            part.replace(self.path)
+        except OSError as error:
+            logger.warning(
+                "no training log in %s: %s; the training goes on", self.path.parent, error.strerror
+            )
+            self.path = None
+
+
+def status_of(trained: Trained) -> Status:
+    """Return the one word for a training that ran to its end."""
+    collapsed = trained.walk_forward.summary.collapsed_folds
+    if collapsed is not None and collapsed >= COLLAPSED_SHARE:
+        return "COLLAPSED"
+    return "SUCCESS" if trained.verdict.label == "edge" else "NO_EDGE"
+
+
+def fold_lines(folds: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the folds as a table of text; a column is there when a fold has it."""
+    columns = [name for name in FOLD_COLUMNS if any(name in fold for fold in folds)]
+    rows = [columns, *([_text(fold.get(name)) for name in columns] for fold in folds)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    return ["  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of nested mappings with their dotted names."""
+    for key, value in nested.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def fan_out(on_event: OnEvent, logs: Sequence[RunLog]) -> OnEvent:
+    """Return a listener that tells every log and then ``on_event``."""
+
+    def tell(event: Mapping[str, Any]) -> None:
+        for log in logs:
+            log.on_event(event)
+        on_event(event)
+
+    return tell
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let the first SIGINT end the run within `GRACE_S`, whatever it waits for.
+
+    It is raised as `KeyboardInterrupt`, so that what is half written is removed. A search waits for the
+    threads of its boosters, which nothing can stop but the end of the process: that follows.
+    """
+
+    def end() -> None:
+        for handler in logging.getLogger().handlers:
+            if isinstance(handler, _IntoLog):
+                handler.fail()
+        sys.stderr.write(INTERRUPTED_LINE)
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        timer = threading.Timer(GRACE_S, end)
+        timer.daemon = True
+        timer.start()
+        signal.default_int_handler(number, frame)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def logged_run(folder: Path, symbol: str, config: Mapping[str, Any]) -> Iterator[RunLog]:
+    """Keep the log of a run; warnings of the libraries go into it, and an error ends it as FAILED."""
+    log = RunLog(folder, symbol, config)
+    handler = _IntoLog(log)
+    logging.getLogger().addHandler(handler)
+    try:
+        yield log
+    except BaseException as error:
+        log.fail(error)
+        raise
+    finally:
+        logging.getLogger().removeHandler(handler)
+
+
+class _IntoLog(logging.Handler):
+    def __init__(self, log: RunLog) -> None:
+        super().__init__(logging.WARNING)
+        self._log = log
+
+    def fail(self) -> None:
+        """End the log as that of an interrupted run."""
+        self._log.fail(KeyboardInterrupt())
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._log.warn(f"{record.name}: {record.getMessage()}")
+
+
+def publish_report(trained: Trained, folder: Path) -> Path | None:
+    """Write the HTML report into ``folder``; None, after a warning, where that cannot be done."""
+    bundle = trained.bundle
+    page = training_report(
+        symbol=bundle.symbol,
+        metadata=bundle.metadata,
+        record=bundle.record,
+        importance=bundle.importance,
+        trials=trained.trials,
+        summary=asdict(trained.walk_forward.summary),
+        findings=bundle.metadata["data"]["problems"],
+    )
+    try:
+        return write_report(page, folder / f"{bundle.symbol}_gbm_{bundle.model_version}.html")
+    except StorageError as error:
+        logger.warning("no report of the training: %s", error)
+        return None
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return "undefined"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def outcome_of(
+    trained: Trained, log: RunLog, *, saved_as: Path | None, report: Path | None
+) -> dict[str, Any]:
+    """Return the result of one symbol as plain data."""
+    bundle, verdict = trained.bundle, trained.verdict
+    same = ("model_version", "out_of_sample_from", "trained_through", "horizon_bars", "seed", "data_hash")
+    return {
+        "symbol": bundle.symbol,
+        "verdict": verdict.label,
+        "reasons": list(verdict.reasons),
+        "evidence": dict(verdict.evidence),
+        "metrics": bundle.metadata["metrics"],
+        **{name: bundle.metadata[name] for name in (*same, "device", "device_reason", "duration_s")},
+        "status": log.status,
+        "bundle": None if saved_as is None else str(saved_as),
+        "report": None if report is None else str(report),
+        "log": None if log.path is None else str(log.path),
+    }
+
+
+def refused(symbol: str, error: AIStocksError) -> Outcome:
+    """Return the outcome of a symbol that could not be trained."""
+    return {"symbol": symbol, "error": str(error), "exit_code": error.exit_code}
+
+
+def show(outcome: Outcome, console: Console, *, in_full: bool) -> None:
+    """Print an outcome for a person; errors go to stderr, and nothing else does where JSON is wanted."""
+    if "error" in outcome:
+        Console(stderr=True).print(f"[red]error:[/red] {escape(outcome['error'])}", soft_wrap=True)
+    elif in_full and "rolled_back_from" in outcome:
+        console.print("{symbol}: {model_version} serves, instead of {rolled_back_from}".format(**outcome))
+    elif in_full:
+        print_summary(console, outcome)
+
+
+def print_summary(console: Console, result: Mapping[str, Any]) -> None:
+    """Print the result of one symbol as a table."""
+    evidence = {name: "undefined" if v is None else f"{v:.4g}" for name, v in result["evidence"].items()}
+    table = Table(title=f"{result['symbol']}: {result['verdict']}", title_justify="left", show_header=False)
+    rows = {
+        "out of sample": f"from {result['out_of_sample_from']}, {evidence['n_rows']} forecasts",
+        "horizon": f"{result['horizon_bars']} sessions",
+        "information coefficient": f"{evidence['ic']} (p {evidence['p_ic']})",
+        "a year over equal exposure": f"{evidence['active_return_annual']} (p {evidence['p_return']})",
+        "direction accuracy": f"{evidence['direction_accuracy']} (always up: {evidence['share_up']})",
+        "tries on these prices": evidence["n_trials"],
+        "trained in": f"{result['duration_s']} s on {result['device']}, seed {result['seed']}",
+    }
+    for name, text in rows.items():
+        table.add_row(name, text)
+    console.print(table)
+    for reason in result["reasons"]:
+        console.print(f"  - {escape(reason)}", soft_wrap=True)
+    for name in ("bundle", "report", "log"):
+        console.print(f"{name}: {escape(str(result[name] or 'none'))}", soft_wrap=True)
+
+
+@contextmanager
+def progress_line(console: Console, symbol: str) -> Iterator[OnEvent]:
+    """Show how far a training is: a bar on a terminal, a line for each stage elsewhere."""
+    if not console.is_terminal:
+        yield stage_lines(symbol)
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %")
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
+        task = bar.add_task(symbol, total=1.0)
+
+        def on_event(event: Mapping[str, Any]) -> None:
+            if event["type"] == "stage":
+                words = f"{symbol}: {event['stage']}"
+                bar.update(task, completed=event["progress"], description=words)
+
+        yield on_event
+
+
+def stage_lines(symbol: str) -> OnEvent:
+    """Return a listener that logs a line for each stage."""
+
+    def on_event(event: Mapping[str, Any]) -> None:
+        if event["type"] == "stage":
+            logger.info("%s: %3.0f %% %s", symbol, 100 * event["progress"], event["stage"])
+
+    return on_event

@@ -1,0 +1,424 @@
+"""Walk a recipe forward over one symbol or a panel, fit it on all rows, and judge it for each symbol."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from filelock import FileLock, Timeout
+
+from data.feature_engineer import MAX_WARMUP_BARS, feature_set_hash
+from data.schema import Bars, bars_hash, check_enough
+from data.target_engineering import Dataset, build_dataset
+from evaluation.advanced_backtester import BacktestReport
+from evaluation.metrics import sharpe, spearman, values
+from inference.ensemble import FloatMatrix
+from inference.load_gbm_models import GOLDEN_ROWS, GBMBundle, library_versions, new_version_id
+from inference.pipeline import GBMForecaster, backtest_decisions, decide
+from inference.position_sizing import make_sizer
+from training.device import DeviceChoice
+from training.recipe import FittedGBM, GBMRecipe, TrainerConfig
+from utils.errors import InsufficientDataError, LockedError, StorageError
+from utils.model_paths import symbol_dir
+from validation.gates import Verdict, judge
+from validation.overfitting import Run, count_trials, record_run
+from validation.walk_forward import FoldResult, WalkForwardResult, WalkForwardValidator
+
+MINIMUM_TEST_BARS = 252
+NOT_JUDGED_YET = {"label": "no-edge", "reasons": [], "evidence": {}}
+UNIVERSE_EVIDENCE = ("ic", "p_ic", "p_return", "active_return_annual", "skill_over_drift", "n_rows")
+AS_CONFIGURED = "as the configuration says"
+OnEvent = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """Outcome of a training run for one symbol, not saved yet."""
+
+    bundle: GBMBundle
+    walk_forward: WalkForwardResult
+    verdict: Verdict
+    backtest: BacktestReport
+    trials: tuple[Mapping[str, object], ...]
+    golden_inputs: FloatMatrix
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Walked:
+    """What all symbols of a run share: the rows, the walk-forward, the final fit.
+
+    Attributes
+    ----------
+    dataset
+        Rows of all symbols.
+    hashes
+        Hash of the prices by symbol.
+    result
+        The walk-forward over all of them.
+    fitted
+        The recipe on every labelled row.
+    trials
+        Every trial of every search, as recorded.
+    started
+        Clock (`time.monotonic`) at the start of the run.
+    pooled
+        Verdict on all symbols together; None for one that stands alone.
+    """
+
+    dataset: Dataset
+    hashes: Mapping[str, str]
+    result: WalkForwardResult
+    fitted: FittedGBM
+    trials: tuple[Mapping[str, object], ...]
+    started: float
+    pooled: Verdict | None = None
+
+
+class GBMTrainer:
+    """Runs the walk-forward, the final fit and the verdict.
+
+    Parameters
+    ----------
+    config
+        See `TrainerConfig`.
+    on_event
+        Called with plain mappings as the run proceeds: ``{"type": "stage", "stage": ..., "progress": 0..1}``,
+        and ``{"type": "fold", ...}`` with the measures of each fold.
+    device
+        Where XGBoost trains, and why; by default what the configuration says.
+    """
+
+    def __init__(
+        self, config: TrainerConfig, on_event: OnEvent | None = None, *, device: DeviceChoice | None = None
+    ) -> None:
+        if device is not None:
+            search = replace(config.recipe.search, device=device.device)
+            config = replace(config, recipe=replace(config.recipe, search=search))
+        self.config = config
+        self._device_reason = AS_CONFIGURED if device is None else device.reason
+        self._tell: OnEvent = on_event or (lambda _event: None)
+
+    def train(self, bars: Bars, *, trials_log: Path | None = None, problems: Sequence[str] = ()) -> Trained:
+        """Train one symbol on its own prices; see `walk` and `conclude`."""
+        return self.conclude(self.walk({bars.symbol: bars}), bars, trials_log=trials_log, problems=problems)
+
+    @property
+    def needed_bars(self) -> int:
+        """Bars that a symbol needs to be trained alone: warm-up, first training rows, a year of test."""
+        config = self.config
+        first_train = config.walk_forward.min_train_bars
+        return MAX_WARMUP_BARS + first_train + config.horizon_bars + MINIMUM_TEST_BARS
+
+    def walk(self, panel: Mapping[str, Bars]) -> Walked:
+        """Walk the recipe forward over the panel, split by date, and fit it on all labelled rows.
+
+        Raises
+        ------
+        InsufficientDataError
+            When a symbol stands alone and its bars leave no year out of sample.
+        """
+        started = time.monotonic()
+        if len(panel) == 1:
+            ((symbol, bars),) = panel.items()
+            check_enough(bars.frame, self.needed_bars, f"training {symbol} alone with one year out of sample")
+        self._stage("features", 0.0)
+        dataset = build_dataset(
+            {symbol: bars.frame for symbol, bars in panel.items()}, self.config.horizon_bars
+        )
+        recipe = GBMRecipe(self.config.recipe)
+        result = self._walk_forward(dataset, recipe)
+        self._stage("final fit", 0.9)
+        fitted = recipe.fit_all(dataset, result.record)
+        trials = (tuned.trials for found in recipe.searches for tuned in found.values())
+        walked = Walked(
+            dataset=dataset,
+            hashes={symbol: bars_hash(bars.frame) for symbol, bars in panel.items()},
+            result=result,
+            fitted=fitted,
+            trials=tuple(trial for part in trials for trial in part),
+            started=started,
+        )
+        return walked if len(panel) == 1 else replace(walked, pooled=self._judge_together(walked, panel))
+
+    def _judge_together(self, walked: Walked, panel: Mapping[str, Bars]) -> Verdict:
+        """Judge the panel as one: all forecasts, and the decided positions in equal parts."""
+        self._stage("verdict on the universe", 0.93)
+        strategies, benchmarks = {}, {}
+        for symbol, bars in panel.items():
+            report = self._book(bars, self._bundle(bars, walked))
+            strategies[symbol] = report.daily["net_return"]
+            benchmarks[symbol] = report.benchmarks["exposure_matched"].daily["net_return"]
+        return judge(
+            walked.result.record,
+            horizon_bars=self.config.horizon_bars,
+            strategy_return=pd.DataFrame(strategies).mean(axis=1).to_numpy(),
+            benchmark_return=pd.DataFrame(benchmarks).mean(axis=1).to_numpy(),
+            summary=walked.result.summary,
+        )
+
+    def _book(self, bars: Bars, bundle: GBMBundle) -> BacktestReport:
+        """Decide on every out-of-sample row as the product would have, and book it."""
+        costs = self.config.costs
+        decisions = decide(bars.symbol, bars.frame, GBMForecaster(bundle=bundle), make_sizer(), costs=costs)
+        return backtest_decisions(decisions, costs)
+
+    def conclude(
+        self, walked: Walked, bars: Bars, *, trials_log: Path | None = None, problems: Sequence[str] = ()
+    ) -> Trained:
+        """Judge one symbol of the panel on its own rows, with its own calibration.
+
+        Parameters
+        ----------
+        walked
+            What `walk` returned.
+        bars
+            The symbol's prices, as they were in the panel.
+        trials_log
+            File that counts what was tried on these prices before, see `validation.overfitting`.
+        problems
+            What is known to be amiss with the prices, in words; kept with the model.
+
+        Raises
+        ------
+        InsufficientDataError
+            When the walk-forward holds less than a year of known outcomes of the symbol.
+        """
+        self._stage("verdict", 0.95)
+        record = walked.result.record
+        n_known = int(record.loc[record["symbol"] == bars.symbol, "realised_log"].notna().sum())
+        if n_known < MINIMUM_TEST_BARS:
+            raise InsufficientDataError(
+                f"{bars.symbol} has {n_known} out-of-sample forecasts with a known outcome in this panel, "
+                f"{MINIMUM_TEST_BARS} (a year) are needed: choose a symbol with later or more prices"
+            )
+        bundle = self._bundle(bars, walked)
+        n_trials = 1
+        if trials_log is not None:
+            run = self._run(bars, walked.hashes)
+            n_trials = count_trials(trials_log, run)
+            record_run(trials_log, run)
+        verdict, backtest = self.judge(bars, bundle, walked.result, n_trials=n_trials)
+        if walked.pooled is not None:
+            verdict = of_universe(walked.pooled, verdict, bars.symbol, len(walked.hashes))
+        judged = {
+            "data": {**bundle.metadata["data"], "problems": [*bars.report.problems(), *problems]},
+            "verdict": verdict.as_dict(),
+            "metrics": {**headline_metrics(backtest), "correlation": verdict.evidence["ic"]},
+            "folds": fold_table(walked.result, bundle.record, backtest),
+            "duration_s": round(time.monotonic() - walked.started, 1),
+        }
+        own = np.flatnonzero(walked.dataset.symbol_code == walked.dataset.symbols.index(bars.symbol))
+        return Trained(
+            bundle=replace(bundle, metadata={**bundle.metadata, **judged}),
+            walk_forward=walked.result,
+            verdict=verdict,
+            backtest=backtest,
+            trials=walked.trials,
+            golden_inputs=walked.dataset.features[own[-GOLDEN_ROWS:]],
+        )
+
+    def judge(
+        self, bars: Bars, bundle: GBMBundle, result: WalkForwardResult, *, n_trials: int = 1
+    ) -> tuple[Verdict, BacktestReport]:
+        """Book the decided positions, and weigh the evidence of the symbol alone."""
+        backtest = self._book(bars, bundle)
+        verdict = judge(
+            bundle.record,
+            horizon_bars=bundle.horizon_bars,
+            strategy_return=backtest.daily["net_return"].to_numpy(),
+            benchmark_return=backtest.benchmarks["exposure_matched"].daily["net_return"].to_numpy(),
+            summary=result.summary,
+            n_trials=n_trials,
+        )
+        return verdict, backtest
+
+    def _walk_forward(self, dataset: Dataset, recipe: GBMRecipe) -> WalkForwardResult:
+        validator = WalkForwardValidator(self.config.walk_forward)
+        n_folds = validator.n_folds(dataset)
+
+        def on_fold(fold: FoldResult) -> None:
+            done = fold.number + 1
+            self._tell({"type": "fold", **fold.as_dict()})
+            self._stage(f"walk-forward, fold {done} of {n_folds}", 0.05 + 0.85 * done / n_folds)
+
+        return validator.run(dataset, recipe, on_fold=on_fold)
+
+    def _bundle(self, bars: Bars, walked: Walked) -> GBMBundle:
+        fitted, ensemble = walked.fitted, walked.fitted.for_symbol(bars.symbol)
+        record = walked.result.record
+        own = record[record["symbol"] == bars.symbol].reset_index(drop=True)
+        return GBMBundle(
+            symbol=bars.symbol,
+            horizon_bars=self.config.horizon_bars,
+            ensemble=ensemble,
+            record=own,
+            metadata=self._metadata(bars, walked, own),
+            importance={
+                ensemble.columns[i]: float(value) for i, value in enumerate(fitted.selection.importance)
+            },
+            hyperparameters={
+                name: {"params": dict(found.params), "rounds": found.rounds, "inner_rmse": found.inner_rmse}
+                for name, found in fitted.tuned.items()
+            },
+        )
+
+    def _metadata(self, bars: Bars, walked: Walked, record: pd.DataFrame) -> dict[str, Any]:
+        created_at = datetime.now(UTC)
+        config, dataset = self.config, walked.dataset
+        return {
+            "schema_version": 1,
+            "model_id": f"{bars.symbol}-gbm",
+            "model_version": new_version_id(created_at),
+            "symbol": bars.symbol,
+            "created_at": created_at.isoformat(timespec="seconds"),
+            "horizon_bars": config.horizon_bars,
+            "source": bars.provenance.source,
+            "data_hash": walked.hashes[bars.symbol],
+            "data": {
+                "hash": walked.hashes[bars.symbol],
+                "first_session": f"{bars.frame.index[0]:%Y-%m-%d}",
+                "last_session": f"{bars.frame.index[-1]:%Y-%m-%d}",
+                "n_bars": len(bars.frame),
+            },
+            "universe": universe_facts(walked, left_out=config.recipe.leave_out),
+            "trained_through": str(dataset.label_end[dataset.labelled].max()),
+            "out_of_sample_from": f"{record['date'].min():%Y-%m-%d}",
+            "seed": config.recipe.seed,
+            "feature_set_hash": feature_set_hash(),
+            "n_trials": config.recipe.search.n_trials * len(config.recipe.search.models),
+            "versions": library_versions(),
+            "recipe": asdict(config),
+            "device": config.recipe.search.device,
+            "device_reason": self._device_reason,
+            "summary": asdict(walked.result.summary),
+            "verdict": NOT_JUDGED_YET,
+            "folds": [fold.as_dict() for fold in walked.result.folds],
+        }
+
+    def _run(self, bars: Bars, hashes: Mapping[str, str]) -> Run:
+        """Return what identifies this run among all that looked at the symbol."""
+        prices = hashes[bars.symbol] if len(hashes) == 1 else dict(hashes)
+        config = asdict(self.config)
+        # How many threads share the work changes no result.
+        del config["recipe"]["search"]["threads"]
+        content = json.dumps([prices, feature_set_hash(), config], sort_keys=True)
+        return Run(
+            symbol=bars.symbol,
+            first_session=f"{bars.frame.index[0]:%Y-%m-%d}",
+            last_session=f"{bars.frame.index[-1]:%Y-%m-%d}",
+            fingerprint=hashlib.sha256(content.encode()).hexdigest()[:16],
+        )
+
+    def _stage(self, stage: str, progress: float) -> None:
+        self._tell({"type": "stage", "stage": stage, "progress": round(progress, 3)})
+
+
+def of_universe(pooled: Verdict, own: Verdict, symbol: str, n_symbols: int) -> Verdict:
+    """Return the verdict of a symbol whose model learned from a universe.
+
+    One model was fitted, so one question is asked: has it skill over the universe. What a symbol's own rows
+    say is far weaker, is shown beside it, and sets the symbol's calibration; it changes the label only where
+    the symbol is too short to be judged at all.
+    """
+    label = own.label if own.label == "insufficient" else pooled.label
+    shared = {f"universe_{name}": pooled.evidence[name] for name in UNIVERSE_EVIDENCE}
+    return replace(
+        own,
+        label=label,
+        reasons=(
+            *(f"{n_symbols} symbols together: {reason}" for reason in pooled.reasons),
+            *(f"{symbol} alone ({own.label}): {reason}" for reason in own.reasons),
+        ),
+        evidence={**own.evidence, **shared},
+    )
+
+
+def universe_facts(walked: Walked, *, left_out: Sequence[str]) -> dict[str, Any] | None:
+    """Return what a bundle remembers of the other symbols of its panel; None where there were none."""
+    if len(walked.hashes) == 1:
+        return None
+    date, code = walked.dataset.date, walked.dataset.symbol_code
+    last = {name: str(date[code == i].max()) for i, name in enumerate(walked.dataset.symbols)}
+    return {
+        "symbols": list(walked.hashes),
+        "data": {name: {"hash": text, "last_session": last[name]} for name, text in walked.hashes.items()},
+        "left_out": list(left_out),
+        "n_rows": len(walked.dataset),
+    }
+
+
+def fold_table(
+    result: WalkForwardResult, record: pd.DataFrame, backtest: BacktestReport
+) -> list[dict[str, Any]]:
+    """Return the folds as plain data, with what the symbol's own rows and positions did in each.
+
+    Parameters
+    ----------
+    result
+        The walk-forward; of a panel, its measures are those of all symbols together.
+    record
+        The symbol's rows of the walk-forward record.
+    backtest
+        The decided positions on these rows.
+
+    Returns
+    -------
+    list of dict
+        `FoldResult.as_dict` and: ``sharpe`` and ``sharpe_buy_hold`` after costs, annualised, and
+        ``symbol_ic``, the symbol's own information coefficient. None where undefined.
+    """
+    per_year = backtest.costs.periods_per_year
+    held, passive = (report.daily["net_return"] for report in (backtest, backtest.benchmarks["buy_hold"]))
+    table = []
+    for fold in result.folds:
+        own = record[(record["fold"] == fold.number) & record["realised_log"].notna()]
+        outcome = np.asarray(own["realised_log"] / own["sigma_log"], dtype=np.float64)
+        ic = spearman(np.asarray(own["raw_scaled"], dtype=np.float64), outcome).value
+        sharpes = {
+            name: sharpe(np.asarray(daily.loc[fold.test_start : fold.test_end]), per_year).value
+            for name, daily in (("sharpe", held), ("sharpe_buy_hold", passive))
+        }
+        table.append({**fold.as_dict(), **sharpes, "symbol_ic": ic})
+    return table
+
+
+def headline_metrics(backtest: BacktestReport) -> dict[str, float | None]:
+    """Return the figures that lists of models show; None where undefined."""
+    found = values(backtest.metrics)
+    renamed = {
+        "cumulative_return": "total_return",
+        "directional_accuracy": "direction_accuracy",
+        "transaction_costs": "total_transaction_costs",
+    }
+    same = ("sharpe_ratio", "max_drawdown", "win_rate", "average_trade_profit", "total_trades", "turnover")
+    return {ours: found[theirs] for ours, theirs in (renamed | dict(zip(same, same, strict=True))).items()}
+
+
+@contextmanager
+def training_lock(models_dir: Path, symbol: str) -> Iterator[None]:
+    """Hold the symbol's training lock, which dies with the process; else `LockedError` names who holds it."""
+    folder = symbol_dir(models_dir, symbol)
+    holder = folder / ".training.pid"
+    lock = FileLock(folder / ".training.lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+        holder.write_text(str(os.getpid()))
+    except Timeout as error:
+        who = holder.read_text() if holder.is_file() else "unknown"
+        raise LockedError(f"{symbol} is being trained by process {who}: wait or stop it") from error
+    except OSError as error:
+        raise StorageError(f"cannot write the lock of {symbol}: {error.strerror}") from error
+    with lock:
+        try:
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
