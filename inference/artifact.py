@@ -39,7 +39,6 @@ from pydantic import (
     model_validator,
 )
 
-from data.schema import normalise_symbol
 from utils.errors import (
     AIStocksError,
     ModelCorruptError,
@@ -52,11 +51,9 @@ from utils.model_paths import (
     artifact_link,
     flush,
     point,
-    roll_back,
     saving,
     storage_errors,
 )
-from utils.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -353,8 +350,8 @@ def _write(folder: Path, contents: Mapping[str, bytes]) -> None:
 
 
 def verify_in_fresh_process(folder: Path, module: str) -> None:
-    """Let ``python -m <module> verify`` load ``folder``, with nothing of this process."""
-    command = [sys.executable, "-m", module, "verify", str(folder.resolve())]
+    """Let ``python -m <module>`` load ``folder``, with nothing of this process."""
+    command = [sys.executable, "-m", module, str(folder.resolve())]
     root = Path(__file__).resolve().parents[1]
     try:
         done = subprocess.run(  # noqa: S603
@@ -367,26 +364,13 @@ def verify_in_fresh_process(folder: Path, module: str) -> None:
         raise ModelCorruptError(f"the new bundle does not load in a fresh process: {last_line}")
 
 
-def command_line(
-    argv: list[str] | None, module: str, kind: ArtifactKind, load: Callable[[Path], object]
-) -> int:
-    """Verify one saved version, or let the version before serve; return an exit code of `utils.errors`."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {module}", description="Verify a version, or roll back."
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("verify", help="load one version").add_argument("what", metavar="FOLDER")
-    commands.add_parser("rollback", help="let the version before serve").add_argument(
-        "what", metavar="SYMBOL"
-    )
-    args = parser.parse_args(argv)
+def command_line(argv: list[str] | None, module: str, load: Callable[[Path], object]) -> int:
+    """Load the version in a folder; return 0, or the exit code of what is wrong with it."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description="Verify a saved version.")
+    parser.add_argument("folder", type=Path)
     try:
-        if args.command == "verify":
-            load(Path(args.what))
-            return 0
-        version = roll_back(Settings().models_dir, normalise_symbol(args.what), kind, load)
+        load(parser.parse_args(argv).folder)
     except AIStocksError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
-    sys.stdout.write(f"{version.name} serves\n")
     return 0

@@ -392,8 +392,8 @@ def rollback(models_dir: Path, symbol: str) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Verify a version or roll back, see `inference.artifact.command_line`."""
-    return artifact.command_line(argv, "inference.load_gbm_models", GBM, load_folder)
+    """Verify one saved version, see `inference.artifact.command_line`."""
+    return artifact.command_line(argv, "inference.load_gbm_models", load_folder)
 
 
 if __name__ == "__main__":
