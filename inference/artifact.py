@@ -9,6 +9,7 @@ begins with the sha256 of the rest of itself: a flipped byte anywhere in a versi
 against accidents, not against somebody who may write into the folder.
 """
 
+import argparse
 import hashlib
 import json
 import logging
@@ -19,30 +20,36 @@ import re
 import shutil
 import stat
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Generic, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from utils.errors import (
+    AIStocksError,
     ModelCorruptError,
-    ModelError,
     ModelExistsError,
     ModelIncompatibleError,
-    ModelMissingError,
 )
 from utils.model_paths import (
     ASIDE,
     ArtifactKind,
-    Linked,
     artifact_link,
     flush,
-    kept_versions,
-    linked_version,
     point,
     saving,
     storage_errors,
@@ -51,6 +58,7 @@ from utils.model_paths import (
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+VERIFY_WAIT_S = 300.0
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 SEAL = re.compile(rb'\{"seal": "([0-9a-f]{64})",')
 # What reading bytes of any kind may raise; an unpickler raises nearly everything.
@@ -111,6 +119,40 @@ class Manifest(BaseModel):
 ManifestT = TypeVar("ManifestT", bound=Manifest)
 
 
+class ColumnNames(BaseModel):
+    """Content of ``feature_columns.json``."""
+
+    columns: tuple[str, ...] = Field(min_length=1)
+    selected: tuple[str, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _are_names_of_columns(self) -> "ColumnNames":
+        if len(set(self.columns)) < len(self.columns) or len(set(self.selected)) < len(self.selected):
+            raise ValueError("a column is listed twice")
+        if unknown := [name for name in self.selected if name not in self.columns]:
+            raise ValueError(f"selected but unknown: {', '.join(map(ascii, unknown))}")
+        return self
+
+
+class PromisedVerdict(BaseModel):
+    """The part of the verdict that serving rests on."""
+
+    label: str
+
+
+class PromisedMetadata(BaseModel):
+    """The part of the metadata that serving rests on."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    symbol: str
+    horizon_bars: int = Field(ge=1)
+    model_version: str
+    data_hash: str
+    feature_set_hash: str
+    verdict: PromisedVerdict
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Version(Generic[ManifestT]):
     """One version whose every file is the one that was saved.
@@ -128,6 +170,25 @@ class Version(Generic[ManifestT]):
     folder: Path
     manifest: ManifestT
     contents: Mapping[str, bytes]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """What a version says about itself, every file checked and nothing unpickled.
+
+    Attributes
+    ----------
+    metadata
+        Content of ``training_metadata.json``.
+    models
+        Names of its boosters.
+    warnings
+        Why it serves in the place of another version.
+    """
+
+    metadata: Mapping[str, Any]
+    models: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
 
 def sha256_of(contents: Mapping[str, bytes]) -> dict[str, str]:
@@ -223,45 +284,6 @@ def _read_plain(folder: Path, name: str) -> bytes:
             return file.read()
 
 
-def load_linked(linked: Linked, load: Callable[[Path], T]) -> tuple[T, tuple[str, ...]]:
-    """Load the version that a link names; an earlier one, with a warning, where it is damaged.
-
-    A version later than the named one never serves: it may be what a rollback turned away from.
-
-    Raises
-    ------
-    ModelCorruptError
-        If the named version is damaged and no earlier one can be used.
-    ModelIncompatibleError
-        If the named version is whole and does not fit this installation.
-    """
-    try:
-        if linked.damage is None:
-            return load(linked.folder), ()
-        problem = ModelCorruptError(linked.damage)
-    except ModelCorruptError as error:
-        problem = error
-    for version in _earlier(linked):
-        try:
-            content = load(version)
-        except ModelError as error:
-            logger.warning("version %s cannot serve either: %s", version.name, error)
-            continue
-        message = f"{problem}; the earlier version {version.name} serves instead"
-        logger.warning(message)
-        return content, (message,)
-    raise problem
-
-
-def _earlier(linked: Linked) -> list[Path]:
-    """Return the kept versions that may serve instead, newest first."""
-    kept = reversed(kept_versions(linked.folder.parent))
-    # Behind a link that cannot be read, the newest version is the best guess.
-    return [
-        path for path in kept if path.name < linked.folder.name or (linked.damage and path == linked.folder)
-    ]
-
-
 def publish(
     models_dir: Path,
     kind: ArtifactKind,
@@ -327,24 +349,28 @@ def _write(folder: Path, contents: Mapping[str, bytes]) -> None:
     flush(folder)
 
 
-def roll_back(models_dir: Path, symbol: str, kind: ArtifactKind, load: Callable[[Path], object]) -> Path:
-    """Let the newest version before the current one that loads serve again.
+def verify_in_fresh_process(folder: Path, module: str) -> None:
+    """Let ``python -m <module>`` load ``folder``, with nothing of this process."""
+    command = [sys.executable, "-m", module, str(folder.resolve())]
+    root = Path(__file__).resolve().parents[1]
+    try:
+        done = subprocess.run(  # noqa: S603
+            command, cwd=root, capture_output=True, text=True, check=False, timeout=VERIFY_WAIT_S
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ModelCorruptError("the new bundle does not load in a fresh process: it hangs") from error
+    if done.returncode != 0:
+        last_line = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ModelCorruptError(f"the new bundle does not load in a fresh process: {last_line}")
 
-    Raises
-    ------
-    ModelMissingError
-        If there is no earlier version that loads.
-    StorageError, LockedError
-        See `publish`.
-    """
-    with storage_errors(symbol), saving(models_dir, symbol, kind):
-        linked = linked_version(models_dir, symbol, kind)
-        for version in _earlier(linked):
-            try:
-                load(version)
-            except ModelError as error:
-                logger.warning("skipped: %s", error)
-                continue
-            point(artifact_link(models_dir, symbol, kind), version)
-            return version
-    raise ModelMissingError(f"{symbol} has no version before {linked.folder.name} that loads")
+
+def command_line(argv: list[str] | None, module: str, load: Callable[[Path], object]) -> int:
+    """Load the version in a folder; return 0, or the exit code of what is wrong with it."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description="Verify a saved version.")
+    parser.add_argument("folder", type=Path)
+    try:
+        load(parser.parse_args(argv).folder)
+    except AIStocksError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    return 0

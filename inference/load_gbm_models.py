@@ -4,54 +4,102 @@ Nothing is unpickled before its sha256 agrees with the sealed manifest, and noth
 features are those that are computed here and the golden inputs give the golden outputs.
 """
 
-import argparse
 import io
 import json
-import subprocess
+import math
 import sys
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from functools import cache
 from importlib import metadata as package_metadata
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, Literal, cast
 
 import joblib
 import numpy as np
 import pandas as pd
 from lightgbm.basic import LightGBMError
+from pydantic import BaseModel, Field, model_validator
 from sklearn.preprocessing import RobustScaler
 
 from data.feature_engineer import feature_set_hash, get_feature_columns
-from data.schema import normalise_symbol
 from inference import artifact
 from inference.artifact import Version, corrupt, unusable
-from inference.bundle_schema import (
-    BOOSTER_LIBRARY,
-    COLUMNS,
-    HYPERPARAMETERS,
-    IMPORTANCE,
-    METADATA,
-    RECORD,
-    RECORD_COLUMNS,
-    SCALER,
-    SCHEMA_VERSION,
-    ColumnNames,
-    Fitted,
-    GBMManifest,
-    PromisedMetadata,
-    model_file,
-)
-from inference.ensemble import Booster, BoosterEnsemble, FloatMatrix
-from utils.errors import AIStocksError, ModelCorruptError, ModelIncompatibleError
-from utils.model_paths import GBM, Linked, linked_version
-from utils.settings import Settings
+from inference.ensemble import Booster, BoosterEnsemble, Calibration, FloatArray, FloatMatrix
+from utils.errors import ModelIncompatibleError
+from utils.model_paths import GBM, Linked, linked_version, roll_back, serve_linked
 
+SCHEMA_VERSION = 2
+BOOSTER_LIBRARY = {"xgb": "xgboost", "lgb": "lightgbm", "cat": "catboost"}
+SCALER, RECORD = "scaler.joblib", "oos_predictions.parquet"
+COLUMNS, IMPORTANCE = "feature_columns.json", "feature_importance.json"
+HYPERPARAMETERS, METADATA = "hyperparameters.json", "training_metadata.json"
+SHARED_FILES = (SCALER, RECORD, COLUMNS, IMPORTANCE, HYPERPARAMETERS, METADATA)
+_NUMBERS = "predicted_log baseline_log raw_scaled realised_log sigma_log skill_lower"
+RECORD_COLUMNS = ("date", *_NUMBERS.split(), "fold", "trained_through")
 GOLDEN_ROWS = 8
 GOLDEN_TOLERANCE = 1e-5
-VERIFY_WAIT_S = 300.0
 LIBRARIES = ("xgboost", "lightgbm", "scikit-learn", "numpy", "pandas", "ta-lib")
+
+
+def new_version_id(created_at: datetime) -> str:
+    """Return an identifier that sorts by time and never collides."""
+    return f"{created_at:%Y%m%dT%H%M%S%f}-{uuid.uuid4().hex[:8]}"
+
+
+def model_file(name: str) -> str:
+    """Return the name of a booster's file."""
+    return f"{name}_model.joblib"
+
+
+class GBMManifest(artifact.Manifest):
+    """What a saved bundle promises about itself.
+
+    Attributes
+    ----------
+    models
+        Names of its boosters; there is one ``<name>_model.joblib`` for each, and no other is loaded.
+    libraries, data_hash
+        Versions that made it, and the hash of the bars that it was trained on.
+    golden_inputs, golden_outputs
+        Unscaled feature rows (k, p) and what the boosters said to them, in units of volatility (k,).
+    """
+
+    SCHEMA: ClassVar[int] = SCHEMA_VERSION
+
+    models: tuple[Literal["xgb", "lgb", "cat"], ...] = Field(min_length=1)
+    libraries: dict[str, str]
+    data_hash: str
+    golden_inputs: list[list[float]] = Field(min_length=1)
+    golden_outputs: list[float]
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "GBMManifest":
+        if len(set(self.models)) < len(self.models):
+            raise ValueError("a booster is listed twice")
+        if absent := {*SHARED_FILES, *map(model_file, self.models)} - set(self.files):
+            raise ValueError(f"{', '.join(sorted(absent))} is not listed")
+        if len({len(row) for row in self.golden_inputs}) != 1 or not self.golden_inputs[0]:
+            raise ValueError("the golden inputs are not a table")
+        if len(self.golden_outputs) != len(self.golden_inputs):
+            raise ValueError("there is not one golden output for each golden input")
+        return self
+
+
+class Fitted(BaseModel):
+    """Content of ``hyperparameters.json``."""
+
+    boosters: dict[str, Any]
+    weights: dict[str, float]
+    calibration: Calibration
+
+    @model_validator(mode="after")
+    def _is_finite(self) -> "Fitted":
+        if not all(map(math.isfinite, [*self.weights.values(), *asdict(self.calibration).values()])):
+            raise ValueError("a weight or the calibration is not finite")
+        return self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,30 +142,6 @@ class GBMBundle:
     def model_version(self) -> str:
         """Identifier of the saved version."""
         return str(self.metadata["model_version"])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Description:
-    """What a version says about itself, every file checked and nothing unpickled.
-
-    Attributes
-    ----------
-    metadata
-        Content of ``training_metadata.json``.
-    models
-        Names of its boosters.
-    warnings
-        Why it serves in the place of another version.
-    """
-
-    metadata: Mapping[str, Any]
-    models: tuple[str, ...]
-    warnings: tuple[str, ...] = ()
-
-
-def new_version_id(created_at: datetime) -> str:
-    """Return an identifier that sorts by time and never collides."""
-    return f"{created_at:%Y%m%dT%H%M%S%f}-{uuid.uuid4().hex[:8]}"
 
 
 def save_bundle(bundle: GBMBundle, models_dir: Path, *, golden_inputs: FloatMatrix) -> Path:
@@ -188,9 +212,7 @@ def _contents(bundle: GBMBundle) -> dict[str, bytes]:
     return contents
 
 
-def golden_outputs(
-    ensemble: BoosterEnsemble, inputs: FloatMatrix
-) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def golden_outputs(ensemble: BoosterEnsemble, inputs: FloatMatrix) -> FloatArray:
     """Return raw forecasts of the golden rows, in units of volatility, (k,)."""
     return ensemble.combine(ensemble.per_model(inputs))
 
@@ -201,18 +223,8 @@ def library_versions(names: Iterable[str] = LIBRARIES) -> dict[str, str]:
 
 
 def verify_in_fresh_process(folder: Path) -> None:
-    """Load ``folder`` in a new interpreter, so that nothing of this one is needed to use it."""
-    command = [sys.executable, "-m", "inference.load_gbm_models", "verify", str(folder.resolve())]
-    root = Path(__file__).resolve().parents[1]
-    try:
-        done = subprocess.run(  # noqa: S603
-            command, cwd=root, capture_output=True, text=True, check=False, timeout=VERIFY_WAIT_S
-        )
-    except subprocess.TimeoutExpired as error:
-        raise ModelCorruptError("the new bundle does not load in a fresh process: it hangs") from error
-    if done.returncode != 0:
-        last_line = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ModelCorruptError(f"the new bundle does not load in a fresh process: {last_line}")
+    """Load ``folder`` in a new interpreter."""
+    artifact.verify_in_fresh_process(folder, "inference.load_gbm_models")
 
 
 def load_bundle(models_dir: Path, symbol: str) -> GBMBundle:
@@ -230,18 +242,18 @@ def load_bundle(models_dir: Path, symbol: str) -> GBMBundle:
 
 def load_linked(linked: Linked) -> GBMBundle:
     """Load what a link names, see `load_bundle`; the link is not read again."""
-    bundle, warnings = artifact.load_linked(linked, load_folder)
+    bundle, warnings = serve_linked(linked, load_folder)
     return replace(bundle, warnings=warnings)
 
 
-def describe_linked(linked: Linked) -> Description:
+def describe_linked(linked: Linked) -> artifact.Description:
     """Describe the version that `load_linked` would load: its files are checked, none is unpickled."""
 
-    def describe(folder: Path) -> Description:
+    def describe(folder: Path) -> artifact.Description:
         version = artifact.read_version(folder, GBM, GBMManifest)
-        return Description(metadata=_checked_metadata(version), models=version.manifest.models)
+        return artifact.Description(metadata=_checked_metadata(version), models=version.manifest.models)
 
-    description, warnings = artifact.load_linked(linked, describe)
+    description, warnings = serve_linked(linked, describe)
     return replace(description, warnings=warnings)
 
 
@@ -263,8 +275,12 @@ def load_folder(folder: Path) -> GBMBundle:
     )
 
 
-def expected_features(metadata: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:  # noqa: ARG001
-    """Return the columns and the hash of the feature set that a bundle with these metadata needs today."""
+@cache
+def expected_features() -> tuple[tuple[str, ...], str]:
+    """Return the columns and the hash of the feature set that is computed here; constant in a process.
+
+    Optional families are arguments to add here, to be read from the metadata by the caller.
+    """
     return tuple(get_feature_columns()), feature_set_hash()
 
 
@@ -273,13 +289,13 @@ def _checked_metadata(version: Version[GBMManifest]) -> dict[str, Any]:
     folder, manifest = version.folder, version.manifest
     with unusable(folder, METADATA):
         metadata = _document(version, METADATA)
-        promised = PromisedMetadata.model_validate(metadata)
+        promised = artifact.PromisedMetadata.model_validate(metadata)
     named = (promised.symbol, promised.model_version, promised.data_hash)
     if named != (manifest.symbol, manifest.model_version, manifest.data_hash):
         raise corrupt(folder, f"{METADATA} speaks of another version than the manifest")
     with unusable(folder, COLUMNS):
-        columns = ColumnNames.model_validate_json(version.contents[COLUMNS]).columns
-    known, expected_hash = expected_features(metadata)
+        columns = artifact.ColumnNames.model_validate_json(version.contents[COLUMNS]).columns
+    known, expected_hash = expected_features()
     if missing := [name for name in columns if name not in known]:
         raise ModelIncompatibleError(
             f"the model of {promised.symbol} needs features that are not computed any more, "
@@ -296,7 +312,7 @@ def _checked_metadata(version: Version[GBMManifest]) -> dict[str, Any]:
 def _ensemble(version: Version[GBMManifest]) -> tuple[BoosterEnsemble, Fitted]:
     folder, contents, models = version.folder, version.contents, version.manifest.models
     with unusable(folder, COLUMNS):
-        names = ColumnNames.model_validate_json(contents[COLUMNS])
+        names = artifact.ColumnNames.model_validate_json(contents[COLUMNS])
     with unusable(folder, HYPERPARAMETERS):
         fitted = Fitted.model_validate_json(contents[HYPERPARAMETERS])
         if set(fitted.weights) != set(models):
@@ -371,43 +387,13 @@ def read_metadata(models_dir: Path, symbol: str) -> dict[str, Any]:
 
 
 def rollback(models_dir: Path, symbol: str) -> Path:
-    """Let the newest version before the current one that loads serve again.
-
-    Raises
-    ------
-    ModelMissingError
-        If there is no earlier version that loads.
-    """
-    return artifact.roll_back(models_dir, symbol, GBM, load_folder)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m inference.load_gbm_models",
-        description="Verify a saved version, or serve the one before.",
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("verify", help="load one version").add_argument("what", metavar="FOLDER")
-    commands.add_parser("rollback", help="let the version before serve").add_argument(
-        "what", metavar="SYMBOL"
-    )
-    return parser
+    """Let the newest version before the current one that loads serve again, see `roll_back`."""
+    return roll_back(models_dir, symbol, GBM, load_folder)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; exit 5 when a version cannot be used, see `utils.errors` for the other codes."""
-    args = build_parser().parse_args(argv)
-    try:
-        if args.command == "verify":
-            load_folder(Path(args.what))
-            return 0
-        version = rollback(Settings().models_dir, normalise_symbol(args.what))
-    except AIStocksError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
-    sys.stdout.write(f"{version.name} serves\n")
-    return 0
+    """Verify one saved version, see `inference.artifact.command_line`."""
+    return artifact.command_line(argv, "inference.load_gbm_models", load_folder)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,16 @@ anything holds a lock that dies with its process.
 """
 
 import errno
+import logging
 import os
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -26,10 +28,14 @@ from utils.errors import (
     StorageError,
 )
 
+logger = logging.getLogger(__name__)
+
 KEEP_VERSIONS = 5
 # Verifying a version takes seconds; whoever waits longer waits for something that hangs.
 LOCK_WAIT_S = 300.0
 ASIDE, GONE = ".aside-", ".gone-"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,6 +221,45 @@ def list_symbols(models_dir: Path, kind: ArtifactKind = GBM) -> list[str]:
         ) from error
 
 
+def serve_linked(linked: Linked, load: Callable[[Path], T]) -> tuple[T, tuple[str, ...]]:
+    """Load the version that a link names; an earlier one, with a warning, where it is damaged.
+
+    A version later than the named one never serves: it may be what a rollback turned away from.
+
+    Raises
+    ------
+    ModelCorruptError
+        If the named version is damaged and no earlier one can be used.
+    ModelIncompatibleError
+        If the named version is whole and does not fit this installation.
+    """
+    try:
+        if linked.damage is None:
+            return load(linked.folder), ()
+        problem = ModelCorruptError(linked.damage)
+    except ModelCorruptError as error:
+        problem = error
+    for version in _earlier(linked):
+        try:
+            content = load(version)
+        except ModelError as error:
+            logger.warning("version %s cannot serve either: %s", version.name, error)
+            continue
+        message = f"{problem}; the earlier version {version.name} serves instead"
+        logger.warning(message)
+        return content, (message,)
+    raise problem
+
+
+def _earlier(linked: Linked) -> list[Path]:
+    """Return the kept versions that may serve instead, newest first."""
+    kept = reversed(kept_versions(linked.folder.parent))
+    # Behind a link that cannot be read, the newest version is the best guess.
+    return [
+        path for path in kept if path.name < linked.folder.name or (linked.damage and path == linked.folder)
+    ]
+
+
 @contextmanager
 def storage_errors(symbol: str) -> Iterator[None]:
     """Turn what a disk refuses into a `StorageError`."""
@@ -292,3 +337,26 @@ def _swap(link: Path, target: Path) -> None:
         fresh.replace(link)
     finally:
         fresh.unlink(missing_ok=True)
+
+
+def roll_back(models_dir: Path, symbol: str, kind: ArtifactKind, load: Callable[[Path], object]) -> Path:
+    """Let the newest version before the current one that loads serve again.
+
+    Raises
+    ------
+    ModelMissingError
+        If there is no earlier version that loads.
+    StorageError, LockedError
+        See `publish`.
+    """
+    with storage_errors(symbol), saving(models_dir, symbol, kind):
+        linked = linked_version(models_dir, symbol, kind)
+        for version in _earlier(linked):
+            try:
+                load(version)
+            except ModelError as error:
+                logger.warning("skipped: %s", error)
+                continue
+            point(artifact_link(models_dir, symbol, kind), version)
+            return version
+    raise ModelMissingError(f"{symbol} has no version before {linked.folder.name} that loads")

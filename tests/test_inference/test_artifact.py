@@ -20,7 +20,7 @@ import pytest
 from filelock import FileLock
 
 from inference import artifact
-from inference.artifact import Manifest, load_linked, publish, read_manifest, read_version, roll_back
+from inference.artifact import Manifest, publish, read_manifest, read_version
 from utils import model_paths
 from utils.errors import (
     InvalidSymbolError,
@@ -38,6 +38,8 @@ from utils.model_paths import (
     linked_version,
     list_symbols,
     list_versions,
+    roll_back,
+    serve_linked,
 )
 
 TEXT = ArtifactKind(name="text", versions="text_versions", trainer="training.train_text")
@@ -75,7 +77,7 @@ def load(folder: Path) -> str:
 
 
 def serving(root: Path) -> tuple[str, tuple[str, ...]]:
-    return load_linked(linked_version(root, "AAPL", TEXT), load)
+    return serve_linked(linked_version(root, "AAPL", TEXT), load)
 
 
 @pytest.fixture

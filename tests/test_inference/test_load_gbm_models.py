@@ -24,6 +24,7 @@ import xgboost
 from sklearn.preprocessing import RobustScaler
 
 from data.feature_engineer import feature_set_hash, get_feature_columns
+from inference import artifact
 from inference import load_gbm_models as store
 from inference.ensemble import BoosterEnsemble, calibrate
 from inference.load_gbm_models import GBMBundle, load_bundle, new_version_id, rollback, save_bundle
@@ -310,7 +311,7 @@ def test_a_bundle_of_the_release_before_must_be_trained_again(models: Path):
 
 
 def test_columns_that_are_not_computed_any_more_are_named(models: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(store, "expected_features", lambda metadata: (COLUMNS[2:], feature_set_hash()))
+    monkeypatch.setattr(store, "expected_features", lambda: (COLUMNS[2:], feature_set_hash()))
     for read in (load_bundle, store.read_metadata):
         with pytest.raises(ModelIncompatibleError, match=rf"{COLUMNS[0]}, {COLUMNS[1]}: train again with"):
             read(models, "AAPL")
@@ -319,7 +320,7 @@ def test_columns_that_are_not_computed_any_more_are_named(models: Path, monkeypa
 def test_features_that_are_computed_differently_must_be_trained_again(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(store, "expected_features", lambda metadata: (COLUMNS, "another hash"))
+    monkeypatch.setattr(store, "expected_features", lambda: (COLUMNS, "another hash"))
     for read in (load_bundle, store.read_metadata):
         with pytest.raises(
             ModelIncompatibleError, match=r"computed differently .*train again with --overwrite"
@@ -408,21 +409,17 @@ def test_a_link_that_dangles_or_loops_is_served_around(models: Path, target: str
     assert load_bundle(models, "AAPL").metadata["seed"] == 1, "never a newer one than the link named"
 
 
-def test_the_command_line_verifies_and_rolls_back(
-    models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    monkeypatch.setenv("AI_STOCKS_MODELS_DIR", str(models))
-    assert store.main(["verify", str(models / "AAPL" / "gbm")]) == 0
-    assert store.main(["rollback", " aapl "]) == 0
-    assert "20200101T000000-a serves" in capsys.readouterr().out
-    assert load_bundle(models, "AAPL").metadata["seed"] == 1
-    assert store.main(["rollback", "AAPL"]) == 5
-    assert "no version before" in capsys.readouterr().err
-    assert store.main(["rollback", "../AAPL"]) == 2
+def test_the_command_line_verifies_one_version(models: Path, capsys: pytest.CaptureFixture[str]):
+    folder = current_version(models, "AAPL")
+    assert store.main([str(folder)]) == 0
+    assert capsys.readouterr() == ("", "")
+    (folder / "scaler.joblib").write_bytes(b"")
+    assert store.main([str(folder)]) == 5
+    assert "scaler.joblib is not the file that was saved" in capsys.readouterr().err
 
 
 def test_a_verification_that_hangs_is_given_up(models: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(store, "VERIFY_WAIT_S", 0.01)
+    monkeypatch.setattr(artifact, "VERIFY_WAIT_S", 0.01)
     with pytest.raises(ModelCorruptError, match="it hangs"):
         save_bundle(make_bundle(seed=3), models, golden_inputs=GOLDEN)
     assert load_bundle(models, "AAPL").metadata["seed"] == 2
