@@ -31,8 +31,7 @@ from data.data_fetcher import BarSource, fetch_stock_data, make_source
 from data.feature_engineer import feature_set_hash, get_feature_columns
 from data.schema import Bars
 from inference.artifact import read_manifest
-from inference.bundle_schema import GBMManifest
-from inference.load_gbm_models import GBMBundle, golden_outputs, library_versions, load_folder
+from inference.load_gbm_models import GBMBundle, GBMManifest, golden_outputs, library_versions, load_folder
 from training.device import DeviceChoice, choose_device
 from training.recipe import TrainerConfig
 from training.run_log import progress_line
