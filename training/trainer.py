@@ -21,7 +21,7 @@ from data.target_engineering import Dataset, build_dataset
 from evaluation.advanced_backtester import BacktestReport
 from evaluation.metrics import sharpe, spearman, values
 from inference.ensemble import FloatMatrix
-from inference.load_gbm_models import GOLDEN_ROWS, GBMBundle, library_versions, new_version_id
+from inference.load_gbm_models import GOLDEN_ROWS, LIBRARIES, GBMBundle, library_versions, new_version_id
 from inference.pipeline import GBMForecaster, backtest_decisions, decide
 from inference.position_sizing import make_sizer
 from training.device import DeviceChoice
@@ -294,7 +294,9 @@ class GBMTrainer:
             "seed": config.recipe.seed,
             "feature_set_hash": feature_set_hash(),
             "n_trials": config.recipe.search.n_trials * len(config.recipe.search.models),
-            "versions": library_versions(),
+            "versions": library_versions(
+                [*LIBRARIES, *(["catboost"] if "cat" in config.recipe.search.models else [])]
+            ),
             "recipe": asdict(config),
             "device": config.recipe.search.device,
             "device_reason": self._device_reason,
