@@ -97,7 +97,9 @@ def test_the_two_locks_agree():
 
 
 def readme_commands() -> list[str]:
-    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    """Return the commands of the README and of the documents that it leads to."""
+    texts = [path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))]
+    blocks = [block for text in texts for block in re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.DOTALL)]
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     return [
         line.split(" #")[0].strip() for line in lines if line.strip() and not line.lstrip().startswith("#")
@@ -119,7 +121,7 @@ def test_every_python_command_of_the_readme_parses():
             continue
         importlib.import_module(module).build_parser().parse_args(arguments)
         seen.add(module)
-    assert {"training.train_gbm", "run_backtest", "app"} <= seen
+    assert {"training.train_gbm", "training.reproduce", "run_backtest", "app"} <= seen
 
 
 def test_make_targets_of_the_readme_exist():

@@ -6,7 +6,7 @@ without a word. So nobody is believed: one round is trained and the device is re
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,7 +41,9 @@ def choose_device(
     *,
     require_gpu: bool = False,
     allow_cpu_fallback: bool = False,
+    models: Sequence[str] = ("xgb",),
     probe: Probe | None = None,
+    probe_lightgbm: Probe | None = None,
 ) -> DeviceChoice:
     """Decide where XGBoost trains; the other libraries stay on the CPU.
 
@@ -55,8 +57,10 @@ def choose_device(
         A GPU whatever the size, or an error.
     allow_cpu_fallback
         With ``cuda``: the CPU where there is no GPU, instead of an error.
-    probe
-        Tells what is missing for CUDA; `probe_cuda` unless a test says otherwise.
+    models
+        The libraries that are trained; without ``xgb`` there is nothing to decide.
+    probe, probe_lightgbm
+        Tell what is missing; `probe_cuda` and `probe_lightgbm_opencl` unless a test says otherwise.
 
     Raises
     ------
@@ -68,6 +72,10 @@ def choose_device(
     if require_gpu and (requested == "cpu" or allow_cpu_fallback):
         other = "--device cpu" if requested == "cpu" else "--allow-cpu-fallback"
         raise UsageError(f"--require-gpu and {other} contradict each other: give one of them")
+    if "xgb" not in models:
+        if require_gpu:
+            raise UsageError("--require-gpu without xgb among the models: only XGBoost trains on a GPU here")
+        return DeviceChoice(device="cpu", reason="XGBoost, which alone can use a GPU here, is not asked for")
     if requested == "cpu":
         return DeviceChoice(device="cpu", reason="the CPU was asked for")
     is_wanted = require_gpu or requested == "cuda"
@@ -80,13 +88,22 @@ def choose_device(
     missing = (probe or probe_cuda)()
     if missing is None:
         why = "a GPU was asked for" if is_wanted else f"{size}: a GPU pays"
-        return DeviceChoice(device="cuda", reason=f"{why}, and a probe trained on it")
+        rest = _rest(models, probe_lightgbm or probe_lightgbm_opencl)
+        return DeviceChoice(device="cuda", reason=f"{why}, and a probe trained on it{rest}")
     if is_wanted and not allow_cpu_fallback:
         raise DeviceError(
             f"a GPU was asked for and cannot be used: {missing}; train with --device cpu, or with "
             "--device cuda --allow-cpu-fallback where either will do"
         )
     return DeviceChoice(device="cpu", reason=f"no GPU: {missing}")
+
+
+def _rest(models: Sequence[str], probe_lightgbm: Probe) -> str:
+    """Say in words why LightGBM is not on the GPU."""
+    if "lgb" not in models:
+        return ""
+    missing = probe_lightgbm()
+    return f"; LightGBM stays on the CPU: {missing or 'its OpenCL sums in an order that changes'}"
 
 
 def probe_cuda() -> str | None:

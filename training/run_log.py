@@ -315,7 +315,7 @@ def print_summary(console: Console, result: Mapping[str, Any]) -> None:
     evidence = {name: "undefined" if v is None else f"{v:.4g}" for name, v in result["evidence"].items()}
     table = Table(title=f"{result['symbol']}: {result['verdict']}", title_justify="left", show_header=False)
     rows = {
-        "out of sample": f"from {result['out_of_sample_from']}, {evidence['n_rows']} forecasts",
+        "out of sample": f"from {result['out_of_sample_from']}, {result['evidence']['n_rows']:,} forecasts",
         "horizon": f"{result['horizon_bars']} sessions",
         "information coefficient": f"{evidence['ic']} (p {evidence['p_ic']})",
         "a year over equal exposure": f"{evidence['active_return_annual']} (p {evidence['p_return']})",

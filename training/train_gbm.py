@@ -138,11 +138,8 @@ def refuse_contradictions(args: argparse.Namespace) -> None:
     for words, holds in wrong.items():
         if holds:
             raise UsageError(words)
-    names = config_from(args).recipe.search.models
-    if "cat" in names:
+    if "cat" in config_from(args).recipe.search.models:
         catboost()
-    if args.require_gpu and "xgb" not in names:
-        raise UsageError("--require-gpu without xgb among the models: only XGBoost trains on a GPU here")
     device_for(args, 0)
 
 
@@ -161,14 +158,13 @@ def config_from(args: argparse.Namespace) -> TrainerConfig:
 
 def device_for(args: argparse.Namespace, n_rows: int) -> DeviceChoice:
     """Return where to train so many rows."""
-    if "xgb" not in config_from(args).recipe.search.models:
-        return DeviceChoice(device="cpu", reason="XGBoost, which alone can use a GPU here, is not asked for")
     return choose_device(
         args.device,
         n_rows,
         len(get_feature_columns()),
         require_gpu=args.require_gpu,
         allow_cpu_fallback=args.allow_cpu_fallback,
+        models=config_from(args).recipe.search.models,
     )
 
 

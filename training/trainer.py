@@ -20,8 +20,8 @@ from data.schema import Bars, bars_hash, check_enough
 from data.target_engineering import Dataset, build_dataset
 from evaluation.advanced_backtester import BacktestReport
 from evaluation.metrics import sharpe, spearman, values
-from inference.ensemble import FloatMatrix
-from inference.load_gbm_models import GOLDEN_ROWS, GBMBundle, library_versions, new_version_id
+from inference.ensemble import FloatArray, FloatMatrix
+from inference.load_gbm_models import GOLDEN_ROWS, LIBRARIES, GBMBundle, library_versions, new_version_id
 from inference.pipeline import GBMForecaster, backtest_decisions, decide
 from inference.position_sizing import make_sizer
 from training.device import DeviceChoice
@@ -69,8 +69,9 @@ class Walked:
         Every trial of every search, as recorded.
     started
         Clock (`time.monotonic`) at the start of the run.
-    pooled
-        Verdict on all symbols together; None for one that stands alone.
+    returns
+        Of a panel: net returns per session of the decided positions of all symbols, in equal parts, and of
+        their benchmarks of equal exposure, (m, 2); None for a symbol that stands alone.
     """
 
     dataset: Dataset
@@ -79,7 +80,7 @@ class Walked:
     fitted: FittedGBM
     trials: tuple[Mapping[str, object], ...]
     started: float
-    pooled: Verdict | None = None
+    returns: FloatArray | None = None
 
 
 class GBMTrainer:
@@ -146,22 +147,35 @@ class GBMTrainer:
             trials=tuple(trial for part in trials for trial in part),
             started=started,
         )
-        return walked if len(panel) == 1 else replace(walked, pooled=self._judge_together(walked, panel))
+        return walked if len(panel) == 1 else replace(walked, returns=self._book_together(walked, panel))
 
-    def _judge_together(self, walked: Walked, panel: Mapping[str, Bars]) -> Verdict:
-        """Judge the panel as one: all forecasts, and the decided positions in equal parts."""
-        self._stage("verdict on the universe", 0.93)
+    def _book_together(self, walked: Walked, panel: Mapping[str, Bars]) -> FloatArray:
+        """Book the decided positions of every symbol with two forecasts or more; see `Walked.returns`."""
+        self._stage("positions of the universe", 0.92)
+        # A position earns from the session after the one that decided it.
+        counts = walked.result.record["symbol"].value_counts()
         strategies, benchmarks = {}, {}
-        for symbol, bars in panel.items():
-            report = self._book(bars, self._bundle(bars, walked))
+        for symbol in (name for name in panel if counts.get(name, 0) >= 2):
+            report = self._book(panel[symbol], self._bundle(panel[symbol], walked))
             strategies[symbol] = report.daily["net_return"]
             benchmarks[symbol] = report.benchmarks["exposure_matched"].daily["net_return"]
+        both = (pd.DataFrame(returns).mean(axis=1) for returns in (strategies, benchmarks))
+        return np.column_stack([np.asarray(returns, dtype=np.float64) for returns in both])
+
+    def judge_together(self, walked: Walked, *, n_trials: int = 1) -> Verdict | None:
+        """Judge a panel as one: all forecasts, and the decided positions in equal parts; None for one symbol.
+
+        ``n_trials`` counts the verdicts on the prices of the symbol that it is wanted for.
+        """
+        if walked.returns is None:
+            return None
         return judge(
             walked.result.record,
             horizon_bars=self.config.horizon_bars,
-            strategy_return=pd.DataFrame(strategies).mean(axis=1).to_numpy(),
-            benchmark_return=pd.DataFrame(benchmarks).mean(axis=1).to_numpy(),
+            strategy_return=walked.returns[:, 0],
+            benchmark_return=walked.returns[:, 1],
             summary=walked.result.summary,
+            n_trials=n_trials,
         )
 
     def _book(self, bars: Bars, bundle: GBMBundle) -> BacktestReport:
@@ -206,8 +220,9 @@ class GBMTrainer:
             n_trials = count_trials(trials_log, run)
             record_run(trials_log, run)
         verdict, backtest = self.judge(bars, bundle, walked.result, n_trials=n_trials)
-        if walked.pooled is not None:
-            verdict = of_universe(walked.pooled, verdict, bars.symbol, len(walked.hashes))
+        pooled = self.judge_together(walked, n_trials=n_trials)
+        if pooled is not None:
+            verdict = of_universe(pooled, verdict, bars.symbol, len(walked.hashes))
         judged = {
             "data": {**bundle.metadata["data"], "problems": [*bars.report.problems(), *problems]},
             "verdict": verdict.as_dict(),
@@ -294,7 +309,9 @@ class GBMTrainer:
             "seed": config.recipe.seed,
             "feature_set_hash": feature_set_hash(),
             "n_trials": config.recipe.search.n_trials * len(config.recipe.search.models),
-            "versions": library_versions(),
+            "versions": library_versions(
+                [*LIBRARIES, *(["catboost"] if "cat" in config.recipe.search.models else [])]
+            ),
             "recipe": asdict(config),
             "device": config.recipe.search.device,
             "device_reason": self._device_reason,

@@ -114,3 +114,20 @@ def test_a_booster_trained_on_the_gpu_serves_on_the_cpu():
     there_ = booster.predict(xgboost.DMatrix(rows))
     booster.set_param({"device": "cpu"})
     np.testing.assert_allclose(booster.inplace_predict(rows), there_, atol=1e-5)
+
+
+def test_without_xgboost_there_is_nothing_to_decide():
+    choice = choose_device("cuda", *LARGE, models=("lgb",), probe=never)
+    assert (choice.device, "XGBoost" in choice.reason) == ("cpu", True)
+    with pytest.raises(UsageError, match="only XGBoost"):
+        choose_device("auto", *LARGE, models=("lgb", "cat"), require_gpu=True, probe=never)
+
+
+@pytest.mark.parametrize(("answer", "words"), [("no OpenCL device", "no OpenCL device"), (None, "order")])
+def test_the_reason_tells_why_lightgbm_stays_on_the_cpu(answer, words):
+    def lightgbm_says() -> str | None:
+        return answer
+
+    choice = choose_device("cuda", *SMALL, models=("xgb", "lgb"), probe=there, probe_lightgbm=lightgbm_says)
+    assert "LightGBM stays on the CPU" in choice.reason
+    assert words in choice.reason

@@ -15,6 +15,7 @@ from training.gbm_search import SearchConfig
 from training.recipe import RecipeConfig, TrainerConfig
 from training.trainer import GBMTrainer, Trained, Walked
 from utils.errors import InsufficientDataError
+from validation.overfitting import record_run
 
 QUICK = TrainerConfig(
     horizon_bars=1, recipe=RecipeConfig(search=SearchConfig(n_trials=3), tune_every_folds=9)
@@ -162,3 +163,28 @@ def test_a_symbol_that_is_left_out_changes_nothing_of_its_own_model(panel, make_
 
     np.testing.assert_array_equal(signal(left_out, panel), signal(left_out, other))
     assert not np.array_equal(signal(PANEL, panel), signal(PANEL, other))
+
+
+def test_every_further_try_tightens_the_verdict_of_a_panel_too(panel, walked, tmp_path):
+    """Planted: two other runs on the same prices; the limits must be a third."""
+    log = tmp_path / "trials.jsonl"
+    for seed in (8, 9):
+        other = replace(PANEL, recipe=replace(PANEL.recipe, seed=seed))
+        record_run(log, GBMTrainer(other)._run(panel["A"], walked.hashes))
+    verdict = GBMTrainer(PANEL).conclude(walked, panel["A"], trials_log=log).verdict
+    assert verdict.evidence["n_trials"] == 3
+    together = [reason for reason in verdict.reasons if reason.startswith("3 symbols together")]
+    assert any("(at most 0.0167)" in reason for reason in together), together
+
+
+@pytest.mark.parametrize("n_forecasts", [0, 1, 2])
+def test_a_symbol_that_ended_early_is_in_the_panel_and_cannot_be_judged(panel, walked, n_forecasts):
+    sessions = panel["B"].frame.index
+    first = sessions.get_loc(walked.result.record["date"].min())
+    early = replace(panel["B"], frame=panel["B"].frame.iloc[: first + n_forecasts])
+    trainer = GBMTrainer(PANEL)
+    mixed = {"A": panel["A"], "B": early, "C": panel["C"]}
+    again = trainer.walk(mixed)
+    assert trainer.conclude(again, panel["A"]).verdict.label in {"edge", "no-edge", "insufficient"}
+    with pytest.raises(InsufficientDataError, match=r"B has [01] out-of-sample forecasts"):
+        trainer.conclude(again, early)
