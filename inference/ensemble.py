@@ -6,6 +6,7 @@ so what is validated is what is served.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import lightgbm
 import numpy as np
@@ -16,7 +17,8 @@ from sklearn.preprocessing import RobustScaler
 FloatArray = npt.NDArray[np.float64]
 FloatMatrix = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.intp]
-Booster = xgboost.Booster | lightgbm.Booster
+# CatBoost's models, where they are installed, answer to `predict` like LightGBM's.
+Booster = xgboost.Booster | lightgbm.Booster | Any
 
 MODEL_NAMES = ("xgb", "lgb")
 # Fewer independent rows than this say nothing about a slope.
@@ -72,7 +74,7 @@ class BoosterEnsemble:
     scaler
         Fitted on the training rows' ``columns``.
     models
-        Boosters by name (``xgb``, ``lgb``).
+        Boosters by name (``xgb``, ``lgb``, ``cat``).
     weights
         Non-negative weights by name, summing to one.
     calibration
@@ -132,11 +134,16 @@ def predict_booster(model: Booster, prepared: FloatMatrix) -> FloatArray:
 
 def shap_values(model: Booster, prepared: FloatMatrix) -> FloatArray:
     """Return exact SHAP values without the bias column, shape (n, p)."""
+    values: Any
     if isinstance(model, xgboost.Booster):
-        values = np.asarray(model.predict(xgboost.DMatrix(prepared), pred_contribs=True), dtype=np.float64)
+        values = model.predict(xgboost.DMatrix(prepared), pred_contribs=True)
+    elif isinstance(model, lightgbm.Booster):
+        values = model.predict(prepared, pred_contrib=True)
     else:
-        values = np.asarray(model.predict(prepared, pred_contrib=True), dtype=np.float64)
-    return values[:, :-1]
+        import catboost  # noqa: PLC0415 - large, and only there when a model was trained with it
+
+        values = model.get_feature_importance(catboost.Pool(prepared), type="ShapValues")
+    return np.asarray(values, dtype=np.float64)[:, :-1]
 
 
 def shrunk_weights(

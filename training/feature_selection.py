@@ -120,7 +120,9 @@ def gain_importance(model: Booster, n_columns: int) -> FloatArray:
         for name, gain in model.get_score(importance_type="total_gain").items():
             gains[int(name.removeprefix("f"))] = gain
         return gains
-    return np.asarray(model.feature_importance("gain"), dtype=np.float64)
+    if isinstance(model, lightgbm.Booster):
+        return np.asarray(model.feature_importance("gain"), dtype=np.float64)
+    return np.asarray(model.get_feature_importance(), dtype=np.float64)
 
 
 def _normalised(values: FloatArray) -> FloatArray:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from inference.ensemble import predict_booster
+from inference.ensemble import predict_booster, shap_values
 from training.gbm_search import EARNED_T, SearchConfig, careful, fit_boosters, inner_blocks, search, tune
 from training.libraries import LIBRARIES, Rows
 from utils.errors import UsageError
@@ -110,3 +110,13 @@ def test_a_session_of_a_panel_stands_on_one_side_of_a_block():
     )
     for fit, score in inner_blocks(panel, CONFIG):
         assert fit.date.max() < score.date.min()
+
+
+def test_catboost_is_searched_fitted_and_explained():
+    pytest.importorskip("catboost", reason="the extra catboost is not installed")
+    rows = make_rows(signal=0.6)
+    config = SearchConfig(n_trials=2, max_rounds=30, models=("cat",))
+    (model,) = fit_boosters(rows, tune(rows, config, seed=1), config, seed=1).values()
+    again = fit_boosters(rows, tune(rows, config, seed=1), config, seed=1)["cat"]
+    assert np.array_equal(predict_booster(model, rows.features), predict_booster(again, rows.features))
+    assert int(np.argmax(np.abs(shap_values(model, rows.features)).mean(axis=0))) == 2
