@@ -94,15 +94,18 @@ def calibrate_band(
 
 @njit(cache=True)
 def _replace(window: FloatArray, count: int, gone: float, come: float) -> None:
-    """Put ``come`` among ``count`` ascending values, in place of ``gone`` or, where that is NaN, of the last."""
+    """Put ``come`` among ``count`` ascending values, in place of ``gone`` or, if NaN, the last."""
     place = count - 1 if np.isnan(gone) else np.searchsorted(window[:count], gone)
-    while place < count - 1 and window[place + 1] < come:
-        window[place] = window[place + 1]
-        place += 1
-    while place > 0 and window[place - 1] > come:
-        window[place] = window[place - 1]
-        place -= 1
-    window[place] = come
+    # Where it would stand among all; one less if the place that falls vacant lies before that.
+    goal = np.searchsorted(window[: count - 1] if np.isnan(gone) else window[:count], come)
+    if goal > place:
+        goal -= 1
+        for k in range(place, goal):
+            window[k] = window[k + 1]
+    else:
+        for k in range(place, goal, -1):
+            window[k] = window[k - 1]
+    window[goal] = come
 
 
 @njit(cache=True)

@@ -133,7 +133,7 @@ def test_a_storm_is_forecast_to_calm_down(make_bars):
 
 def test_constant_prices_and_no_volume_have_a_finite_scale():
     index = pd.bdate_range("2020-01-01", periods=300)
-    flat = pd.DataFrame({name: 10.0 for name in PRICES}, index=index).assign(Volume=0.0)
+    flat = pd.DataFrame(dict.fromkeys(PRICES, 10.0), index=index).assign(Volume=0.0)
     forecast = forecast_volatility(flat)
     assert np.isfinite(forecast.daily_variance_log).all()
     scale = forecast.scale_log(5)
