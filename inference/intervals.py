@@ -98,13 +98,16 @@ def _replace(window: FloatArray, count: int, gone: float, come: float) -> None:
     place = count - 1 if np.isnan(gone) else np.searchsorted(window[:count], gone)
     # Where it would stand among all; one less if the place that falls vacant lies before that.
     goal = np.searchsorted(window[: count - 1] if np.isnan(gone) else window[:count], come)
+    # On slices, whose indices are plainly not negative, the compiler moves memory at once.
     if goal > place:
         goal -= 1
-        for k in range(place, goal):
-            window[k] = window[k + 1]
+        part = window[place : goal + 1]
+        for k in range(part.shape[0] - 1):
+            part[k] = part[k + 1]
     else:
-        for k in range(place, goal, -1):
-            window[k] = window[k - 1]
+        part = window[goal : place + 1]
+        for k in range(part.shape[0] - 1, 0, -1):
+            part[k] = part[k - 1]
     window[goal] = come
 
 

@@ -2,6 +2,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from data.data_fetcher import CsvSource
+from data.universe import load_panel
 from inference.intervals import calibrate_band
 from inference.volatility import (
     ANCHORS_BARS,
@@ -166,3 +168,19 @@ def test_a_decayed_mean_is_that_of_pandas():
     values = np.random.default_rng(0).normal(size=200)
     expected = pd.Series(values).ewm(span=22, adjust=True).mean()
     np.testing.assert_allclose(decayed_mean(values, 22.0), expected, atol=1e-12)
+
+
+def test_real_prices_are_covered_and_no_row_knows_the_next(market_dir):
+    """AAPL's first years have bars without a range and opens that were made up; KO and SPY are calm."""
+    panel = load_panel(["AAPL", "KO", "SPY"], CsvSource(market_dir), jobs=1)
+    for loaded in panel.values():
+        bars = loaded.frame
+        assert rows_changed_by_the_future(forecast_volatility, bars, rows=(50, 400, 2_000)) == set()
+        forecast = forecast_volatility(bars)
+        assert np.isfinite(forecast.daily_variance_log).all()
+        for horizon_bars in (1, 5, 20):
+            scale, realised = forecast.scale_log(horizon_bars), ahead_log(bars, horizon_bars)
+            band = calibrate_band(np.zeros(len(bars)), scale, realised, horizon_bars=horizon_bars)
+            inside = (realised > band.lower_z * scale) & (realised < band.upper_z * scale)
+            scored = np.isfinite(realised) & np.asarray(bars.index >= "2006")
+            assert 0.76 <= np.mean(inside[scored]) <= 0.84
