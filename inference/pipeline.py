@@ -15,9 +15,10 @@ from data.feature_engineer import engineer_features
 from data.target_engineering import make_target
 from evaluation.accounting import DEFAULT_CAPITAL, CostModel
 from evaluation.advanced_backtester import AdvancedBacktester, BacktestReport
-from inference.intervals import ForecastPath, forecast_path, residual_quantiles
+from inference.intervals import ForecastPath, calibrate_band, centre_log, forecast_path
 from inference.load_gbm_models import GBMBundle
 from inference.position_sizing import Sizer, SizingInputs
+from inference.volatility import ANCHORS_BARS, forecast_volatility
 from utils.errors import ModelIncompatibleError
 
 FloatArray = npt.NDArray[np.float64]
@@ -56,7 +57,12 @@ class Forecaster(Protocol):
         ...
 
     def forecast(self, bars: pd.DataFrame) -> pd.DataFrame:
-        """Return a frame indexed like ``bars`` with `FORECAST_COLUMNS`; NaN where there is no forecast."""
+        """Return a frame indexed like ``bars`` with `FORECAST_COLUMNS`; NaN where there is no forecast.
+
+        ``lower_z`` and ``upper_z`` are the distances of the band's edges from ``expected_log``, in
+        ``sigma_log``. A forecaster that knows the edges over other numbers of bars adds them, in log returns
+        from the centre, as columns ``lower_log_<bars>`` and ``upper_log_<bars>``, see `path_ahead`.
+        """
         ...
 
 
@@ -166,14 +172,19 @@ def decide(
 def path_ahead(decisions: Decisions, dates: pd.DatetimeIndex) -> ForecastPath:
     """Return the forecast path from the last bar over the coming sessions ``dates``."""
     last = decisions.frame.iloc[-1]
+    edges = {
+        bars: (float(last[f"lower_log_{bars}"]), float(last[f"upper_log_{bars}"]))
+        for bars in ANCHORS_BARS
+        if f"lower_log_{bars}" in last.index
+    }
+    sigma_log = float(last["sigma_log"])
+    edges[decisions.horizon_bars] = (float(last["lower_z"]) * sigma_log, float(last["upper_z"]) * sigma_log)
     return forecast_path(
         dates=dates,
         last_close=float(last["close"]),
         expected_log=float(last["expected_log"]),
         baseline_log=float(last["baseline_log"]),
-        sigma_log=float(last["sigma_log"]),
-        lower_z=float(last["lower_z"]),
-        upper_z=float(last["upper_z"]),
+        edges_log=edges,
         horizon_bars=decisions.horizon_bars,
     )
 
@@ -231,11 +242,7 @@ class GBMForecaster:
         frame["is_of_other_prices"] = self._is_of_other_prices(pd.DatetimeIndex(bars.index), realised_log)
         frame["is_out_of_sample"] &= ~frame["is_of_other_prices"]
         mean_log, sigma_log = frame["expected_log"].to_numpy(), frame["sigma_log"].to_numpy()
-        residuals = residual_quantiles(mean_log, sigma_log, realised_log, horizon_bars=self.horizon_bars)
-        frame["lower_z"], frame["upper_z"] = residuals.lower_z, residuals.upper_z
-        frame["lower"] = np.expm1(mean_log + residuals.lower_z * sigma_log)
-        frame["upper"] = np.expm1(mean_log + residuals.upper_z * sigma_log)
-        frame["prob_up"] = residuals.probability_above(-mean_log / sigma_log)
+        self._add_bands(frame, bars)
         # The mean of a log-normal variable lies above its median; sizing wants the mean.
         frame["expected_return"] = np.expm1(mean_log + sigma_log**2 / 2)
         frame["baseline_return"] = np.expm1(frame["baseline_log"].to_numpy() + sigma_log**2 / 2)
@@ -244,6 +251,25 @@ class GBMForecaster:
             mean_log, realised_log, horizon_bars=self.horizon_bars
         )
         return frame
+
+    def _add_bands(self, frame: pd.DataFrame, bars: pd.DataFrame) -> None:
+        """Add the band and the probability of a rise, and the edges of the horizons that a path needs."""
+        volatility, close_log = forecast_volatility(bars), np.log(np.asarray(bars["Close"], dtype=np.float64))
+        expected, baseline = frame["expected_log"].to_numpy(), frame["baseline_log"].to_numpy()
+        sigma_log = frame["sigma_log"].to_numpy()
+        for ahead in sorted({*ANCHORS_BARS, self.horizon_bars}):
+            realised = np.full(len(frame), np.nan)
+            realised[:-ahead] = close_log[ahead:] - close_log[:-ahead]
+            centre = centre_log(ahead, expected, baseline, horizon_bars=self.horizon_bars)
+            scale = volatility.scale_log(ahead)
+            band = calibrate_band(centre, scale, realised, horizon_bars=ahead)
+            lower_log, upper_log = band.lower_z * scale, band.upper_z * scale
+            if ahead != self.horizon_bars:
+                frame[f"lower_log_{ahead}"], frame[f"upper_log_{ahead}"] = lower_log, upper_log
+                continue
+            frame["lower_z"], frame["upper_z"] = lower_log / sigma_log, upper_log / sigma_log
+            frame["lower"], frame["upper"] = np.expm1(expected + lower_log), np.expm1(expected + upper_log)
+            frame["prob_up"] = band.probability_above
 
     def _is_of_other_prices(self, index: pd.DatetimeIndex, realised_log: FloatArray) -> npt.NDArray[np.bool_]:
         """Tell which replayed forecasts were made from other prices, as far as each bar can know, (n,).

@@ -1,8 +1,22 @@
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import t as student
 
-from inference.intervals import MINIMUM_ROWS, NORMAL_DECILE, forecast_path, residual_quantiles
+from inference.intervals import (
+    DECILES,
+    PRIOR_RESIDUALS,
+    WINDOW_ROWS,
+    Calibrated,
+    calibrate_band,
+    centre_log,
+    forecast_path,
+)
+from inference.volatility import DEGREES_OF_FREEDOM
+
+PRIOR = student.ppf(DECILES, DEGREES_OF_FREEDOM)
 
 
 def outcomes(n: int = 3_000, horizon_bars: int = 5, seed: int = 0):
@@ -14,58 +28,171 @@ def outcomes(n: int = 3_000, horizon_bars: int = 5, seed: int = 0):
     return np.zeros(n), np.full(n, 0.01 * np.sqrt(horizon_bars)), realised
 
 
+def changed_by_the_future(calibrate, n: int = 400, horizon_bars: int = 5, rows=(3, 80, 150, 399)) -> set[int]:
+    """Return the rows whose band or probability differs between the past alone and all rows."""
+    mean, scale, realised = outcomes(n, horizon_bars)
+    full: Calibrated = calibrate(mean, scale, realised, horizon_bars=horizon_bars)
+    changed = set()
+    for t in rows:
+        known = realised[: t + 1].copy()
+        known[max(t + 1 - horizon_bars, 0) :] = np.nan
+        cut = calibrate(mean[: t + 1], scale[: t + 1], known, horizon_bars=horizon_bars)
+        same = np.array_equal(cut.deciles_z[t], full.deciles_z[t])
+        if not same or cut.probability_above[t] != full.probability_above[t]:
+            changed.add(t)
+    return changed
+
+
 def test_four_in_five_outcomes_fall_into_the_band():
-    mean, sigma, realised = outcomes()
-    found = residual_quantiles(mean, sigma, realised, horizon_bars=5)
-    scored = np.isfinite(realised) & (found.count > 250)
-    inside = (realised > found.lower_z * sigma) & (realised < found.upper_z * sigma)
+    mean, scale, realised = outcomes()
+    found = calibrate_band(mean, scale, realised, horizon_bars=5)
+    scored = np.isfinite(realised) & (np.arange(len(mean)) > 250)
+    inside = (realised > found.lower_z * scale) & (realised < found.upper_z * scale)
     assert np.mean(inside[scored]) == pytest.approx(0.8, abs=0.03)
 
 
-def test_a_band_at_t_knows_only_what_was_resolved_by_t():
-    mean, sigma, realised = outcomes(400)
-    full = residual_quantiles(mean, sigma, realised, horizon_bars=5)
-    for t in (80, 150, 399):
-        known = realised[: t + 1].copy()
-        known[t + 1 - 5 :] = np.nan
-        cut = residual_quantiles(mean[: t + 1], sigma[: t + 1], known, horizon_bars=5)
-        assert cut.lower_z[t] == full.lower_z[t]
-        assert cut.probability_above(np.zeros(t + 1))[t] == full.probability_above(np.zeros(400))[t]
+@pytest.mark.parametrize("wrong", [0.5, 2.0])
+def test_a_scale_that_is_wrong_throughout_is_made_good(wrong: float):
+    mean, scale, realised = outcomes(4_000, 1)
+    found = calibrate_band(mean, scale * wrong, realised, horizon_bars=1)
+    inside = np.abs(realised) < found.upper_z * scale * wrong
+    assert np.mean(inside[1_000:-1]) == pytest.approx(0.8, abs=0.03)
+
+
+def test_coverage_comes_back_after_volatility_doubles_for_good():
+    mean, scale, realised = outcomes(6_000, 1)
+    realised[3_000:] *= 2.0
+    found = calibrate_band(mean, scale, realised, horizon_bars=1)
+    inside = (realised > found.lower_z * scale) & (realised < found.upper_z * scale)
+    assert np.mean(inside[3_000:3_100]) < 0.68
+    assert np.mean(inside[3_400:4_400]) == pytest.approx(0.8, abs=0.04)
+
+
+@pytest.mark.parametrize("horizon_bars", [1, 5, 20])
+def test_a_band_at_t_knows_only_what_was_resolved_by_t(horizon_bars: int):
+    assert changed_by_the_future(calibrate_band, horizon_bars=horizon_bars) == set()
+
+
+def test_a_band_that_looks_ahead_is_caught():
+    def peeking(mean, scale, realised, *, horizon_bars):
+        return calibrate_band(mean, scale, realised, horizon_bars=horizon_bars - 1)
+
+    assert changed_by_the_future(peeking) >= {80, 150}
 
 
 def test_a_residual_is_not_used_a_bar_too_early():
-    mean, sigma, realised = outcomes(200)
+    mean, scale, realised = outcomes(200)
+    calm = calibrate_band(mean, scale, realised, horizon_bars=5)
     realised[100] = 50.0  # known from row 105 on
-    spiked = residual_quantiles(mean, sigma, realised, horizon_bars=5)
-    calm = residual_quantiles(*outcomes(200), horizon_bars=5)
-    assert np.array_equal(spiked.upper_z[:105], calm.upper_z[:105])
-    assert not np.array_equal(spiked.upper_z[105:], calm.upper_z[105:])
+    spiked = calibrate_band(mean, scale, realised, horizon_bars=5)
+    assert np.array_equal(spiked.deciles_z[:105], calm.deciles_z[:105])
+    assert not np.array_equal(spiked.deciles_z[105], calm.deciles_z[105])
 
 
-def test_too_few_residuals_fall_back_to_the_normal_band():
-    mean, sigma, realised = outcomes(MINIMUM_ROWS)
-    found = residual_quantiles(mean, sigma, realised, horizon_bars=5)
-    assert np.all(found.upper_z == NORMAL_DECILE)
-    assert np.all(found.probability_above(np.zeros(MINIMUM_ROWS)) == 0.5)
+def test_without_residuals_the_shape_is_that_of_the_prior():
+    mean, scale, realised = outcomes(5)
+    found = calibrate_band(mean + 0.01, scale, realised, horizon_bars=5)
+    np.testing.assert_allclose(found.deciles_z, np.tile(PRIOR, (5, 1)))
+    np.testing.assert_allclose(found.probability_above, student.cdf(0.01 / scale[0], DEGREES_OF_FREEDOM))
+
+
+def test_the_deciles_are_those_of_the_last_window_blended_with_the_prior():
+    """A slow oracle; the adaptive width scales all deciles about the median alike."""
+    mean, scale, realised = outcomes(WINDOW_ROWS + 700, 1, seed=3)
+    found = calibrate_band(mean, scale, realised, horizon_bars=1)
+    z = realised / scale
+    for t in (40, 1_000, WINDOW_ROWS + 600):
+        window = z[max(t - WINDOW_ROWS, 0) : t]
+        levels = DECILES + (2 * DECILES - 1) / max(len(window), 10)
+        trust = len(window) / (len(window) + PRIOR_RESIDUALS)
+        expected = (1 - trust) * PRIOR + trust * np.quantile(window, levels)
+        shape = (found.deciles_z[t] - found.deciles_z[t, 4]) / (expected - expected[4] + (DECILES == 0.5))
+        assert found.deciles_z[t, 4] == pytest.approx(expected[4])
+        widths = shape[DECILES != 0.5]
+        np.testing.assert_allclose(widths, widths[0])
+        assert np.exp(-0.7) - 1e-9 <= widths[0] <= np.exp(0.7) + 1e-9
 
 
 def test_probabilities_follow_the_residuals():
-    mean, sigma, realised = outcomes(2_000, seed=2)
-    found = residual_quantiles(mean, sigma, realised + 0.01, horizon_bars=5)
-    level = found.probability_above(np.zeros(2_000))[-1]
-    assert 0.5 < level < 0.8
-    assert found.probability_above(np.full(2_000, 9.0))[-1] < 0.01
+    mean, scale, realised = outcomes(2_000, seed=2)
+    found = calibrate_band(mean, scale, realised + 0.01, horizon_bars=5)
+    assert 0.5 < found.probability_above[-1] < 0.8
+    far = calibrate_band(mean, scale, realised, horizon_bars=5, threshold_log=0.5)
+    assert 0.0 < far.probability_above[-1] < 0.01
+
+
+def test_the_probability_agrees_with_the_deciles():
+    mean, scale, realised = outcomes(3_000, 1, seed=4)
+    band = calibrate_band(mean, scale, realised, horizon_bars=1)
+    for k in (0, 2, 6, 8):
+        at = band.deciles_z[-1, k] * scale[-1]
+        above = calibrate_band(mean, scale, realised, horizon_bars=1, threshold_log=at).probability_above
+        assert above[-1] == pytest.approx(1 - DECILES[k], abs=0.01)
+
+
+def test_the_scale_of_returns_does_not_matter():
+    mean, scale, realised = outcomes(800)
+    small = calibrate_band(mean, scale, realised, horizon_bars=5)
+    large = calibrate_band(mean * 8, scale * 8, realised * 8, horizon_bars=5)
+    assert np.array_equal(small.deciles_z, large.deciles_z)
+
+
+def test_rows_without_a_forecast_teach_nothing_and_break_nothing():
+    mean, scale, realised = outcomes(600)
+    mean[:50] = mean[300:320] = np.nan
+    found = calibrate_band(mean, scale, realised, horizon_bars=5)
+    assert np.isfinite(found.deciles_z).all()
+    assert np.array_equal(np.isnan(found.probability_above), np.isnan(mean))
+    np.testing.assert_allclose(found.deciles_z[:55], np.tile(PRIOR, (55, 1)))
+    assert np.array_equal(found.deciles_z[306], found.deciles_z[320])
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    moves=st.lists(st.floats(-0.3, 0.3) | st.just(0.0), min_size=2, max_size=80),
+    horizon_bars=st.integers(1, 30),
+)
+def test_deciles_are_finite_and_ascend_whatever_happens(moves, horizon_bars: int):
+    realised = np.array(moves)
+    n = len(realised)
+    found = calibrate_band(np.zeros(n), np.full(n, 0.01), realised, horizon_bars=horizon_bars)
+    assert np.isfinite(found.deciles_z).all()
+    assert (np.diff(found.deciles_z, axis=1) >= 0).all()
+    assert ((found.probability_above >= 0) & (found.probability_above <= 1)).all()
+
+
+DATES = pd.DatetimeIndex(pd.bdate_range("2024-01-01", periods=252))
+
+
+def path_of(edges_log, **changes):
+    given = {"expected_log": 0.05, "baseline_log": 0.01, "last_close": 100.0, "horizon_bars": 5}
+    return forecast_path(dates=DATES, edges_log=edges_log, **(given | changes))
 
 
 def test_the_path_moves_with_the_forecast_then_with_the_drift():
-    dates = pd.DatetimeIndex(pd.bdate_range("2024-01-01", periods=20))
-    path = forecast_path(
-        dates=dates, last_close=100.0, expected_log=0.05, baseline_log=0.01, sigma_log=0.04,
-        lower_z=-1.2, upper_z=1.3, horizon_bars=5,
-    )  # fmt: skip
+    path = path_of({5: (-0.048, 0.052)})
     assert np.log(path.prices[4] / 100.0) == pytest.approx(0.05)
     assert np.log(path.prices[9] / path.prices[4]) == pytest.approx(0.01)
-    assert np.log(path.upper[4] / path.prices[4]) == pytest.approx(1.3 * 0.04)
+    assert np.log(path.upper[4] / path.prices[4]) == pytest.approx(0.052)
     assert np.all(path.lower < path.prices)
     assert np.all(np.diff(path.upper - path.lower) > 0)
     np.testing.assert_allclose(path.returns, path.prices / 100.0 - 1.0)
+    np.testing.assert_allclose(
+        np.log(path.prices / 100.0), centre_log(np.arange(1.0, 253.0), 0.05, 0.01, horizon_bars=5)
+    )
+
+
+def test_one_known_edge_grows_with_the_square_root_of_time():
+    path = path_of({5: (-0.04, 0.05)}, expected_log=0.0, baseline_log=0.0)
+    np.testing.assert_allclose(np.log(path.upper / 100.0), 0.05 * np.sqrt(np.arange(1, 253) / 5.0))
+
+
+def test_known_edges_are_met_and_the_width_grows_between_them():
+    edges = {1: (-0.02, 0.02), 5: (-0.04, 0.05), 20: (-0.075, 0.09), 126: (-0.16, 0.2)}
+    path = path_of(edges, expected_log=0.0, baseline_log=0.0)
+    for bars, (lower, upper) in edges.items():
+        assert np.log(path.lower[bars - 1] / 100.0) == pytest.approx(lower)
+        assert np.log(path.upper[bars - 1] / 100.0) == pytest.approx(upper)
+    assert np.all(np.diff(path.upper) > 0)
+    assert np.all(np.diff(path.lower) < 0)
+    assert np.log(path.upper[251] / 100.0) == pytest.approx(0.2 * np.sqrt(2.0))
