@@ -52,6 +52,10 @@ from utils.errors import AIStocksError, ModelMissingError, StorageError, UsageEr
 from utils.settings import Settings, configure_logging
 
 DEFAULT_DAYS = 250
+AHEAD_OF = (
+    ("buy_hold", "over buy and hold", "strategy"),
+    ("exposure_matched", "over equal exposure", "exposure"),
+)
 LIVED = ("close", "target_weight", "held_weight", "equity", "net_return")
 SHOWN = {
     "total return": ("total_return", ".1%"),
@@ -201,10 +205,12 @@ def comparison_report(outcomes: Sequence[Outcome]) -> Report:
     words = words_of("comparison", {"rows": f"{'In-sample rows included' if stamp else 'Out of sample'}."})
     drawn = []
     for symbol, result in results.items():
-        passive = result.benchmarks["buy_hold"].daily["equity"]
-        ahead = np.asarray(result.daily["equity"] / passive - 1.0, dtype=np.float64)
-        curve = {"strategy over buy and hold": ("strategy", ahead)}
-        chart = charts.curve_chart(pd.DatetimeIndex(result.daily.index), curve, form="pct")
+        own = result.daily["equity"]
+        curves = {
+            label: (role, np.asarray(own / result.benchmarks[name].daily["equity"] - 1.0, dtype=np.float64))
+            for name, label, role in AHEAD_OF
+        }
+        chart = charts.curve_chart(pd.DatetimeIndex(result.daily.index), curves, form="pct")
         drawn.append(words.on("ahead", chart, {"symbol": symbol}))
     return Report(
         kicker=words.table["kicker"],

@@ -148,7 +148,7 @@ def equity_chart(dates: pd.DatetimeIndex, equity: Series, in_sample: BoolArray |
         _lines(ax, dates, {name: (role, np.maximum(v, 0.01)) for name, (role, v) in growth.items()}, points)
         _log_axis(ax, "{:g}" + TIMES)
 
-    keys = tuple(Key(f"{label} {values[-1]:.2f}{TIMES}", role) for label, (role, values) in growth.items())
+    keys = tuple(Key(f"{label} {values[-1]:,.2f}{TIMES}", role) for label, (role, values) in growth.items())
     shaded = in_sample is not None and bool(in_sample.any())
     return _draw(paint, "full", (*keys, Key("in-sample rows", "loss", "area")) if shaded else keys)
 

@@ -354,10 +354,10 @@ def _grid_rows(evidence: Evidence) -> tuple[list[str], list[list[Cell]]]:
     heads = dict.fromkeys(f"{record['cost_multiple']:g}{TIMES} costs" for record in records)
     rows: dict[object, list[Cell]] = {}
     for record in records:
-        row = rows.setdefault(record["window"], [Cell(f"{record['start']} to {record['end']}")])
+        row = rows.setdefault(record["window"], [Cell(f"{record['start'][:4]} to {record['end'][:4]}")])
         ahead, apart = record["share_better"], record["sharpe_difference"]
         shown = cell(apart, "signed_fine", "returns do not vary")
-        share = "" if ahead is None else f" ({cell(ahead, 'whole_pct').text})"
+        share = "" if ahead is None else f" ({ahead * 100:.0f})"
         row.append(Cell("same") if record["all_same"] else replace(shown, text=shown.text + share))
     return ["", *heads], list(rows.values())
 
@@ -375,5 +375,6 @@ def compared(outcome: Outcome) -> dict[str, object]:
     }
     for name in BESIDE:
         record |= {name: own[name], f"buy_hold_{name}": passive[name]}
+    record["exposure_matched_cagr"] = values(result.benchmarks["exposure_matched"].metrics)["cagr"]
     ends = {"": apart.value, "_low": apart.low, "_high": apart.high}
     return record | {f"sharpe_difference{end}": value for end, value in ends.items()}
