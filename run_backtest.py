@@ -9,6 +9,7 @@
 """
 
 import argparse
+import gc
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -331,4 +332,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # What the imports made is there to stay; looking through it again and again took a sixth of the time.
+    gc.freeze()
     sys.exit(main())

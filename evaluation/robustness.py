@@ -16,6 +16,7 @@ Politis, Romano (1992), A circular block-resampling procedure for stationary dat
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -230,21 +231,21 @@ def net_returns(result: BacktestReport) -> pd.DataFrame:
     )
 
 
-def _plain(row: "pd.Series[float]") -> dict[str, float]:
-    return {str(name): float(figure) for name, figure in row.items()}
-
-
 def by_year(result: BacktestReport) -> list[dict[str, object]]:
     """Return one record a calendar year: returns by name, ``deepest``, ``exposure`` and ``turnover``."""
     net, daily = net_returns(result), result.daily
+    returns, years = net.to_numpy(dtype=np.float64), pd.DatetimeIndex(net.index).year.to_numpy()
+    held, traded = (np.asarray(daily[name], dtype=np.float64) for name in ("held_weight", "turnover"))
+    edges = [0, *(np.flatnonzero(np.diff(years)) + 1).tolist(), len(years)]
     records: list[dict[str, object]] = []
-    for year, part in net.groupby(pd.DatetimeIndex(net.index).year):
-        growth, own = (1.0 + part).cumprod(), daily.loc[part.index]
-        high = growth["strategy"].cummax().clip(lower=1.0)
-        record = {"deepest": float((growth["strategy"] / high).min() - 1.0)}
-        record |= _plain(growth.iloc[-1] - 1.0)
-        record |= {"exposure": float(own["held_weight"].mean()), "turnover": float(own["turnover"].sum())}
-        records.append({"period": str(year), "n_bars": len(part), **record})
+    for start, stop in pairwise(edges):
+        growth = np.cumprod(1.0 + returns[start:stop], axis=0)
+        high = np.maximum(np.maximum.accumulate(growth[:, 0]), 1.0)
+        record: dict[str, object] = {"period": str(years[start]), "n_bars": stop - start}
+        record |= dict(zip(map(str, net.columns), (growth[-1] - 1.0).tolist(), strict=True))
+        record |= {"deepest": float((growth[:, 0] / high).min() - 1.0)}
+        record |= {"exposure": float(held[start:stop].mean()), "turnover": float(traded[start:stop].sum())}
+        records.append(record)
     return records
 
 
@@ -260,7 +261,11 @@ def by_regime(result: BacktestReport) -> list[dict[str, object]]:
     thirds = pd.qcut(volatility.rank(method="first"), 3, labels=["Calm", "Middle", "Stormy"])
     year = result.costs.periods_per_year
     return [
-        {"period": str(third), "n_bars": len(part), **_plain(part.mean() * year)}
+        {
+            "period": str(third),
+            "n_bars": len(part),
+            **{str(name): float(mean) for name, mean in (part.mean() * year).items()},
+        }
         for third, part in net_returns(result).groupby(thirds, observed=True)
     ]
 
