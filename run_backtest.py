@@ -3,56 +3,70 @@
 ::
 
     python run_backtest.py --symbol AAPL --source sample
+    python run_backtest.py --symbols AAPL,MSFT,IBM --compare --source sample
+    python run_backtest.py --symbol AAPL --source sample --robustness
+    python run_backtest.py --symbol AAPL --source sample --forward-sim --days 20
 """
 
 import argparse
+import gc
 import json
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from data.cache_manager import BarCache
-from data.data_fetcher import fetch_stock_data, make_source
-from data.schema import Bars, bars_hash, normalise_symbol
+from data.data_fetcher import make_source
+from data.schema import normalise_symbol
+from evaluation import charts
 from evaluation.accounting import DEFAULT_CAPITAL, CostModel
-from evaluation.advanced_backtester import BacktestReport
+from evaluation.advanced_backtester import IN_SAMPLE_STAMP, BacktestReport
+from evaluation.charts import Cell, cell
 from evaluation.metrics import reasons, values
-from evaluation.report import Report, backtest_report, provenance_of, write_report
-from inference.load_gbm_models import GBMBundle, load_bundle
-from inference.pipeline import Decisions, GBMForecaster, backtest_decisions, decide
-from inference.position_sizing import DEFAULT_SIZING, PRESETS, make_sizer
-from utils.errors import AIStocksError, DataError, StorageError, UsageError
+from evaluation.report import Banner, Block, Report, words_of, write_report
+from evaluation.robustness import CONFIDENCE, GRID_SEEDS, by_regime, by_year
+from inference.load_gbm_models import load_bundle
+from inference.position_sizing import DEFAULT_SIZING, PRESETS
+from service.backtest_service import (
+    MODE,
+    SAME,
+    BacktestRequest,
+    Lived,
+    Outcome,
+    backtest,
+    compared,
+    live,
+    luck_section,
+    notes_of,
+    report_of,
+    summary_of,
+)
+from utils.errors import AIStocksError, ModelMissingError, StorageError, UsageError
 from utils.settings import Settings, configure_logging
 
-SUMMARY_FIGURES = (
-    "sharpe_ratio",
-    "max_drawdown",
-    "win_rate",
-    "direction_accuracy",
-    "direction_base_rate",
-    "prediction_std",
-    "turnover",
-    "total_transaction_costs",
-    "cost_adjusted_sharpe",
-    "exposure_mean",
+DEFAULT_DAYS = 250
+AHEAD_OF = (
+    ("buy_hold", "over buy and hold", "strategy"),
+    ("exposure_matched", "over equal exposure", "exposure"),
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """A backtest, and all that it was made from."""
-
-    result: BacktestReport
-    decisions: Decisions
-    bundle: GBMBundle
-    bars: Bars
+LIVED = ("close", "target_weight", "held_weight", "equity", "net_return")
+SHOWN = {
+    "total return": ("total_return", ".1%"),
+    "return a year": ("cagr", ".1%"),
+    "volatility": ("volatility", ".1%"),
+    "Sharpe ratio": ("sharpe_ratio", ".2f"),
+    "max drawdown": ("max_drawdown", ".1%"),
+    "mean exposure": ("exposure_mean", ".2f"),
+    "turnover a year": ("turnover", ".2f"),
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -61,25 +75,31 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python run_backtest.py", description="Show what a trained model's positions would have earned."
     )
-    parser.add_argument("--symbol", required=True)
-    parser.add_argument(
-        "--start", type=session, help="first session, YYYY-MM-DD (default: first out of sample)"
-    )
-    parser.add_argument("--end", type=session, help="last session, YYYY-MM-DD (default: last bar)")
-    parser.add_argument("--source", help="yahoo, sample or csv:DIR (default: AI_STOCKS_SOURCE, or yahoo)")
-    parser.add_argument("--sizing", choices=sorted(PRESETS), default=DEFAULT_SIZING)
-    parser.add_argument("--max-long", type=float, help="largest exposure, a fraction of equity")
-    parser.add_argument(
-        "--max-short", type=float, help="largest short exposure, a positive fraction of equity"
-    )
-    parser.add_argument("--commission", type=float, default=costs.commission_bps, metavar="BPS")
-    parser.add_argument("--slippage", type=float, default=costs.slippage_bps, metavar="BPS")
-    parser.add_argument("--capital", type=float, default=DEFAULT_CAPITAL)
-    parser.add_argument(
-        "--in-sample", action="store_true", help="also count rows that the model was trained on"
-    )
-    parser.add_argument("--no-cache", action="store_true", help="neither read nor write cached prices")
-    parser.add_argument("--json", action="store_true", help="print summary.json on stdout")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--symbol")
+    which.add_argument("--symbols", metavar="A,B,C", help="one backtest each")
+    add = parser.add_argument
+    add("--compare", action="store_true", help="set the symbols side by side: one table, one report")
+    add("--start", type=session, help="first session, YYYY-MM-DD (default: first out of sample)")
+    add("--end", type=session, help="last session, YYYY-MM-DD (default: last bar)")
+    add("--source", help="yahoo, sample or csv:DIR (default: AI_STOCKS_SOURCE, or yahoo)")
+    add("--mode", choices=(MODE, "lstm_only", "ensemble"), default=MODE, help="which models forecast")
+    add("--sizing", choices=sorted(PRESETS), default=DEFAULT_SIZING)
+    add("--max-long", type=float, help="largest exposure, a fraction of equity")
+    add("--max-short", type=float, help="largest short exposure, a positive fraction of equity")
+    add("--commission", type=float, default=costs.commission_bps, metavar="BPS")
+    add("--slippage", type=float, default=costs.slippage_bps, metavar="BPS")
+    add("--borrow", type=float, default=costs.borrow_annual, metavar="RATE", help="a year, on what is short")
+    add("--capital", type=float, default=DEFAULT_CAPITAL)
+    add("--in-sample", action="store_true", help="also count rows that the model was trained on")
+    add("--robustness", action="store_true", help="windows x costs x resamples of history, sized anew")
+    add("--forward-sim", action="store_true", help="live through the last days again, bar by bar")
+    add("--days", type=int, help=f"how many of them (default: {DEFAULT_DAYS})")
+    add("--no-cache", action="store_true", help="neither read nor write cached prices")
+    add("--json", action="store_true", help="print summary.json on stdout")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--report", type=Path, metavar="PATH", help="where the HTML report goes")
+    where.add_argument("--no-report", action="store_true", help="write figures and tables only")
     return parser
 
 
@@ -91,154 +111,211 @@ def session(text: str) -> pd.Timestamp:
         raise argparse.ArgumentTypeError(f"{text!r} is not a date: write YYYY-MM-DD") from error
 
 
-def backtest(args: argparse.Namespace, settings: Settings) -> Outcome:
-    """Load model and prices, decide on every bar, and book the window that was asked for."""
-    symbol = normalise_symbol(args.symbol)
-    if args.start is not None and args.end is not None and args.start >= args.end:
-        raise UsageError(f"--start {args.start:%Y-%m-%d} does not lie before --end {args.end:%Y-%m-%d}")
-    bundle = load_bundle(settings.models_dir, symbol)
+def asked_symbols(args: argparse.Namespace) -> tuple[str, ...]:
+    """Return the symbols, each once; refuse what does not go together."""
+    named = [args.symbol] if args.symbol is not None else [p for p in args.symbols.split(",") if p.strip()]
+    symbols = tuple(dict.fromkeys(map(normalise_symbol, named)))
+    alone, dated = len(symbols) < 2, args.start is not None and args.end is not None
+    several = args.report is not None and not alone and not args.compare
+    refused = {
+        "--symbols names no symbol: write --symbols AAPL,MSFT": not symbols,
+        "--compare needs two symbols: write --symbols AAPL,MSFT --compare": args.compare and alone,
+        "--report is one path for several reports: add --compare, or leave it out": several,
+        "--days belongs to --forward-sim: add that, or choose a window by --start and --end": (
+            args.days is not None and not args.forward_sim
+        ),
+        f"--days must be at least 1, got {args.days}": args.days is not None and args.days < 1,
+        f"--start {args.start} does not lie before --end {args.end}": dated and args.start >= args.end,
+    }
+    if wrong := [words for words, is_wrong in refused.items() if is_wrong]:
+        raise UsageError(wrong[0])
+    return symbols
+
+
+def request_of(args: argparse.Namespace) -> BacktestRequest:
+    """Return what was asked for, apart from the symbol."""
+    costs = CostModel(commission_bps=args.commission, slippage_bps=args.slippage, borrow_annual=args.borrow)
+    return BacktestRequest(
+        start=args.start,
+        end=args.end,
+        sizing=args.sizing,
+        max_long=args.max_long,
+        max_short=args.max_short,
+        costs=costs,
+        capital=args.capital,
+        include_in_sample=args.in_sample,
+        seeds=GRID_SEEDS if args.robustness else 0,
+    )
+
+
+def make(args: argparse.Namespace, settings: Settings) -> list[Outcome]:
+    """Make every backtest that was asked for."""
+    symbols, request = asked_symbols(args), request_of(args)
+    bundles = [load_bundle(settings.models_dir, symbol) for symbol in symbols]
+    if args.mode != MODE:
+        raise ModelMissingError(
+            f"--mode {args.mode} needs an LSTM of {symbols[0]}, and none was trained: write --mode {MODE}, "
+            "or leave it out, for the boosted trees alone"
+        )
     cache = None if args.no_cache else BarCache(settings.cache_dir)
     source = make_source(args.source or settings.source, cache_dir=settings.cache_dir)
-    bars = fetch_stock_data(symbol, source=source, cache=cache)
-    sizer = make_sizer(args.sizing, max_long=args.max_long, max_short=args.max_short)
-    costs = CostModel(commission_bps=args.commission, slippage_bps=args.slippage)
-    forecaster = GBMForecaster(bundle=bundle, include_in_sample=args.in_sample)
-    # What is decided does not depend on the window: the window is cut from the decisions on all bars.
-    decisions = decide(symbol, bars.frame, forecaster, sizer, costs=costs)
-    window = replace(decisions, frame=decisions.frame.loc[args.start : args.end])
-    if window.frame.empty or (window.out_of_sample_from is None and not args.in_sample):
-        raise DataError(
-            f"no out-of-sample row lies in that window: the model of {symbol} is out of sample from "
-            f"{bundle.metadata['out_of_sample_from']} to {bars.frame.index[-1]:%Y-%m-%d}; --in-sample shows "
-            f"earlier rows, stamped as such{''.join('; ' + text for text in decisions.findings)}"
-        )
-    result = backtest_decisions(window, costs, initial_capital=args.capital, include_in_sample=args.in_sample)
-    return Outcome(result=result, decisions=window, bundle=bundle, bars=bars)
+    return [backtest(bundle, source, cache, request) for bundle in bundles]
 
 
-def summary_of(outcome: Outcome) -> dict[str, object]:
-    """Return the headline figures as plain data; None where a figure is undefined."""
-    result, bundle = outcome.result, outcome.bundle
-    found = values(result.metrics)
-    passive = values(result.benchmarks["buy_hold"].metrics)["total_return"]
-    total, since = found["total_return"], result.out_of_sample_from
-    return {
-        "symbol": bundle.symbol,
-        "start": f"{result.daily.index[0]:%Y-%m-%d}",
-        "end": f"{result.daily.index[-1]:%Y-%m-%d}",
-        "mode": "gbm_only",
-        "sizing": outcome.decisions.sizing_id,
-        "n_days": len(result.daily),
-        "strategy_return": total,
-        "buy_hold_return": passive,
-        "exposure_matched_return": values(result.benchmarks["exposure_matched"].metrics)["total_return"],
-        "volatility_matched_return": values(result.benchmarks["volatility_matched"].metrics)["total_return"],
-        "alpha": None if total is None or passive is None else total - passive,
-        "pred_positive_pct": found["pred_positive_share"],
-        **{name: found[name] for name in SUMMARY_FIGURES},
-        "signal_information_coefficient": bundle.metadata["verdict"]["evidence"]["ic"],
-        "forecast_rank_correlation": found["information_coefficient"],
-        "undefined": reasons(result.metrics),
-        "in_sample": result.is_in_sample,
-        "out_of_sample_from": None if since is None else f"{since:%Y-%m-%d}",
-        "verdict": bundle.metadata["verdict"]["label"],
-        "model_version": bundle.model_version,
-        "data_hash": bars_hash(outcome.bars.frame),
-        "seed": bundle.metadata["seed"],
-        "versions": bundle.metadata["versions"],
-        "trained_on": bundle.metadata["source"],
-        "trained_through": bundle.metadata["trained_through"],
-        "judged_on": outcome.bars.provenance.source,
-        "notes": notes_of(outcome),
-    }
-
-
-def notes_of(outcome: Outcome) -> list[str]:
-    """Return what must be known beside the figures, in words."""
-    trained, judged = outcome.bundle.metadata, outcome.bars.provenance.source
-    notes = [*outcome.result.notes, *outcome.bars.report.problems(), *outcome.decisions.findings]
-    if trained["source"] != judged:
-        notes.append(
-            f"the model was trained and judged on {trained['source']} prices through "
-            f"{trained['trained_through']}; these are {judged} prices, on which no verdict was earned"
-        )
-    exposure = values(outcome.result.metrics)
-    if exposure["exposure_std"] == 0.0 and exposure["exposure_mean"] == 1.0:
-        notes.append("the model's part of the position was nil: the strategy held what buy and hold holds")
-    return notes
-
-
-def report_of(outcome: Outcome) -> Report:
-    """Return the HTML report."""
-    bars = outcome.bars
-    facts = {
-        "Judged on": f"{bars.provenance.source}, last session {bars.provenance.last_session:%Y-%m-%d}",
-        "Judged on, sha256": bars_hash(bars.frame),
-        "Sizing": outcome.decisions.sizing_id,
-    }
-    return backtest_report(
-        outcome.result,
-        symbol=outcome.bundle.symbol,
-        provenance={**provenance_of(outcome.bundle.metadata), **facts},
-        verdict=outcome.bundle.metadata["verdict"],
-        forecasts=outcome.decisions.frame,
-        horizon_bars=outcome.decisions.horizon_bars,
-        notes=notes_of(outcome)[len(outcome.result.notes) :],
-    )
-
-
-def write_results(folder: Path, outcome: Outcome) -> None:
-    """Write the summary, all figures, the daily tables and the HTML report into ``folder``."""
-    result = outcome.result
-    benchmarks = {name: values(item.metrics) for name, item in result.benchmarks.items()}
-    metrics = {"strategy": values(result.metrics), **benchmarks, "undefined": reasons(result.metrics)}
+def write_results(
+    folder: Path, outcome: Outcome, lived: Lived | None, args: argparse.Namespace
+) -> dict[str, object]:
+    """Write summary, figures, daily tables and report into ``folder``; return the summary."""
+    result, summary = outcome.result, summary_of(outcome)
+    figures: dict[str, object] = {"strategy": values(result.metrics), "undefined": reasons(result.metrics)}
+    figures |= {name: values(item.metrics) for name, item in result.benchmarks.items()}
+    figures |= {"by_year": by_year(result), "by_regime": by_regime(result)}
     equity = {"strategy": result.daily["equity"]}
     equity |= {name: item.daily["equity"] for name, item in result.benchmarks.items()}
-    try:
-        folder.mkdir(parents=True)
-        (folder / "summary.json").write_text(json.dumps(summary_of(outcome), indent=1, allow_nan=False))
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False))
-        result.daily.to_csv(folder / "daily_results.csv", index_label="date")
-        result.trades.to_csv(folder / "trade_log.csv", index=False)
-        pd.DataFrame(equity).to_csv(folder / "equity_comparison.csv", index_label="date")
-        write_report(report_of(outcome), folder / "report.html")
-    except OSError as error:
-        raise StorageError(f"cannot write {folder}: {error.strerror}") from error
+    folder.mkdir(parents=True)
+    if lived is not None:
+        summary["forward_sim"] = {"days": len(lived.days) - 1, "largest_gap": lived.gap, "allowed_gap": SAME}
+        lived.days.to_csv(folder / "forward_sim.csv", index_label="date")
+    if args.robustness:
+        write_json(folder / "robustness.json", [asdict(each) for each in outcome.evidence.scenarios])
+    write_json(folder / "summary.json", summary)
+    write_json(folder / "metrics.json", {**figures, "evidence": outcome.evidence.plain()})
+    result.daily.to_csv(folder / "daily_results.csv", index_label="date")
+    result.trades.to_csv(folder / "trade_log.csv", index=False)
+    pd.DataFrame(equity).to_csv(folder / "equity_comparison.csv", index_label="date")
+    told = {**summary, "files": str(folder)}
+    if args.no_report or args.compare:
+        return told
+    return {**told, "report": str(write_report(report_of(outcome), args.report or folder / "report.html"))}
 
 
-def print_summary(console: Console, outcome: Outcome) -> None:
-    """Print the strategy beside its benchmarks."""
-    result, summary = outcome.result, summary_of(outcome)
-    stamp = "IN-SAMPLE ROWS INCLUDED" if result.is_in_sample else "out of sample"
-    sizing = outcome.decisions.sizing_id.split(":")[0]
-    title = (
-        f"{summary['symbol']} {summary['start']} to {summary['end']}, {stamp}, {sizing} sizing "
-        f"(verdict: {summary['verdict']})"
+def comparison_table(outcomes: Sequence[Outcome]) -> charts.Table:
+    """Set the figures of backtests side by side, a column for each symbol."""
+    stamp = any(outcome.result.is_in_sample for outcome in outcomes)
+    words = words_of("comparison", {"rows": f"{'In-sample rows included' if stamp else 'Out of sample'}."})
+    records, why = [compared(outcome) for outcome in outcomes], words.table["not_computed"]
+    specs = words.table["beside"].items()
+    rows = ((Cell(label), *(cell(r[key], form, why) for r in records)) for key, (label, form) in specs)
+    return words.grid("beside", ("", *(str(record["symbol"]) for record in records)), rows)
+
+
+def comparison_report(outcomes: Sequence[Outcome]) -> Report:
+    """Set backtests side by side: the figures of each symbol, and its gain over buy and hold."""
+    results: dict[str, BacktestReport] = {o.bundle.symbol: o.result for o in outcomes}
+    stamp = IN_SAMPLE_STAMP if any(result.is_in_sample for result in results.values()) else ""
+    words = words_of("comparison", {"rows": f"{'In-sample rows included' if stamp else 'Out of sample'}."})
+    drawn = []
+    for symbol, result in results.items():
+        own = result.daily["equity"]
+        curves = {
+            label: (role, np.asarray(own / result.benchmarks[name].daily["equity"] - 1.0, dtype=np.float64))
+            for name, label, role in AHEAD_OF
+        }
+        chart = charts.curve_chart(pd.DatetimeIndex(result.daily.index), curves, form="pct")
+        drawn.append(words.on("ahead", chart, {"symbol": symbol}))
+    return Report(
+        kicker=words.table["kicker"],
+        title=", ".join(results),
+        subtitle=words.table["subtitle"],
+        headline=(),
+        banners=(Banner(tone="bad", text=words.table["verdict"]["in_sample"]),) if stamp else (),
+        sections=(words.section("beside", comparison_table(outcomes)), words.section("ahead", *drawn)),
+        limits=tuple(words.table["limits"]),
+        stamp=stamp,
     )
-    table = Table(title=title, title_justify="left")
-    table.add_column("after costs and financing")
-    for name in ("strategy", *result.benchmarks):
-        table.add_column(name.replace("_", " "), justify="right")
-    columns = [values(result.metrics), *(values(item.metrics) for item in result.benchmarks.values())]
-    rows = {
-        "total return": ("total_return", ".1%"),
-        "return a year": ("cagr", ".1%"),
-        "volatility": ("volatility", ".1%"),
-        "Sharpe ratio": ("sharpe_ratio", ".2f"),
-        "max drawdown": ("max_drawdown", ".1%"),
-        "mean exposure": ("exposure_mean", ".2f"),
-        "turnover a year": ("turnover", ".2f"),
-    }
-    for label, (key, style) in rows.items():
-        table.add_row(label, *(shown(column.get(key), style) for column in columns))
-    console.print(table)
+
+
+def write_comparison(
+    folder: Path, outcomes: Sequence[Outcome], args: argparse.Namespace
+) -> dict[str, object]:
+    """Write the figures side by side, and their report, into ``folder``; return what is told about it."""
+    records = [compared(outcome) for outcome in outcomes]
+    folder.mkdir(parents=True)
+    write_json(folder / "comparison.json", records)
+    told: dict[str, object] = {"comparison": records, "files": str(folder)}
+    if args.no_report:
+        return told
+    path = write_report(comparison_report(outcomes), args.report or folder / "report.html")
+    return {**told, "report": str(path)}
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write plain data; NaN is refused."""
+    path.write_text(json.dumps(content, indent=1, allow_nan=False))
+
+
+def print_outcome(console: Console, outcome: Outcome, lived: Lived | None, args: argparse.Namespace) -> None:
+    """Print the strategy beside its benchmarks, and what else was asked for."""
+    result, label = outcome.result, outcome.bundle.metadata["verdict"]["label"]
+    stamp = "IN-SAMPLE ROWS INCLUDED" if result.is_in_sample else "out of sample"
+    span = f"{result.daily.index[0]:%Y-%m-%d} to {result.daily.index[-1]:%Y-%m-%d}"
+    title = f"{outcome.bundle.symbol} {span}, {stamp}, {outcome.request.sizing} sizing (verdict: {label})"
+    measured = [result.metrics, *(item.metrics for item in result.benchmarks.values())]
+    columns = [values(metrics) for metrics in measured]
+    heads = ["after costs and financing", "strategy", *(name.replace("_", " ") for name in result.benchmarks)]
+    rows = ([name, *(shown(c.get(key), form) for c in columns)] for name, (key, form) in SHOWN.items())
+    print_table(console, title, heads, rows)
+    apart = outcome.evidence.intervals["sharpe_difference"]
+    if apart.value is not None:
+        told = f"Sharpe ratio over buy and hold {apart.value:+.3f}, {CONFIDENCE:.0%} of draws "
+        console.print(f"  - {told}from {apart.low:+.3f} to {apart.high:+.3f}", soft_wrap=True)
     for note in notes_of(outcome):
         console.print(f"  - {escape(note)}", soft_wrap=True)
+    for block in luck_section(outcome.evidence).blocks if args.robustness else ():
+        print_block(console, block)
+    if lived is not None:
+        title = f"lived bar by bar; from all bars at once it differs by {lived.gap:.1e} at most"
+        days = (
+            [str(day)[:10], *(f"{row[name]:,.4f}" for name in LIVED)] for day, row in lived.days.iterrows()
+        )
+        print_table(console, title, ["session", *LIVED], days)
+
+
+def print_table(console: Console, title: str, heads: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    """Print a table, its first column to the left."""
+    table = Table(title=escape(title), title_justify="left")
+    for place, head in enumerate(heads):
+        table.add_column(escape(head), justify="right" if place else "left")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def print_block(console: Console, block: Block) -> None:
+    """Print a table of a report; a drawing has no place on a terminal."""
+    if isinstance(block, charts.Table):
+        print_table(console, block.title, block.columns, ([c.text for c in row] for row in block.rows))
 
 
 def shown(value: float | None, style: str) -> str:
     """Return a figure for a table; a dash where it is undefined."""
     return "-" if value is None else format(value, style)
+
+
+def run(args: argparse.Namespace, settings: Settings) -> None:
+    """Make every backtest, then write and print: nothing is written where one of them fails."""
+    outcomes = make(args, settings)
+    lives = [live(outcome, args.days or DEFAULT_DAYS) if args.forward_sim else None for outcome in outcomes]
+    root, moment = settings.results_dir, f"{datetime.now(UTC):%Y%m%d_%H%M%S_%f}"
+    pairs = list(zip(outcomes, lives, strict=True))
+    try:
+        results = [write_results(root / f"{o.bundle.symbol}_{moment}", o, lived, args) for o, lived in pairs]
+        beside = write_comparison(root / f"comparison_{moment}", outcomes, args) if args.compare else {}
+    except OSError as error:
+        raise StorageError(f"cannot write {root}: {error.strerror}") from error
+    if args.json:
+        told = results[0] if len(results) == 1 else {**beside, "results": results}
+        sys.stdout.write(json.dumps(told, allow_nan=False) + "\n")
+        return
+    console = Console()
+    for outcome, lived in pairs:
+        print_outcome(console, outcome, lived, args)
+    if args.compare:
+        print_block(console, comparison_table(outcomes))
+    for told in (*results, beside):
+        for name in ("files", "report"):
+            if name in told:
+                console.print(f"{name}: {escape(str(told[name]))}", soft_wrap=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -247,21 +324,14 @@ def main(argv: list[str] | None = None) -> int:
     settings = Settings()
     configure_logging("WARNING" if args.json else settings.log_level)
     try:
-        outcome = backtest(args, settings)
-        folder = settings.results_dir / f"{outcome.bundle.symbol}_{datetime.now(UTC):%Y%m%d_%H%M%S_%f}"
-        write_results(folder, outcome)
+        run(args, settings)
     except AIStocksError as error:
         Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
         return error.exit_code
-    if args.json:
-        summary: Mapping[str, object] = {**summary_of(outcome), "report": str(folder / "report.html")}
-        sys.stdout.write(json.dumps(summary, allow_nan=False) + "\n")
-        return 0
-    console = Console()
-    print_summary(console, outcome)
-    console.print(f"report: {escape(str(folder / 'report.html'))}", soft_wrap=True)
     return 0
 
 
 if __name__ == "__main__":
+    # What the imports made is there to stay; looking through it again and again took a sixth of the time.
+    gc.freeze()
     sys.exit(main())

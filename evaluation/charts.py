@@ -41,7 +41,8 @@ TIMES, MINUS, PERCENT = "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}", "\N{NO-BREA
 _STYLE_LOCK = threading.Lock()
 STYLE = Path(__file__).parent / "templates" / "chart.mplstyle"
 FORMS = {"pct": "{:.1%}", "fine_pct": "{:.2%}", "signed": "{:+,.1%}", "fine_signed": "{:+.2%}"}
-FORMS |= {"num": "{:,.2f}", "fine": "{:.3f}", "fine4": "{:.4f}", "int": "{:,.0f}", "any": "{:.4g}"}
+FORMS |= {"whole_pct": "{:.0%}", "signed_fine": "{:+.3f}", "any": "{:.4g}"}
+FORMS |= {"num": "{:,.2f}", "fine": "{:.3f}", "fine4": "{:.4f}", "int": "{:,.0f}"}
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
 
@@ -147,7 +148,7 @@ def equity_chart(dates: pd.DatetimeIndex, equity: Series, in_sample: BoolArray |
         _lines(ax, dates, {name: (role, np.maximum(v, 0.01)) for name, (role, v) in growth.items()}, points)
         _log_axis(ax, "{:g}" + TIMES)
 
-    keys = tuple(Key(f"{label} {values[-1]:.2f}{TIMES}", role) for label, (role, values) in growth.items())
+    keys = tuple(Key(f"{label} {values[-1]:,.2f}{TIMES}", role) for label, (role, values) in growth.items())
     shaded = in_sample is not None and bool(in_sample.any())
     return _draw(paint, "full", (*keys, Key("in-sample rows", "loss", "area")) if shaded else keys)
 
@@ -312,10 +313,9 @@ def _thin(values: FloatArray, points: int) -> npt.NDArray[np.intp]:
     known = np.flatnonzero(np.isfinite(values))
     if len(known) <= points:
         return known
-    kept = [known[:1], known[-1:]]
     stretches = np.array_split(known, points // 2 - 1)
-    kept += [part[[np.argmin(values[part]), np.argmax(values[part])]] for part in stretches]
-    return np.unique(np.concatenate(kept))
+    extremes = (part[[np.argmin(values[part]), np.argmax(values[part])]] for part in stretches)
+    return np.unique(np.concatenate([known[:1], known[-1:], *extremes]))
 
 
 def _shade(ax: "Axes", dates: pd.DatetimeIndex, mask: BoolArray | None) -> None:

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from evaluation.accounting import DEFAULT_CAPITAL, Booking, CostModel, book_bar
+from evaluation.accounting import DEFAULT_CAPITAL, Booking, CostModel, Ledger, book_bar
 from utils.errors import DataError, InsufficientDataError
+
+_COSTS = ("trade_cost", "financing_cost", "borrow_cost")
 
 Decide = Callable[[pd.DataFrame], float]
 """Takes bars up to and including the last closed one, returns the target weight decided at that close."""
@@ -93,6 +95,20 @@ class ForwardSimulator:
                 raise DataError(f"the decision of {bars.index[t]} is {target}; must be a finite weight")
             rows.append(_lived(booked, before, close=close, target_weight=target))
         return pd.DataFrame(rows, index=bars.index[start:])
+
+
+def largest_gap(lived: pd.DataFrame, ledger: Ledger) -> float:
+    """Return how far a life as lived is from books of the same bars: the largest difference of any entry.
+
+    Money is measured in initial capitals or, where more, in what the books say.
+    """
+    gap = 0.0
+    for name in ("held_weight", "equity", "net_return", *_COSTS):
+        told = np.asarray(getattr(ledger, name), dtype=np.float64)
+        unit = ledger.initial_capital if name in {"equity", *_COSTS} else 1.0
+        apart = np.abs(np.asarray(lived[name], dtype=np.float64) - told) / np.maximum(np.abs(told), unit)
+        gap = max(gap, float(apart.max()))
+    return gap
 
 
 def _lived(booked: Booking, before: float, *, close: float, target_weight: float) -> dict[str, float]:

@@ -19,6 +19,7 @@ from evaluation import charts
 from evaluation.advanced_backtester import IN_SAMPLE_STAMP, BacktestReport
 from evaluation.charts import Cell, Drawing, FloatArray, Table, cell
 from evaluation.metrics import Metrics, values
+from evaluation.robustness import REGIME_BARS, by_regime, by_year, net_returns
 from utils.errors import DataError, StorageError
 
 Block = Drawing | Table
@@ -27,7 +28,7 @@ STRATEGY = "Strategy"
 BENCHMARKS = {"buy_hold": ("Buy and hold", "hold"), "exposure_matched": ("Same exposure", "exposure")}
 BENCHMARKS |= {"volatility_matched": ("Same volatility", "volatility")}
 TEMPLATES = Path(__file__).parent / "templates"
-ROLLING_BARS, REGIME_BARS, COVERAGE_OUTCOMES = 252, 63, 250
+ROLLING_BARS, COVERAGE_OUTCOMES = 252, 250
 SHOWN_FORECASTS, SHOWN_MARKERS, SHOWN_TRIALS, SHOWN_FEATURES = 120, 80, 12, 20
 # All but the last part of a path: where this machine keeps things is nobody's business. URLs stay.
 _FOLDERS = re.compile(r"(?<![\w.<])(?<!:/)(?:file://|[A-Za-z]:)?(?:[/\\][\w.@+~-]+)+[/\\](?=[\w.@+~-])")
@@ -76,18 +77,20 @@ class Report:
 
 
 @dataclass(frozen=True, slots=True)
-class _Words:
+class Words:
     """Headings, captions and columns of one kind of report, and what fills the gaps of its captions."""
 
     table: Mapping[str, Any]
     fills: Mapping[str, object]
 
     def on(self, name: str, block: AnyBlock, fills: Mapping[str, object] | None = None) -> AnyBlock:
+        """Give a block its title and caption."""
         known = {**self.fills, **(fills or {})}
         title, caption = (text.format_map(known) for text in self.table["figure"][name])
         return replace(block, title=title, caption=caption)
 
     def grid(self, name: str, columns: Iterable[str], rows: Iterable[Iterable[Cell]]) -> Table:
+        """Show rows of cells."""
         return self.on(name, Table(columns=tuple(columns), rows=tuple(tuple(row) for row in rows)))
 
     def records(self, name: str, records: Iterable[Mapping[str, Any]]) -> Table:
@@ -97,6 +100,7 @@ class _Words:
         return self.grid(name, (head for _key, head, _form in specs), rows)
 
     def section(self, name: str, *blocks: Block, bullets: Iterable[str] = ()) -> Section:
+        """Put a heading and its sentences over blocks."""
         title, *lead = self.table["section"][name]
         return Section(title=title, lead=tuple(lead), bullets=tuple(bullets), blocks=blocks)
 
@@ -133,7 +137,7 @@ def provenance_of(metadata: Mapping[str, Any]) -> dict[str, str]:
     flat = {**metadata, **{f"{part}.{name}": fact for part, facts in parts for name, fact in facts.items()}}
     libraries = metadata.get("versions", {}).items()
     flat["versions"] = ", ".join(f"{name} {version}" for name, version in libraries)
-    places = _words("training").table["provenance"].items()
+    places = words_of("training").table["provenance"].items()
     return {label: str(flat[place]) for label, place in places if flat.get(place) not in (None, "")}
 
 
@@ -169,10 +173,10 @@ def backtest_report(
     costs, stamp = result.costs, IN_SAMPLE_STAMP if result.is_in_sample else ""
     rows = f"{'In-sample rows included' if stamp else 'Out of sample'}, {_span(result.daily.index)}"
     rates = {"financing": costs.financing_annual * 100, "borrow": costs.borrow_annual * 100}
-    paid = _words("backtest").table["costs"].format(costs=costs, **rates)
+    paid = words_of("backtest").table["costs"].format(costs=costs, **rates)
     fills = {"basis": f"{rows}, {paid}.", "rows": f"{rows}.", "window": ROLLING_BARS, "horizon": horizon_bars}
     fills |= {"symbol": symbol, "stamp": stamp, "subtitle": f"{rows}, {len(result.daily):,} sessions, {paid}"}
-    words = _words("backtest", fills)
+    words = words_of("backtest", fills)
     figures = {"own": values(result.metrics)} | {n: values(result.benchmarks[n].metrics) for n in BENCHMARKS}
     own, same = (figures[name]["cagr"] for name in ("own", "exposure_matched"))
     figures["own"]["exposure_gap"] = None if own is None or same is None else own - same
@@ -187,11 +191,11 @@ def backtest_report(
     return _page(words, figures, verdict, sections)
 
 
-def _money(words: _Words, result: BacktestReport) -> tuple[Section, ...]:
+def _money(words: Words, result: BacktestReport) -> tuple[Section, ...]:
     daily, dates, year = result.daily, pd.DatetimeIndex(result.daily.index), result.costs.periods_per_year
     frames = {STRATEGY: ("strategy", daily)}
     frames |= {label: (role, result.benchmarks[name].daily) for name, (label, role) in BENCHMARKS.items()}
-    net = pd.DataFrame({label: frame["net_return"] for label, (_role, frame) in frames.items()})
+    net = net_returns(result)
 
     def curves(name: str, first: int) -> dict[str, tuple[str, FloatArray]]:
         return {label: (role, _floats(frame[name])) for label, (role, frame) in [*frames.items()][:first]}
@@ -202,19 +206,19 @@ def _money(words: _Words, result: BacktestReport) -> tuple[Section, ...]:
     position = words.on("position", charts.position_chart(dates, held))
     long, pair = len(dates) > ROLLING_BARS + REGIME_BARS, curves("net_return", 2)
     sharpe = charts.rolling_sharpe_chart(dates, pair, window=ROLLING_BARS, periods_per_year=year)
-    rough = (words.on("sharpe", sharpe), _regimes(words, daily, net, year)) if long else ()
-    alike = (words.table["same"],) if np.allclose(net[STRATEGY], net["Buy and hold"], atol=1e-9) else ()
-    months = words.on("months", charts.monthly_heatmap(net[STRATEGY]))
+    rough = (words.on("sharpe", sharpe), words.records("regimes", by_regime(result))) if long else ()
+    alike = (words.table["same"],) if np.allclose(net["strategy"], net["buy_hold"], atol=1e-9) else ()
+    months = words.on("months", charts.monthly_heatmap(net["strategy"]))
     return (
         words.section("growth", equity, drawdown, position, bullets=alike),
         words.section("measures", *_measures(words, result)),
         words.section("time", *rough),
-        words.section("calendar", months, _years(words, daily, net)),
+        words.section("calendar", months, words.records("years", by_year(result))),
         words.section("trades", _price(words, daily)),
     )
 
 
-def _measures(words: _Words, result: BacktestReport) -> tuple[Table, Table]:
+def _measures(words: Words, result: BacktestReport) -> tuple[Table, Table]:
     rivals = [result.benchmarks[name].metrics for name in BENCHMARKS]
 
     def rows(kind: str, columns: list[Metrics]) -> list[list[Cell]]:
@@ -227,27 +231,7 @@ def _measures(words: _Words, result: BacktestReport) -> tuple[Table, Table]:
     return beside, replace(words.grid("own", ("", ""), rows("own", [result.metrics])), style="facts")
 
 
-def _years(words: _Words, daily: pd.DataFrame, net: pd.DataFrame) -> Table:
-    rows = []
-    for year, part in net.groupby(pd.DatetimeIndex(net.index).year):
-        growth, own = (1.0 + part).cumprod(), daily.loc[part.index]
-        deepest = (growth[STRATEGY] / growth[STRATEGY].cummax().clip(lower=1.0)).min() - 1.0
-        held, traded = own["held_weight"].mean(), own["turnover"].sum()
-        rest = cell(deepest, "pct"), cell(held, "pct"), cell(traded, "num")
-        rows.append((Cell(str(year)), *(cell(gain, "signed") for gain in growth.iloc[-1] - 1.0), *rest))
-    return words.grid("years", ("", *net.columns, "Deepest loss", "Position", "Turnover"), rows)
-
-
-def _regimes(words: _Words, daily: pd.DataFrame, net: pd.DataFrame, periods: int) -> Table:
-    # A regime must be known before the day that is counted to it.
-    volatility = daily["asset_return"].rolling(REGIME_BARS).std().shift(1)
-    thirds = pd.qcut(volatility.rank(method="first"), 3, labels=["Calm", "Middle", "Stormy"])
-    means = net.groupby(thirds, observed=True).mean() * periods
-    rows = ((Cell(str(third)), *(cell(mean, "signed") for mean in row)) for third, row in means.iterrows())
-    return words.grid("regimes", ("", *net.columns), rows)
-
-
-def _price(words: _Words, daily: pd.DataFrame) -> Drawing:
+def _price(words: Words, daily: pd.DataFrame) -> Drawing:
     change, turnover = np.diff(_floats(daily["held_weight"]), prepend=0.0), _floats(daily["turnover"])
     shown = turnover >= max(0.01, np.sort(turnover)[-min(SHOWN_MARKERS, len(turnover))])
     dates, close = pd.DatetimeIndex(daily.index), _floats(daily["close"])
@@ -255,7 +239,7 @@ def _price(words: _Words, daily: pd.DataFrame) -> Drawing:
     return words.on("price", drawing, {"shown": shown.sum(), "total": f"{(turnover >= 0.01).sum():,}"})
 
 
-def _forecasts(words: _Words, made: pd.DataFrame, horizon: int, *, in_sample: bool) -> Section:
+def _forecasts(words: Words, made: pd.DataFrame, horizon: int, *, in_sample: bool) -> Section:
     frame = made.assign(came=made["close"].shift(-horizon) / made["close"] - 1.0)
     frame = frame[made["is_out_of_sample"].astype(bool) | in_sample]
     frame = frame.dropna(subset=["came", "expected_return", "lower", "upper", "prob_up"])
@@ -304,7 +288,7 @@ def training_report(
     pruned, tries = sum(trial["state"] == "pruned" for trial in trials), evidence.get("n_trials", 1)
     fills = {"rows": f"{rows}.", "horizon": horizon, "total": len(trials), "tries": tries}
     fills |= {"symbol": symbol, "subtitle": f"{rows} of the return over {horizon} sessions"}
-    words = _words("training", {**fills, "pruned": pruned, "shown": min(SHOWN_TRIALS, len(trials))})
+    words = words_of("training", {**fills, "pruned": pruned, "shown": min(SHOWN_TRIALS, len(trials))})
     best = [{"why": words.table["stopped"], **trial} for trial in best[:SHOWN_TRIALS]]
     gates = ({"note": words.table["gate"].get(gate["name"], ""), **gate} for gate in verdict["gates"])
     tables = words.records("gates", gates), _evidence(words, evidence)
@@ -323,7 +307,7 @@ def training_report(
     return _page(words, {"own": {**evidence, "trials": len(trials)}}, verdict, sections)
 
 
-def _skill(words: _Words, known: pd.DataFrame, evidence: Mapping[str, Any], horizon: int) -> list[Block]:
+def _skill(words: Words, known: pd.DataFrame, evidence: Mapping[str, Any], horizon: int) -> list[Block]:
     came, model, drift = (_floats(known[f"{name}_log"]) for name in ("realised", "predicted", "baseline"))
     # Prices that never move leave the drift no error.
     whole = float(np.sum((came - drift) ** 2)) or 1.0
@@ -336,7 +320,7 @@ def _skill(words: _Words, known: pd.DataFrame, evidence: Mapping[str, Any], hori
     return [words.records("naive", rows), words.on("calibration", calibration), words.on("ahead", over_time)]
 
 
-def _importance(words: _Words, importance: Mapping[str, float], folds: Iterable[Mapping[str, Any]]) -> Table:
+def _importance(words: Words, importance: Mapping[str, float], folds: Iterable[Mapping[str, Any]]) -> Table:
     selected = [set(fold["selected_features"]) for fold in folds]
     top = sorted(importance, key=lambda name: (-importance[name], name))[:SHOWN_FEATURES]
     notes = {name: f"{sum(name in fold for fold in selected)} of {len(selected)}" for name in top}
@@ -345,7 +329,7 @@ def _importance(words: _Words, importance: Mapping[str, float], folds: Iterable[
 
 
 def _page(
-    words: _Words,
+    words: Words,
     figures: Mapping[str, Mapping[str, float | None]],
     verdict: Mapping[str, Any],
     sections: tuple[Section, ...],
@@ -368,7 +352,7 @@ def _page(
     )
 
 
-def _evidence(words: _Words, evidence: Mapping[str, object]) -> Table:
+def _evidence(words: Words, evidence: Mapping[str, object]) -> Table:
     known, why = words.table["evidence"], words.table["not_computed"]
     # Two figures with the same words are one, told by two sides.
     specs = {tuple(known.get(key, (key.replace("_", " ").capitalize(), "any", ""))): key for key in evidence}
@@ -377,14 +361,15 @@ def _evidence(words: _Words, evidence: Mapping[str, object]) -> Table:
     return words.grid("evidence", ("Measure", "Value", "How to read it"), rows)
 
 
-def _facts(words: _Words, facts: Mapping[str, str]) -> Table:
+def _facts(words: Words, facts: Mapping[str, str]) -> Table:
     rows = tuple((Cell(name), Cell(fact)) for name, fact in facts.items())
     return words.on("origin", Table(columns=("", ""), rows=rows, style="facts"))
 
 
-def _words(kind: str, fills: Mapping[str, object] | None = None) -> _Words:
+def words_of(kind: str, fills: Mapping[str, object] | None = None) -> Words:
+    """Read the words of a ``kind`` of report, and what fills their gaps."""
     table = tomllib.loads((TEMPLATES / "words.toml").read_text(encoding="utf-8"))
-    return _Words({**table, **table[kind]}, fills or {})
+    return Words({**table, **table[kind]}, fills or {})
 
 
 def _floats(numbers: object) -> FloatArray:

@@ -18,6 +18,18 @@ def places(tmp_path: Path, csv_dir: Path, tiny_bundle: Path, monkeypatch: pytest
     return tmp_path / "results"
 
 
+EVIDENCE = {
+    "n_tries",
+    "deflated_sharpe",
+    "deflated_sharpe_active",
+    "minimum_track_record_bars",
+    "pbo",
+    "out_of_sample_share",
+    "band_coverage",
+    "brier_skill",
+}
+
+
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> dict:
     assert main([*argv, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
@@ -48,8 +60,9 @@ def test_all_files_are_written_and_agree(places: Path, capsys):
 
 def test_two_runs_give_the_same_numbers(places: Path, capsys):
     first, second = (run(capsys, "--symbol", "SIGNAL") for _ in range(2))
-    assert {k: v for k, v in first.items() if k != "report"} == {
-        k: v for k, v in second.items() if k != "report"
+    places_apart = {"report", "files"}
+    assert {k: v for k, v in first.items() if k not in places_apart} == {
+        k: v for k, v in second.items() if k not in places_apart
     }
 
 
@@ -123,3 +136,174 @@ def test_a_date_that_is_none_is_a_usage_error(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["--symbol", "AAPL", "--start", "yesterday"])
     assert "YYYY-MM-DD" in capsys.readouterr().err
+
+
+def test_the_summary_holds_what_was_promised(places: Path, capsys):
+    summary = run(capsys, "--symbol", "SIGNAL")
+    promised = (
+        "symbol start end mode n_days strategy_return buy_hold_return alpha sharpe_ratio max_drawdown "
+        "win_rate direction_accuracy prediction_std pred_positive_pct turnover total_transaction_costs "
+        "cost_adjusted_sharpe"
+    )
+    assert set(promised.split()) | EVIDENCE <= set(summary)
+    assert summary["mode"] == "gbm_only"
+    assert summary["out_of_sample_share"] == 1.0
+    assert (
+        summary["intervals"]["sharpe_difference"]["low"] < summary["intervals"]["sharpe_difference"]["high"]
+    )
+    assert 0.0 <= summary["pbo"] <= 1.0
+
+
+def test_the_evidence_tells_a_planted_edge_from_noise(places: Path, capsys):
+    signal, noise = (run(capsys, "--symbol", name)["intervals"] for name in ("SIGNAL", "NOISE"))
+    assert signal["sharpe_difference"]["low"] > 0.0
+    assert noise["sharpe_difference"]["low"] <= 0.0
+
+
+def test_the_trade_log_says_when_why_and_what_for(places: Path, capsys):
+    folder = Path(run(capsys, "--symbol", "SIGNAL", "--sizing", "half-kelly")["files"])
+    trades = pd.read_csv(folder / "trade_log.csv")
+    assert {"entry_date", "exit_date", "pnl", "reason"} <= set(trades)
+    assert trades["reason"].notna().all()
+    closed = trades[trades["exit_date"].notna()]
+    assert (closed["exit_date"] >= closed["entry_date"]).all()
+    assert closed["cumulative_pnl"].iloc[-1] == pytest.approx(closed["pnl"].sum())
+
+
+def test_figures_by_year_and_regime_are_on_file(places: Path, capsys):
+    folder = Path(run(capsys, "--symbol", "SIGNAL", "--no-report")["files"])
+    assert not (folder / "report.html").exists()
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert [regime["period"] for regime in metrics["by_regime"]] == ["Calm", "Middle", "Stormy"]
+    assert len(metrics["by_year"]) >= 2
+    assert set(metrics["evidence"]) >= EVIDENCE | {"intervals", "robustness"}
+
+
+def test_robustness_runs_windows_times_costs_times_seeds(places: Path, capsys):
+    summary = run(capsys, "--symbol", "SIGNAL", "--robustness")
+    cells = json.loads((Path(summary["files"]) / "robustness.json").read_text())
+    assert len(cells) == len({(c["window"], c["cost_multiple"], c["seed"]) for c in cells})
+    headline = [c for c in cells if (c["window"], c["cost_multiple"], c["seed"]) == ("whole", 1.0, 0)]
+    assert headline[0]["sharpe"] == pytest.approx(summary["sharpe_ratio"], rel=1e-12)
+    assert {c["seed"] for c in cells} == set(range(21))
+    page = Path(summary["report"]).read_text()
+    assert "Other windows, other costs" in page
+    assert "Probability of overfitting" in page
+    assert "{" not in page.split("<body>")[1].replace("{{", "")
+    assert main(["--symbol", "SIGNAL", "--robustness", "--no-report"]) == 0
+    assert "Other windows, other costs" in capsys.readouterr().out
+
+
+def test_symbols_are_set_side_by_side(places: Path, capsys, tmp_path: Path):
+    target = tmp_path / "beside.html"
+    told = run(capsys, "--symbols", "SIGNAL,NOISE,signal", "--compare", "--report", str(target))
+    assert [record["symbol"] for record in told["comparison"]] == ["SIGNAL", "NOISE"]
+    assert told["report"] == str(target)
+    page = target.read_text()
+    assert "SIGNAL" in page
+    assert "over equal exposure" in page
+    records = json.loads((Path(told["files"]) / "comparison.json").read_text())
+    assert records == told["comparison"]
+    alone = {name: run(capsys, "--symbol", name, "--no-report") for name in ("SIGNAL", "NOISE")}
+    for record in records:
+        assert record["sharpe_ratio"] == alone[record["symbol"]]["sharpe_ratio"]
+    assert not list(places.glob("SIGNAL_*/report.html"))
+    assert main(["--symbols", "SIGNAL,NOISE", "--compare", "--no-report"]) == 0
+    assert "of buy and hold" in capsys.readouterr().out
+
+
+def test_symbols_without_comparison_get_a_report_each(places: Path, capsys):
+    told = run(capsys, "--symbols", "SIGNAL,NOISE")
+    assert [Path(result["report"]).is_file() for result in told["results"]] == [True, True]
+    assert "comparison" not in told
+
+
+@pytest.mark.parametrize("sizing", ["calibrated", "long-biased"])
+def test_days_lived_again_are_the_days_booked(places: Path, capsys, sizing: str):
+    argv = ["--symbol", "SIGNAL", "--sizing", sizing, "--no-report", "--forward-sim", "--days", "12"]
+    summary = run(capsys, *argv)
+    assert summary["forward_sim"]["days"] == 12
+    assert summary["forward_sim"]["largest_gap"] <= 1e-12
+    lived = pd.read_csv(Path(summary["files"]) / "forward_sim.csv", index_col="date")
+    booked = pd.read_csv(Path(summary["files"]) / "daily_results.csv", index_col="date")
+    assert len(lived) == 13
+    pd.testing.assert_series_equal(lived["target_weight"], booked.loc[lived.index, "target_weight"])
+    assert main(argv) == 0
+    assert "lived bar by bar" in capsys.readouterr().out
+
+
+def test_a_forecaster_that_peeks_is_found_out_by_living(places: Path, capsys, monkeypatch):
+    from inference.pipeline import GBMForecaster
+
+    honest = GBMForecaster.forecast
+
+    def peeks(self: GBMForecaster, bars: pd.DataFrame) -> pd.DataFrame:
+        frame = honest(self, bars)
+        ahead = bars["Close"].shift(-1) / bars["Close"] - 1.0
+        return frame.assign(expected_return=ahead.fillna(0.0), skill_lower=1.0)
+
+    monkeypatch.setattr(GBMForecaster, "forecast", peeks)
+    assert main(["--symbol", "SIGNAL", "--forward-sim", "--days", "5"]) == 1
+    assert "knew more than it may" in capsys.readouterr().err
+    assert not places.exists()
+
+
+def test_the_borrow_fee_is_charged(places: Path, capsys):
+    argv = ["--symbol", "SIGNAL", "--sizing", "half-kelly", "--no-report"]
+    free, dear = (run(capsys, *argv, "--borrow", rate) for rate in ("0", "0.9"))
+    assert dear["costs"]["borrow_annual"] == 0.9
+    assert dear["strategy_return"] < free["strategy_return"]
+
+
+@pytest.mark.parametrize("mode", ["lstm_only", "ensemble"])
+def test_a_mode_without_its_model_says_what_is_missing(places: Path, capsys, mode: str):
+    assert main(["--symbol", "SIGNAL", "--mode", mode]) == 5
+    shown = capsys.readouterr().err
+    assert "LSTM of SIGNAL" in shown
+    assert "--mode gbm_only" in shown
+    assert not places.exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--symbols", "SIGNAL", "--compare"], "needs two symbols"),
+        (["--symbols", "SIGNAL,signal", "--compare"], "needs two symbols"),
+        (["--symbol", "SIGNAL", "--compare"], "needs two symbols"),
+        (["--symbols", " , "], "names no symbol"),
+        (["--symbols", "SIGNAL,NOISE", "--report", "x.html"], "add --compare"),
+        (["--symbol", "SIGNAL", "--days", "5"], "--forward-sim"),
+        (["--symbol", "SIGNAL", "--forward-sim", "--days", "0"], "at least 1"),
+        (["--symbol", "SIGNAL", "--forward-sim", "--days", "99999"], "--days must be 1 to"),
+        (["--symbol", "SIGNAL", "--borrow", "-0.1"], "borrow_annual"),
+        (["--symbol", "SIGNAL", "--max-short", "-1"], "max_short"),
+        (["--symbol", "SIGNAL", "--slippage", "2000"], "1000 bps"),
+    ],
+)
+def test_what_does_not_go_together_is_a_usage_error(places: Path, capsys, argv: list[str], words: str):
+    assert main(argv) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+    assert not places.exists()
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["--symbol", "A", "--symbols", "A,B"],
+        ["--symbol", "A", "--report", "x", "--no-report"],
+        ["--symbol", "A", "--mode", "transformer"],
+        ["--symbol", "A", "--sizing", "all-in"],
+        ["--symbol", "A", "--days", "many"],
+    ],
+)
+def test_what_cannot_be_parsed_is_a_usage_error(capsys, argv: list[str]):
+    with pytest.raises(SystemExit, match="2"):
+        main(argv)
+    assert "usage" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_a_storage_error(places: Path, capsys):
+    places.write_text("a file where the folder should be")
+    assert main(["--symbol", "SIGNAL"]) == 8
+    assert "cannot write" in capsys.readouterr().err

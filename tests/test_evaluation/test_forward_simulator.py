@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from evaluation.accounting import CostModel, account
-from evaluation.forward_simulator import ForwardSimulator
+from evaluation.forward_simulator import ForwardSimulator, largest_gap
 from inference.position_sizing import PRESETS, SizingInputs, make_sizer
 from utils.errors import DataError, InsufficientDataError
 
@@ -45,15 +45,8 @@ def lived_as_booked(bars: pd.DataFrame, weights: Weights) -> bool:
     lived = ForwardSimulator(costs=COSTS).run(bars, lambda known: float(weights(known)[-1]))
     returns = bars["Close"].pct_change(fill_method=None).to_numpy()
     booked = account(weights(bars), returns, COSTS)
-    pairs = (
-        (lived["equity"], booked.equity),
-        (lived["held_weight"], booked.held_weight),
-        (lived["net_return"], booked.net_return),
-        (lived["trade_cost"], booked.trade_cost),
-        (lived["financing_cost"], booked.financing_cost),
-        (lived["borrow_cost"], booked.borrow_cost),
-    )
-    return all(np.allclose(a.to_numpy(), b, rtol=1e-12, atol=1e-12) for a, b in pairs)
+    decided_alike = np.array_equal(lived["target_weight"], weights(bars))
+    return bool(decided_alike and largest_gap(lived, booked) <= 1e-12)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -137,3 +130,17 @@ def test_bad_requests_are_refused(make_bars: Callable[..., pd.DataFrame]) -> Non
         simulator.run(bars, lambda _: 1.0, refit_every_bars=5)
     with pytest.raises(DataError, match="refitting"):
         simulator.run(bars, lambda _: 1.0, refit=lambda _: lambda _: 1.0, refit_every_bars=0)
+
+
+@pytest.mark.parametrize(
+    "name", ["held_weight", "equity", "net_return", "trade_cost", "financing_cost", "borrow_cost"]
+)
+def test_a_gap_in_any_entry_is_found(make_bars: Callable[..., pd.DataFrame], name: str) -> None:
+    bars = make_bars(120, seed=1)
+    weights = weights_of("half-kelly")
+    lived = ForwardSimulator(costs=COSTS).run(bars, lambda known: float(weights(known)[-1]))
+    booked = account(weights(bars), bars["Close"].pct_change(fill_method=None).to_numpy(), COSTS)
+    planted = lived.copy()
+    planted.iloc[60, planted.columns.get_loc(name)] += 1e-6
+    assert largest_gap(lived, booked) <= 1e-12
+    assert largest_gap(planted, booked) > 1e-11
