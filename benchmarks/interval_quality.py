@@ -42,11 +42,13 @@ from scipy.stats import t as student
 
 from data.data_fetcher import CsvSource
 from data.universe import load_panel
-from inference.intervals import DECILES, Calibrated, calibrate_band
-from inference.volatility import (
+from inference.intervals import (
     ANCHORS_BARS,
+    DECILES,
     DEGREES_OF_FREEDOM,
+    Calibrated,
     VolatilityForecast,
+    calibrate_band,
     forecast_volatility,
     volatility_features,
 )

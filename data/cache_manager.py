@@ -36,8 +36,15 @@ from rich.table import Table
 
 from data.calendars import calendar_for, check_answer, join_raw, priced_rows, settled_rows
 from data.data_fetcher import BarSource, RawAnswer, RevisionedSource, last_due, make_source
-from data.schema import normalise_symbol
-from data.tables import CorruptTableError, TableMeta, decode_table, encode_table, seal, unseal
+from data.schema import (
+    CorruptTableError,
+    TableMeta,
+    decode_table,
+    encode_table,
+    normalise_symbol,
+    seal,
+    unseal,
+)
 from utils.errors import (
     AIStocksError,
     DataError,

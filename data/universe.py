@@ -21,8 +21,7 @@ from data.calendars import calendar_for, calendar_name
 from data.data_fetcher import BarSource, ReadsThrough, fetch_stock_data
 from data.data_validator import DataValidator
 from data.feature_engineer import engineer_features, feature_set_hash
-from data.schema import Bars, bars_hash, normalise_symbol
-from data.tables import TableMeta
+from data.schema import Bars, TableMeta, bars_hash, normalise_symbol
 from utils.errors import AIStocksError, DataError, UsageError
 
 logger = logging.getLogger(__name__)

@@ -15,10 +15,16 @@ from data.feature_engineer import engineer_features
 from data.target_engineering import make_target
 from evaluation.accounting import DEFAULT_CAPITAL, CostModel
 from evaluation.advanced_backtester import AdvancedBacktester, BacktestReport
-from inference.intervals import ForecastPath, calibrate_band, centre_log, forecast_path
+from inference.intervals import (
+    ANCHORS_BARS,
+    ForecastPath,
+    calibrate_band,
+    centre_log,
+    forecast_path,
+    forecast_volatility,
+)
 from inference.load_gbm_models import GBMBundle
 from inference.position_sizing import Sizer, SizingInputs
-from inference.volatility import ANCHORS_BARS, forecast_volatility
 from utils.errors import ModelIncompatibleError
 
 FloatArray = npt.NDArray[np.float64]

@@ -28,6 +28,7 @@ from service.prediction_service import PredictionService
 from service.schemas import (
     MAX_CHART_BARS,
     HistoricalResponse,
+    ModelMeta,
     PredictionRequest,
     PredictionResult,
     Problem,
@@ -35,7 +36,6 @@ from service.schemas import (
     Welcome,
     Wire,
 )
-from service.work_schemas import ModelMeta
 from utils.errors import (
     AIStocksError,
     ConflictError,

@@ -18,8 +18,7 @@ from pydantic import ValidationError
 from inference.ensemble import MODEL_NAMES
 from inference.load_gbm_models import GBMBundle, describe_linked, load_linked
 from inference.pipeline import Forecaster, GBMForecaster
-from service.schemas import VerdictLabel
-from service.work_schemas import BacktestMetrics, ModelMeta
+from service.schemas import BacktestMetrics, ModelMeta, VerdictLabel
 from utils.errors import (
     AIStocksError,
     ModelCorruptError,

@@ -15,8 +15,7 @@ import pytest
 from data.cache_manager import BarCache, CachePolicy, build_parser, main
 from data.calendars import calendar_for
 from data.data_fetcher import CsvSource, fetch_stock_data
-from data.schema import bars_hash
-from data.tables import CorruptTableError, TableMeta
+from data.schema import CorruptTableError, TableMeta, bars_hash
 from data.universe import load_panel
 from utils.errors import DataError, LockedError, StorageError, UnknownSymbolError, UpstreamError
 
@@ -292,7 +291,7 @@ def test_every_flipped_byte_is_caught_and_the_bars_fetched_again(cache, raw, tmp
 
 
 def test_page_checksums_alone_would_catch_a_flip_in_the_values(cache, raw):
-    from data.tables import decode_table, encode_table
+    from data.schema import decode_table, encode_table
 
     content = bytearray(encode_table(raw))
     content[len(content) // 3] ^= 0x10
@@ -337,7 +336,7 @@ def test_a_table_swapped_for_that_of_another_symbol_is_caught(cache, raw, tmp_pa
 def test_another_schema_version_rebuilds_itself(cache, raw, monkeypatch):
     source, now = LiveSource(raw), after(raw.index[-1])
     frame_of(cache, source, now)
-    monkeypatch.setattr("data.tables.SCHEMA_VERSION", 2)
+    monkeypatch.setattr("data.schema.SCHEMA_VERSION", 2)
     assert cache.load("bars", "AAPL", "yahoo") is None
     frame_of(cache, source, now)
     assert len(source.asked) == 2

@@ -13,13 +13,18 @@ from data.schema import (
     BAR_COLUMNS,
     RAW_COLUMNS,
     BarsReport,
+    CorruptTableError,
     QualityLimits,
+    TableMeta,
     bars_hash,
     check_enough,
     clean_bars,
+    decode_table,
+    encode_table,
     normalise_symbol,
+    seal,
+    unseal,
 )
-from data.tables import CorruptTableError, TableMeta, decode_table, encode_table, seal, unseal
 from utils.errors import DataError, InsufficientDataError, InvalidSymbolError, UsageError
 from utils.model_paths import symbol_dir
 

@@ -7,6 +7,7 @@ from scipy.stats import t as student
 
 from inference.intervals import (
     DECILES,
+    DEGREES_OF_FREEDOM,
     PRIOR_RESIDUALS,
     WINDOW_ROWS,
     Calibrated,
@@ -14,7 +15,6 @@ from inference.intervals import (
     centre_log,
     forecast_path,
 )
-from inference.volatility import DEGREES_OF_FREEDOM
 
 PRIOR = student.ppf(DECILES, DEGREES_OF_FREEDOM)
 

@@ -4,11 +4,11 @@ import pytest
 
 from data.data_fetcher import CsvSource
 from data.universe import load_panel
-from inference.intervals import calibrate_band
-from inference.volatility import (
+from inference.intervals import (
     ANCHORS_BARS,
     FEATURES,
     WEIGHTS,
+    calibrate_band,
     decayed_mean,
     forecast_volatility,
     volatility_features,

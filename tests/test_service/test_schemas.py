@@ -11,9 +11,15 @@ import pytest
 from pydantic import ValidationError
 
 import service.schemas
-import service.work_schemas
-from service.schemas import PredictionRequest, Problem, RealtimeQuote, Wire
-from service.work_schemas import BacktestParams, BacktestRequest, TrainingParams
+from service.schemas import (
+    BacktestParams,
+    BacktestRequest,
+    PredictionRequest,
+    Problem,
+    RealtimeQuote,
+    TrainingParams,
+    Wire,
+)
 
 AI_TS = Path(__file__).resolve().parents[2] / "types" / "ai.ts"
 # Said in TypeScript alone: it only relaxes PredictionRequest for callers.
@@ -71,7 +77,7 @@ def python_models() -> dict[str, Fields]:
     """Return the same of the pydantic models; what defaults to None may be absent."""
     models = {
         name: model
-        for module in (service.schemas, service.work_schemas)
+        for module in (service.schemas, service.schemas)
         for name, model in inspect.getmembers(module, inspect.isclass)
         if issubclass(model, Wire) and model is not Wire
     }
