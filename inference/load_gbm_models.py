@@ -29,7 +29,7 @@ from inference import artifact
 from inference.artifact import Version, corrupt, unusable
 from inference.ensemble import Booster, BoosterEnsemble, Calibration, FloatArray, FloatMatrix
 from utils.errors import ModelIncompatibleError
-from utils.model_paths import GBM, Linked, linked_version, roll_back, serve_linked
+from utils.model_paths import GBM, Linked, linked_version, roll_back, serve, serve_linked
 
 SCHEMA_VERSION = 2
 BOOSTER_LIBRARY = {"xgb": "xgboost", "lgb": "lightgbm", "cat": "catboost"}
@@ -237,7 +237,8 @@ def load_bundle(models_dir: Path, symbol: str) -> GBMBundle:
     ModelCorruptError, ModelIncompatibleError
         If no version can be used.
     """
-    return load_linked(linked_version(models_dir, symbol))
+    bundle, warnings = serve(models_dir, symbol, GBM, load_folder)
+    return replace(bundle, warnings=warnings)
 
 
 def load_linked(linked: Linked) -> GBMBundle:

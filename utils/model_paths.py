@@ -30,6 +30,9 @@ from utils.errors import (
 
 logger = logging.getLogger(__name__)
 
+# A link is read so often before a reader gives up on a writer that prunes faster than it reads.
+READS = 5
+
 KEEP_VERSIONS = 5
 # Verifying a version takes seconds; whoever waits longer waits for something that hangs.
 LOCK_WAIT_S = 300.0
@@ -62,6 +65,10 @@ class ArtifactKind:
 
 
 GBM = ArtifactKind(name="gbm", versions="versions", trainer="training.train_gbm")
+
+
+class VersionPrunedError(ModelCorruptError):
+    """The version that was named is not kept any more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,6 +228,22 @@ def list_symbols(models_dir: Path, kind: ArtifactKind = GBM) -> list[str]:
         ) from error
 
 
+def serve(
+    models_dir: Path, symbol: str, kind: ArtifactKind, load: Callable[[Path], T]
+) -> tuple[T, tuple[str, ...]]:
+    """Read the link and load what it names, see `serve_linked`.
+
+    Whoever reads slowly beside a busy writer may see its version pruned under its hands; the link names
+    another by then, and is read again.
+    """
+    for _ in range(READS - 1):
+        try:
+            return serve_linked(linked_version(models_dir, symbol, kind), load)
+        except VersionPrunedError:
+            continue
+    return serve_linked(linked_version(models_dir, symbol, kind), load)
+
+
 def serve_linked(linked: Linked, load: Callable[[Path], T]) -> tuple[T, tuple[str, ...]]:
     """Load the version that a link names; an earlier one, with a warning, where it is damaged.
 
@@ -228,6 +251,8 @@ def serve_linked(linked: Linked, load: Callable[[Path], T]) -> tuple[T, tuple[st
 
     Raises
     ------
+    VersionPrunedError
+        If the named version was pruned after the link was read.
     ModelCorruptError
         If the named version is damaged and no earlier one can be used.
     ModelIncompatibleError
@@ -238,6 +263,8 @@ def serve_linked(linked: Linked, load: Callable[[Path], T]) -> tuple[T, tuple[st
             return load(linked.folder), ()
         problem = ModelCorruptError(linked.damage)
     except ModelCorruptError as error:
+        if not linked.folder.is_dir():
+            raise VersionPrunedError(f"version {linked.folder.name} is gone: ask again") from error
         problem = error
     for version in _earlier(linked):
         try:

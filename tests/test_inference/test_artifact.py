@@ -39,7 +39,7 @@ from utils.model_paths import (
     list_symbols,
     list_versions,
     roll_back,
-    serve_linked,
+    serve,
 )
 
 TEXT = ArtifactKind(name="text", versions="text_versions", trainer="training.train_text")
@@ -77,7 +77,7 @@ def load(folder: Path) -> str:
 
 
 def serving(root: Path) -> tuple[str, tuple[str, ...]]:
-    return serve_linked(linked_version(root, "AAPL", TEXT), load)
+    return serve(root, "AAPL", TEXT, load)
 
 
 @pytest.fixture
@@ -551,3 +551,18 @@ def test_kill_9_at_any_moment_loses_nothing_and_mixes_nothing(root: Path):
     save(root, "z")
     assert serving(root) == ("z", ())
     assert not list((root / "AAPL" / TEXT.versions).glob(".[ag]*"))
+
+
+def test_a_version_that_is_pruned_while_it_is_read_is_not_called_damaged(root: Path):
+    """The reader is overtaken by more saves than are kept; it reads the link again."""
+    overtaken = []
+
+    def slow(folder: Path) -> str:
+        if not overtaken:
+            overtaken.append(folder)
+            for number in range(KEEP_VERSIONS + 1):
+                save(root, f"w{number}")
+        return load(folder)
+
+    assert serve(root, "AAPL", TEXT, slow) == (f"w{KEEP_VERSIONS}", ())
+    assert not overtaken[0].exists()
