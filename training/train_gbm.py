@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from pathlib import Path
 
 from joblib import Parallel, delayed
 from rich.console import Console
@@ -296,7 +297,7 @@ def train_group(
         n_rows = sum(len(bars.frame) - MAX_WARMUP_BARS for bars in panel.values())
         tell = fan_out(on_event, list(logs.values()))
         trainer = GBMTrainer(config, tell, device=device_for(args, n_rows))
-        walked = trainer.walk(panel)
+        walked = trainer.walk(panel, universe=Path(args.universe or "").name)
         for symbol, log in logs.items():
             try:
                 trained = trainer.conclude(

@@ -69,6 +69,8 @@ class Walked:
         Every trial of every search, as recorded.
     started
         Clock (`time.monotonic`) at the start of the run.
+    universe
+        What the panel is called.
     returns
         Of a panel: net returns per session of the decided positions of all symbols, in equal parts, and of
         their benchmarks of equal exposure, (m, 2); None for a symbol that stands alone.
@@ -80,6 +82,7 @@ class Walked:
     fitted: FittedGBM
     trials: tuple[Mapping[str, object], ...]
     started: float
+    universe: str = ""
     returns: FloatArray | None = None
 
 
@@ -118,8 +121,10 @@ class GBMTrainer:
         first_train = config.walk_forward.min_train_bars
         return MAX_WARMUP_BARS + first_train + config.horizon_bars + MINIMUM_TEST_BARS
 
-    def walk(self, panel: Mapping[str, Bars]) -> Walked:
+    def walk(self, panel: Mapping[str, Bars], *, universe: str = "") -> Walked:
         """Walk the recipe forward over the panel, split by date, and fit it on all labelled rows.
+
+        ``universe`` is what the panel is called; it is recorded.
 
         Raises
         ------
@@ -146,6 +151,7 @@ class GBMTrainer:
             fitted=fitted,
             trials=tuple(trial for part in trials for trial in part),
             started=started,
+            universe=universe,
         )
         return walked if len(panel) == 1 else replace(walked, returns=self._book_together(walked, panel))
 
@@ -364,9 +370,11 @@ def universe_facts(walked: Walked, *, left_out: Sequence[str]) -> dict[str, Any]
         return None
     date, code = walked.dataset.date, walked.dataset.symbol_code
     last = {name: str(date[code == i].max()) for i, name in enumerate(walked.dataset.symbols)}
+    size = f"{len(walked.hashes)} symbols, {len(walked.dataset):,} rows"
+    without = f"; without the rows of {', '.join(left_out)}" if left_out else ""
     return {
-        "described": f"{len(walked.hashes)} symbols, {len(walked.dataset):,} rows"
-        + (f"; without {', '.join(left_out)} itself" if left_out else ""),
+        "name": walked.universe,
+        "described": f"{walked.universe or 'unnamed'}: {size}{without}",
         "symbols": list(walked.hashes),
         "data": {name: {"hash": text, "last_session": last[name]} for name, text in walked.hashes.items()},
         "left_out": list(left_out),

@@ -223,6 +223,13 @@ def test_validate_only_saves_nothing_and_counts_as_a_try(places, capsys):
     assert json.loads(capsys.readouterr().out)[0]["evidence"]["n_trials"] == 2
 
 
+def test_a_bundle_without_lightgbm_is_saved_and_loads(places, capsys):
+    assert main(["NOISE", *QUICK, "--no-lgb", "--json"]) == 0
+    bundle = load_bundle(places / "models", "NOISE")
+    assert set(bundle.ensemble.models) == {"xgb"}
+    assert "model_lgb" not in bundle.record
+
+
 def test_rollback_lets_the_version_before_serve_and_says_which(places, capsys):
     versions = []
     for seed in ("7", "8"):
@@ -318,6 +325,7 @@ def test_a_pooled_model_leaves_a_bundle_for_each_named_symbol(many, capsys):
     for bundle in bundles:
         assert bundle.metadata["universe"]["symbols"] == ["A", "B", "C", "D"]
         assert bundle.metadata["universe"]["left_out"] == []
+        assert bundle.metadata["universe"]["name"] == "A,B,C,E,GONE"
         assert len(list((many / "logs").glob(f"{bundle.symbol}_gbm_*.log"))) == 1
     assert bundles[0].ensemble.calibration != bundles[1].ensemble.calibration
     assert bundles[0].ensemble.selected == bundles[1].ensemble.selected
