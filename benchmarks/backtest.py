@@ -171,7 +171,8 @@ def sweep(sizers: Sequence[RuleSizer], inputs: SizingInputs) -> tuple[np.ndarray
     value, drawdown = np.empty(n), np.empty(n)
     for sizer in sizers:
         band = sizer.rules.no_trade_band_scale * float(np.cbrt(COSTS.one_way_rate))
-        scales = _Scales(COSTS.rates(), band, COSTS.periods_per_year / inputs.horizon_bars)
+        hurdle = sizer.rules.cost_hurdle * COSTS.one_way_rate
+        scales = _Scales(COSTS.rates(), band, hurdle, COSTS.periods_per_year / inputs.horizon_bars)
         _fold(columns, SizingRules._make(map(float, sizer.rules)), scales, books, out)
         value_and_drawdown(books, value, drawdown)
     return value, drawdown

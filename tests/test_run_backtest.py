@@ -212,6 +212,17 @@ def test_symbols_are_set_side_by_side(places: Path, capsys, tmp_path: Path):
     assert "of buy and hold" in capsys.readouterr().out
 
 
+def test_an_in_sample_row_stamps_the_comparison(places: Path, capsys):
+    told = run(capsys, "--symbols", "SIGNAL,NOISE", "--compare", "--in-sample")
+    assert all(record["in_sample"] for record in told["comparison"])
+    page = Path(told["report"]).read_text()
+    assert "In-sample rows included." in page
+    assert page.count("IN-SAMPLE") > 3
+    assert (
+        "In-sample" not in Path(run(capsys, "--symbols", "SIGNAL,NOISE", "--compare")["report"]).read_text()
+    )
+
+
 def test_symbols_without_comparison_get_a_report_each(places: Path, capsys):
     told = run(capsys, "--symbols", "SIGNAL,NOISE")
     assert [Path(result["report"]).is_file() for result in told["results"]] == [True, True]
