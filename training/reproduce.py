@@ -32,7 +32,7 @@ from data.feature_engineer import feature_set_hash, get_feature_columns
 from data.schema import Bars
 from inference.artifact import read_manifest
 from inference.load_gbm_models import GBMBundle, GBMManifest, golden_outputs, library_versions, load_folder
-from training.device import DeviceChoice, choose_device
+from training.gbm_search import DeviceChoice, choose_device
 from training.recipe import TrainerConfig
 from training.run_log import progress_line
 from training.trainer import GBMTrainer, Trained

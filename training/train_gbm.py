@@ -29,8 +29,7 @@ from data.target_engineering import DEFAULT_HORIZON_BARS, check_horizon
 from data.universe import findings, refuse_delisted, resolve_universe
 from inference.load_gbm_models import rollback, save_bundle
 from training import run_log
-from training.device import DeviceChoice, choose_device
-from training.gbm_search import SearchConfig
+from training.gbm_search import DeviceChoice, SearchConfig, choose_device
 from training.libraries import LIBRARIES, catboost
 from training.recipe import RecipeConfig, TrainerConfig
 from training.run_log import Outcome, RunLog, fan_out, logged_run, outcome_of, publish_report, refused

@@ -24,7 +24,7 @@ from inference.ensemble import FloatArray, FloatMatrix
 from inference.load_gbm_models import GOLDEN_ROWS, LIBRARIES, GBMBundle, library_versions, new_version_id
 from inference.pipeline import GBMForecaster, backtest_decisions, decide
 from inference.position_sizing import make_sizer
-from training.device import DeviceChoice
+from training.gbm_search import DeviceChoice
 from training.recipe import FittedGBM, GBMRecipe, TrainerConfig
 from utils.errors import InsufficientDataError, LockedError, StorageError
 from utils.model_paths import symbol_dir

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import xgboost
 
-from training.device import (
+from training.gbm_search import (
     AUTO_CELLS,
     choose_device,
     device_of,

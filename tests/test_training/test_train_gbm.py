@@ -14,7 +14,7 @@ import pytest
 
 from inference.load_gbm_models import load_bundle, read_metadata
 from training import run_log, train_gbm
-from training.device import DeviceChoice
+from training.gbm_search import DeviceChoice
 from training.train_gbm import build_parser, config_from, main
 from training.trainer import Trained, training_lock
 from utils.errors import DeviceError, LockedError, StorageError

@@ -10,8 +10,7 @@ import pytest
 
 from data.schema import Bars, BarsReport, Provenance
 from evaluation.metrics import sharpe
-from training.device import DeviceChoice
-from training.gbm_search import SearchConfig
+from training.gbm_search import DeviceChoice, SearchConfig
 from training.recipe import RecipeConfig, TrainerConfig
 from training.trainer import GBMTrainer, Trained, Walked
 from utils.errors import InsufficientDataError
