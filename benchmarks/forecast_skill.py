@@ -31,7 +31,7 @@ from data.data_fetcher import CsvSource
 from data.target_engineering import Dataset, build_dataset
 from data.universe import load_panel, universe_mean
 from training.gbm_search import SearchConfig
-from training.recipe import GBMRecipe, RecipeConfig
+from training.recipe import GBMRecipe, RecipeConfig, begin_with_others
 from utils.settings import PROJECT_ROOT
 from validation.walk_forward import WalkForwardConfig, WalkForwardValidator
 
@@ -56,6 +56,7 @@ def panel_of(directory: Path, horizon_bars: int, *, context: bool = False) -> Da
 
 def walk(data: Dataset, config: RecipeConfig) -> pd.DataFrame:
     """Return the resolved rows from the first scored year on; earlier folds serve to calibrate."""
+    data = begin_with_others(data, config.leave_out)
     record = WalkForwardValidator(WalkForwardConfig()).run(data, GBMRecipe(config)).record
     return record[record["realised_log"].notna() & (record["date"] >= FIRST)]
 

@@ -7,8 +7,8 @@ The best of many trials is the luckiest of many trials. A tuned setting is there
 the library's careful setting on the inner blocks by more than `EARNED_T` standard errors; both are scored as
 they would be used, for a fixed number of rounds.
 
-Which device they are fitted on is probed: XGBoost asked for CUDA where there is none trains on the CPU, without
-an error and, at ``verbosity=0``, without a word. One round is trained and the device is read back.
+Which device they are fitted on is probed: XGBoost asked for CUDA where there is none trains on the CPU,
+without an error and, at ``verbosity=0``, without a word. One round is trained and the device is read back.
 """
 
 import json

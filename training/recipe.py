@@ -371,6 +371,14 @@ def _without(train: Dataset, earlier: pd.DataFrame, symbols: tuple[str, ...]) ->
     return train.take(kept), earlier if earlier.empty else earlier[~earlier["symbol"].isin(symbols)]
 
 
+def begin_with_others(data: Dataset, leave_out: tuple[str, ...]) -> Dataset:
+    """Return the rows from the first session on of a symbol that is not left out: before, nothing can train."""
+    others = ~np.isin(np.asarray(data.symbols)[data.symbol_code], leave_out)
+    if not leave_out or not others.any():
+        return data
+    return data.take(np.flatnonzero(data.date >= data.date[others].min()))
+
+
 def _some_rows(features: FloatMatrix, at_most: int = 200_000) -> FloatMatrix:
     """Return evenly spaced rows: quantiles need no more, and a large panel stays within its memory."""
     return features[:: 1 + len(features) // at_most]
