@@ -28,11 +28,11 @@ from data.data_fetcher import make_source
 from data.schema import normalise_symbol
 from evaluation import charts
 from evaluation.accounting import DEFAULT_CAPITAL, CostModel
-from evaluation.advanced_backtester import IN_SAMPLE_STAMP, BacktestReport
+from evaluation.advanced_backtester import IN_SAMPLE_STAMP, BacktestReport, by_regime, by_year
 from evaluation.charts import Cell, cell
+from evaluation.forward_simulator import CONFIDENCE, GRID_SEEDS
 from evaluation.metrics import reasons, values
 from evaluation.report import Banner, Block, Report, words_of, write_report
-from evaluation.robustness import CONFIDENCE, GRID_SEEDS, by_regime, by_year
 from inference.load_gbm_models import load_bundle
 from inference.position_sizing import DEFAULT_SIZING, PRESETS
 from service.backtest_service import (

@@ -7,6 +7,7 @@ strategy, all booked by the same `account`, after the same costs and financing. 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -21,6 +22,8 @@ from utils.errors import DataError, InsufficientDataError, UsageError
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 
+# Of the volatility that sorts days into regimes.
+REGIME_BARS = 63
 IN_SAMPLE_STAMP = "IN-SAMPLE"
 # With a minimum commission a constant exposure would pay it every day; its shares may drift this far instead.
 _BENCHMARK_BAND = 0.02
@@ -390,3 +393,50 @@ def _trades(window: _Window, ledger: Ledger) -> Iterator[Trade]:
                 slippage,
                 window.reason[row - 1] if window.reason else f"{words}, weight {held[row]:.2f}",
             )
+
+
+def net_returns(result: BacktestReport) -> pd.DataFrame:
+    """Return net returns by session: ``strategy`` and every benchmark."""
+    columns = {"strategy": result.daily["net_return"]}
+    return pd.DataFrame(
+        columns | {name: item.daily["net_return"] for name, item in result.benchmarks.items()}
+    )
+
+
+def by_year(result: BacktestReport) -> list[dict[str, object]]:
+    """Return one record a calendar year: returns by name, ``deepest``, ``exposure`` and ``turnover``."""
+    net, daily = net_returns(result), result.daily
+    returns, years = net.to_numpy(dtype=np.float64), pd.DatetimeIndex(net.index).year.to_numpy()
+    held, traded = (np.asarray(daily[name], dtype=np.float64) for name in ("held_weight", "turnover"))
+    edges = [0, *(np.flatnonzero(np.diff(years)) + 1).tolist(), len(years)]
+    records: list[dict[str, object]] = []
+    for start, stop in pairwise(edges):
+        growth = np.cumprod(1.0 + returns[start:stop], axis=0)
+        high = np.maximum(np.maximum.accumulate(growth[:, 0]), 1.0)
+        record: dict[str, object] = {"period": str(years[start]), "n_bars": stop - start}
+        record |= dict(zip(map(str, net.columns), (growth[-1] - 1.0).tolist(), strict=True))
+        record |= {"deepest": float((growth[:, 0] / high).min() - 1.0)}
+        record |= {"exposure": float(held[start:stop].mean()), "turnover": float(traded[start:stop].sum())}
+        records.append(record)
+    return records
+
+
+def by_regime(result: BacktestReport) -> list[dict[str, object]]:
+    """Return mean net returns, annualised, in thirds of days by the share's volatility before each day.
+
+    Empty when there are too few days for the volatility of `REGIME_BARS` and three groups of `REGIME_BARS`.
+    """
+    if len(result.daily) < 4 * REGIME_BARS:
+        return []
+    # A regime must be known before the day that is counted to it.
+    volatility = result.daily["asset_return"].rolling(REGIME_BARS).std().shift(1)
+    thirds = pd.qcut(volatility.rank(method="first"), 3, labels=["Calm", "Middle", "Stormy"])
+    year = result.costs.periods_per_year
+    return [
+        {
+            "period": str(third),
+            "n_bars": len(part),
+            **{str(name): float(mean) for name, mean in (part.mean() * year).items()},
+        }
+        for third, part in net_returns(result).groupby(thirds, observed=True)
+    ]

@@ -1,17 +1,37 @@
-"""Replay history bar by bar, as it would have been lived: the slow oracle of the vectorised backtest.
+"""Live history again: bar by bar as it would have been, in other orders, in other windows, at other costs.
 
-At bar t the simulator holds bars to t only and asks for one weight: nobody can peek at what it does not hold.
-It keeps its own books, one `book_bar` at a time, and looks at a return only when its bar has closed.
+Bar by bar
+    The slow oracle of the vectorised backtest. At bar t the simulator holds bars to t only and asks for one
+    weight: nobody can peek at what it does not hold. It keeps its own books, one `book_bar` at a time, and
+    looks at a return only when its bar has closed.
+Block bootstrap
+    Daily returns of the strategy and of buy and hold are drawn together, in circular blocks of
+    `BLOCK_BARS`, so that what belongs to one day stays together and storms stay storms. The interval is the
+    percentile interval of the draws; it knows nothing of days that never happened.
+Grid of scenarios
+    Windows x costs x seeds. Seed 0 is history as it was. Any other seed is a resample: the joint history of
+    forecasts and returns of the window, cut into circular blocks and put together in a drawn order, then
+    sized and booked anew, bar by bar. A seed is no new training and no other random state of the model.
+
+References
+----------
+Politis, Romano (1992), A circular block-resampling procedure for stationary data.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from evaluation.accounting import DEFAULT_CAPITAL, Booking, CostModel, Ledger, book_bar
-from utils.errors import DataError, InsufficientDataError
+from evaluation.metrics import Metrics, cagr, max_drawdown, reasons, sharpe, values
+from utils.errors import DataError, InsufficientDataError, UsageError
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.intp]
 
 _COSTS = ("trade_cost", "financing_cost", "borrow_cost")
 
@@ -20,6 +40,20 @@ Decide = Callable[[pd.DataFrame], float]
 
 Refit = Callable[[pd.DataFrame], Decide]
 """Takes bars up to and including the last closed one, returns the decision rule learnt from them."""
+
+
+Book = Callable[[IntArray, int, CostModel], tuple[Ledger, Ledger]]
+"""Rows of history in an order, how many of the first only lead in, costs: books of strategy, buy and hold."""
+
+BLOCK_BARS = 63
+RESAMPLES = 2_000
+CONFIDENCE = 0.9
+MIN_BARS = 126
+QUARTERS = 4
+COST_MULTIPLES = (0.0, 1.0, 2.0, 4.0)
+GRID_SEEDS = 20
+_TINY, _LEAST_VARIANCE = 1e-12, 1e-18
+_MOMENTS = 7
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,3 +167,262 @@ def _first_row(n_bars: int, days: int | None) -> int:
         need = max(wanted, 1) + 1
         raise InsufficientDataError(f"living through {wanted} bars needs {need} of them, has {n_bars}")
     return n_bars - wanted - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """A figure with its interval and the share of draws above zero; or the reason why there is none."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    share_above_zero: float | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """One cell of the grid: where, at what cost, which draw, and what came of it.
+
+    ``cost_multiple`` scales commission and slippage; financing and borrow fee stay. None is undefined.
+    """
+
+    window: str
+    start: str
+    end: str
+    cost_multiple: float
+    seed: int
+    sharpe: float | None
+    buy_hold_sharpe: float | None
+    cagr: float | None
+    buy_hold_cagr: float | None
+    max_drawdown: float | None
+    buy_hold_max_drawdown: float | None
+
+    @property
+    def sharpe_difference(self) -> float | None:
+        """Sharpe ratio of the strategy less that of buy and hold."""
+        if self.sharpe is None or self.buy_hold_sharpe is None:
+            return None
+        return self.sharpe - self.buy_hold_sharpe
+
+
+def block_rows(n_rows: int, *, block_bars: int, seed: int) -> IntArray:
+    """Return (n_rows,) positions: circular blocks of consecutive rows in a drawn order, the last one cut."""
+    if n_rows < 1 or block_bars < 1:
+        raise UsageError(f"{n_rows} rows in blocks of {block_bars}: both must be at least 1")
+    starts = np.random.default_rng(seed).integers(n_rows, size=-(-n_rows // block_bars))
+    return np.asarray((starts[:, None] + np.arange(block_bars)).ravel()[:n_rows] % n_rows, dtype=np.intp)
+
+
+def bootstrap_intervals(
+    net: FloatArray, market: FloatArray, periods_per_year: int, *, seed: int = 0
+) -> dict[str, Interval]:
+    """Measure the strategy against buy and hold, with block-bootstrap intervals of `CONFIDENCE`.
+
+    Parameters
+    ----------
+    net, market
+        (n,) simple returns after costs, bar by bar, > -1; the first row, which earns nothing, left out.
+    periods_per_year
+        Annualises.
+    seed
+        Of the draws; the same seed gives the same intervals.
+
+    Returns
+    -------
+    dict
+        ``sharpe_ratio``, ``sharpe_difference`` and ``cagr_difference`` to buy and hold, ``alpha`` (Jensen, a
+        fraction a year).
+    """
+    names = ("sharpe_ratio", "sharpe_difference", "cagr_difference", "alpha")
+    if net.shape != market.shape:
+        raise DataError(f"net has shape {net.shape} and market {market.shape}; must be equal")
+    if len(net) < MIN_BARS:
+        why = f"needs {MIN_BARS} returns, has {len(net)}"
+        return {name: Interval(value=None, reason=why) for name in names}
+    if min(net.min(), market.min()) <= -1.0:
+        return {name: Interval(value=None, reason="the capital was lost") for name in names}
+    moments = _moments(net, market)
+    found = _figures(moments.sum(axis=0, keepdims=True), len(net), periods_per_year)
+    drawn = _figures(*_drawn_sums(moments, seed), periods_per_year)
+    return {name: _interval(float(found[name][0]), drawn[name]) for name in names}
+
+
+def _moments(net: FloatArray, market: FloatArray) -> FloatArray:
+    """Return what all figures are made from, (n, 7): their sums over blocks are all that a draw needs."""
+    logs = np.log1p(net), np.log1p(market)
+    return np.column_stack([net, market, net**2, market**2, net * market, *logs])
+
+
+def _drawn_sums(moments: FloatArray, seed: int) -> tuple[FloatArray, int]:
+    """Return sums over resampled rows, (`RESAMPLES`, 7), and how many rows one resample has."""
+    n = len(moments)
+    block = min(BLOCK_BARS, n // 2)
+    total = np.concatenate(
+        [np.zeros((1, _MOMENTS)), np.cumsum(np.vstack([moments, moments[:block]]), axis=0)]
+    )
+    of_block = total[block : block + n] - total[:n]
+    starts = np.random.default_rng(seed).integers(n, size=(RESAMPLES, n // block))
+    sums = np.zeros((RESAMPLES, _MOMENTS))
+    for column in starts.T:
+        sums += of_block[column]
+    return sums, block * (n // block)
+
+
+def _figures(sums: FloatArray, n: int, periods: int) -> dict[str, FloatArray]:
+    """Return each figure for each row of sums; NaN where it is undefined."""
+    x, y, xx, yy, xy, log_x, log_y = (sums / n).T
+
+    # What is left of the difference of equal sums is rounding, not a variance.
+    variances = (np.where(v > _LEAST_VARIANCE, v, np.nan) for v in (xx - x**2, yy - y**2))
+    own_variance, other_variance = variances
+    yearly = np.sqrt(periods * (n - 1) / n)
+    own, other = yearly * x / np.sqrt(own_variance), yearly * y / np.sqrt(other_variance)
+    beta = (xy - x * y) / other_variance
+    return {
+        "sharpe_ratio": own,
+        "sharpe_difference": own - other,
+        "cagr_difference": np.expm1(log_x * periods) - np.expm1(log_y * periods),
+        "alpha": (x - beta * y) * periods,
+    }
+
+
+def _interval(value: float, drawn: FloatArray) -> Interval:
+    if not (np.isfinite(value) and np.isfinite(drawn).all()):
+        return Interval(value=None, reason="returns do not vary")
+    # Where the strategy holds what buy and hold holds, differences are rounding.
+    drawn = np.where(np.abs(drawn) <= _TINY, 0.0, drawn)
+    low, high = np.quantile(drawn, [(1.0 - CONFIDENCE) / 2.0, (1.0 + CONFIDENCE) / 2.0])
+    return Interval(
+        value=value, low=float(low), high=float(high), share_above_zero=float(np.mean(drawn > 0.0))
+    )
+
+
+def robustness_grid(
+    book: Book, dates: pd.DatetimeIndex, first: int, costs: CostModel, *, seeds: int
+) -> tuple[Scenario, ...]:
+    """Book every window under every cost, as it was and in ``seeds`` resamples.
+
+    Parameters
+    ----------
+    book
+        Sizes and books rows of the history, see `Book`.
+    dates
+        (n,) sessions of the whole history; the judged window starts at row ``first`` and ends with it.
+    first
+        Rows before it only lead in: a sizer remembers.
+    costs
+        What is charged at multiple 1.
+    seeds
+        Number of resamples beside history as it was, >= 0.
+
+    Returns
+    -------
+    tuple of Scenario
+        The whole window and its four quarters (those of `MIN_BARS` rows at least).
+    """
+    if seeds < 0:
+        raise UsageError(f"seeds must be at least 0, got {seeds}")
+    edges = np.linspace(first, len(dates), QUARTERS + 1).astype(int)
+    windows = [("whole", first, len(dates))]
+    windows += [(f"quarter {i + 1}", int(edges[i]), int(edges[i + 1])) for i in range(QUARTERS)]
+    # No broker charges a tenth of an order; such a multiple is left out.
+    times = [m for m in COST_MULTIPLES if costs.one_way_rate * m < 0.1]
+    charged = [(m, _dearer(costs, m)) for m in times]
+    return tuple(
+        _scenario(book, dates, window, cost, seed)
+        for window in windows
+        if window[2] - window[1] >= MIN_BARS
+        for cost in charged
+        for seed in range(seeds + 1)
+    )
+
+
+def _dearer(costs: CostModel, times: float) -> CostModel:
+    commission, slippage = costs.commission_bps * times, costs.slippage_bps * times
+    return replace(costs, commission_bps=commission, slippage_bps=slippage)
+
+
+def _scenario(
+    book: Book,
+    dates: pd.DatetimeIndex,
+    window: tuple[str, int, int],
+    charged: tuple[float, CostModel],
+    seed: int,
+) -> Scenario:
+    (name, start, stop), (multiple, costs) = window, charged
+    if seed:
+        rows, lead = start + block_rows(stop - start, block_bars=BLOCK_BARS, seed=seed), 0
+    else:
+        rows, lead = np.arange(stop), start
+    own, market = book(rows, lead, costs)
+    year = costs.periods_per_year
+    return Scenario(
+        window=name,
+        start=f"{dates[start]:%Y-%m-%d}",
+        end=f"{dates[stop - 1]:%Y-%m-%d}",
+        cost_multiple=multiple,
+        seed=seed,
+        sharpe=sharpe(own.net_return[1:], year).value,
+        buy_hold_sharpe=sharpe(market.net_return[1:], year).value,
+        cagr=cagr(own.equity, year).value,
+        buy_hold_cagr=cagr(market.equity, year).value,
+        max_drawdown=max_drawdown(own.equity).value,
+        buy_hold_max_drawdown=max_drawdown(market.equity).value,
+    )
+
+
+def summarise(scenarios: Iterable[Scenario]) -> list[dict[str, Any]]:
+    """Return one record for each window and cost: as it was, and how the resamples spread.
+
+    ``sharpe_difference`` is history as it was; ``low`` and ``high`` hold `CONFIDENCE` of the resamples,
+    ``share_better`` is how many of them beat buy and hold; None without resamples. ``all_same``: as it was
+    and in every resample the strategy held what buy and hold holds.
+    """
+    cells: dict[tuple[str, float], list[Scenario]] = {}
+    for scenario in scenarios:
+        cells.setdefault((scenario.window, scenario.cost_multiple), []).append(scenario)
+    return [_summary(group) for group in cells.values()]
+
+
+def _summary(group: Sequence[Scenario]) -> dict[str, Any]:
+    was = group[0]
+    known = np.array([d for each in group if (d := each.sharpe_difference) is not None])
+    drawn = known[1:] if was.sharpe_difference is not None else known
+    tails = [(1.0 - CONFIDENCE) / 2.0, (1.0 + CONFIDENCE) / 2.0]
+    low, high = np.quantile(drawn, tails).tolist() if len(drawn) else (None, None)
+    return {
+        "window": was.window,
+        "start": was.start,
+        "end": was.end,
+        "cost_multiple": was.cost_multiple,
+        "sharpe": was.sharpe,
+        "buy_hold_sharpe": was.buy_hold_sharpe,
+        "sharpe_difference": was.sharpe_difference,
+        "low": low,
+        "high": high,
+        "all_same": len(known) == len(group) and bool(np.abs(known).max() <= _TINY),
+        "share_better": float(np.mean(drawn > _TINY)) if len(drawn) else None,
+        "seeds": len(group) - 1,
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """What stands beside a headline: figures by name, intervals by name, the grid of scenarios."""
+
+    figures: Metrics
+    intervals: Mapping[str, Interval]
+    scenarios: tuple[Scenario, ...]
+
+    @property
+    def seeds(self) -> int:
+        """Number of resamples in the grid beside history as it was."""
+        return max((scenario.seed for scenario in self.scenarios), default=0)
+
+    def plain(self) -> dict[str, object]:
+        """Return all of it as plain data, None where undefined, with the reasons."""
+        spans = {name: asdict(interval) for name, interval in self.intervals.items()}
+        why = {"undefined": reasons(self.figures)}
+        return {**values(self.figures), **why, "intervals": spans, "robustness": summarise(self.scenarios)}

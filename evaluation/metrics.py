@@ -26,6 +26,10 @@ Unit = Literal["fraction", "ratio", "money", "bars", "count"]
 # Below this, differences are rounding and a quotient by them says nothing.
 _TINY = 1e-12
 _MIN_TAIL_BARS = 20
+# Fewer outcomes say little about a share.
+MIN_OUTCOMES = 126
+CALIBRATION: tuple[str, ...] = ("band_coverage", "band_coverage_lowest_year", "band_coverage_highest_year")
+CALIBRATION += ("brier_score", "brier_skill", "probability_error")
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,6 +298,56 @@ def forecast_metrics(expected_return: FloatArray, realised_return: FloatArray) -
         "rmse": _root_mean_square(x - y, none),
         "n_forecasts": Measured(float(len(made)), "count"),
     }
+
+
+def calibration_metrics(
+    realised: FloatArray,
+    band: tuple[FloatArray, FloatArray],
+    prob_up: FloatArray,
+    years: npt.NDArray[np.int_],
+) -> dict[str, Measured]:
+    """Judge bands and probabilities by what came.
+
+    Parameters
+    ----------
+    realised
+        (n,) simple h-day return that followed each forecast, NaN where not known yet.
+    band, prob_up
+        Lower and upper end of the band of that return, and the probability that it is above zero; (n,), NaN
+        where there is no forecast.
+    years
+        (n,) calendar year of each forecast.
+
+    Returns
+    -------
+    dict
+        `CALIBRATION`: coverage of the band, over all and in the calendar years of `MIN_OUTCOMES` outcomes at
+        least; Brier score, and the share by which it is below that of always saying the share of rises, known
+        only in hindsight; mean distance of probability and share of rises in ten groups of equal size.
+    """
+    lower, upper = band
+    known = np.isfinite(realised) & np.isfinite(lower) & np.isfinite(upper) & np.isfinite(prob_up)
+    came, said, of_year = realised[known], prob_up[known], years[known]
+    if len(came) < MIN_OUTCOMES:
+        why = f"needs {MIN_OUTCOMES} resolved forecasts, has {len(came)}"
+        return dict.fromkeys(CALIBRATION, Measured(None, "fraction", why))
+    inside, rose = (lower[known] <= came) & (came <= upper[known]), came > 0.0
+    full = [inside[of_year == y] for y in np.unique(of_year) if np.sum(of_year == y) >= MIN_OUTCOMES]
+    yearly = np.sort([float(part.mean()) for part in full])
+    brier, naive = float(np.mean((said - rose) ** 2)), float(rose.mean() * (1.0 - rose.mean()))
+    groups = np.array_split(np.argsort(said, kind="stable"), 10)
+    apart = [abs(said[group].mean() - rose[group].mean()) * len(group) for group in groups]
+    alike = Measured(None, "fraction", "all outcomes were alike")
+    none = f"no year has {MIN_OUTCOMES} outcomes"
+    figures = (
+        Measured(float(inside.mean()), "fraction"),
+        _mean(yearly[:1], none),
+        _mean(yearly[-1:], none),
+        Measured(brier, "fraction"),
+        Measured(1.0 - brier / naive, "fraction") if naive > 0.0 else alike,
+        Measured(float(np.sum(apart) / len(came)), "fraction"),
+    )
+    return dict(zip(CALIBRATION, figures, strict=True))
 
 
 def ledger_metrics(

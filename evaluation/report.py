@@ -16,10 +16,16 @@ import numpy as np
 import pandas as pd
 
 from evaluation import charts
-from evaluation.advanced_backtester import IN_SAMPLE_STAMP, BacktestReport
+from evaluation.advanced_backtester import (
+    IN_SAMPLE_STAMP,
+    REGIME_BARS,
+    BacktestReport,
+    by_regime,
+    by_year,
+    net_returns,
+)
 from evaluation.charts import Cell, Drawing, FloatArray, Table, cell
 from evaluation.metrics import Metrics, values
-from evaluation.robustness import REGIME_BARS, by_regime, by_year, net_returns
 from utils.errors import DataError, StorageError
 
 Block = Drawing | Table

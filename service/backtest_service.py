@@ -13,14 +13,13 @@ import pandas as pd
 from data.cache_manager import BarCache
 from data.data_fetcher import BarSource, fetch_stock_data
 from data.schema import Bars, bars_hash
-from evaluation import robustness
+from evaluation import forward_simulator as simulator
 from evaluation.accounting import DEFAULT_CAPITAL, CostModel, Ledger, account
 from evaluation.advanced_backtester import BacktestReport
 from evaluation.charts import TIMES, Cell, cell
-from evaluation.forward_simulator import ForwardSimulator, largest_gap
-from evaluation.metrics import Measured, reasons, values
+from evaluation.forward_simulator import Book, Evidence, FloatArray, ForwardSimulator, IntArray, largest_gap
+from evaluation.metrics import Measured, calibration_metrics, reasons, values
 from evaluation.report import Report, Section, backtest_report, provenance_of, words_of
-from evaluation.robustness import Book, Evidence, FloatArray, IntArray
 from inference.load_gbm_models import GBMBundle
 from inference.pipeline import Decisions, GBMForecaster, backtest_decisions, decide
 from inference.position_sizing import DEFAULT_SIZING, PRESETS, RuleSizer, SizingInputs, make_sizer
@@ -190,14 +189,21 @@ def weigh(result: BacktestReport, history: Decisions, request: BacktestRequest, 
         "minimum_track_record_bars": _track_record(net),
         "pbo": _overfit(np.column_stack([net, *tried])),
         "out_of_sample_share": Measured(float(result.daily["is_out_of_sample"].mean()), "fraction"),
-        **robustness.calibration(history.frame.iloc[first:], history.horizon_bars),
+        **_calibration(history.frame.iloc[first:], history.horizon_bars),
     }
     own = bookkeeper(history, request.sizer, request.capital)
     return Evidence(
         figures=figures,
-        intervals=robustness.bootstrap_intervals(net, market, costs.periods_per_year),
-        scenarios=robustness.robustness_grid(own, dates, first, costs, seeds=request.seeds),
+        intervals=simulator.bootstrap_intervals(net, market, costs.periods_per_year),
+        scenarios=simulator.robustness_grid(own, dates, first, costs, seeds=request.seeds),
     )
+
+
+def _calibration(forecasts: pd.DataFrame, horizon_bars: int) -> dict[str, Measured]:
+    came = forecasts["close"].shift(-horizon_bars) / forecasts["close"] - 1.0
+    lower, upper, rises = (np.asarray(forecasts[c], dtype=np.float64) for c in ("lower", "upper", "prob_up"))
+    years = pd.DatetimeIndex(forecasts.index).year.to_numpy()
+    return calibration_metrics(np.asarray(came, dtype=np.float64), (lower, upper), rises, years)
 
 
 def _deflated(returns: FloatArray, n_tries: int) -> Measured:
@@ -216,8 +222,8 @@ def _track_record(returns: FloatArray) -> Measured:
 
 
 def _overfit(tried: FloatArray) -> Measured:
-    if len(tried) < robustness.MIN_BARS:
-        return Measured(None, "fraction", f"needs {robustness.MIN_BARS} returns, has {len(tried)}")
+    if len(tried) < simulator.MIN_BARS:
+        return Measured(None, "fraction", f"needs {simulator.MIN_BARS} returns, has {len(tried)}")
     return Measured(overfitting.probability_of_backtest_overfitting(tried), "fraction")
 
 
@@ -241,8 +247,9 @@ def live(outcome: Outcome, days: int) -> Lived:
         now = decide(outcome.bundle.symbol, known, forecaster, sizer, costs=costs)
         return float(now.frame["target_weight"].iloc[-1])
 
-    simulator = ForwardSimulator(costs=costs, initial_capital=capital)
-    lived = simulator.run(outcome.bars.frame.loc[: judged.index[-1]], decided, days=days)
+    lived = ForwardSimulator(costs=costs, initial_capital=capital).run(
+        outcome.bars.frame.loc[: judged.index[-1]], decided, days=days
+    )
     rows = judged.loc[lived.index]
     target, moves = (np.asarray(rows[name], dtype=np.float64) for name in ("target_weight", "asset_return"))
     booked = account(target, np.nan_to_num(moves), costs, initial_capital=capital)
@@ -328,8 +335,8 @@ def report_of(outcome: Outcome) -> Report:
 
 def luck_section(evidence: Evidence) -> Section:
     """Show how much of a result may be luck: intervals, figures, scenarios."""
-    fills = {"block": robustness.BLOCK_BARS, "draws": f"{robustness.RESAMPLES:,}", "seeds": evidence.seeds}
-    words = words_of("backtest", {**fills, "confidence": cell(robustness.CONFIDENCE, "whole_pct").text})
+    fills = {"block": simulator.BLOCK_BARS, "draws": f"{simulator.RESAMPLES:,}", "seeds": evidence.seeds}
+    words = words_of("backtest", {**fills, "confidence": cell(simulator.CONFIDENCE, "whole_pct").text})
     known, heads = words.table["evidence"], words.table["heads"]
     facts = ((*known[name], measured) for name, measured in evidence.figures.items())
     rows = ((Cell(a), cell(m.value, form, m.reason or ""), Cell(hint, "word")) for a, form, hint, m in facts)
@@ -350,7 +357,7 @@ def _interval_rows(evidence: Evidence, labels: Mapping[str, tuple[str, str]]) ->
 
 def _grid_rows(evidence: Evidence) -> tuple[list[str], list[list[Cell]]]:
     """Return heads and rows, windows down, costs across: Sharpe over buy and hold, share of seeds ahead."""
-    records = robustness.summarise(evidence.scenarios)
+    records = simulator.summarise(evidence.scenarios)
     heads = dict.fromkeys(f"{record['cost_multiple']:g}{TIMES} costs" for record in records)
     rows: dict[object, list[Cell]] = {}
     for record in records:

@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 
 from evaluation.accounting import CostModel
+from evaluation.forward_simulator import MIN_BARS
 from evaluation.metrics import reasons, values
-from evaluation.robustness import MIN_BARS
 from inference.pipeline import Decisions, backtest_decisions, decide
 from inference.position_sizing import PRESETS, make_sizer
 from service.backtest_service import (

@@ -11,10 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evaluation import forward_simulator as r
 from evaluation import metrics as m
-from evaluation import robustness as r
 from evaluation.accounting import CostModel, Ledger, account
-from evaluation.advanced_backtester import AdvancedBacktester, BacktestReport
+from evaluation.advanced_backtester import (
+    REGIME_BARS,
+    AdvancedBacktester,
+    BacktestReport,
+    by_regime,
+    by_year,
+)
 from utils.errors import DataError, UsageError
 
 COSTS = CostModel(commission_bps=6.0, slippage_bps=4.0)
@@ -152,8 +158,14 @@ def forecasts(n: int = 1200, *, honest: bool, horizon: int = 5) -> pd.DataFrame:
     return frame.set_axis(pd.bdate_range("2003-01-01", periods=n))
 
 
+def calibration(frame: pd.DataFrame, horizon: int) -> dict[str, m.Measured]:
+    came = (frame["close"].shift(-horizon) / frame["close"] - 1.0).to_numpy()
+    band = frame["lower"].to_numpy(), frame["upper"].to_numpy()
+    return m.calibration_metrics(came, band, frame["prob_up"].to_numpy(), frame.index.year.to_numpy())
+
+
 def test_an_honest_probability_is_told_from_an_overconfident_one() -> None:
-    honest, bold = (r.calibration(forecasts(honest=flag), 1) for flag in (True, False))
+    honest, bold = (calibration(forecasts(honest=flag), 1) for flag in (True, False))
     assert honest["brier_skill"].value > 0.02 > bold["brier_skill"].value
     assert honest["probability_error"].value < 0.06 < bold["probability_error"].value
 
@@ -162,32 +174,32 @@ def test_coverage_is_counted_by_hand() -> None:
     frame = forecasts(honest=True)
     came = frame["close"].shift(-2) / frame["close"] - 1.0
     inside = came.dropna().between(-0.02, 0.02)
-    found = r.calibration(frame, 2)
+    found = calibration(frame, 2)
     assert found["band_coverage"].value == pytest.approx(inside.mean())
     years = inside.groupby(inside.index.year).mean()
-    full = [year for year in years.index if (inside.index.year == year).sum() >= r.MIN_BARS]
+    full = [year for year in years.index if (inside.index.year == year).sum() >= m.MIN_OUTCOMES]
     assert found["band_coverage_lowest_year"].value == pytest.approx(years[full].min())
     assert found["band_coverage_highest_year"].value == pytest.approx(years[full].max())
 
 
 def test_calibration_without_forecasts_has_reasons() -> None:
-    found = r.calibration(forecasts(honest=True).assign(lower=np.nan), 1)
+    found = calibration(forecasts(honest=True).assign(lower=np.nan), 1)
     assert all(figure.value is None and "resolved" in figure.reason for figure in found.values())
     risen = forecasts(n=300, honest=True).assign(close=np.exp(0.01 * np.arange(300)))
-    assert r.calibration(risen, 1)["brier_skill"].reason == "all outcomes were alike"
+    assert calibration(risen, 1)["brier_skill"].reason == "all outcomes were alike"
 
 
 def test_years_and_regimes_add_up_to_the_whole() -> None:
     result = backtest()
-    years = r.by_year(result)
+    years = by_year(result)
     assert sum(year["n_bars"] for year in years) == len(result.daily)
     whole = math.prod(1.0 + year["strategy"] for year in years) - 1.0
     assert whole == pytest.approx(result.metrics["total_return"].value)
     assert min(year["deepest"] for year in years) >= result.metrics["max_drawdown"].value - 1e-12
-    regimes = r.by_regime(result)
+    regimes = by_regime(result)
     assert [regime["period"] for regime in regimes] == ["Calm", "Middle", "Stormy"]
-    assert sum(regime["n_bars"] for regime in regimes) == len(result.daily) - r.REGIME_BARS - 1
-    assert r.by_regime(backtest(n=200)) == []
+    assert sum(regime["n_bars"] for regime in regimes) == len(result.daily) - REGIME_BARS - 1
+    assert by_regime(backtest(n=200)) == []
 
 
 def test_a_regime_is_known_before_its_day() -> None:
@@ -195,7 +207,7 @@ def test_a_regime_is_known_before_its_day() -> None:
     storm = result.daily["asset_return"].copy()
     storm.iloc[-1] = 9.0
     later = replace(result, daily=result.daily.assign(asset_return=storm))
-    assert r.by_regime(later) == r.by_regime(result)
+    assert by_regime(later) == by_regime(result)
 
 
 def test_the_first_scenario_is_the_headline() -> None:
