@@ -82,12 +82,9 @@ def choose_device(
     DeviceError
         When a GPU was asked for and there is none.
     """
-    if require_gpu and (requested == "cpu" or allow_cpu_fallback):
-        other = "--device cpu" if requested == "cpu" else "--allow-cpu-fallback"
-        raise UsageError(f"--require-gpu and {other} contradict each other: give one of them")
+    if require_gpu:
+        _refuse_contradictions(requested, models, allow_cpu_fallback=allow_cpu_fallback)
     if "xgb" not in models:
-        if require_gpu:
-            raise UsageError("--require-gpu without xgb among the models: only XGBoost trains on a GPU here")
         return DeviceChoice(device="cpu", reason="XGBoost, which alone can use a GPU here, is not asked for")
     if requested == "cpu":
         return DeviceChoice(device="cpu", reason="the CPU was asked for")
@@ -109,6 +106,14 @@ def choose_device(
             "--device cuda --allow-cpu-fallback where either will do"
         )
     return DeviceChoice(device="cpu", reason=f"no GPU: {missing}")
+
+
+def _refuse_contradictions(requested: Requested, models: Sequence[str], *, allow_cpu_fallback: bool) -> None:
+    if requested == "cpu" or allow_cpu_fallback:
+        other = "--device cpu" if requested == "cpu" else "--allow-cpu-fallback"
+        raise UsageError(f"--require-gpu and {other} contradict each other: give one of them")
+    if "xgb" not in models:
+        raise UsageError("--require-gpu without xgb among the models: only XGBoost trains on a GPU here")
 
 
 def _rest(models: Sequence[str], probe_lightgbm: Probe) -> str:

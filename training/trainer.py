@@ -25,7 +25,7 @@ from inference.load_gbm_models import GOLDEN_ROWS, LIBRARIES, GBMBundle, library
 from inference.pipeline import GBMForecaster, backtest_decisions, decide
 from inference.position_sizing import make_sizer
 from training.gbm_search import DeviceChoice
-from training.recipe import FittedGBM, GBMRecipe, TrainerConfig
+from training.recipe import FittedGBM, GBMRecipe, TrainerConfig, begin_with_others
 from utils.errors import InsufficientDataError, LockedError, StorageError
 from utils.model_paths import symbol_dir
 from validation.gates import Verdict, judge
@@ -139,6 +139,7 @@ class GBMTrainer:
         dataset = build_dataset(
             {symbol: bars.frame for symbol, bars in panel.items()}, self.config.horizon_bars
         )
+        dataset = begin_with_others(dataset, self.config.recipe.leave_out)
         recipe = GBMRecipe(self.config.recipe)
         result = self._walk_forward(dataset, recipe)
         self._stage("final fit", 0.9)

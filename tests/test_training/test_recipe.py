@@ -6,7 +6,7 @@ import pytest
 
 from data.target_engineering import Dataset
 from training.gbm_search import SearchConfig
-from training.recipe import GBMRecipe, RecipeConfig, common_move, evidence, sample_weights
+from training.recipe import GBMRecipe, RecipeConfig, begin_with_others, common_move, evidence, sample_weights
 from utils.errors import DataError
 from validation.walk_forward import WalkForwardConfig, WalkForwardValidator
 
@@ -222,3 +222,13 @@ def test_symbols_that_move_together_do_not_count_as_many():
     alone, ten = weigh(record)[1], weigh(copies, {str(i): 0.1 for i in range(10)})[1]
     assert ten.skill_lower == pytest.approx(alone.skill_lower)
     assert ten.slope == pytest.approx(alone.slope)
+
+
+def test_a_left_out_symbol_with_the_longest_history_waits_for_the_others():
+    panel = make_panel()
+    keep = (panel.symbol_code == 1) | (panel.date >= panel.date[900])
+    late = panel.take(np.flatnonzero(keep))
+    begun = begin_with_others(late, ("BBB",))
+    assert begun.date[0] == panel.date[900]
+    assert set(np.unique(begun.symbol_code)) == {0, 1, 2}
+    assert begin_with_others(late, ()) is late
