@@ -372,7 +372,7 @@ def _without(train: Dataset, earlier: pd.DataFrame, symbols: tuple[str, ...]) ->
 
 
 def begin_with_others(data: Dataset, leave_out: tuple[str, ...]) -> Dataset:
-    """Return the rows from the first session on of a symbol that is not left out: before, nothing can train."""
+    """Return the rows from the first session on of a symbol that is not left out."""
     others = ~np.isin(np.asarray(data.symbols)[data.symbol_code], leave_out)
     if not leave_out or not others.any():
         return data
