@@ -326,7 +326,7 @@ def print_summary(console: Console, result: Mapping[str, Any]) -> None:
         "trained in": f"{result['duration_s']} s on {result['device']}, seed {result['seed']}",
     }
     for bars, found in result["path_models"].items():
-        rows[f"path, {bars} sessions"] = f"IC {_text(found['ic'])} (p {_text(found['p_ic'])})"
+        rows[f"path, horizon {bars}"] = f"IC {_text(found['ic'])} (p {_text(found['p_ic'])})"
     for name, text in rows.items():
         table.add_row(name, text)
     console.print(table)
