@@ -77,11 +77,9 @@ class WalkedPath:
     def figures(self, symbol: str) -> dict[str, float | int | bool | None]:
         """Return what the symbol's own out-of-sample rows say; None where undefined."""
         own = self.record[self.record["symbol"] == symbol]
-        nothing = np.empty(0)
-        found = judge(
-            own, horizon_bars=self.horizon_bars, strategy_return=nothing, benchmark_return=nothing
-        ).evidence
-        return {name: found[name] for name in PATH_EVIDENCE}
+        empty = np.empty(0)
+        found = judge(own, horizon_bars=self.horizon_bars, strategy_return=empty, benchmark_return=empty)
+        return {name: found.evidence[name] for name in PATH_EVIDENCE}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,9 +191,8 @@ class GBMTrainer:
     def fit(self, panel: Mapping[str, Bars]) -> tuple[Dataset, GBMRecipe, WalkForwardResult, FittedGBM]:
         """Do `walk` for the one horizon that decides; nothing is booked."""
         self._stage("features", 0.0)
-        dataset = build_dataset(
-            {symbol: bars.frame for symbol, bars in panel.items()}, self.config.horizon_bars
-        )
+        frames = {symbol: bars.frame for symbol, bars in panel.items()}
+        dataset = build_dataset(frames, self.config.horizon_bars)
         dataset = begin_with_others(dataset, self.config.recipe.leave_out)
         recipe = GBMRecipe(self.config.recipe)
         result = self._walk_forward(dataset, recipe)
