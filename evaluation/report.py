@@ -277,7 +277,8 @@ def training_report(
     Parameters
     ----------
     symbol, metadata
-        What was trained, and the bundle's metadata: ``verdict``, ``folds``, horizon, provenance are shown.
+        What was trained, and the bundle's metadata: ``verdict``, ``folds``, ``path_models``, horizon,
+        provenance are shown.
     record
         The symbol's walk-forward record: ``date`` and the h-day log returns ``predicted_log``,
         ``baseline_log``, ``realised_log`` (NaN where not known yet).
@@ -295,6 +296,8 @@ def training_report(
     fills = {"rows": f"{rows}.", "horizon": horizon, "total": len(trials), "tries": tries}
     fills |= {"symbol": symbol, "subtitle": f"{rows} of the return over {horizon} sessions"}
     words = words_of("training", {**fills, "pruned": pruned, "shown": min(SHOWN_TRIALS, len(trials))})
+    further = metadata.get("path_models") or {}
+    paths = words.records("paths", ({"bars": int(bars), **found} for bars, found in further.items()))
     best = [{"why": words.table["stopped"], **trial} for trial in best[:SHOWN_TRIALS]]
     gates = ({"note": words.table["gate"].get(gate["name"], ""), **gate} for gate in verdict["gates"])
     tables = words.records("gates", gates), _evidence(words, evidence)
@@ -304,6 +307,7 @@ def training_report(
     sections = (
         words.section("folds", ic, words.records("folds", periods)),
         words.section("naive", *_skill(words, known, evidence, horizon)),
+        *((words.section("paths", paths),) if further else ()),
         words.section("gates", *tables, bullets=verdict["reasons"]),
         words.section("features", _importance(words, importance, folds)),
         words.section("trials", words.records("trials", best)),

@@ -331,11 +331,14 @@ def forecast_path(
     baseline_log: float,
     edges_log: Mapping[int, tuple[float, float]],
     horizon_bars: int,
+    further_log: Mapping[int, float] | None = None,
 ) -> ForecastPath:
     """Spread an h-day forecast over the coming sessions.
 
-    The centre is `centre_log`. The distance of an edge from it, over the square root of time, is linear in
-    the log of time between the horizons whose edges are known, and constant outside them.
+    The centre is `centre_log`, bent so that it passes through the forecasts over further numbers of bars:
+    linear in time between them, at the pace of the no-skill forecast beyond the longest. The distance of an
+    edge from it, over the square root of time, is linear in the log of time between the horizons whose edges
+    are known, and constant outside them.
 
     Parameters
     ----------
@@ -349,9 +352,17 @@ def forecast_path(
         Horizon in bars to the distances of the 80 % band's lower and upper edge from the centre, log returns.
     horizon_bars
         The h above.
+    further_log
+        Further numbers of bars to the median log return over them; by default none.
     """
     step = np.arange(1, len(dates) + 1, dtype=np.float64)
-    centre = centre_log(step, expected_log, baseline_log, horizon_bars=horizon_bars)
+    nodes = np.array(sorted({0, horizon_bars, *(further_log or {})}), dtype=np.float64)
+    own, centre = (
+        centre_log(bars, expected_log, baseline_log, horizon_bars=horizon_bars) for bars in (nodes, step)
+    )
+    # Nothing is added at 0 and at h, nor anywhere without further forecasts.
+    bent = [(further_log or {}).get(int(bars), at) - at for bars, at in zip(nodes, own, strict=True)]
+    centre += np.interp(step, nodes, bent)
     known = np.array(sorted(edges_log), dtype=np.float64)
     daily = np.array([edges_log[int(bars)] for bars in known]) / np.sqrt(known)[:, np.newaxis]
     lower, upper = (np.interp(np.log(step), np.log(known), edge) * np.sqrt(step) for edge in daily.T)

@@ -9,13 +9,13 @@ import json
 import math
 import sys
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from functools import cache
 from importlib import metadata as package_metadata
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import joblib
 import numpy as np
@@ -33,10 +33,10 @@ from utils.model_paths import GBM, Linked, linked_version, roll_back, serve, ser
 
 SCHEMA_VERSION = 2
 BOOSTER_LIBRARY = {"xgb": "xgboost", "lgb": "lightgbm", "cat": "catboost"}
-SCALER, RECORD = "scaler.joblib", "oos_predictions.parquet"
+SCALER, RECORD = "scaler", "oos_predictions.parquet"
 COLUMNS, IMPORTANCE = "feature_columns.json", "feature_importance.json"
 HYPERPARAMETERS, METADATA = "hyperparameters.json", "training_metadata.json"
-SHARED_FILES = (SCALER, RECORD, COLUMNS, IMPORTANCE, HYPERPARAMETERS, METADATA)
+SHARED_FILES = (RECORD, COLUMNS, IMPORTANCE, HYPERPARAMETERS, METADATA)
 _NUMBERS = "predicted_log baseline_log raw_scaled realised_log sigma_log skill_lower"
 RECORD_COLUMNS = ("date", *_NUMBERS.split(), "fold", "trained_through")
 GOLDEN_ROWS = 8
@@ -49,9 +49,10 @@ def new_version_id(created_at: datetime) -> str:
     return f"{created_at:%Y%m%dT%H%M%S%f}-{uuid.uuid4().hex[:8]}"
 
 
-def model_file(name: str) -> str:
-    """Return the name of a booster's file."""
-    return f"{name}_model.joblib"
+def model_file(name: str, path_horizon: int | None = None) -> str:
+    """Return the name of the file of a booster, or of the scaler; a path model's ends in its horizon."""
+    stem = name if name == SCALER else f"{name}_model"
+    return f"{stem}.joblib" if path_horizon is None else f"{stem}_h{path_horizon}.joblib"
 
 
 class GBMManifest(artifact.Manifest):
@@ -65,6 +66,8 @@ class GBMManifest(artifact.Manifest):
         Versions that made it, and the hash of the bars that it was trained on.
     golden_inputs, golden_outputs
         Unscaled feature rows (k, p) and what the boosters said to them, in units of volatility (k,).
+    path_golden_outputs
+        The same of each path model, by its horizon in bars; its boosters have the names in ``models``.
     """
 
     SCHEMA: ClassVar[int] = SCHEMA_VERSION
@@ -74,22 +77,26 @@ class GBMManifest(artifact.Manifest):
     data_hash: str
     golden_inputs: list[list[float]] = Field(min_length=1)
     golden_outputs: list[float]
+    path_golden_outputs: dict[Annotated[int, Field(ge=1)], list[float]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _fits_together(self) -> "GBMManifest":
         if len(set(self.models)) < len(self.models):
             raise ValueError("a booster is listed twice")
-        if absent := {*SHARED_FILES, *map(model_file, self.models)} - set(self.files):
+        ensembles = (None, *self.path_golden_outputs)
+        pickled = {model_file(name, bars) for bars in ensembles for name in (SCALER, *self.models)}
+        if absent := {*SHARED_FILES, *pickled} - set(self.files):
             raise ValueError(f"{', '.join(sorted(absent))} is not listed")
         if len({len(row) for row in self.golden_inputs}) != 1 or not self.golden_inputs[0]:
             raise ValueError("the golden inputs are not a table")
-        if len(self.golden_outputs) != len(self.golden_inputs):
+        outputs = (self.golden_outputs, *self.path_golden_outputs.values())
+        if any(len(each) != len(self.golden_inputs) for each in outputs):
             raise ValueError("there is not one golden output for each golden input")
         return self
 
 
 class Fitted(BaseModel):
-    """Content of ``hyperparameters.json``."""
+    """What ``hyperparameters.json`` tells of one ensemble."""
 
     boosters: dict[str, Any]
     weights: dict[str, float]
@@ -102,6 +109,44 @@ class Fitted(BaseModel):
         return self
 
 
+class FittedDocument(Fitted):
+    """Content of ``hyperparameters.json``: the model's own, and that of each path model by its horizon."""
+
+    path_models: dict[int, Fitted] = Field(default_factory=dict)
+
+
+class ColumnsDocument(artifact.ColumnNames):
+    """Content of ``feature_columns.json``: of the same columns, each path model has its own selection."""
+
+    path_models: dict[int, Annotated[tuple[str, ...], Field(min_length=1)]] = Field(default_factory=dict)
+
+    def of(self, path_horizon: int | None) -> artifact.ColumnNames:
+        """Return the columns and the selection of one ensemble."""
+        selected = self.selected if path_horizon is None else self.path_models[path_horizon]
+        return artifact.ColumnNames(columns=self.columns, selected=selected)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PathModel:
+    """A model for another horizon, through whose forecast the path passes; it decides nothing.
+
+    Its out-of-sample figures are in the bundle's metadata, as ``path_models``, by horizon.
+
+    Attributes
+    ----------
+    horizon_bars
+        Number of bars that its forecast looks ahead.
+    ensemble
+        The final fit on all rows, with its own calibration and the bundle's ``columns``.
+    hyperparameters
+        Tuned parameters and rounds by booster.
+    """
+
+    horizon_bars: int
+    ensemble: BoosterEnsemble
+    hyperparameters: Mapping[str, object]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GBMBundle:
     """A trained model with the out-of-sample record that vouches for it.
@@ -111,7 +156,7 @@ class GBMBundle:
     symbol
         The symbol it was trained for.
     horizon_bars
-        Number of bars that a forecast looks ahead.
+        Number of bars that a forecast looks ahead; what is decided, judged and recorded looks so far.
     ensemble
         The final fit on all rows.
     record
@@ -122,6 +167,8 @@ class GBMBundle:
         Mean absolute SHAP value by feature, normalised.
     hyperparameters
         Tuned parameters and rounds by booster.
+    path_models
+        Models of further horizons, for the forecast path alone; ascending.
     path
         Folder that it was loaded from; None before it is saved.
     warnings
@@ -135,6 +182,7 @@ class GBMBundle:
     metadata: Mapping[str, Any]
     importance: Mapping[str, float]
     hyperparameters: Mapping[str, object]
+    path_models: tuple[PathModel, ...] = ()
     path: Path | None = None
     warnings: tuple[str, ...] = ()
 
@@ -182,6 +230,9 @@ def save_bundle(bundle: GBMBundle, models_dir: Path, *, golden_inputs: FloatMatr
         data_hash=str(bundle.metadata["data_hash"]),
         golden_inputs=[[float(value) for value in row] for row in rows],
         golden_outputs=golden_outputs(bundle.ensemble, rows).tolist(),
+        path_golden_outputs={
+            path.horizon_bars: golden_outputs(path.ensemble, rows).tolist() for path in bundle.path_models
+        },
     )
     return artifact.publish(
         models_dir, GBM, manifest=manifest, contents=contents, verify=verify_in_fresh_process
@@ -189,16 +240,21 @@ def save_bundle(bundle: GBMBundle, models_dir: Path, *, golden_inputs: FloatMatr
 
 
 def _contents(bundle: GBMBundle) -> dict[str, bytes]:
-    ensemble = bundle.ensemble
-    pickled = {model_file(name): model for name, model in ensemble.models.items()} | {SCALER: ensemble.scaler}
+    ensemble, paths = bundle.ensemble, bundle.path_models
+    pickled: dict[str, Any] = {}
+    for bars, each in ((None, ensemble), *((path.horizon_bars, path.ensemble) for path in paths)):
+        parts = {SCALER: each.scaler, **each.models}
+        pickled |= {model_file(name, bars): part for name, part in parts.items()}
+    selections = {path.horizon_bars: path.ensemble.selected_features for path in paths}
+    fits = {path.horizon_bars: _fitted_document(path.ensemble, path.hyperparameters) for path in paths}
     documents = {
-        COLUMNS: {"columns": ensemble.columns, "selected": ensemble.selected_features},
-        IMPORTANCE: bundle.importance,
-        HYPERPARAMETERS: {
-            "boosters": bundle.hyperparameters,
-            "weights": ensemble.weights,
-            "calibration": asdict(ensemble.calibration),
+        COLUMNS: {
+            "columns": ensemble.columns,
+            "selected": ensemble.selected_features,
+            "path_models": selections,
         },
+        IMPORTANCE: bundle.importance,
+        HYPERPARAMETERS: {**_fitted_document(ensemble, bundle.hyperparameters), "path_models": fits},
         METADATA: bundle.metadata,
     }
     contents = {}
@@ -210,6 +266,14 @@ def _contents(bundle: GBMBundle) -> dict[str, bytes]:
     for name, document in documents.items():
         contents[name] = json.dumps(document, indent=1, allow_nan=False).encode()
     return contents
+
+
+def _fitted_document(ensemble: BoosterEnsemble, boosters: Mapping[str, object]) -> dict[str, object]:
+    return {
+        "boosters": boosters,
+        "weights": ensemble.weights,
+        "calibration": asdict(ensemble.calibration),
+    }
 
 
 def golden_outputs(ensemble: BoosterEnsemble, inputs: FloatMatrix) -> FloatArray:
@@ -262,8 +326,9 @@ def load_folder(folder: Path) -> GBMBundle:
     """Check one version's files against its manifest, which must vouch for all of them, then load them."""
     version = artifact.read_version(folder, GBM, GBMManifest)
     metadata = _checked_metadata(version)
-    ensemble, fitted = _ensemble(version)
-    _check_golden(ensemble, version)
+    names, fitted = _documents(version)
+    ensemble = _ensemble(version, names, fitted)
+    _check_golden(ensemble, version, version.manifest.golden_outputs)
     return GBMBundle(
         symbol=metadata["symbol"],
         horizon_bars=metadata["horizon_bars"],
@@ -272,6 +337,7 @@ def load_folder(folder: Path) -> GBMBundle:
         metadata=metadata,
         importance=_document(version, IMPORTANCE),
         hyperparameters=fitted.boosters,
+        path_models=tuple(_path_model(version, names, fitted, bars) for bars in sorted(fitted.path_models)),
         path=folder,
     )
 
@@ -310,34 +376,56 @@ def _checked_metadata(version: Version[GBMManifest]) -> dict[str, Any]:
     return metadata
 
 
-def _ensemble(version: Version[GBMManifest]) -> tuple[BoosterEnsemble, Fitted]:
-    folder, contents, models = version.folder, version.contents, version.manifest.models
+def _documents(version: Version[GBMManifest]) -> tuple[ColumnsDocument, FittedDocument]:
+    """Return what the documents tell of every ensemble; manifest and documents know the same path models."""
+    folder, contents, manifest = version.folder, version.contents, version.manifest
     with unusable(folder, COLUMNS):
-        names = artifact.ColumnNames.model_validate_json(contents[COLUMNS])
+        names = ColumnsDocument.model_validate_json(contents[COLUMNS])
     with unusable(folder, HYPERPARAMETERS):
-        fitted = Fitted.model_validate_json(contents[HYPERPARAMETERS])
-        if set(fitted.weights) != set(models):
-            raise corrupt(folder, f"{HYPERPARAMETERS} does not weigh {', '.join(models)}")
-    with unusable(folder, SCALER):
-        scaler = joblib.load(io.BytesIO(contents[SCALER]))
+        fitted = FittedDocument.model_validate_json(contents[HYPERPARAMETERS])
+    for name, document in ((COLUMNS, names), (HYPERPARAMETERS, fitted)):
+        if set(document.path_models) != set(manifest.path_golden_outputs):
+            raise corrupt(folder, f"{name} tells of other horizons than the manifest")
+    return names, fitted
+
+
+def _path_model(
+    version: Version[GBMManifest], names: ColumnsDocument, fitted: FittedDocument, bars: int
+) -> PathModel:
+    own = fitted.path_models[bars]
+    ensemble = _ensemble(version, names, own, bars)
+    _check_golden(ensemble, version, version.manifest.path_golden_outputs[bars])
+    return PathModel(horizon_bars=bars, ensemble=ensemble, hyperparameters=own.boosters)
+
+
+def _ensemble(
+    version: Version[GBMManifest], document: ColumnsDocument, fitted: Fitted, bars: int | None = None
+) -> BoosterEnsemble:
+    """Return the model's ensemble, or that of the path model with a horizon of ``bars``."""
+    folder, models, pickled = version.folder, version.manifest.models, model_file(SCALER, bars)
+    with unusable(folder, COLUMNS):
+        names = document.of(bars)
+    if set(fitted.weights) != set(models):
+        raise corrupt(folder, f"{HYPERPARAMETERS} does not weigh {', '.join(models)}")
+    with unusable(folder, pickled):
+        scaler = joblib.load(io.BytesIO(version.contents[pickled]))
         if not isinstance(scaler, RobustScaler) or scaler.center_.shape != (len(names.columns),):
-            raise corrupt(folder, f"{SCALER} does not scale the columns of {COLUMNS}")
-    ensemble = BoosterEnsemble(
+            raise corrupt(folder, f"{pickled} does not scale the columns of {COLUMNS}")
+    return BoosterEnsemble(
         columns=names.columns,
         selected=tuple(names.columns.index(name) for name in names.selected),
         scaler=scaler,
-        models={name: _booster(version, name) for name in models},
+        models={name: _booster(version, name, model_file(name, bars)) for name in models},
         weights=fitted.weights,
         calibration=fitted.calibration,
     )
-    return ensemble, fitted
 
 
-def _booster(version: Version[GBMManifest], name: str) -> Booster:
+def _booster(version: Version[GBMManifest], name: str, pickled: str) -> Booster:
     library = BOOSTER_LIBRARY[name]
-    with unusable(version.folder, model_file(name), LightGBMError):
+    with unusable(version.folder, pickled, LightGBMError):
         try:
-            model = joblib.load(io.BytesIO(version.contents[model_file(name)]))
+            model = joblib.load(io.BytesIO(version.contents[pickled]))
         except ModuleNotFoundError as error:
             if error.name != library:
                 raise
@@ -346,7 +434,7 @@ def _booster(version: Version[GBMManifest], name: str) -> Booster:
                 f"install {library}, or train again with --overwrite"
             ) from error
     if type(model).__module__.partition(".")[0] != library:
-        raise corrupt(version.folder, f"{model_file(name)} holds no model of {library}")
+        raise corrupt(version.folder, f"{pickled} holds no model of {library}")
     return cast("Booster", model)
 
 
@@ -361,12 +449,14 @@ def _record(version: Version[GBMManifest]) -> pd.DataFrame:
     return record
 
 
-def _check_golden(ensemble: BoosterEnsemble, version: Version[GBMManifest]) -> None:
+def _check_golden(
+    ensemble: BoosterEnsemble, version: Version[GBMManifest], expected: Sequence[float]
+) -> None:
     manifest = version.manifest
     with unusable(version.folder, "what the boosters forecast", LightGBMError):
         inputs = np.asarray(manifest.golden_inputs, dtype=np.float32)
         outputs = golden_outputs(ensemble, inputs)
-        error = float(np.max(np.abs(outputs - np.asarray(manifest.golden_outputs))))
+        error = float(np.max(np.abs(outputs - np.asarray(expected))))
     if error <= GOLDEN_TOLERANCE:
         return
     here, then = library_versions(), manifest.libraries

@@ -12,9 +12,10 @@ import numpy.typing as npt
 import pandas as pd
 
 from data.feature_engineer import engineer_features
-from data.target_engineering import make_target
+from data.target_engineering import make_target, rescale_sigma
 from evaluation.accounting import DEFAULT_CAPITAL, CostModel
 from evaluation.advanced_backtester import AdvancedBacktester, BacktestReport
+from inference.ensemble import FloatMatrix, IntArray
 from inference.intervals import (
     ANCHORS_BARS,
     ForecastPath,
@@ -47,11 +48,17 @@ FORECAST_COLUMNS = (
     "lower_z",
     "upper_z",
 )
+FURTHER = "expected_log_h"
 # Imagined forecasts behind the win rate before any is resolved: half of them right, wins as large as losses.
 PRIOR_FORECASTS = 50.0
 # An outcome that lies further from the recorded one, in volatilities, was made by other prices; two series
 # agree by chance in one row of some twenty, so a disagreement is remembered for a while.
 OTHER_PRICES_SIGMA, OTHER_PRICES_MEMORY_BARS = 0.05, 20
+
+
+def further_column(bars: int) -> str:
+    """Return the name of the column with the forecast log return over a further number of bars."""
+    return f"{FURTHER}{bars}"
 
 
 class Forecaster(Protocol):
@@ -67,7 +74,8 @@ class Forecaster(Protocol):
 
         ``lower_z`` and ``upper_z`` are the distances of the band's edges from ``expected_log``, in
         ``sigma_log``. A forecaster that knows the edges over other numbers of bars adds them, in log returns
-        from the centre, as columns ``lower_log_<bars>`` and ``upper_log_<bars>``, see `path_ahead`.
+        from the centre, as columns ``lower_log_<bars>`` and ``upper_log_<bars>``, see `path_ahead`. One that
+        forecasts further numbers of bars adds these log returns as `further_column`, NaN where there is none.
         """
         ...
 
@@ -176,12 +184,20 @@ def decide(
 
 
 def path_ahead(decisions: Decisions, dates: pd.DatetimeIndex) -> ForecastPath:
-    """Return the forecast path from the last bar over the coming sessions ``dates``."""
+    """Return the forecast path from the last bar over the coming sessions ``dates``.
+
+    It passes through the forecasts of every horizon that the last bar has one for.
+    """
     last = decisions.frame.iloc[-1]
     edges = {
         bars: (float(last[f"lower_log_{bars}"]), float(last[f"upper_log_{bars}"]))
         for bars in ANCHORS_BARS
         if f"lower_log_{bars}" in last.index
+    }
+    further = {
+        int(name.removeprefix(FURTHER)): float(last[name])
+        for name in map(str, last.index)
+        if name.startswith(FURTHER) and np.isfinite(last[name])
     }
     sigma_log = float(last["sigma_log"])
     edges[decisions.horizon_bars] = (float(last["lower_z"]) * sigma_log, float(last["upper_z"]) * sigma_log)
@@ -192,6 +208,7 @@ def path_ahead(decisions: Decisions, dates: pd.DatetimeIndex) -> ForecastPath:
         baseline_log=float(last["baseline_log"]),
         edges_log=edges,
         horizon_bars=decisions.horizon_bars,
+        further_log=further,
     )
 
 
@@ -305,16 +322,20 @@ class GBMForecaster:
         after = np.asarray(index > bundle.record["date"].max())
         frame["is_out_of_sample"] = record["predicted_log"].notna() | after
         wanted = after | (np.asarray(record["predicted_log"].isna()) if self.include_in_sample else False)
-        if wanted.any():
-            self._fill_from_model(frame, bars, wanted)
+        # The record's last bar has no outcome over any horizon: no path model was trained on it.
+        ahead = np.asarray(index >= bundle.record["date"].max()) & bool(bundle.path_models)
+        for path in bundle.path_models:
+            frame[further_column(path.horizon_bars)] = np.nan
+        if (wanted | ahead).any():
+            features = self._features(bars)
+            usable = np.isfinite(features).all(axis=1) & np.isfinite(frame["sigma_log"].to_numpy())
+            self._fill_from_model(frame, features, np.flatnonzero(wanted & usable))
+            self._fill_further(frame, features, np.flatnonzero(ahead & usable))
         return frame
 
-    def _fill_from_model(
-        self, frame: pd.DataFrame, bars: pd.DataFrame, wanted: npt.NDArray[np.bool_]
-    ) -> None:
-        """Forecast the wanted bars with the final model, where their features are known."""
-        ensemble = self.bundle.ensemble
-        known = engineer_features(bars)
+    def _features(self, bars: pd.DataFrame) -> FloatMatrix:
+        """Return the columns that the model knows, by name, (n, p); NaN in the warm-up."""
+        ensemble, known = self.bundle.ensemble, engineer_features(bars)
         missing = [name for name in ensemble.columns if name not in known.columns]
         if missing:
             raise ModelIncompatibleError(
@@ -322,10 +343,11 @@ class GBMForecaster:
                 f"{', '.join(missing)}: train again with --overwrite"
             )
         # By name: a booster takes columns in another order without a word, and forecasts wrong.
-        features = known[list(ensemble.columns)].to_numpy(dtype=np.float32)
-        rows = np.flatnonzero(
-            wanted & np.isfinite(features).all(axis=1) & np.isfinite(frame["sigma_log"].to_numpy())
-        )
+        return known[list(ensemble.columns)].to_numpy(dtype=np.float32)
+
+    def _fill_from_model(self, frame: pd.DataFrame, features: FloatMatrix, rows: IntArray) -> None:
+        """Forecast the given rows with the final model."""
+        ensemble = self.bundle.ensemble
         if not len(rows):
             return
         per_model = ensemble.per_model(features[rows])
@@ -337,6 +359,17 @@ class GBMForecaster:
         frame.loc[where, "skill_lower"] = self._live_skill()
         for name, values in per_model.items():
             frame.loc[where, f"model_{name}"] = values
+
+    def _fill_further(self, frame: pd.DataFrame, features: FloatMatrix, rows: IntArray) -> None:
+        """Forecast the given rows with the path models."""
+        if not len(rows):
+            return
+        sigma = frame["sigma_log"].to_numpy()[rows]
+        for path in self.bundle.path_models:
+            ensemble, bars = path.ensemble, path.horizon_bars
+            scaled = ensemble.calibration.apply(ensemble.combine(ensemble.per_model(features[rows])))
+            sigma_log = rescale_sigma(sigma, from_bars=self.horizon_bars, to_bars=bars)
+            frame.loc[frame.index[rows], further_column(bars)] = scaled * sigma_log
 
     def _live_skill(self) -> float:
         """Return the skill that future positions may use: none unless the verdict is an edge."""

@@ -208,7 +208,9 @@ class TrainerConfig:
     Attributes
     ----------
     horizon_bars
-        Number of bars that a forecast looks ahead.
+        Number of bars that a forecast looks ahead; what is judged and decided looks so far.
+    path_horizons_bars
+        Further numbers of bars that the forecast path passes through; each gets a model of its own.
     recipe
         What is fitted, see `RecipeConfig`.
     walk_forward
@@ -218,6 +220,7 @@ class TrainerConfig:
     """
 
     horizon_bars: int = DEFAULT_HORIZON_BARS
+    path_horizons_bars: tuple[int, ...] = ()
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     walk_forward: WalkForwardConfig = field(default_factory=WalkForwardConfig)
     costs: CostModel = field(default_factory=CostModel)
@@ -257,6 +260,14 @@ class FittedGBM:
             "rounds": {name: found.rounds for name, found in self.tuned.items()},
             "setting": {name: "careful" if t.is_careful else "tuned" for name, t in self.tuned.items()},
             "selection": self.selection.method,
+        }
+
+    @property
+    def hyperparameters(self) -> dict[str, object]:
+        """Tuned parameters and rounds by booster, as plain data."""
+        return {
+            name: {"params": dict(found.params), "rounds": found.rounds, "inner_rmse": found.inner_rmse}
+            for name, found in self.tuned.items()
         }
 
     def for_symbol(self, symbol: str) -> BoosterEnsemble:

@@ -156,6 +156,10 @@ def compare(bundle: GBMBundle, again: Trained, hashes: Mapping[str, str], folder
     findings.append(
         _within("final model, golden rows", outputs, golden_outputs(again.bundle.ensemble, golden))
     )
+    for path in again.bundle.path_models:
+        outputs = np.asarray(manifest.path_golden_outputs[path.horizon_bars])
+        name = f"path model of {path.horizon_bars} bars, golden rows"
+        findings.append(_within(name, outputs, golden_outputs(path.ensemble, golden)))
     return findings
 
 

@@ -101,6 +101,7 @@ class RunLog:
             "verdict": verdict.label,
             "evidence": verdict.evidence,
             "metrics": metadata["metrics"],
+            "path models": metadata["path_models"],
             "across folds": asdict(trained.walk_forward.summary),
             "duration_s": metadata["duration_s"],
         }
@@ -287,6 +288,7 @@ def outcome_of(
         "reasons": list(verdict.reasons),
         "evidence": dict(verdict.evidence),
         "metrics": bundle.metadata["metrics"],
+        "path_models": bundle.metadata["path_models"],
         **{name: bundle.metadata[name] for name in (*same, "device", "device_reason", "duration_s")},
         "status": log.status,
         "bundle": None if saved_as is None else str(saved_as),
@@ -323,6 +325,8 @@ def print_summary(console: Console, result: Mapping[str, Any]) -> None:
         "tries on these prices": evidence["n_trials"],
         "trained in": f"{result['duration_s']} s on {result['device']}, seed {result['seed']}",
     }
+    for bars, found in result["path_models"].items():
+        rows[f"path, horizon {bars}"] = f"IC {_text(found['ic'])} (p {_text(found['p_ic'])})"
     for name, text in rows.items():
         table.add_row(name, text)
     console.print(table)

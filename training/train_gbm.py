@@ -9,15 +9,17 @@
 import argparse
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from joblib import Parallel, delayed
 from rich.console import Console
 
@@ -33,7 +35,7 @@ from training.gbm_search import DeviceChoice, SearchConfig, choose_device
 from training.libraries import LIBRARIES, catboost
 from training.recipe import RecipeConfig, TrainerConfig
 from training.run_log import Outcome, RunLog, fan_out, logged_run, outcome_of, publish_report, refused
-from training.trainer import MINIMUM_TEST_BARS, GBMTrainer, OnEvent, Trained, training_lock
+from training.trainer import MINIMUM_TEST_BARS, GBMTrainer, OnEvent, Trained
 from utils.errors import (
     AIStocksError,
     DataError,
@@ -49,6 +51,7 @@ from utils.settings import Settings, configure_logging
 logger = logging.getLogger(__name__)
 
 TUNE_TRIALS = 50
+MAX_HORIZONS = 4
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -67,7 +70,11 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--include-sentiment", action=flag, help="not there yet: a usage error")
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--target-horizon", type=horizon, default=DEFAULT_HORIZON_BARS, help="bars ahead (default: 5)"
+        "--target-horizon",
+        type=horizons,
+        default=(DEFAULT_HORIZON_BARS,),
+        metavar="BARS[,BARS]",
+        help="bars ahead (default: 5); of several, 5 or else the first decides, all shape the forecast path",
     )
     model.add_argument("--tune", action=flag, help=f"search with {TUNE_TRIALS} trials, pooled models too")
     model.add_argument(
@@ -101,13 +108,14 @@ def at_least(lowest: int) -> Callable[[str], int]:
     return read
 
 
-def horizon(text: str) -> int:
-    """Read a horizon; several at once are not trained yet."""
-    if "," in text:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: one bundle has one horizon so far; train a single one, such as 5"
-        )
-    return at_least(1)(text)
+def horizons(text: str) -> tuple[int, ...]:
+    """Read one horizon or several: first the one that decides, then the others, ascending."""
+    read = at_least(1)
+    named = list(dict.fromkeys(read(part.strip()) for part in text.split(",")))
+    if len(named) > MAX_HORIZONS:
+        raise argparse.ArgumentTypeError(f"{text!r}: at most {MAX_HORIZONS} horizons make one path")
+    decides = DEFAULT_HORIZON_BARS if DEFAULT_HORIZON_BARS in named else named[0]
+    return decides, *sorted(set(named) - {decides})
 
 
 def models(text: str) -> tuple[str, ...]:
@@ -153,7 +161,8 @@ def config_from(args: argparse.Namespace) -> TrainerConfig:
         # Libraries are fitted side by side; one symbol's rows keep no further thread busy.
         search = replace(search, threads=max(1, args.jobs // len(names)))
     recipe = RecipeConfig(search=search, max_features=args.max_features, seed=args.seed)
-    return TrainerConfig(horizon_bars=check_horizon(args.target_horizon), recipe=recipe)
+    decides, *others = map(check_horizon, args.target_horizon)
+    return TrainerConfig(horizon_bars=decides, path_horizons_bars=tuple(others), recipe=recipe)
 
 
 def device_for(args: argparse.Namespace, n_rows: int) -> DeviceChoice:
@@ -188,6 +197,28 @@ def refuse_existing(symbol: str, args: argparse.Namespace, settings: Settings) -
     """Refuse to replace a bundle without being told to."""
     if gbm_link(settings.models_dir, symbol).exists() and not (args.overwrite or args.validate_only):
         raise ModelExistsError(f"{symbol} has a model already: add --overwrite to train it anew")
+
+
+@contextmanager
+def training_lock(models_dir: Path, symbol: str) -> Iterator[None]:
+    """Hold the symbol's training lock, which dies with the process; else `LockedError` names who holds it."""
+    folder = symbol_dir(models_dir, symbol)
+    holder = folder / ".training.pid"
+    lock = FileLock(folder / ".training.lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+        holder.write_text(str(os.getpid()))
+    except Timeout as error:
+        who = holder.read_text() if holder.is_file() else "unknown"
+        raise LockedError(f"{symbol} is being trained by process {who}: wait or stop it") from error
+    except OSError as error:
+        raise StorageError(f"cannot write the lock of {symbol}: {error.strerror}") from error
+    with lock:
+        try:
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
 
 
 def train_symbol(symbol: str, args: argparse.Namespace, settings: Settings, on_event: OnEvent) -> Outcome:
@@ -228,7 +259,7 @@ def train_pooled(
         try:
             refuse_existing(symbol, args, settings)
             named[symbol] = fetch(symbol, args, settings)
-            needed = MAX_WARMUP_BARS + args.target_horizon + MINIMUM_TEST_BARS
+            needed = MAX_WARMUP_BARS + max(args.target_horizon) + MINIMUM_TEST_BARS
             check_enough(named[symbol].frame, needed, f"judging {symbol}")
         except AIStocksError as error:
             named.pop(symbol, None)
@@ -252,7 +283,7 @@ def train_pooled(
 
 def load_others(symbols: set[str], args: argparse.Namespace, settings: Settings) -> dict[str, Bars]:
     """Fetch the rest of the universe; what cannot be used is named in a warning and left out."""
-    needed = MAX_WARMUP_BARS + args.target_horizon + 1
+    needed = MAX_WARMUP_BARS + max(args.target_horizon) + 1
 
     def usable(symbol: str) -> Bars | AIStocksError:
         try:

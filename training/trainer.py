@@ -2,10 +2,8 @@
 
 import hashlib
 import json
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from filelock import FileLock, Timeout
 
 from data.feature_engineer import MAX_WARMUP_BARS, feature_set_hash
 from data.schema import Bars, bars_hash, check_enough
@@ -21,19 +18,27 @@ from data.target_engineering import Dataset, build_dataset
 from evaluation.advanced_backtester import BacktestReport
 from evaluation.metrics import sharpe, spearman, values
 from inference.ensemble import FloatArray, FloatMatrix
-from inference.load_gbm_models import GOLDEN_ROWS, LIBRARIES, GBMBundle, library_versions, new_version_id
+from inference.load_gbm_models import (
+    GOLDEN_ROWS,
+    LIBRARIES,
+    GBMBundle,
+    PathModel,
+    library_versions,
+    new_version_id,
+)
 from inference.pipeline import GBMForecaster, backtest_decisions, decide
 from inference.position_sizing import make_sizer
 from training.gbm_search import DeviceChoice
 from training.recipe import FittedGBM, GBMRecipe, TrainerConfig, begin_with_others
-from utils.errors import InsufficientDataError, LockedError, StorageError
-from utils.model_paths import symbol_dir
+from utils.errors import InsufficientDataError
 from validation.gates import Verdict, judge
 from validation.overfitting import Run, count_trials, record_run
 from validation.walk_forward import FoldResult, WalkForwardResult, WalkForwardValidator
 
 MINIMUM_TEST_BARS = 252
 NOT_JUDGED_YET = {"label": "no-edge", "reasons": [], "evidence": {}}
+PATH_EVIDENCE = ("ic", "p_ic", "calibration_slope", "skill_over_drift", "n_rows")
+WALKED_AT = 0.9
 UNIVERSE_EVIDENCE = ("ic", "p_ic", "p_return", "active_return_annual", "skill_over_drift", "n_rows")
 AS_CONFIGURED = "as the configuration says"
 OnEvent = Callable[[Mapping[str, Any]], None]
@@ -49,6 +54,32 @@ class Trained:
     backtest: BacktestReport
     trials: tuple[Mapping[str, object], ...]
     golden_inputs: FloatMatrix
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WalkedPath:
+    """A further horizon, walked forward on its own target; its record is weighed, and not saved.
+
+    Attributes
+    ----------
+    horizon_bars
+        Number of bars that its forecast looks ahead.
+    record
+        The walk-forward record of all symbols.
+    fitted
+        The recipe on every labelled row.
+    """
+
+    horizon_bars: int
+    record: pd.DataFrame
+    fitted: FittedGBM
+
+    def figures(self, symbol: str) -> dict[str, float | int | bool | None]:
+        """Return what the symbol's own out-of-sample rows say; None where undefined."""
+        own = self.record[self.record["symbol"] == symbol]
+        empty = np.empty(0)
+        found = judge(own, horizon_bars=self.horizon_bars, strategy_return=empty, benchmark_return=empty)
+        return {name: found.evidence[name] for name in PATH_EVIDENCE}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +102,8 @@ class Walked:
         Clock (`time.monotonic`) at the start of the run.
     universe
         What the panel is called.
+    paths
+        The further horizons, ascending.
     returns
         Of a panel: net returns per session of the decided positions of all symbols, in equal parts, and of
         their benchmarks of equal exposure, (m, 2); None for a symbol that stands alone.
@@ -83,6 +116,7 @@ class Walked:
     trials: tuple[Mapping[str, object], ...]
     started: float
     universe: str = ""
+    paths: tuple[WalkedPath, ...] = ()
     returns: FloatArray | None = None
 
 
@@ -109,6 +143,7 @@ class GBMTrainer:
         self.config = config
         self._device_reason = AS_CONFIGURED if device is None else device.reason
         self._tell: OnEvent = on_event or (lambda _event: None)
+        self._begun = 0.0
 
     def train(self, bars: Bars, *, trials_log: Path | None = None, problems: Sequence[str] = ()) -> Trained:
         """Train one symbol on its own prices; see `walk` and `conclude`."""
@@ -119,11 +154,13 @@ class GBMTrainer:
         """Bars that a symbol needs to be trained alone: warm-up, first training rows, a year of test."""
         config = self.config
         first_train = config.walk_forward.min_train_bars
-        return MAX_WARMUP_BARS + first_train + config.horizon_bars + MINIMUM_TEST_BARS
+        longest = max((config.horizon_bars, *config.path_horizons_bars))
+        return MAX_WARMUP_BARS + first_train + longest + MINIMUM_TEST_BARS
 
     def walk(self, panel: Mapping[str, Bars], *, universe: str = "") -> Walked:
         """Walk the recipe forward over the panel, split by date, and fit it on all labelled rows.
 
+        Further horizons come first, each on its own, so that the rows of one are in memory at a time.
         ``universe`` is what the panel is called; it is recorded.
 
         Raises
@@ -135,15 +172,9 @@ class GBMTrainer:
         if len(panel) == 1:
             ((symbol, bars),) = panel.items()
             check_enough(bars.frame, self.needed_bars, f"training {symbol} alone with one year out of sample")
-        self._stage("features", 0.0)
-        dataset = build_dataset(
-            {symbol: bars.frame for symbol, bars in panel.items()}, self.config.horizon_bars
-        )
-        dataset = begin_with_others(dataset, self.config.recipe.leave_out)
-        recipe = GBMRecipe(self.config.recipe)
-        result = self._walk_forward(dataset, recipe)
-        self._stage("final fit", 0.9)
-        fitted = recipe.fit_all(dataset, result.record)
+        paths = tuple(self._walk_path(panel, bars_ahead) for bars_ahead in self.config.path_horizons_bars)
+        self._begun = len(paths) / (len(paths) + 1)
+        dataset, recipe, result, fitted = self.fit(panel)
         trials = (tuned.trials for found in recipe.searches for tuned in found.values())
         walked = Walked(
             dataset=dataset,
@@ -153,8 +184,34 @@ class GBMTrainer:
             trials=tuple(trial for part in trials for trial in part),
             started=started,
             universe=universe,
+            paths=paths,
         )
         return walked if len(panel) == 1 else replace(walked, returns=self._book_together(walked, panel))
+
+    def fit(self, panel: Mapping[str, Bars]) -> tuple[Dataset, GBMRecipe, WalkForwardResult, FittedGBM]:
+        """Do `walk` for the one horizon that decides; nothing is booked."""
+        self._stage("features", 0.0)
+        frames = {symbol: bars.frame for symbol, bars in panel.items()}
+        dataset = build_dataset(frames, self.config.horizon_bars)
+        dataset = begin_with_others(dataset, self.config.recipe.leave_out)
+        recipe = GBMRecipe(self.config.recipe)
+        result = self._walk_forward(dataset, recipe)
+        self._stage("final fit", WALKED_AT)
+        return dataset, recipe, result, recipe.fit_all(dataset, result.record)
+
+    def _walk_path(self, panel: Mapping[str, Bars], horizon_bars: int) -> WalkedPath:
+        """Walk a further horizon, which nobody judges: its folds are told to nobody."""
+        ahead = self.config.path_horizons_bars
+        place, share = ahead.index(horizon_bars), 1 / (len(ahead) + 1)
+
+        def tell(event: Mapping[str, Any]) -> None:
+            if event["type"] == "stage":
+                progress = round(share * (place * WALKED_AT + event["progress"]), 3)
+                self._tell({**event, "stage": f"{horizon_bars} bars, {event['stage']}", "progress": progress})
+
+        config = replace(self.config, horizon_bars=horizon_bars, path_horizons_bars=())
+        _dataset, _recipe, result, fitted = GBMTrainer(config, tell).fit(panel)
+        return WalkedPath(horizon_bars=horizon_bars, record=result.record, fitted=fitted)
 
     def _book_together(self, walked: Walked, panel: Mapping[str, Bars]) -> FloatArray:
         """Book the decided positions of every symbol with two forecasts or more; see `Walked.returns`."""
@@ -235,6 +292,7 @@ class GBMTrainer:
             "verdict": verdict.as_dict(),
             "metrics": {**headline_metrics(backtest), "correlation": verdict.evidence["ic"]},
             "folds": fold_table(walked.result, bundle.record, backtest),
+            "path_models": {str(path.horizon_bars): path.figures(bars.symbol) for path in walked.paths},
             "duration_s": round(time.monotonic() - walked.started, 1),
         }
         own = np.flatnonzero(walked.dataset.symbol_code == walked.dataset.symbols.index(bars.symbol))
@@ -286,10 +344,15 @@ class GBMTrainer:
             importance={
                 ensemble.columns[i]: float(value) for i, value in enumerate(fitted.selection.importance)
             },
-            hyperparameters={
-                name: {"params": dict(found.params), "rounds": found.rounds, "inner_rmse": found.inner_rmse}
-                for name, found in fitted.tuned.items()
-            },
+            hyperparameters=fitted.hyperparameters,
+            path_models=tuple(
+                PathModel(
+                    horizon_bars=path.horizon_bars,
+                    ensemble=path.fitted.for_symbol(bars.symbol),
+                    hyperparameters=path.fitted.hyperparameters,
+                )
+                for path in walked.paths
+            ),
         )
 
     def _metadata(self, bars: Bars, walked: Walked, record: pd.DataFrame) -> dict[str, Any]:
@@ -333,6 +396,8 @@ class GBMTrainer:
         config = asdict(self.config)
         # How many threads share the work changes no result.
         del config["recipe"]["search"]["threads"]
+        # Further horizons change nothing of what is judged.
+        del config["path_horizons_bars"]
         content = json.dumps([prices, feature_set_hash(), config], sort_keys=True)
         return Run(
             symbol=bars.symbol,
@@ -342,6 +407,8 @@ class GBMTrainer:
         )
 
     def _stage(self, stage: str, progress: float) -> None:
+        if progress <= WALKED_AT:
+            progress = WALKED_AT * self._begun + (1.0 - self._begun) * progress
         self._tell({"type": "stage", "stage": stage, "progress": round(progress, 3)})
 
 
@@ -428,25 +495,3 @@ def headline_metrics(backtest: BacktestReport) -> dict[str, float | None]:
     }
     same = ("sharpe_ratio", "max_drawdown", "win_rate", "average_trade_profit", "total_trades", "turnover")
     return {ours: found[theirs] for ours, theirs in (renamed | dict(zip(same, same, strict=True))).items()}
-
-
-@contextmanager
-def training_lock(models_dir: Path, symbol: str) -> Iterator[None]:
-    """Hold the symbol's training lock, which dies with the process; else `LockedError` names who holds it."""
-    folder = symbol_dir(models_dir, symbol)
-    holder = folder / ".training.pid"
-    lock = FileLock(folder / ".training.lock")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-        holder.write_text(str(os.getpid()))
-    except Timeout as error:
-        who = holder.read_text() if holder.is_file() else "unknown"
-        raise LockedError(f"{symbol} is being trained by process {who}: wait or stop it") from error
-    except OSError as error:
-        raise StorageError(f"cannot write the lock of {symbol}: {error.strerror}") from error
-    with lock:
-        try:
-            yield
-        finally:
-            holder.unlink(missing_ok=True)

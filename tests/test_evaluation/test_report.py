@@ -227,6 +227,22 @@ def test_two_runs_give_the_same_bytes(bars: pd.DataFrame, honest_page: str, trai
     assert render(again) == training_page
 
 
+def test_further_horizons_have_a_section_where_there_are_some(bars: pd.DataFrame, training_page: str) -> None:
+    inputs = training_inputs(bars)
+    found = {
+        "ic": 0.0314,
+        "p_ic": 0.27,
+        "calibration_slope": None,
+        "skill_over_drift": -0.002,
+        "n_rows": 1721,
+    }
+    metadata = {**inputs["metadata"], "path_models": {"20": found}}
+    page = render(training_report(symbol="AAPL", **{**inputs, "metadata": metadata}))
+    assert "Further horizons" not in training_page
+    assert "Further horizons" in page
+    assert all(figure in page for figure in ("0.031", "0.27", "1,721"))
+
+
 def test_other_data_give_another_page(bars: pd.DataFrame, honest_page: str) -> None:
     assert render(demo(bars.iloc[:-1])) != honest_page
 

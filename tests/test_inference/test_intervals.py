@@ -182,6 +182,24 @@ def test_the_path_moves_with_the_forecast_then_with_the_drift():
     )
 
 
+def test_the_path_passes_through_further_forecasts_and_is_straight_between_them():
+    path = path_of({5: (-0.048, 0.052)}, further_log={1: -0.02, 20: 0.01})
+    at = np.concatenate([[0.0], np.log(path.prices / 100.0)])
+    assert at[[1, 5, 20]] == pytest.approx([-0.02, 0.05, 0.01])
+    bends = np.flatnonzero(np.abs(np.diff(at, 2)) > 1e-12) + 1
+    assert bends.tolist() == [1, 5, 20]
+    assert at[252] - at[20] == pytest.approx(0.01 * 232 / 5)
+    plain = path_of({5: (-0.048, 0.052)})
+    np.testing.assert_allclose(path.upper / path.prices, plain.upper / plain.prices)
+
+
+def test_without_further_forecasts_the_path_is_the_centre_to_the_last_bit():
+    centre = centre_log(np.arange(1.0, 253.0), 0.05, 0.01, horizon_bars=5)
+    for further in (None, {}):
+        path = path_of({5: (-0.048, 0.052)}, further_log=further)
+        assert np.array_equal(path.returns, np.expm1(centre))
+
+
 def test_one_known_edge_grows_with_the_square_root_of_time():
     path = path_of({5: (-0.04, 0.05)}, expected_log=0.0, baseline_log=0.0)
     np.testing.assert_allclose(np.log(path.upper / 100.0), 0.05 * np.sqrt(np.arange(1, 253) / 5.0))

@@ -27,7 +27,14 @@ from data.feature_engineer import feature_set_hash, get_feature_columns
 from inference import artifact
 from inference import load_gbm_models as store
 from inference.ensemble import BoosterEnsemble, calibrate
-from inference.load_gbm_models import GBMBundle, load_bundle, new_version_id, rollback, save_bundle
+from inference.load_gbm_models import (
+    GBMBundle,
+    PathModel,
+    load_bundle,
+    new_version_id,
+    rollback,
+    save_bundle,
+)
 from utils.errors import (
     AIStocksError,
     ModelCorruptError,
@@ -178,6 +185,131 @@ def test_a_damaged_file_is_never_read_and_the_earlier_version_serves(models: Pat
     assert "serves instead" in loaded.warnings[0]
 
 
+FITTED = {
+    "boosters": {},
+    "weights": {"xgb": 0.5, "lgb": 0.5},
+    "calibration": {"drift": 0.1, "raw_mean": 0.0, "slope": 1.0, "skill_lower": 0.5, "n_rows": 9},
+}
+
+
+def with_paths(bundle: GBMBundle) -> GBMBundle:
+    """Add models of 1 and 20 bars, each with boosters, a scaler and a selection of its own."""
+    paths = []
+    for seed, horizon_bars in ((11, 1), (12, 20)):
+        ensemble = make_bundle(seed=seed).ensemble
+        selected = (0, 1, 2) if horizon_bars == 1 else (1, 2, 3)
+        paths.append(
+            PathModel(
+                horizon_bars=horizon_bars,
+                ensemble=replace(ensemble, selected=selected),
+                hyperparameters={"xgb": {"rounds": seed}},
+            )
+        )
+    return replace(bundle, path_models=tuple(paths))
+
+
+@pytest.fixture(scope="module")
+def saved_paths(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("paths")
+    save_bundle(with_paths(make_bundle(seed=2)), root, golden_inputs=GOLDEN)
+    return root
+
+
+@pytest.fixture
+def path_version(saved_paths: Path, tmp_path: Path) -> Path:
+    """A version that holds models of further horizons."""
+    shutil.copytree(saved_paths, tmp_path / "models", symlinks=True)
+    return current_version(tmp_path / "models", "AAPL")
+
+
+PATH_FILES = [f"{name}_h{bars}.joblib" for bars in (1, 20) for name in ("xgb_model", "lgb_model", "scaler")]
+
+
+def test_models_of_further_horizons_are_loaded_as_they_were_saved(path_version: Path):
+    loaded = store.load_folder(path_version)
+    for path, made in zip(loaded.path_models, with_paths(make_bundle()).path_models, strict=True):
+        assert path.horizon_bars == made.horizon_bars
+        assert path.hyperparameters == made.hyperparameters
+        assert path.ensemble.selected == made.ensemble.selected
+        assert path.ensemble.calibration == made.ensemble.calibration
+        expected = store.golden_outputs(made.ensemble, GOLDEN)
+        np.testing.assert_allclose(store.golden_outputs(path.ensemble, GOLDEN), expected, rtol=1e-6)
+    files = {path.name for path in path_version.iterdir()} - {"manifest.json"}
+    assert files == {*FILES, *PATH_FILES}
+    assert set(json.loads((path_version / "manifest.json").read_bytes())["files"]) == files
+
+
+@pytest.mark.parametrize("name", PATH_FILES)
+@pytest.mark.parametrize("fault", ["flip", "absent"])
+def test_a_damaged_file_of_a_path_model_is_never_read(path_version: Path, name: str, fault: str):
+    content = bytearray((path_version / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    if fault == "absent":
+        (path_version / name).unlink()
+    else:
+        (path_version / name).write_bytes(content)
+    with pytest.raises(ModelCorruptError, match=name):
+        store.load_folder(path_version)
+
+
+@pytest.mark.parametrize("name", ["feature_columns.json", "hyperparameters.json"])
+def test_a_document_that_knows_other_horizons_than_the_manifest_is_corrupt(path_version: Path, name: str):
+    document = json.loads((path_version / name).read_bytes())
+    del document["path_models"]["20"]
+    plant(path_version, name, json.dumps(document).encode())
+    with pytest.raises(ModelCorruptError, match=f"{name} tells of other horizons"):
+        store.load_folder(path_version)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("feature_columns.json", {"path_models": {"1": ["no_such_column"], "20": list(COLUMNS)}}),
+        ("feature_columns.json", {"path_models": {"1": [], "20": list(COLUMNS)}}),
+        ("hyperparameters.json", {"path_models": {"1": {}, "20": {}}}),
+        ("hyperparameters.json", {"path_models": {"1": {**FITTED, "weights": {"xgb": 1.0}}, "20": FITTED}}),
+        ("hyperparameters.json", {"path_models": {"one": FITTED}}),
+    ],
+)
+def test_nonsense_about_a_path_model_is_corrupt_and_named(path_version: Path, name: str, content: dict):
+    document = json.loads((path_version / name).read_bytes())
+    plant(path_version, name, json.dumps({**document, **content}).encode())
+    with pytest.raises(ModelCorruptError, match=name):
+        store.load_folder(path_version)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "error"),
+    [
+        ({"1": [], "20": []}, ModelCorruptError),
+        ({"0": [0.0] * 6}, ModelCorruptError),
+        ({"7": [0.0] * 6}, ModelCorruptError),
+        ({"1": [0.0] * 6}, ModelCorruptError),
+        ({}, ModelCorruptError),
+        ({"1": [9.0] * 6, "20": [9.0] * 6}, ModelIncompatibleError),
+    ],
+)
+def test_golden_outputs_vouch_for_each_path_model(path_version: Path, outputs: dict, error: type[Exception]):
+    reseal(path_version, path_golden_outputs=outputs)
+    with pytest.raises(error, match="train again"):
+        store.load_folder(path_version)
+
+
+def test_a_bundle_from_before_there_were_path_models_loads(models: Path):
+    folder = current_version(models, "AAPL")
+    for name in ("feature_columns.json", "hyperparameters.json"):
+        document = json.loads((folder / name).read_bytes())
+        assert document.pop("path_models") == {}
+        plant(folder, name, json.dumps(document).encode())
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    body = {key: value for key, value in manifest.items() if key not in {"seal", "path_golden_outputs"}}
+    raw = json.dumps(body).encode()
+    seal = hashlib.sha256(raw).hexdigest().encode()
+    (folder / "manifest.json").write_bytes(b'{"seal": "%s",' % seal + raw[1:])
+    loaded = load_bundle(models, "AAPL")
+    assert (loaded.metadata["seed"], loaded.path_models, loaded.warnings) == (2, (), ())
+
+
 def dumped(content: object) -> bytes:
     joblib.dump(content, buffer := io.BytesIO())
     return buffer.getvalue()
@@ -189,11 +321,6 @@ def parquet(frame: pd.DataFrame) -> bytes:
 
 
 JUNK = (b"", b"junk", b"\x80\x04K\x07.", b"\x78\x9c\x00", b"cno_such\nthing\n.", b"(" * 5_000, dumped([1, 2]))
-FITTED = {
-    "boosters": {},
-    "weights": {"xgb": 0.5, "lgb": 0.5},
-    "calibration": {"drift": 0.1, "raw_mean": 0.0, "slope": 1.0, "skill_lower": 0.5, "n_rows": 9},
-}
 RECORD = make_bundle().record
 DAMAGE = [
     *((name, junk) for name in ("scaler.joblib", "xgb_model.joblib", "lgb_model.joblib") for junk in JUNK),

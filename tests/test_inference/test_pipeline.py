@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 
 from data.feature_engineer import engineer_features
-from data.target_engineering import build_dataset
-from inference.load_gbm_models import GBMBundle, new_version_id
+from data.target_engineering import build_dataset, make_target
+from inference.intervals import centre_log
+from inference.load_gbm_models import GBMBundle, PathModel, new_version_id
 from inference.pipeline import FORECAST_COLUMNS, GBMForecaster, decide, path_ahead, win_record
 from inference.position_sizing import PRESETS, make_sizer
 from training.gbm_search import SearchConfig
@@ -136,6 +137,78 @@ def test_the_path_ahead_starts_from_the_last_close(bundle, bars):
     assert path.prices[HORIZON - 1] == pytest.approx(last["close"] * np.exp(last["expected_log"]))
     assert decisions.out_of_sample_from == bundle.record["date"].min()
     assert decisions.sizing_id.startswith("calibrated:")
+
+
+@pytest.fixture(scope="module")
+def with_paths(bundle) -> GBMBundle:
+    """The same with models of 1 and 20 bars, whose calibrations are their own."""
+    paths = []
+    for horizon_bars, slope, drift in ((1, -0.4, 0.1), (20, 0.9, -0.2)):
+        calibration = replace(bundle.ensemble.calibration, slope=slope, drift=drift)
+        ensemble = replace(bundle.ensemble, calibration=calibration)
+        paths.append(PathModel(horizon_bars=horizon_bars, ensemble=ensemble, hyperparameters={}))
+    return replace(bundle, path_models=tuple(paths))
+
+
+FURTHER = ["expected_log_h1", "expected_log_h20"]
+
+
+def test_forecasts_of_further_horizons_do_not_change_when_later_bars_arrive(with_paths, bars):
+    forecaster = GBMForecaster(bundle=with_paths)
+    assert changed_by_the_future(forecaster, make_sizer(), bars, ROWS) == []
+    frame = forecaster.forecast(bars)
+    newest = with_paths.record["date"].max()
+    assert frame.loc[newest:, FURTHER].notna().all(axis=None)
+    assert frame[FURTHER].nunique().min() > 5
+    assert frame.loc[frame.index < newest, FURTHER].isna().all(axis=None), "nothing is replayed"
+
+
+@dataclass(frozen=True)
+class PathPeeker(Peeker):
+    """A planted fault: its further horizon knows what came."""
+
+    def forecast(self, bars: pd.DataFrame) -> pd.DataFrame:
+        ahead = np.log(bars["Close"].shift(-20) / bars["Close"]).fillna(0.0)
+        return self.inner.forecast(bars).assign(expected_log_h20=ahead)
+
+
+def test_a_path_that_peeks_is_caught(with_paths, bars):
+    peeker = PathPeeker(GBMForecaster(bundle=with_paths))
+    assert changed_by_the_future(peeker, make_sizer(), bars, ROWS) == ["expected_log_h20"]
+
+
+def test_a_forecast_of_a_further_horizon_is_in_its_own_volatility(with_paths, bars):
+    frame = GBMForecaster(bundle=with_paths).forecast(bars)
+    ensemble = with_paths.path_models[1].ensemble
+    features = engineer_features(bars)[list(ensemble.columns)].to_numpy(dtype=np.float32)[-1:]
+    scaled = ensemble.calibration.apply(ensemble.combine(ensemble.per_model(features)))[0]
+    sigma_log = make_target(bars, 20)["sigma_log"].iloc[-1]
+    assert frame["expected_log_h20"].iloc[-1] == pytest.approx(scaled * sigma_log, rel=1e-6)
+
+
+def test_further_horizons_shape_the_path_and_nothing_else(bundle, with_paths, bars):
+    plain, bent = (
+        decide("AAPL", bars, GBMForecaster(bundle=each), make_sizer()) for each in (bundle, with_paths)
+    )
+    pd.testing.assert_frame_equal(bent.frame.drop(columns=FURTHER), plain.frame)
+    dates, last = pd.bdate_range(bars.index[-1], periods=41)[1:], bent.frame.iloc[-1]
+    straight, path = (np.log(path_ahead(each, dates).prices / last["close"]) for each in (plain, bent))
+    assert path[[0, 4, 19]] == pytest.approx(last[["expected_log_h1", "expected_log", "expected_log_h20"]])
+    assert path[39] - path[19] == pytest.approx(4 * last["baseline_log"])
+    centre = centre_log(
+        np.arange(1.0, 41.0), last["expected_log"], last["baseline_log"], horizon_bars=HORIZON
+    )
+    np.testing.assert_allclose(straight, centre, atol=1e-12)
+
+
+def test_where_the_bars_end_inside_the_record_the_path_has_the_one_horizon(bundle, with_paths, bars):
+    dates = pd.bdate_range("2020-01-01", periods=30)
+    paths = [
+        path_ahead(decide("AAPL", bars.iloc[:700], GBMForecaster(bundle=each), make_sizer()), dates).prices
+        for each in (bundle, with_paths)
+    ]
+    assert np.isfinite(paths[0]).all()
+    np.testing.assert_array_equal(*paths)
 
 
 def test_the_win_record_counts_resolved_forecasts_only():

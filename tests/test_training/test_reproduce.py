@@ -66,6 +66,21 @@ def test_other_prices_are_found(prices, tiny_bundle, capsys):
         assert not found[name]["is_same"], name
 
 
+def test_models_of_further_horizons_are_compared_too(prices, capsys, monkeypatch):
+    monkeypatch.setattr("inference.load_gbm_models.verify_in_fresh_process", lambda _folder: None)
+    argv = ["SIGNAL", "--n-trials", "0", "--max-features", "10", "--target-horizon", "1,20", "--json"]
+    assert train(argv) == 0
+    saved = Path(json.loads(capsys.readouterr().out)[0]["bundle"])
+    name = "path model of 20 bars, golden rows"
+    code, found = run(capsys, saved)
+    assert (code, found[name]["is_same"]) == (0, True)
+    # Planted: boosters that came out otherwise.
+    real = reproduce.golden_outputs
+    monkeypatch.setattr(reproduce, "golden_outputs", lambda *given: real(*given) + 1e-6)
+    code, found = run(capsys, saved)
+    assert (code, found[name]["is_same"]) == (DIFFERS, False)
+
+
 def test_another_seed_is_found(prices, tiny_bundle, capsys, monkeypatch):
     """Planted: a training that does not do what was recorded."""
     real = config_of

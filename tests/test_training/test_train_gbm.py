@@ -10,15 +10,19 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from inference.load_gbm_models import load_bundle, read_metadata
+from inference.pipeline import GBMForecaster, decide, path_ahead
+from inference.position_sizing import make_sizer
 from training import run_log, train_gbm
 from training.gbm_search import DeviceChoice
-from training.train_gbm import build_parser, config_from, main
-from training.trainer import Trained, training_lock
+from training.train_gbm import build_parser, config_from, main, training_lock
+from training.trainer import Trained
 from utils.errors import DeviceError, LockedError, StorageError
 from utils.model_paths import list_versions
+from utils.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["--n-trials", "0"]
@@ -67,6 +71,7 @@ def test_the_command_leaves_a_bundle_a_report_and_one_json_on_stdout(places, cap
         (["GONE"], 3, "GONE"),
         (["NOISE", "--source", "nowhere"], 2, "csv:DIR"),
         (["NOISE", "--target-horizon", "900"], 2, "horizon"),
+        (["NOISE", "--target-horizon", "5,900"], 2, "horizon"),
     ],
 )
 def test_errors_name_the_remedy_and_leave_nothing(places, capsys, argv: list[str], code: int, words: str):
@@ -142,12 +147,26 @@ def config(*argv: str):
 def test_the_flags_reach_the_recipe():
     plain = config()
     assert (plain.horizon_bars, plain.recipe.search.models) == (5, ("xgb", "lgb"))
-    assert config("--target-horizon", "20").horizon_bars == 20
+    assert (plain.path_horizons_bars, config("--target-horizon", "20").horizon_bars) == ((), 20)
     assert config("--n-trials", "3").recipe.search.n_trials == 3
     assert config("--no-lgb").recipe.search.models == ("xgb",)
     assert config("--models", "lgb,cat").recipe.search.models == ("lgb", "cat")
     assert config("--max-features", "12").recipe.max_features == 12
     assert config("--seed", "11").recipe.seed == 11
+
+
+@pytest.mark.parametrize(
+    ("text", "decides", "further"),
+    [
+        ("1,5,20", 5, (1, 20)),
+        ("20, 1,20", 20, (1,)),
+        ("5,5", 5, ()),
+        ("1,10,20,126", 1, (10, 20, 126)),
+    ],
+)
+def test_of_several_horizons_five_or_the_first_decides(text: str, decides: int, further: tuple[int, ...]):
+    several = config("--target-horizon", text)
+    assert (several.horizon_bars, several.path_horizons_bars) == (decides, further)
 
 
 def test_a_pooled_model_is_searched_only_when_asked():
@@ -184,7 +203,9 @@ def test_flags_that_cannot_be_meant_together_are_usage_errors(places, capsys, ar
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--target-horizon", "1,5,20"], "one horizon so far"),
+        (["--target-horizon", "1,2,5,10,20"], "at most 4"),
+        (["--target-horizon", "1,,5"], "at least 1"),
+        (["--target-horizon", "1,-5"], "at least 1"),
         (["--models", "xgb,xgb"], "at most once"),
         (["--models", "svm"], "xgb, lgb, cat"),
         (["--n-trials", "-1"], "at least 0"),
@@ -195,6 +216,42 @@ def test_values_that_make_no_sense_are_usage_errors(capsys, argv, words):
     with pytest.raises(SystemExit, match="2"):
         main(["NOISE", *argv])
     assert words in capsys.readouterr().err
+
+
+def test_the_path_passes_through_the_forecasts_of_every_horizon(places, capsys):
+    """Story: two horizons are trained; the path shows both, and all that is decided is as with one alone."""
+    assert main(["SIGNAL", *QUICK, "--target-horizon", "1,5", "--json"]) == 0
+    outcome = json.loads(capsys.readouterr().out)[0]
+    assert outcome["horizon_bars"] == 5
+    assert outcome["path_models"]["1"]["ic"] > 0.1, "the planted signal is that of the next day"
+    assert "path models.1.p_ic: " in Path(outcome["log"]).read_text()
+    assert "Further horizons" in Path(outcome["report"]).read_text()
+
+    bundle = load_bundle(places / "models", "SIGNAL")
+    frame = load_bars(places)
+    decisions = decide("SIGNAL", frame, GBMForecaster(bundle=bundle), make_sizer())
+    last, sessions = decisions.frame.iloc[-1], pd.bdate_range(frame.index[-1], periods=31)[1:]
+    path = np.log(path_ahead(decisions, sessions).prices / last["close"])
+    assert path[0] == pytest.approx(last["expected_log_h1"], abs=1e-12)
+    assert path[4] == pytest.approx(last["expected_log"], abs=1e-12)
+    assert path[0] != pytest.approx(path[4] / 5, rel=0.01)
+    assert path[29] - path[4] == pytest.approx(5 * last["baseline_log"])
+
+    # The same question was asked, so it is no further try; what decides came out the same.
+    assert main(["SIGNAL", *QUICK, "--target-horizon", "5", "--overwrite", "--json"]) == 0
+    alone = json.loads(capsys.readouterr().out)[0]
+    assert (alone["evidence"], alone["metrics"]) == (outcome["evidence"], outcome["metrics"])
+    assert alone["evidence"]["n_trials"] == 1
+    single = load_bundle(places / "models", "SIGNAL")
+    assert (single.path_models, alone["path_models"]) == ((), {})
+    pd.testing.assert_frame_equal(single.record, bundle.record)
+    plain = decide("SIGNAL", frame, GBMForecaster(bundle=single), make_sizer()).frame
+    pd.testing.assert_frame_equal(plain, decisions.frame.drop(columns="expected_log_h1"))
+
+
+def load_bars(places: Path) -> pd.DataFrame:
+    settings = Settings()
+    return train_gbm.fetch("SIGNAL", build_parser().parse_args(["SIGNAL", "--no-cache"]), settings).frame
 
 
 def test_catboost_is_named_where_it_is_missing(places, capsys, monkeypatch):

@@ -109,6 +109,23 @@ def test_threads_change_no_fingerprint_and_the_seed_does(make_planted):
     assert fingerprint(threaded) == fingerprint(QUICK) != fingerprint(reseeded)
 
 
+def test_progress_rises_over_all_horizons_and_the_folds_are_those_of_the_one_that_decides(make_planted):
+    events: list[dict] = []
+    config = replace(QUICK, path_horizons_bars=(5, 20), recipe=RecipeConfig(search=SearchConfig(n_trials=0)))
+    trained = GBMTrainer(config, events.append).train(as_bars(make_planted(n=1_700)))
+    stages = [event for event in events if event["type"] == "stage"]
+    progress = [event["progress"] for event in stages]
+    assert progress == sorted(progress)
+    assert [any(e["stage"].startswith(f"{bars} bars, ") for e in stages) for bars in (5, 20)] == [True, True]
+    folds = [event["ic"] for event in events if event["type"] == "fold"]
+    assert folds == [fold.ic for fold in trained.walk_forward.folds]
+
+
+def test_the_longest_horizon_decides_how_many_bars_are_needed():
+    far = replace(QUICK, path_horizons_bars=(20,))
+    assert GBMTrainer(far).needed_bars == GBMTrainer(replace(QUICK, horizon_bars=20)).needed_bars
+
+
 PANEL = replace(QUICK, recipe=replace(QUICK.recipe, search=SearchConfig(n_trials=0)))
 
 
@@ -142,6 +159,24 @@ def test_a_panel_gives_each_symbol_its_rows_its_calibration_and_its_verdict(pane
         assert one.bundle.metadata["data"]["last_session"] == f"{last:%Y-%m-%d}"
     drifts = {walked.fitted.for_symbol(name).calibration.drift for name in panel}
     assert len(drifts) == 3
+
+
+def test_in_a_panel_each_symbol_has_its_calibration_and_figures_of_a_further_horizon(panel, walked):
+    trainer = GBMTrainer(replace(PANEL, path_horizons_bars=(5,)))
+    both = trainer.walk(panel)
+    pd.testing.assert_frame_equal(both.result.record, walked.result.record)
+    alone = GBMTrainer(replace(PANEL, horizon_bars=5)).walk(panel)
+    figures = set()
+    for name in panel:
+        bundle = trainer.conclude(both, panel[name]).bundle
+        (path,) = bundle.path_models
+        assert path.horizon_bars == 5
+        assert path.ensemble.calibration == alone.fitted.for_symbol(name).calibration
+        found = bundle.metadata["path_models"]["5"]
+        own = alone.result.record.query("symbol == @name")
+        assert found["n_rows"] == own["realised_log"].notna().sum()
+        figures.add(found["ic"])
+    assert len(figures) == 3
 
 
 def test_a_symbol_too_short_to_be_trained_alone_can_be_judged_in_a_panel(panel, walked):
