@@ -4,7 +4,7 @@ Backtests, charts and the service all call `decide`. It has no memory: deciding 
 what deciding on all bars gives at t.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -15,7 +15,7 @@ from data.feature_engineer import engineer_features
 from data.target_engineering import make_target, rescale_sigma
 from evaluation.accounting import DEFAULT_CAPITAL, CostModel
 from evaluation.advanced_backtester import AdvancedBacktester, BacktestReport
-from inference.ensemble import FloatMatrix, IntArray
+from inference.ensemble import Calibration, FloatMatrix, IntArray
 from inference.intervals import (
     ANCHORS_BARS,
     ForecastPath,
@@ -26,7 +26,7 @@ from inference.intervals import (
 )
 from inference.load_gbm_models import GBMBundle
 from inference.position_sizing import Sizer, SizingInputs
-from utils.errors import ModelIncompatibleError
+from utils.errors import DataError, ModelIncompatibleError
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -219,8 +219,21 @@ def backtest_decisions(
     initial_capital: float = DEFAULT_CAPITAL,
     include_in_sample: bool = False,
 ) -> BacktestReport:
-    """Book decisions and set them beside their benchmarks; see `AdvancedBacktester`."""
+    """Book decisions and set them beside their benchmarks; see `AdvancedBacktester`.
+
+    Forecasts made from other prices end what came before them: the record begins anew behind the last one.
+
+    Raises
+    ------
+    DataError
+        When no out-of-sample row is left.
+    """
     frame = decisions.frame
+    if not include_in_sample and bool(frame["is_of_other_prices"].any()):
+        last = int(np.flatnonzero(frame["is_of_other_prices"])[-1])
+        frame = frame.iloc[last + 1 :]
+        if not bool(frame["is_out_of_sample"].any()):
+            raise DataError(f"no out-of-sample forecast fits these prices: {decisions.findings[0]}")
     return AdvancedBacktester(costs=costs, initial_capital=initial_capital).backtest_with_positions(
         pd.DatetimeIndex(frame.index),
         np.asarray(frame["close"], dtype=np.float64),
@@ -243,10 +256,15 @@ class GBMForecaster:
     include_in_sample
         Also forecast bars that the final model was trained on and that the record does not cover; such rows
         carry ``is_out_of_sample`` False.
+    as_lived
+        Let every row use the skill that its fold knew of, whatever the verdict: what a verdict is made from.
+        Otherwise a model whose verdict is not ``edge`` has no skill on any row, and its forecasts of bars
+        after the record are the drift.
     """
 
     bundle: GBMBundle
     include_in_sample: bool = False
+    as_lived: bool = False
 
     @property
     def horizon_bars(self) -> int:
@@ -316,7 +334,7 @@ class GBMForecaster:
         frame["expected_log"] = record["predicted_log"]
         frame["baseline_log"] = record["baseline_log"]
         frame["sigma_log"] = record["sigma_log"].fillna(pd.Series(sigma_log, index=index))
-        frame["skill_lower"] = record["skill_lower"].fillna(0.0)
+        frame["skill_lower"] = record["skill_lower"].fillna(0.0) if self._is_trusted else 0.0
         for name in bundle.ensemble.models:
             frame[f"model_{name}"] = record[f"model_{name}"]
         after = np.asarray(index > bundle.record["date"].max())
@@ -352,11 +370,10 @@ class GBMForecaster:
             return
         per_model = ensemble.per_model(features[rows])
         sigma = frame["sigma_log"].to_numpy()[rows]
-        calibrated = ensemble.calibration.apply(ensemble.combine(per_model))
-        where = frame.index[rows]
-        frame.loc[where, "expected_log"] = calibrated * sigma
-        frame.loc[where, "baseline_log"] = ensemble.calibration.drift * sigma
-        frame.loc[where, "skill_lower"] = self._live_skill()
+        calibration, where = self._trusted(ensemble.calibration), frame.index[rows]
+        frame.loc[where, "expected_log"] = calibration.apply(ensemble.combine(per_model)) * sigma
+        frame.loc[where, "baseline_log"] = calibration.drift * sigma
+        frame.loc[where, "skill_lower"] = calibration.skill_lower
         for name, values in per_model.items():
             frame.loc[where, f"model_{name}"] = values
 
@@ -367,14 +384,18 @@ class GBMForecaster:
         sigma = frame["sigma_log"].to_numpy()[rows]
         for path in self.bundle.path_models:
             ensemble, bars = path.ensemble, path.horizon_bars
-            scaled = ensemble.calibration.apply(ensemble.combine(ensemble.per_model(features[rows])))
+            raw_scaled = ensemble.combine(ensemble.per_model(features[rows]))
+            scaled = self._trusted(ensemble.calibration).apply(raw_scaled)
             sigma_log = rescale_sigma(sigma, from_bars=self.horizon_bars, to_bars=bars)
             frame.loc[frame.index[rows], further_column(bars)] = scaled * sigma_log
 
-    def _live_skill(self) -> float:
-        """Return the skill that future positions may use: none unless the verdict is an edge."""
-        verdict = self.bundle.metadata["verdict"]["label"]
-        return self.bundle.ensemble.calibration.skill_lower if verdict == "edge" else 0.0
+    @property
+    def _is_trusted(self) -> bool:
+        return self.as_lived or self.bundle.metadata["verdict"]["label"] == "edge"
+
+    def _trusted(self, calibration: Calibration) -> Calibration:
+        """Return a calibration that may be used: the drift alone unless the verdict is an edge."""
+        return calibration if self._is_trusted else replace(calibration, slope=0.0, skill_lower=0.0)
 
 
 def win_record(

@@ -15,6 +15,7 @@ import pandas as pd
 from data.feature_engineer import MAX_WARMUP_BARS, feature_set_hash
 from data.schema import Bars, bars_hash, check_enough
 from data.target_engineering import Dataset, build_dataset
+from evaluation.accounting import CostModel
 from evaluation.advanced_backtester import BacktestReport
 from evaluation.metrics import sharpe, spearman, values
 from inference.ensemble import FloatArray, FloatMatrix
@@ -26,12 +27,12 @@ from inference.load_gbm_models import (
     library_versions,
     new_version_id,
 )
-from inference.pipeline import GBMForecaster, backtest_decisions, decide
+from inference.pipeline import Decisions, GBMForecaster, backtest_decisions, decide
 from inference.position_sizing import make_sizer
 from training.gbm_search import DeviceChoice
 from training.recipe import FittedGBM, GBMRecipe, TrainerConfig, begin_with_others
 from utils.errors import InsufficientDataError
-from validation.gates import Verdict, judge
+from validation.gates import Verdict, judge, of_universe
 from validation.overfitting import Run, count_trials, record_run
 from validation.walk_forward import FoldResult, WalkForwardResult, WalkForwardValidator
 
@@ -39,7 +40,6 @@ MINIMUM_TEST_BARS = 252
 NOT_JUDGED_YET = {"label": "no-edge", "reasons": [], "evidence": {}}
 PATH_EVIDENCE = ("ic", "p_ic", "calibration_slope", "skill_over_drift", "n_rows")
 WALKED_AT = 0.9
-UNIVERSE_EVIDENCE = ("ic", "p_ic", "p_return", "active_return_annual", "skill_over_drift", "n_rows")
 AS_CONFIGURED = "as the configuration says"
 OnEvent = Callable[[Mapping[str, Any]], None]
 
@@ -243,10 +243,12 @@ class GBMTrainer:
         )
 
     def _book(self, bars: Bars, bundle: GBMBundle) -> BacktestReport:
-        """Decide on every out-of-sample row as the product would have, and book it."""
-        costs = self.config.costs
-        decisions = decide(bars.symbol, bars.frame, GBMForecaster(bundle=bundle), make_sizer(), costs=costs)
-        return backtest_decisions(decisions, costs)
+        """Decide on every out-of-sample row with the skill that was known of then, and book it."""
+        return backtest_decisions(self._decide(bars, bundle, as_lived=True), self.config.costs)
+
+    def _decide(self, bars: Bars, bundle: GBMBundle, *, as_lived: bool = False) -> Decisions:
+        forecaster = GBMForecaster(bundle=bundle, as_lived=as_lived)
+        return decide(bars.symbol, bars.frame, forecaster, make_sizer(), costs=self.config.costs)
 
     def conclude(
         self, walked: Walked, bars: Bars, *, trials_log: Path | None = None, problems: Sequence[str] = ()
@@ -285,12 +287,13 @@ class GBMTrainer:
             record_run(trials_log, run)
         verdict, backtest = self.judge(bars, bundle, walked.result, n_trials=n_trials)
         pooled = self.judge_together(walked, n_trials=n_trials)
-        if pooled is not None:
+        if pooled is not None and bars.symbol not in self.config.recipe.leave_out:
             verdict = of_universe(pooled, verdict, bars.symbol, len(walked.hashes))
+        bundle = replace(bundle, metadata={**bundle.metadata, "verdict": verdict.as_dict()})
+        served = backtest_decisions(self._decide(bars, bundle), self.config.costs)
         judged = {
             "data": {**bundle.metadata["data"], "problems": [*bars.report.problems(), *problems]},
-            "verdict": verdict.as_dict(),
-            "metrics": {**headline_metrics(backtest), "correlation": verdict.evidence["ic"]},
+            "metrics": {**headline_metrics(served), "correlation": verdict.evidence["ic"]},
             "folds": fold_table(walked.result, bundle.record, backtest),
             "path_models": {str(path.horizon_bars): path.figures(bars.symbol) for path in walked.paths},
             "duration_s": round(time.monotonic() - walked.started, 1),
@@ -309,7 +312,8 @@ class GBMTrainer:
         self, bars: Bars, bundle: GBMBundle, result: WalkForwardResult, *, n_trials: int = 1
     ) -> tuple[Verdict, BacktestReport]:
         """Book the decided positions, and weigh the evidence of the symbol alone."""
-        backtest = self._book(bars, bundle)
+        decisions = self._decide(bars, bundle, as_lived=True)
+        backtest = backtest_decisions(decisions, self.config.costs)
         verdict = judge(
             bundle.record,
             horizon_bars=bundle.horizon_bars,
@@ -318,7 +322,7 @@ class GBMTrainer:
             summary=result.summary,
             n_trials=n_trials,
         )
-        return verdict, backtest
+        return one_session_later(verdict, decisions, self.config.costs), backtest
 
     def _walk_forward(self, dataset: Dataset, recipe: GBMRecipe) -> WalkForwardResult:
         validator = WalkForwardValidator(self.config.walk_forward)
@@ -412,23 +416,18 @@ class GBMTrainer:
         self._tell({"type": "stage", "stage": stage, "progress": round(progress, 3)})
 
 
-def of_universe(pooled: Verdict, own: Verdict, symbol: str, n_symbols: int) -> Verdict:
-    """Return the verdict of a symbol whose model learned from a universe.
-
-    One model was fitted, so one question is asked: has it skill over the universe. What a symbol's own rows
-    say is far weaker, is shown beside it, and sets the symbol's calibration; it changes the label only where
-    the symbol is too short to be judged at all.
-    """
-    label = own.label if own.label == "insufficient" else pooled.label
-    shared = {f"universe_{name}": pooled.evidence[name] for name in UNIVERSE_EVIDENCE}
+def one_session_later(verdict: Verdict, decisions: Decisions, costs: CostModel) -> Verdict:
+    """Add what the same positions earn when they are taken a session later: no close decides on itself."""
+    frame = decisions.frame
+    late = replace(decisions, frame=frame.assign(target_weight=frame["target_weight"].shift(1).fillna(1.0)))
+    report = backtest_decisions(late, costs)
+    active = report.daily["net_return"] - report.benchmarks["exposure_matched"].daily["net_return"]
+    annual = float(active.mean()) * costs.periods_per_year
+    text = f"taken one session later, the same positions earn {annual:+.2%} a year over equal exposure"
     return replace(
-        own,
-        label=label,
-        reasons=(
-            *(f"{n_symbols} symbols together: {reason}" for reason in pooled.reasons),
-            *(f"{symbol} alone ({own.label}): {reason}" for reason in own.reasons),
-        ),
-        evidence={**own.evidence, **shared},
+        verdict,
+        reasons=(*verdict.reasons, text),
+        evidence={**verdict.evidence, "active_return_one_session_later_annual": annual},
     )
 
 

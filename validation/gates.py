@@ -62,6 +62,9 @@ EvidenceValue = float | int | bool | None
 OUTCOME_LIMIT_SIGMA = 4.0
 
 
+UNIVERSE_EVIDENCE = ("ic", "p_ic", "p_return", "active_return_annual", "skill_over_drift", "n_rows")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateConfig:
     """Limits of the verdict; the defaults are what the stated error rates hold for.
@@ -74,6 +77,8 @@ class GateConfig:
         Sessions with a known outcome below which nobody can know (two years).
     min_independent
         Sessions / horizon below which nobody can know: overlapping labels repeat each other.
+    min_active_return_annual
+        Return over equal exposure below which nobody would care, whatever its p-value: .1 % a year.
     max_unmoved
         Share of outcomes of exactly zero above which the prices count as constant.
     implausible_ic, implausible_hits, implausible_hits_minus_base
@@ -90,6 +95,7 @@ class GateConfig:
     max_p_return: float = 0.10
     min_sessions: int = 504
     min_independent: float = 50.0
+    min_active_return_annual: float = 0.001
     max_unmoved: float = 0.5
     implausible_ic: float = 0.10
     implausible_hits: float = 0.57
@@ -231,6 +237,26 @@ def judge(
     )
 
 
+def of_universe(pooled: Verdict, own: Verdict, symbol: str, n_symbols: int) -> Verdict:
+    """Return the verdict of a symbol whose model learned from a universe.
+
+    One model was fitted, so one question is asked: has it skill over the universe. What a symbol's own rows
+    say is far weaker, is shown beside it, and sets the symbol's calibration; it changes the label only where
+    the symbol is too short to be judged at all.
+    """
+    label = own.label if own.label == "insufficient" else pooled.label
+    shared = {f"universe_{name}": pooled.evidence[name] for name in UNIVERSE_EVIDENCE}
+    return replace(
+        own,
+        label=label,
+        reasons=(
+            *(f"{n_symbols} symbols together: {reason}" for reason in pooled.reasons),
+            *(f"{symbol} alone ({own.label}): {reason}" for reason in own.reasons),
+        ),
+        evidence={**own.evidence, **shared},
+    )
+
+
 def stricter(config: GateConfig, n_trials: int) -> GateConfig:
     """Divide the limits of the p-values by the number of tries on the same prices (Bonferroni)."""
     if n_trials < 1:
@@ -339,6 +365,7 @@ def _edge_reasons(
     """Return what speaks against an edge and what speaks for it, in words."""
     p_ic, p_return, gained = (evidence[name] for name in ("p_ic", "p_return", "skill_over_drift"))
     annual = evidence["active_return_annual"]
+    is_worth_it = annual is not None and annual >= config.min_active_return_annual
     checks = (
         (
             p_ic is not None and p_ic <= config.max_p_ic,
@@ -347,8 +374,9 @@ def _edge_reasons(
             else "the signal does not vary, or varies too little to be tested",
         ),
         (
-            p_return is not None and p_return <= config.max_p_return,
-            f"{_text(annual)} a year over the benchmark of equal exposure, p {_text(p_return)} "
+            p_return is not None and p_return <= config.max_p_return and is_worth_it,
+            f"{_percent(annual)} a year over the benchmark of equal exposure (at least "
+            f"{_percent(config.min_active_return_annual)}), p {_text(p_return)} "
             f"(at most {config.max_p_return:.3g})"
             if p_return is not None
             else "the positions do not differ from the benchmark of equal exposure",
@@ -378,6 +406,10 @@ def classic_gates(evidence: Mapping[str, EvidenceValue], config: GateConfig) -> 
         passed = value is not None and above < value < below
         gates.append(Gate(name=name, value=value, threshold=threshold, passed=passed))
     return tuple(gates)
+
+
+def _percent(value: EvidenceValue) -> str:
+    return "undefined" if value is None else f"{value:+.2%}"
 
 
 def _text(value: EvidenceValue) -> str:
