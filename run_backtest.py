@@ -50,7 +50,7 @@ from service.backtest_service import (
     summary_of,
 )
 from utils.errors import AIStocksError, ModelMissingError, StorageError, UsageError
-from utils.settings import Settings, configure_logging
+from utils.settings import Settings, configure_logging, read_settings
 
 DEFAULT_DAYS = 250
 AHEAD_OF = (
@@ -321,7 +321,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the backtest; return the exit code that `utils.errors` lists."""
     args = build_parser().parse_args(argv)
-    settings = Settings()
+    settings = read_settings()
     configure_logging("WARNING" if args.json else settings.log_level)
     try:
         run(args, settings)

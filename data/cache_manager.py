@@ -54,7 +54,7 @@ from utils.errors import (
     UpstreamError,
 )
 from utils.model_paths import symbol_dir
-from utils.settings import Settings, configure_logging
+from utils.settings import Settings, configure_logging, read_settings
 
 logger = logging.getLogger(__name__)
 
@@ -378,7 +378,7 @@ def run(args: argparse.Namespace, settings: Settings, now: datetime) -> list[dic
 def main(argv: list[str] | None = None) -> int:
     """Show, refresh or clear cached prices; return the exit code that ``utils.errors`` lists."""
     args = build_parser().parse_args(argv)
-    settings = Settings()
+    settings = read_settings()
     configure_logging(settings.log_level if not args.json else "WARNING")
     console = Console(stderr=args.json)
     try:

@@ -89,7 +89,7 @@ def resolve_universe(spec: str) -> tuple[str, ...]:
     if "," not in spec and (path.suffix == ".txt" or len(path.parts) > 1):
         if not path.is_file():
             raise UsageError(f"--universe {spec}: there is no such file")
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = _text_of(path).splitlines()
         parts = [line.partition("#")[0].strip() for line in lines]
     else:
         parts = [part.strip() for part in spec.split(",")]
@@ -98,6 +98,13 @@ def resolve_universe(spec: str) -> tuple[str, ...]:
         names = ", ".join(named_universes())
         raise UsageError(f"--universe {spec!r} names no symbol: use {names}, A,B,C or a file")
     return symbols
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--universe {path}: not a text file that can be read") from error
 
 
 def load_panel(

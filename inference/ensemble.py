@@ -204,7 +204,7 @@ def calibrate(
     horizon_bars: int,
     session_code: IntArray | None = None,
     prior_slope: float = 0.0,
-    prior_std: float = 0.5,
+    prior_std: float = 1.0,
     confidence_z: float = 1.645,
 ) -> Calibration:
     """Estimate how far the raw signal may be believed, from out-of-sample rows.

@@ -279,7 +279,7 @@ def summary_of(outcome: Outcome) -> dict[str, object]:
         "alpha": None if total is None or passive is None else total - passive,
         "pred_positive_pct": found["pred_positive_share"],
         **{name: found[name] for name in SUMMARY_FIGURES},
-        "signal_information_coefficient": verdict["evidence"]["ic"],
+        "verdict_information_coefficient": verdict["evidence"]["ic"],
         "forecast_rank_correlation": found["information_coefficient"],
         **{name: figure for name, figure in weighed.items() if name != "robustness"},
         "undefined": {**reasons(result.metrics), **reasons(outcome.evidence.figures)},

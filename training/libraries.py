@@ -351,7 +351,7 @@ def catboost() -> Any:  # noqa: ANN401
         import catboost as library  # noqa: PLC0415 - large, and only there when asked for
     except ImportError as error:
         raise UsageError(
-            "CatBoost was asked for and is not installed: pip install 'ai-stocks[catboost]'"
+            "CatBoost was asked for and is not installed: pip install -e '.[catboost]'"
         ) from error
     return library
 

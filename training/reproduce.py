@@ -37,7 +37,7 @@ from training.recipe import TrainerConfig
 from training.run_log import progress_line
 from training.trainer import GBMTrainer, Trained
 from utils.errors import AIStocksError, ModelIncompatibleError, ModelMissingError, UsageError
-from utils.settings import Settings, configure_logging
+from utils.settings import Settings, configure_logging, read_settings
 
 logger = logging.getLogger(__name__)
 
@@ -258,7 +258,7 @@ def show(findings: list[Finding], console: Console) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Reproduce one bundle; see the module for the exit codes."""
     args = build_parser().parse_args(argv)
-    settings = Settings()
+    settings = read_settings()
     configure_logging("WARNING" if args.json else settings.log_level)
     console = Console(stderr=args.json)
     try:

@@ -46,11 +46,13 @@ from utils.errors import (
     UsageError,
 )
 from utils.model_paths import current_version, gbm_link, symbol_dir
-from utils.settings import Settings, configure_logging
+from utils.settings import Settings, configure_logging, read_settings
 
 logger = logging.getLogger(__name__)
 
 TUNE_TRIALS = 50
+# What every library takes as a seed.
+MAX_SEED = 2**31 - 1
 MAX_HORIZONS = 4
 
 
@@ -83,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--models", type=models, metavar="xgb,lgb,cat", help="libraries (default: xgb,lgb)")
     model.add_argument("--no-lgb", action=flag, help="leave LightGBM out")
     model.add_argument("--max-features", type=at_least(1), default=recipe.max_features, help="features kept")
-    model.add_argument("--seed", type=at_least(1), default=recipe.seed)
+    model.add_argument("--seed", type=at_least(1, MAX_SEED), default=recipe.seed)
     run = parser.add_argument_group("run")
     run.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where XGBoost trains")
     run.add_argument("--require-gpu", action=flag, help="fail without a GPU (exit 9)")
@@ -97,13 +99,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def at_least(lowest: int) -> Callable[[str], int]:
-    """Return a reader of whole numbers of the command line that must not be smaller."""
+def at_least(lowest: int, highest: int = sys.maxsize) -> Callable[[str], int]:
+    """Return a reader of whole numbers of the command line within limits."""
 
     def read(text: str) -> int:
-        if text.isdecimal() and int(text) >= lowest:
+        if text.isdecimal() and lowest <= int(text) <= highest:
             return int(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {lowest}")
+        upper = "" if highest == sys.maxsize else f" and at most {highest}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {lowest}{upper}")
 
     return read
 
@@ -136,6 +139,7 @@ def refuse_contradictions(args: argparse.Namespace) -> None:
     on_cpu = args.device == "cpu"
     wrong = {
         f"--rollback trains nothing: leave --{beside.replace('_', '-')} out": args.rollback and beside,
+        "--universe names nothing: give a set, symbols or a file": args.universe == "",
         "--leave-symbol-out needs the others: add --universe": args.leave_symbol_out and not args.universe,
         "--models and --no-lgb: name the libraries once": args.models and args.no_lgb,
         "--tune --n-trials 0: a search needs trials": args.tune and args.n_trials == 0,
@@ -327,13 +331,14 @@ def train_group(
         n_rows = sum(len(bars.frame) - MAX_WARMUP_BARS for bars in panel.values())
         tell = fan_out(on_event, list(logs.values()))
         trainer = GBMTrainer(config, tell, device=device_for(args, n_rows))
+        n_trials = trainer.register(panel, settings.models_dir / "trials.jsonl")
         walked = trainer.walk(panel, universe=Path(args.universe or "").name)
         for symbol, log in logs.items():
             try:
                 trained = trainer.conclude(
                     walked,
                     group[symbol],
-                    trials_log=symbol_dir(settings.models_dir, symbol) / "trials.jsonl",
+                    n_trials=n_trials,
                     problems=findings(group[symbol], config.horizon_bars, cache_of(args, settings)),
                 )
                 outcomes[symbol] = deliver(trained, log, args, settings, on_event)
@@ -392,7 +397,7 @@ def outcomes_of(args: argparse.Namespace, settings: Settings, console: Console) 
 def main(argv: list[str] | None = None) -> int:
     """Train the symbols; return the exit code that `utils.errors` lists, of the first failure."""
     args = build_parser().parse_args(argv)
-    settings = Settings()
+    settings = read_settings()
     configure_logging("WARNING" if args.json else settings.log_level)
     console = Console(stderr=args.json)
     results: list[Outcome] = []

@@ -147,7 +147,18 @@ class GBMTrainer:
 
     def train(self, bars: Bars, *, trials_log: Path | None = None, problems: Sequence[str] = ()) -> Trained:
         """Train one symbol on its own prices; see `walk` and `conclude`."""
-        return self.conclude(self.walk({bars.symbol: bars}), bars, trials_log=trials_log, problems=problems)
+        panel = {bars.symbol: bars}
+        n_trials = 1 if trials_log is None else self.register(panel, trials_log)
+        return self.conclude(self.walk(panel), bars, n_trials=n_trials, problems=problems)
+
+    def register(self, panel: Mapping[str, Bars], trials_log: Path) -> int:
+        """Count this look at the panel's prices, before anything of it is shown; return the looks so far."""
+        hashes = {symbol: bars_hash(bars.frame) for symbol, bars in panel.items()}
+        runs = [self._run(bars, hashes) for bars in panel.values()]
+        n_trials = count_trials(trials_log, *runs)
+        for run in runs:
+            record_run(trials_log, run)
+        return n_trials
 
     @property
     def needed_bars(self) -> int:
@@ -251,7 +262,7 @@ class GBMTrainer:
         return decide(bars.symbol, bars.frame, forecaster, make_sizer(), costs=self.config.costs)
 
     def conclude(
-        self, walked: Walked, bars: Bars, *, trials_log: Path | None = None, problems: Sequence[str] = ()
+        self, walked: Walked, bars: Bars, *, n_trials: int = 1, problems: Sequence[str] = ()
     ) -> Trained:
         """Judge one symbol of the panel on its own rows, with its own calibration.
 
@@ -261,8 +272,8 @@ class GBMTrainer:
             What `walk` returned.
         bars
             The symbol's prices, as they were in the panel.
-        trials_log
-            File that counts what was tried on these prices before, see `validation.overfitting`.
+        n_trials
+            Looks at these prices so far, see `register`.
         problems
             What is known to be amiss with the prices, in words; kept with the model.
 
@@ -280,11 +291,6 @@ class GBMTrainer:
                 f"{MINIMUM_TEST_BARS} (a year) are needed: choose a symbol with later or more prices"
             )
         bundle = self._bundle(bars, walked)
-        n_trials = 1
-        if trials_log is not None:
-            run = self._run(bars, walked.hashes)
-            n_trials = count_trials(trials_log, run)
-            record_run(trials_log, run)
         verdict, backtest = self.judge(bars, bundle, walked.result, n_trials=n_trials)
         pooled = self.judge_together(walked, n_trials=n_trials)
         if pooled is not None and bars.symbol not in self.config.recipe.leave_out:

@@ -105,6 +105,8 @@ def symbol_dir(root: Path, symbol: str) -> Path:
     refusal = f"symbol {symbol[:40]!r} does not name a folder under the model root"
     try:
         base = root.resolve()
+        if (base / symbol).is_symlink():
+            raise InvalidSymbolError(f"{refusal}: it is a link")
         path = (base / symbol).resolve()
     except (OSError, RuntimeError, ValueError) as error:
         # A loop of links, a name that is too long, a NUL.
@@ -168,6 +170,8 @@ def _target(link: Path, versions: Path) -> Path:
     ModelCorruptError
         If it leads anywhere but into ``versions``.
     """
+    if versions.is_symlink():
+        raise ModelCorruptError(f"the versions of {link.parent.name} lie outside its folder: train again")
     target = link.parent / link.readlink()
     if target.parent == versions and not target.name.startswith("."):
         return target

@@ -6,9 +6,9 @@ Algorithm parameters do not belong here: they are frozen dataclasses beside the 
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +44,13 @@ class Settings(BaseSettings):
     allow_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(), validation_alias="PYTHON_API_ALLOW_ORIGINS"
     )
-    log_level: str = "INFO"
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _known_level(cls, value: object) -> object:
+        # An empty variable is one that was not set.
+        return (value.upper() or "INFO") if isinstance(value, str) else value
 
     @field_validator("allow_origins", mode="before")
     @classmethod
@@ -57,6 +63,18 @@ class Settings(BaseSettings):
     def origins(self) -> tuple[str, ...]:
         """All origins that browsers may call from."""
         return (*DEFAULT_ORIGINS, *self.allow_origins)
+
+
+def read_settings() -> Settings:
+    """Read the settings of an entry point; end it with exit code 2 where the environment makes no sense."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        for wrong in error.errors():
+            name = str(wrong["loc"][0])
+            variable = name if name.isupper() else f"AI_STOCKS_{name.upper()}"
+            sys.stderr.write(f"error: {variable}={wrong['input']!r}: {wrong['msg']}\n")
+        raise SystemExit(2) from error
 
 
 def configure_logging(level: str = "INFO") -> None:

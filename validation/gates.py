@@ -241,11 +241,14 @@ def of_universe(pooled: Verdict, own: Verdict, symbol: str, n_symbols: int) -> V
     """Return the verdict of a symbol whose model learned from a universe.
 
     One model was fitted, so one question is asked: has it skill over the universe. What a symbol's own rows
-    say is far weaker, is shown beside it, and sets the symbol's calibration; it changes the label only where
-    the symbol is too short to be judged at all.
+    say is far weaker, is shown beside it, and sets the symbol's calibration; it changes the label where the
+    symbol is too short to be judged, and where the model's signal has not gone with the symbol at all.
     """
-    label = own.label if own.label == "insufficient" else pooled.label
+    ic = cast("float | None", own.evidence["ic"])
+    is_against = ic is None or ic <= 0.0
+    label = own.label if own.label == "insufficient" else "no-edge" if is_against else pooled.label
     shared = {f"universe_{name}": pooled.evidence[name] for name in UNIVERSE_EVIDENCE}
+    shared["leak_alarm"] = bool(own.evidence["leak_alarm"] or pooled.evidence["leak_alarm"])
     return replace(
         own,
         label=label,
@@ -258,10 +261,15 @@ def of_universe(pooled: Verdict, own: Verdict, symbol: str, n_symbols: int) -> V
 
 
 def stricter(config: GateConfig, n_trials: int) -> GateConfig:
-    """Divide the limits of the p-values by the number of tries on the same prices (Bonferroni)."""
+    """Divide the limits of the p-values by the square of the number of tries on the same prices.
+
+    Divided by the number alone, the limits of all tries together would add up without bound, and whoever
+    stops at the first `edge` would find one. The squares add up to 1.64 of the limit of one try.
+    """
     if n_trials < 1:
         raise DataError(f"a verdict is one try at least, got {n_trials}")
-    return replace(config, max_p_ic=config.max_p_ic / n_trials, max_p_return=config.max_p_return / n_trials)
+    share = 1.0 / n_trials**2
+    return replace(config, max_p_ic=config.max_p_ic * share, max_p_return=config.max_p_return * share)
 
 
 def _skill_scores(rows: _Rows) -> FloatArray:

@@ -231,20 +231,22 @@ def record_run(path: Path, run: Run) -> None:
         raise StorageError(f"cannot write the log of trials {path.name}: {error.strerror}") from error
 
 
-def count_trials(path: Path, run: Run) -> int:
-    """Return how many trials were made on the symbol and an overlapping window, ``run`` counted once.
+def count_trials(path: Path, *runs: Run) -> int:
+    """Return how many trials were made on any of the symbols and an overlapping window, this one included.
 
+    ``runs`` are one run as each symbol of its panel sees it: a look at a panel is a look at all of them.
     Lines that cannot be read are passed over: a torn line must not stop a training.
     """
+    now = {run.symbol: run for run in runs}
     others = {
         past.fingerprint: past.n_trials
         for past in _read_runs(path)
-        if past.symbol == run.symbol
+        if (run := now.get(past.symbol)) is not None
         and past.first_session <= run.last_session
         and past.last_session >= run.first_session
         and past.fingerprint != run.fingerprint
     }
-    return run.n_trials + sum(others.values())
+    return runs[0].n_trials + sum(others.values())
 
 
 def _read_runs(path: Path) -> Iterator[Run]:
