@@ -40,7 +40,6 @@ MINIMUM_TEST_BARS = 252
 NOT_JUDGED_YET = {"label": "no-edge", "reasons": [], "evidence": {}}
 PATH_EVIDENCE = ("ic", "p_ic", "calibration_slope", "skill_over_drift", "n_rows")
 WALKED_AT = 0.9
-AS_CONFIGURED = "as the configuration says"
 OnEvent = Callable[[Mapping[str, Any]], None]
 
 
@@ -141,24 +140,23 @@ class GBMTrainer:
             search = replace(config.recipe.search, device=device.device)
             config = replace(config, recipe=replace(config.recipe, search=search))
         self.config = config
-        self._device_reason = AS_CONFIGURED if device is None else device.reason
+        self._device_reason = "as the configuration says" if device is None else device.reason
         self._tell: OnEvent = on_event or (lambda _event: None)
         self._begun = 0.0
 
     def train(self, bars: Bars, *, trials_log: Path | None = None, problems: Sequence[str] = ()) -> Trained:
         """Train one symbol on its own prices; see `walk` and `conclude`."""
         panel = {bars.symbol: bars}
-        n_trials = 1 if trials_log is None else self.register(panel, trials_log)
+        n_trials = self.register(panel, trials_log) if trials_log else 1
         return self.conclude(self.walk(panel), bars, n_trials=n_trials, problems=problems)
 
     def register(self, panel: Mapping[str, Bars], trials_log: Path) -> int:
         """Count this look at the panel's prices, before anything of it is shown; return the looks so far."""
         hashes = {symbol: bars_hash(bars.frame) for symbol, bars in panel.items()}
         runs = [self._run(bars, hashes) for bars in panel.values()]
-        n_trials = count_trials(trials_log, *runs)
-        for run in runs:
-            record_run(trials_log, run)
-        return n_trials
+        before = count_trials(trials_log, *runs)
+        record_run(trials_log, *runs)
+        return before
 
     @property
     def needed_bars(self) -> int:
@@ -427,8 +425,8 @@ def one_session_later(verdict: Verdict, decisions: Decisions, costs: CostModel) 
     frame = decisions.frame
     late = replace(decisions, frame=frame.assign(target_weight=frame["target_weight"].shift(1).fillna(1.0)))
     report = backtest_decisions(late, costs)
-    active = report.daily["net_return"] - report.benchmarks["exposure_matched"].daily["net_return"]
-    annual = float(active.mean()) * costs.periods_per_year
+    matched = report.benchmarks["exposure_matched"].daily["net_return"]
+    annual = float((report.daily["net_return"] - matched).mean()) * costs.periods_per_year
     text = f"taken one session later, the same positions earn {annual:+.2%} a year over equal exposure"
     return replace(
         verdict,
@@ -441,9 +439,9 @@ def universe_facts(walked: Walked, *, left_out: Sequence[str]) -> dict[str, Any]
     """Return what a bundle remembers of the other symbols of its panel; None where there were none."""
     if len(walked.hashes) == 1:
         return None
-    date, code = walked.dataset.date, walked.dataset.symbol_code
-    last = {name: str(date[code == i].max()) for i, name in enumerate(walked.dataset.symbols)}
-    size = f"{len(walked.hashes)} symbols, {len(walked.dataset):,} rows"
+    data = walked.dataset
+    last = {name: str(data.date[data.symbol_code == i].max()) for i, name in enumerate(data.symbols)}
+    size = f"{len(walked.hashes)} symbols, {len(data):,} rows"
     without = f"; without the rows of {', '.join(left_out)}" if left_out else ""
     return {
         "name": walked.universe,
@@ -451,7 +449,7 @@ def universe_facts(walked: Walked, *, left_out: Sequence[str]) -> dict[str, Any]
         "symbols": list(walked.hashes),
         "data": {name: {"hash": text, "last_session": last[name]} for name, text in walked.hashes.items()},
         "left_out": list(left_out),
-        "n_rows": len(walked.dataset),
+        "n_rows": len(data),
     }
 
 

@@ -210,21 +210,21 @@ class Run:
     n_trials: int = 1
 
 
-def record_run(path: Path, run: Run) -> None:
-    """Append a run to the log of trials, a file of JSON lines.
+def record_run(path: Path, *runs: Run) -> None:
+    """Append runs to the log of trials, a file of JSON lines.
 
     Raises
     ------
     StorageError
         If the file cannot be written.
     """
-    line = (json.dumps(asdict(run), sort_keys=True) + "\n").encode()
+    lines = "".join(json.dumps(asdict(run), sort_keys=True) + "\n" for run in runs).encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # One write of one line in append mode: two trainings at once do not mix.
+        # One write in append mode: two trainings at once do not mix.
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(descriptor, line)
+            os.write(descriptor, lines)
         finally:
             os.close(descriptor)
     except OSError as error:

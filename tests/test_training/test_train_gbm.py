@@ -104,7 +104,7 @@ def test_every_other_try_on_the_same_prices_counts(places, capsys):
         assert main(["NOISE", *DRY, "--seed", seed, "--json"]) == 0
         found = json.loads(capsys.readouterr().out)[0]
         assert found["evidence"]["n_trials"] == tries
-        limit = "0.025" if tries == 2 else "0.05"
+        limit = "0.0125" if tries == 2 else "0.05"
         assert any(f"(at most {limit})" in reason for reason in found["reasons"])
 
 
