@@ -86,11 +86,16 @@ def _floats(values: "pd.Series[float]") -> FloatArray:
     return np.asarray(values, dtype=np.float64)
 
 
-def compare(cases: Mapping[str, Case], sizer: RuleSizer) -> dict[str, float]:
-    """Set a sizer beside buy and hold on every symbol; return the means and shares."""
+def compare(cases: Mapping[str, Case], sizer: RuleSizer, *, delay_bars: int = 0) -> dict[str, float]:
+    """Set a sizer beside buy and hold on every symbol; return the means and shares.
+
+    ``delay_bars`` takes every position so many sessions later: no close decides on itself.
+    """
     rows = []
     for inputs, returns in cases.values():
-        ledger = account(sizer.fold(inputs, COSTS), returns, COSTS)
+        weights = sizer.fold(inputs, COSTS)
+        late = np.concatenate([np.ones(delay_bars), weights[: len(weights) - delay_bars]])
+        ledger = account(late, returns, COSTS)
         passive = account(np.ones(len(returns)), returns, COSTS)
         rows.append(
             (
@@ -167,6 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for horizon in [int(text) for text in args.horizons.split(",")]:
         cases = cases_of(args.directory, horizon)
         presets = {name: compare(cases, make_sizer(name)) for name in PRESETS}
+        presets["calibrated, a session later"] = compare(cases, make_sizer("calibrated"), delay_bars=1)
         found[f"h={horizon}"] = presets
         title = f"{len(cases)} symbols, {horizon} bars ahead, {FIRST} to {LAST}, against buy and hold"
         print_table(title, presets)
