@@ -274,3 +274,13 @@ def test_the_mean_needs_symbols_that_close_together(make_bars):
         universe_mean({})
     with pytest.raises(UsageError, match=r"close together, these follow 24/7, XNYS"):
         universe_mean({"AAPL": make_bars(n=30), "BTC-USD": make_bars(n=30)})
+
+
+def test_a_universe_file_that_is_no_text_is_a_usage_error_and_a_byte_order_mark_is_not_a_symbol(tmp_path):
+    junk = tmp_path / "junk.txt"
+    junk.write_bytes(bytes(range(128, 256)))
+    with pytest.raises(UsageError, match="not a text file"):
+        resolve_universe(str(junk))
+    marked = tmp_path / "marked.txt"
+    marked.write_bytes("\ufeffAAPL\nMSFT\n".encode())
+    assert resolve_universe(str(marked)) == ("AAPL", "MSFT")

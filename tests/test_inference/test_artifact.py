@@ -566,3 +566,15 @@ def test_a_version_that_is_pruned_while_it_is_read_is_not_called_damaged(root: P
 
     assert serve(root, "AAPL", TEXT, slow) == (f"w{KEEP_VERSIONS}", ())
     assert not overtaken[0].exists()
+
+
+def test_a_link_out_of_the_folder_is_refused_wherever_it_stands(root: Path, tmp_path: Path):
+    home = root / "AAPL"
+    (root / "MSFT").symlink_to(home)
+    with pytest.raises(InvalidSymbolError, match="it is a link"):
+        linked_version(root, "MSFT", TEXT)
+    elsewhere_ = tmp_path / "elsewhere"
+    (home / TEXT.versions).rename(elsewhere_)
+    (home / TEXT.versions).symlink_to(elsewhere_)
+    with pytest.raises(ModelCorruptError):
+        serve(root, "AAPL", TEXT, load)

@@ -9,13 +9,21 @@ import pytest
 
 from data.feature_engineer import engineer_features
 from data.target_engineering import build_dataset, make_target
+from evaluation.accounting import CostModel
 from inference.intervals import centre_log
 from inference.load_gbm_models import GBMBundle, PathModel, new_version_id
-from inference.pipeline import FORECAST_COLUMNS, GBMForecaster, decide, path_ahead, win_record
+from inference.pipeline import (
+    FORECAST_COLUMNS,
+    GBMForecaster,
+    backtest_decisions,
+    decide,
+    path_ahead,
+    win_record,
+)
 from inference.position_sizing import PRESETS, make_sizer
 from training.gbm_search import SearchConfig
 from training.recipe import GBMRecipe, RecipeConfig
-from utils.errors import ModelIncompatibleError
+from utils.errors import DataError, ModelIncompatibleError
 from validation.walk_forward import WalkForwardConfig, WalkForwardValidator
 
 HORIZON = 5
@@ -269,3 +277,27 @@ def test_whether_prices_are_others_is_known_at_the_bar(bars, bundle, make_bars):
     for cut in range(480, 800, 40):
         part = forecaster.forecast(other.iloc[:cut])["is_of_other_prices"].to_numpy()
         assert np.array_equal(part, whole[:cut])
+
+
+def test_without_an_edge_every_row_is_passive_and_live_forecasts_are_the_drift(bars, bundle):
+    no_edge = replace(bundle, metadata={**bundle.metadata, "verdict": {"label": "no-edge"}})
+    frame = decide("AAPL", bars, GBMForecaster(bundle=no_edge), make_sizer()).frame
+    np.testing.assert_array_equal(frame["target_weight"], 1.0)
+    live = np.asarray(frame.index > bundle.record["date"].max())
+    assert live.any()
+    np.testing.assert_allclose(frame["expected_log"][live], frame["baseline_log"][live])
+    lived = decide("AAPL", bars, GBMForecaster(bundle=no_edge, as_lived=True), make_sizer()).frame
+    assert not np.allclose(lived["expected_log"][live], lived["baseline_log"][live])
+
+
+def test_a_backtest_begins_behind_the_last_forecast_of_other_prices(bars, bundle, make_bars):
+    restated = bars.copy()
+    restated.iloc[650:, :4] *= 1.05
+    forecaster = GBMForecaster(bundle=bundle)
+    decisions = decide("AAPL", restated, forecaster, make_sizer())
+    last = np.flatnonzero(decisions.frame["is_of_other_prices"])[-1]
+    report = backtest_decisions(decisions, CostModel())
+    assert report.daily.index[0] > restated.index[last]
+    other = decide("AAPL", make_bars(n=900, seed=6).iloc[:800], forecaster, make_sizer())
+    with pytest.raises(DataError, match="made from other prices"):
+        backtest_decisions(other, CostModel())

@@ -11,7 +11,7 @@ from scipy.signal import lfilter
 from scipy.stats import rankdata
 
 from utils.errors import DataError
-from validation.gates import GateConfig, Verdict, judge, stricter
+from validation.gates import UNIVERSE_EVIDENCE, GateConfig, Verdict, judge, of_universe, stricter
 from validation.wfe_metrics import FoldMeasures, block_bootstrap_p_value, summarise_folds
 
 HORIZON = 5
@@ -404,3 +404,39 @@ def test_trying_seeds_is_no_way_to_an_edge():
     assert spent < 1.65 * config.max_p_ic
     with pytest.raises(DataError, match="got 0"):
         stricter(config, 0)
+
+
+def verdict_with(label: str, ic: float, *, leak_alarm: bool = False) -> Verdict:
+    evidence = dict.fromkeys(UNIVERSE_EVIDENCE, 0.5) | {"ic": ic, "leak_alarm": leak_alarm}
+    return Verdict(label=label, reasons=("because",), evidence=evidence, gates=())
+
+
+def test_a_symbol_that_the_signal_does_not_go_with_has_no_edge_whatever_its_universe_has():
+    pooled = verdict_with("edge", 0.2, leak_alarm=True)
+    against = of_universe(pooled, verdict_with("no-edge", -0.05), "S5", 6)
+    assert against.label == "no-edge"
+    with_it = of_universe(pooled, verdict_with("no-edge", 0.01), "S1", 6)
+    assert with_it.label == "edge"
+    assert of_universe(pooled, verdict_with("insufficient", 0.01), "S2", 6).label == "insufficient"
+    assert with_it.evidence["leak_alarm"] is True
+    assert with_it.reasons == ("6 symbols together: because", "S1 alone (no-edge): because")
+
+
+@pytest.mark.parametrize(("a_year", "label"), [(0.0005, "no-edge"), (0.0020, "edge")])
+def test_a_return_that_nobody_would_care_for_is_no_edge(a_year: float, label: str):
+    """Four trades in forty years can have a tiny p-value; they are not worth a word."""
+    rng = np.random.default_rng(5)
+    history = make_history(rng, n=3_000)
+    outcome = history.target_log / history.sigma_log
+    record = make_record(history, 0.3 * np.nan_to_num(outcome) + rng.normal(size=3_000))
+    benchmark = rng.normal(0.0, 0.01, 2_000)
+    active = a_year / 252 + 1e-7 * rng.normal(size=2_000)
+    verdict = judge(
+        record,
+        horizon_bars=HORIZON,
+        strategy_return=benchmark + active,
+        benchmark_return=benchmark,
+        config=QUICK,
+    )
+    assert verdict.evidence["p_return"] < 0.01
+    assert verdict.label == label
