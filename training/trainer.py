@@ -430,7 +430,7 @@ def one_session_later(verdict: Verdict, decisions: Decisions, costs: CostModel) 
     text = f"taken one session later, the same positions earn {annual:+.2%} a year over equal exposure"
     return replace(
         verdict,
-        reasons=(*verdict.reasons, text),
+        reasons=(*verdict.reasons, text) if verdict.evidence["p_return"] is not None else verdict.reasons,
         evidence={**verdict.evidence, "active_return_one_session_later_annual": annual},
     )
 
