@@ -319,7 +319,7 @@ def print_summary(console: Console, result: Mapping[str, Any]) -> None:
     rows = {
         "out of sample": f"from {result['out_of_sample_from']}, {result['evidence']['n_rows']:,} forecasts",
         "horizon": f"{result['horizon_bars']} sessions",
-        "information coefficient": f"{evidence['ic']} (p {evidence['p_ic']})",
+        "information coefficient (signal)": f"{evidence['ic']} (p {evidence['p_ic']})",
         "a year over equal exposure": f"{evidence['active_return_annual']} (p {evidence['p_return']})",
         "direction accuracy": f"{evidence['direction_accuracy']} (always up: {evidence['share_up']})",
         "tries on these prices": evidence["n_trials"],
