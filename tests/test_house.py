@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.metadata
 import re
 import shlex
 import subprocess
@@ -14,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("data", "training", "inference", "evaluation", "validation", "service", "utils")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MAX_FILES, MAX_MODULE_LINES, MAX_FUNCTION_LINES = 45, 500, 60
-# Declarations only: the length of the contract itself.
+# Declarations of the wire, as long as the contract itself; a test sees to it that they stay declarations.
 WIRE = ROOT / "service" / "schemas.py"
 MODULES_WITH_PARSERS = {
     "run_backtest.py": "run_backtest",
@@ -26,11 +27,6 @@ MODULES_WITH_PARSERS = {
 def sources() -> list[Path]:
     rooms = [path for room in ROOMS for path in (ROOT / room).rglob("*.py")]
     return [ROOT / "app.py", ROOT / "run_backtest.py", *rooms]
-
-
-def holds_code(path: Path) -> bool:
-    """An ``__init__.py`` that holds a docstring and nothing else only marks a package."""
-    return path.name != "__init__.py" or len(ast.parse(path.read_text()).body) > 1
 
 
 def tracked() -> list[Path]:
@@ -47,13 +43,24 @@ def too_long_functions(source: str) -> list[str]:
 
 
 def test_the_project_stays_small():
-    assert len([path for path in sources() if holds_code(path)]) <= MAX_FILES
+    assert len(sources()) <= MAX_FILES
     assert {
         path.name: n
         for path in sources()
         if (n := len(path.read_text().splitlines())) > MAX_MODULE_LINES and path != WIRE
     } == {}
     assert {path.name: names for path in sources() if (names := too_long_functions(path.read_text()))} == {}
+
+
+def statements_of_logic(source: str) -> int:
+    logic = (ast.If, ast.For, ast.While, ast.Try, ast.With, ast.comprehension, ast.Lambda)
+    return sum(isinstance(node, logic) for node in ast.walk(ast.parse(source)))
+
+
+def test_the_wire_declares_and_does_nothing_else():
+    # One condition: booleans and text are no integers.
+    assert statements_of_logic(WIRE.read_text()) <= 1
+    assert statements_of_logic("x = [a for a in b if a]\nif x:\n    pass") == 2
 
 
 def test_the_function_cap_catches_a_long_function():
@@ -77,7 +84,14 @@ def test_types_holds_no_python():
 def test_the_packages_are_the_rooms_everywhere():
     assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == set(ROOMS)
     assert set(PYPROJECT["tool"]["importlinter"]["root_packages"]) == set(ROOMS)
-    assert all((ROOT / room / "__init__.py").is_file() for room in ROOMS)
+
+
+def test_no_installed_distribution_hides_a_room():
+    """The rooms are namespace packages: a regular package of the same name would win over them."""
+    holders = importlib.metadata.packages_distributions()
+    assert {room: set(holders.get(room, ())) - {PYPROJECT["project"]["name"]} for room in ROOMS} == {
+        room: set() for room in ROOMS
+    }
 
 
 @pytest.mark.parametrize("name", ["requirements.lock", "requirements-dev.lock"])
@@ -89,7 +103,8 @@ def test_locks_pin_with_hashes_and_name_no_address(name: str):
     pins = re.findall(r"^[a-z0-9][\w.-]*==\S+.*(?:\n    .*)*", text, flags=re.MULTILINE)
     assert len(pins) > 50
     assert all("--hash=sha256:" in pin for pin in pins)
-    assert not re.search(r"^tensorflow", text, flags=re.MULTILINE)
+    # The service and the boosters never import it; only the network's own trainer and its tests do.
+    assert bool(re.search(r"^tensorflow", text, flags=re.MULTILINE)) == (name == "requirements-dev.lock")
 
 
 def test_the_two_locks_agree():

@@ -1,1 +1,0 @@
-"""Prices, features, targets and splits: everything before a model."""

@@ -1,1 +1,0 @@
-"""Positions and returns: accounting, metrics, backtests, reports. Knows no model."""

@@ -1,1 +1,0 @@
-"""From bars to positions: saved models, forecasts, intervals, sizing."""

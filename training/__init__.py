@@ -1,1 +1,0 @@
-"""Command-line trainers and the recipe that they fit."""

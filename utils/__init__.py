@@ -1,1 +1,0 @@
-"""Errors, settings, logs, paths, devices. Knows nothing of markets."""

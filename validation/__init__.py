@@ -1,1 +1,0 @@
-"""Walk-forward validation, its metrics, and the verdict."""
