@@ -149,7 +149,7 @@ PRESETS: Mapping[str, SizingRules] = MappingProxyType(
         "calibrated": SizingRules(
             uses_odds=False,
             neutral=1.0,
-            kelly_fraction=4.0,
+            kelly_fraction=3.0,
             cost_hurdle=1.5,
             no_trade_band_scale=1.0,
             without_forecast=1.0,

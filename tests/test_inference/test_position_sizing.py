@@ -167,7 +167,7 @@ def test_long_biased_leans_long_and_steps_aside(expected: float, low: float, hig
 def test_calibrated_by_hand() -> None:
     inputs = steady(5, expected_return=0.001, skill_lower=0.25)
     target = make_sizer("calibrated").fold(inputs, FREE)
-    np.testing.assert_allclose(target, 1.0 + 4.0 * 0.25 * (0.001 - 0.002) / 0.05**2)
+    np.testing.assert_allclose(target, 1.0 + 3.0 * 0.25 * (0.001 - 0.002) / 0.05**2)
 
 
 def test_a_promise_counts_only_as_far_as_it_exceeds_one_and_a_half_one_way_costs() -> None:
@@ -178,7 +178,7 @@ def test_a_promise_counts_only_as_far_as_it_exceeds_one_and_a_half_one_way_costs
 
     hurdle = 1.5 * COSTS.one_way_rate
     assert weight(hurdle) == weight(-hurdle) == 1.0
-    reach = 4.0 * 0.25 / 0.05**2
+    reach = 3.0 * 0.25 / 0.05**2
     assert weight(hurdle + 2e-4) == pytest.approx(1.0 + reach * 2e-4)
     assert weight(-hurdle - 2e-4) == pytest.approx(1.0 - reach * 2e-4)
 
@@ -243,7 +243,7 @@ def test_past_the_band_the_position_moves_to_its_edge() -> None:
     inputs.expected_return[0] = np.nan
     target = UNBOUND.fold(inputs, COSTS)
     counted = 0.01 - 1.5 * COSTS.one_way_rate
-    assert target[1] == pytest.approx(1.0 + 4.0 * 0.25 * counted / 0.05**2 - np.cbrt(8e-4))
+    assert target[1] == pytest.approx(1.0 + 3.0 * 0.25 * counted / 0.05**2 - np.cbrt(8e-4))
 
 
 def test_volatility_target_scales_within_bounds() -> None:
