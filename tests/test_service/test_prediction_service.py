@@ -201,7 +201,7 @@ def test_floors_and_share_floor_hide_markers_only(predictions: PredictionService
     large = ask(
         predictions,
         daysOnChart=300,
-        tradeShareFloor=15,
+        tradeShareFloor=40,
         confidenceFloors={"buy": 0, "sell": 0},
         fusion=EVERY_MARKER,
     )
@@ -210,7 +210,7 @@ def test_floors_and_share_floor_hide_markers_only(predictions: PredictionService
         assert fewer.fused_positions == everything.fused_positions
     for marker in confident.trade_markers:
         assert marker.type == "hold" or marker.confidence >= {"buy": 0.5, "sell": 0.6}[marker.type]
-    assert all(abs(m.shares) >= 15 for m in large.trade_markers if m.type != "hold")
+    assert all(abs(m.shares) >= 40 for m in large.trade_markers if m.type != "hold")
 
 
 def test_the_forecast_has_one_marker_and_one_action(predictions: PredictionService) -> None:
