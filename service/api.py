@@ -4,16 +4,15 @@ Every answer is JSON and every error a problem (RFC 9457) whose ``detail`` is a 
 which status is written in `STATUS_OF` and nowhere else. Routes that compute or read are plain functions, so
 that the framework runs them in threads and a long prediction never keeps the health check waiting.
 
-From the outside in: cross-origin headers, `Edge` (request id, body limit, last resort), the routes.
+From the outside in: cross-origin headers, `service.edge`, the routes.
 """
 
 import http
 import logging
 import re
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Query, Request, Response
@@ -21,8 +20,9 @@ from fastapi.exceptions import HTTPException, RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Scope
 
+from service.edge import PROBLEM_TYPE, EdgeRules, Guard, problem_bytes, unexpected_detail
 from service.model_registry import ModelRegistry, is_finite_number
 from service.prediction_service import PredictionService
 from service.schemas import (
@@ -52,9 +52,6 @@ from utils.errors import (
 logger = logging.getLogger(__name__)
 
 VERSION = "0.1.0"
-MAX_BODY_BYTES = 1 << 20
-TOO_LARGE = f"the body is larger than {MAX_BODY_BYTES} bytes"
-CLOSE = {"Connection": "close"}
 RETRY_AFTER_S = 30
 ERRORS_IN_DETAIL = 5
 
@@ -93,7 +90,6 @@ NOT_SERVED: Sequence[tuple[str, str, str]] = (
     ("GET", "/api/track-record/{symbol:text}", "no track record is kept: /api/models has the tested metrics"),
 )
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # Absolute paths of the server; routes of the API stay readable.
 _PATH = re.compile(r"(?<![\w:/.])/(?!api/)(?:[^/\s'\"`]+/)+([^/\s'\"`]*)")
 
@@ -107,6 +103,7 @@ class Services:
     source_name: str
     origins: tuple[str, ...]
     on_start: Callable[[], None]
+    rules: EdgeRules = field(default_factory=EdgeRules)
 
 
 class TextConvertor(Convertor[str]):
@@ -143,8 +140,8 @@ def create_api(services: Services) -> FastAPI:
     api.add_exception_handler(AIStocksError, _on_our_error)
     api.add_exception_handler(RequestValidationError, _on_invalid)
     api.add_exception_handler(StarletteHTTPException, _on_http_error)
-    # Added last is outermost: an answer of `Edge` carries cross-origin headers too.
-    api.add_middleware(Edge)
+    # Added last is outermost: what the guard answers carries cross-origin headers too.
+    api.add_middleware(Guard, rules=services.rules)
     api.add_middleware(
         CORSMiddleware,
         allow_origins=services.origins,
@@ -242,27 +239,14 @@ def answer(model: Wire) -> Response:
 
 def problem(scope: Scope, status: int, detail: str, headers: Mapping[str, str] | None = None) -> Response:
     """Return an error as the page reads it."""
-    body = Problem(
-        type="about:blank",
-        title=http.HTTPStatus(status).phrase,
-        status=status,
-        detail=_printable(detail),
-        instance=_printable(str(scope.get("path", "")))[:200],
-        request_id=scope.get("state", {}).get("request_id", ""),
-    )
-    return Response(
-        body.wire_bytes(), status_code=status, headers=headers, media_type="application/problem+json"
-    )
-
-
-def _printable(text: str) -> str:
-    return text.encode("utf-8", "replace").decode("utf-8")
+    body = problem_bytes(scope, status, detail)
+    return Response(body, status_code=status, headers=headers, media_type=PROBLEM_TYPE)
 
 
 def _on_our_error(request: Request, error: Exception) -> Response:
     status = next(STATUS_OF[cls] for cls in type(error).__mro__ if cls in STATUS_OF)
     if status == 500:
-        return _unexpected(request.scope, error)
+        return problem(request.scope, 500, unexpected_detail(request.scope, error))
     logger.info("%s %s: %s", status, request.url.path.encode("unicode_escape").decode(), error)
     headers = (
         {"Retry-After": str(RETRY_AFTER_S)} if isinstance(error, UpstreamError) and status == 503 else None
@@ -301,80 +285,3 @@ def _sentence(error: Mapping[str, Any]) -> str:
     came = error.get("input")
     got = f" (got {came})" if is_finite_number(came) and abs(came) < 1e15 else ""
     return f"{where}: {message}{got}" if where else f"{message}{got}"
-
-
-def _unexpected(scope: Scope, error: Exception) -> Response:
-    request_id = scope.get("state", {}).get("request_id", "")
-    logger.error("request %s failed", request_id, exc_info=error)
-    return problem(scope, 500, f"something broke here; the server's log has it under request {request_id}")
-
-
-class Edge:
-    """Gives every request an id, bounds its body, and turns what nobody caught into a problem.
-
-    The framework's own last resort lies outside of the cross-origin headers, and a browser would not show it.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one connection."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        request_id = _request_id(scope)
-        scope.setdefault("state", {})["request_id"] = request_id
-        started = False
-
-        async def send_with_id(message: Message) -> None:
-            nonlocal started
-            if message["type"] == "http.response.start":
-                started = True
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
-            await send(message)
-
-        if _announced_bytes(scope) > MAX_BODY_BYTES:
-            await _too_large(scope)(scope, receive, send_with_id)
-            return
-        try:
-            await self.app(scope, _bounded(receive), send_with_id)
-        except Exception as error:
-            if started:
-                raise
-            await _unexpected(scope, error)(scope, receive, send_with_id)
-
-
-def _headers(scope: Scope, name: bytes) -> Iterator[str]:
-    return (value.decode("latin-1") for key, value in scope["headers"] if key == name)
-
-
-def _request_id(scope: Scope) -> str:
-    given = next(_headers(scope, b"x-request-id"), "")
-    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-
-
-def _announced_bytes(scope: Scope) -> int:
-    text = next(_headers(scope, b"content-length"), "0")
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0
-
-
-def _too_large(scope: Scope) -> Response:
-    return problem(scope, 413, TOO_LARGE, CLOSE)
-
-
-def _bounded(receive: Receive) -> Receive:
-    """Count what arrives, so that a body without an announced length is bounded too."""
-    seen = 0
-
-    async def bounded() -> Message:
-        nonlocal seen
-        message = await receive()
-        seen += len(message.get("body", b""))
-        if seen > MAX_BODY_BYTES:
-            raise HTTPException(
-                413, f"the body is larger than {MAX_BODY_BYTES} bytes", {"Connection": "close"}
-            )
-        return message
-
-    return bounded

@@ -18,7 +18,8 @@ from httpx2 import Response
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from service.api import MAX_BODY_BYTES, NOT_SERVED, STATUS_OF, Services, create_api
+from service.api import NOT_SERVED, STATUS_OF, Services, create_api
+from service.edge import EdgeRules
 from service.prediction_service import PredictionService
 from service.schemas import PredictionResult
 from tests.test_service.conftest import FakeRegistry, FakeSource, served
@@ -28,6 +29,7 @@ JSON = {"Content-Type": "application/json"}
 FIELD_NAMES = """symbol horizon daysOnChart smoothing confidenceFloors fusion maxLong maxShort mode buy
     modelId dataInterval tradeShareFloor regimeFilters bull regressorScale other"""
 FIELDS = st.sampled_from(FIELD_NAMES.split())
+MAX_BODY_BYTES = EdgeRules().body_bytes
 
 
 def check_problem(response: Response, status: int) -> str:
