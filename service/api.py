@@ -1,19 +1,20 @@
 """Routes, errors and the edge of the web; the only module that knows the framework.
 
 Every answer is JSON and every error a problem (RFC 9457) whose ``detail`` is a string. Which error becomes
-which status is written in `STATUS_OF` and nowhere else. Routes that compute or read are plain functions, so
-that the framework runs them in threads and a long prediction never keeps the health check waiting.
+which status is written in `STATUS_OF` and nowhere else. Routes that compute do so in the bounded `WorkPool`,
+those that only read a little are plain functions, which the framework runs in threads of its own: a long
+prediction never keeps the health check waiting.
 
-From the outside in: cross-origin headers, `Edge` (request id, body limit, last resort), the routes.
+From the outside in: `service.edge.Observer`, cross-origin headers, `service.edge.Guard`, the routes.
 """
 
 import http
 import logging
 import re
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Query, Request, Response
@@ -21,8 +22,20 @@ from fastapi.exceptions import HTTPException, RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Scope
 
+from service.edge import (
+    PROBLEM_TYPE,
+    DeadlineError,
+    EdgeRules,
+    Guard,
+    Metrics,
+    Observer,
+    OverloadError,
+    WorkPool,
+    problem_bytes,
+    unexpected_detail,
+)
 from service.model_registry import ModelRegistry, is_finite_number
 from service.prediction_service import PredictionService
 from service.schemas import (
@@ -52,10 +65,8 @@ from utils.errors import (
 logger = logging.getLogger(__name__)
 
 VERSION = "0.1.0"
-MAX_BODY_BYTES = 1 << 20
-TOO_LARGE = f"the body is larger than {MAX_BODY_BYTES} bytes"
-CLOSE = {"Connection": "close"}
-RETRY_AFTER_S = 30
+# Seconds after which asking again may help.
+RETRY_AFTER_S: Mapping[type[AIStocksError], int] = {UpstreamError: 30, OverloadError: 2}
 ERRORS_IN_DETAIL = 5
 
 # The nearest ancestor of an error decides.
@@ -69,8 +80,20 @@ STATUS_OF: Mapping[type[AIStocksError], int] = {
     ConflictError: 409,
     GateRefusedError: 409,
     StorageError: 507,
+    OverloadError: 503,
+    DeadlineError: 504,
     AIStocksError: 500,
 }
+
+# What any request may meet, and what one with a body or one that writes may meet besides.
+ERRORS_OF_ALL = ("422", "429", "500", "503")
+ERRORS_OF: Mapping[str, Sequence[str]] = {
+    "post": ("400", "401", "403", "408", "409", "413", "504"),
+    "delete": ("401", "403", "409"),
+    "get": ("504",),
+}
+DOCS = Path(__file__).with_name("docs.html.j2")
+DOCS_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
 
 # Routes of the contract that nothing serves yet: what a caller can do instead.
 NOT_SERVED: Sequence[tuple[str, str, str]] = (
@@ -93,20 +116,30 @@ NOT_SERVED: Sequence[tuple[str, str, str]] = (
     ("GET", "/api/track-record/{symbol:text}", "no track record is kept: /api/models has the tested metrics"),
 )
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # Absolute paths of the server; routes of the API stay readable.
 _PATH = re.compile(r"(?<![\w:/.])/(?!api/)(?:[^/\s'\"`]+/)+([^/\s'\"`]*)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
-    """What the routes answer with."""
+    """What the routes answer with.
+
+    Attributes
+    ----------
+    stopping
+        Whether the service is about to end.
+    gauges
+        Further figures of ``/metrics`` by name: what they say, and how to ask.
+    """
 
     registry: ModelRegistry
     predictions: PredictionService
     source_name: str
     origins: tuple[str, ...]
     on_start: Callable[[], None]
+    rules: EdgeRules = field(default_factory=EdgeRules)
+    stopping: Callable[[], bool] = lambda: False
+    gauges: Mapping[str, tuple[str, Callable[[], float]]] = field(default_factory=dict)
 
 
 class TextConvertor(Convertor[str]):
@@ -126,42 +159,116 @@ class TextConvertor(Convertor[str]):
 def create_api(services: Services) -> FastAPI:
     """Build the application around its services."""
     register_url_convertor("text", TextConvertor())
+    rules = services.rules
+    pool = WorkPool(threads=rules.work_threads, queue=rules.work_queue, deadline_s=rules.deadline_s)
+    metrics = Metrics(
+        {
+            "work_pending": ("Requests that compute or wait to", lambda: float(pool.pending)),
+            **services.gauges,
+        }
+    )
     api = FastAPI(
         title="AI-Stocks",
         version=VERSION,
-        lifespan=_lifespan(services),
+        lifespan=_lifespan(services, pool),
         # A redirect has no JSON body.
         redirect_slashes=False,
+        docs_url=None,
         redoc_url=None,
         responses={"default": {"model": Problem, "description": "Every error"}},
     )
-    api.include_router(_health_routes(services))
-    api.include_router(_model_routes(services.registry))
-    api.include_router(_price_routes(services.predictions))
+    stock_openapi = api.openapi
+    api.openapi = lambda: api.openapi_schema or document_errors(stock_openapi())  # type: ignore[method-assign]
+    for router in _routers(services, pool):
+        api.include_router(router)
     for method, path, instead in NOT_SERVED:
-        api.add_api_route(path, _refuser(instead), methods=[method], status_code=501, response_model=Problem)
+        api.add_api_route(
+            path,
+            _refuser(instead),
+            methods=[method],
+            status_code=501,
+            response_model=Problem,
+            openapi_extra={"parameters": _path_parameters(path)},
+        )
+    _add_pages(api, metrics)
     api.add_exception_handler(AIStocksError, _on_our_error)
     api.add_exception_handler(RequestValidationError, _on_invalid)
     api.add_exception_handler(StarletteHTTPException, _on_http_error)
-    # Added last is outermost: an answer of `Edge` carries cross-origin headers too.
-    api.add_middleware(Edge)
+    # Added last is outermost: what the guard answers carries cross-origin headers too.
+    api.add_middleware(Guard, rules=rules)
     api.add_middleware(
         CORSMiddleware,
         allow_origins=services.origins,
         allow_methods=["GET", "POST", "DELETE"],
         allow_headers=["*"],
-        expose_headers=["X-Request-ID", "Content-Disposition"],
+        expose_headers=["X-Request-ID", "Content-Disposition", "Retry-After"],
+    )
+    api.add_middleware(
+        Observer, metrics=metrics, stopping=services.stopping, static_paths=lambda: _static_paths(api)
     )
     return api
 
 
-def _lifespan(services: Services) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+def _routers(services: Services, pool: WorkPool) -> Sequence[APIRouter]:
+    return (
+        _health_routes(services),
+        _model_routes(services.registry),
+        _price_routes(services.predictions, pool),
+    )
+
+
+def _add_pages(api: FastAPI, metrics: Metrics) -> None:
+    """Add what is for people and machines beside the page: it is no part of the contract."""
+
+    @api.get("/metrics", include_in_schema=False)
+    def figures() -> Response:
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @api.get("/docs", include_in_schema=False)
+    def docs() -> Response:
+        # Only who reads it pays for the template's library; nothing on the page comes from elsewhere.
+        import jinja2  # noqa: PLC0415
+
+        template = jinja2.Environment(autoescape=True).from_string(DOCS.read_text(encoding="utf-8"))
+        return Response(
+            template.render(api=api.openapi()),
+            media_type="text/html",
+            headers={"Content-Security-Policy": DOCS_POLICY},
+        )
+
+
+def document_errors(schema: dict[str, Any]) -> dict[str, Any]:
+    """Say in an OpenAPI document what every error looks like, and which ones there are."""
+    problems = {PROBLEM_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    for path, item in schema["paths"].items():
+        for method, operation in item.items():
+            wanted = {*ERRORS_OF_ALL, *ERRORS_OF.get(method, ())} | ({"404"} if "{" in path else set())
+            for status in sorted(wanted):
+                phrase = http.HTTPStatus(int(status)).phrase
+                operation["responses"].setdefault(status, {"description": phrase})
+            for status, response in operation["responses"].items():
+                if not status.startswith("2"):
+                    response["content"] = problems
+    return schema
+
+
+def _static_paths(api: FastAPI) -> frozenset[str]:
+    return frozenset({"/docs", "/metrics", *(path for path in api.openapi()["paths"] if "{" not in path)})
+
+
+def _path_parameters(path: str) -> list[dict[str, Any]]:
+    names = re.findall(r"{(\w+)", path)
+    return [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
+
+
+def _lifespan(services: Services, pool: WorkPool) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(api: FastAPI) -> Any:  # noqa: ANN401
         services.on_start()
         api.state.ready = True
         yield
         api.state.ready = False
+        pool.close()
 
     return lifespan
 
@@ -187,7 +294,7 @@ def _health_routes(services: Services) -> APIRouter:
     @router.get("/api/health/ready", response_model=StatusAnswer)
     def ready(request: Request) -> Response:
         """Say whether requests are welcome: not before the start has ended, nor once it stops."""
-        if not getattr(request.app.state, "ready", False):
+        if services.stopping() or not getattr(request.app.state, "ready", False):
             raise HTTPException(503, "the service is starting or stopping", {"Retry-After": "1"})
         return answer(StatusAnswer(status="ok", models=len(services.registry.list())))
 
@@ -201,7 +308,7 @@ def _model_routes(registry: ModelRegistry) -> APIRouter:
     def models() -> Response:
         """List the saved models."""
         body = b"[" + b",".join(meta.wire_bytes() for meta in registry.list()) + b"]"
-        return Response(body, media_type="application/json")
+        return json_response(body)
 
     @router.get("/api/models/{model_id}", response_model=ModelMeta)
     def model(model_id: str) -> Response:
@@ -211,18 +318,21 @@ def _model_routes(registry: ModelRegistry) -> APIRouter:
     return router
 
 
-def _price_routes(predictions: PredictionService) -> APIRouter:
+def _price_routes(predictions: PredictionService, pool: WorkPool) -> APIRouter:
     router = APIRouter(tags=["prices"])
 
     @router.get("/api/historical/{symbol:text}", response_model=HistoricalResponse)
-    def historical(symbol: str, days: Annotated[int, Query(ge=1, le=MAX_CHART_BARS)] = 90) -> Response:
+    async def historical(symbol: str, days: Annotated[int, Query(ge=1, le=MAX_CHART_BARS)] = 90) -> Response:
         """Return the last sessions, adjusted for splits and dividends."""
-        return answer(predictions.history(symbol, days))
+        return await pool.run(lambda: answer(predictions.history(symbol, days)))
 
     @router.post("/api/predict", response_model=PredictionResult)
-    def predict(request: PredictionRequest) -> Response:
+    async def predict(request: PredictionRequest) -> Response:
         """Return history, positions and forecast of one symbol."""
-        return answer(predictions.predict(request))
+        ready = predictions.cached_answer(request)
+        if ready is None:
+            ready = await pool.run(lambda: predictions.answer(request))
+        return json_response(ready)
 
     return router
 
@@ -237,36 +347,27 @@ def _refuser(instead: str) -> Callable[[], None]:
 
 def answer(model: Wire) -> Response:
     """Return the model's own JSON; the framework's encoder takes three to ten times as long."""
-    return Response(model.wire_bytes(), media_type="application/json")
+    return json_response(model.wire_bytes())
+
+
+def json_response(body: bytes) -> Response:
+    """Return JSON that is ready to be sent."""
+    return Response(body, media_type="application/json")
 
 
 def problem(scope: Scope, status: int, detail: str, headers: Mapping[str, str] | None = None) -> Response:
     """Return an error as the page reads it."""
-    body = Problem(
-        type="about:blank",
-        title=http.HTTPStatus(status).phrase,
-        status=status,
-        detail=_printable(detail),
-        instance=_printable(str(scope.get("path", "")))[:200],
-        request_id=scope.get("state", {}).get("request_id", ""),
-    )
-    return Response(
-        body.wire_bytes(), status_code=status, headers=headers, media_type="application/problem+json"
-    )
-
-
-def _printable(text: str) -> str:
-    return text.encode("utf-8", "replace").decode("utf-8")
+    body = problem_bytes(scope, status, detail)
+    return Response(body, status_code=status, headers=headers, media_type=PROBLEM_TYPE)
 
 
 def _on_our_error(request: Request, error: Exception) -> Response:
     status = next(STATUS_OF[cls] for cls in type(error).__mro__ if cls in STATUS_OF)
     if status == 500:
-        return _unexpected(request.scope, error)
+        return problem(request.scope, 500, unexpected_detail(request.scope, error))
     logger.info("%s %s: %s", status, request.url.path.encode("unicode_escape").decode(), error)
-    headers = (
-        {"Retry-After": str(RETRY_AFTER_S)} if isinstance(error, UpstreamError) and status == 503 else None
-    )
+    wait_s = next((RETRY_AFTER_S[cls] for cls in type(error).__mro__ if cls in RETRY_AFTER_S), None)
+    headers = {"Retry-After": str(wait_s)} if wait_s is not None and status == 503 else None
     return problem(request.scope, status, _PATH.sub(r"\1", str(error)), headers)
 
 
@@ -301,80 +402,3 @@ def _sentence(error: Mapping[str, Any]) -> str:
     came = error.get("input")
     got = f" (got {came})" if is_finite_number(came) and abs(came) < 1e15 else ""
     return f"{where}: {message}{got}" if where else f"{message}{got}"
-
-
-def _unexpected(scope: Scope, error: Exception) -> Response:
-    request_id = scope.get("state", {}).get("request_id", "")
-    logger.error("request %s failed", request_id, exc_info=error)
-    return problem(scope, 500, f"something broke here; the server's log has it under request {request_id}")
-
-
-class Edge:
-    """Gives every request an id, bounds its body, and turns what nobody caught into a problem.
-
-    The framework's own last resort lies outside of the cross-origin headers, and a browser would not show it.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one connection."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        request_id = _request_id(scope)
-        scope.setdefault("state", {})["request_id"] = request_id
-        started = False
-
-        async def send_with_id(message: Message) -> None:
-            nonlocal started
-            if message["type"] == "http.response.start":
-                started = True
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
-            await send(message)
-
-        if _announced_bytes(scope) > MAX_BODY_BYTES:
-            await _too_large(scope)(scope, receive, send_with_id)
-            return
-        try:
-            await self.app(scope, _bounded(receive), send_with_id)
-        except Exception as error:
-            if started:
-                raise
-            await _unexpected(scope, error)(scope, receive, send_with_id)
-
-
-def _headers(scope: Scope, name: bytes) -> Iterator[str]:
-    return (value.decode("latin-1") for key, value in scope["headers"] if key == name)
-
-
-def _request_id(scope: Scope) -> str:
-    given = next(_headers(scope, b"x-request-id"), "")
-    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-
-
-def _announced_bytes(scope: Scope) -> int:
-    text = next(_headers(scope, b"content-length"), "0")
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0
-
-
-def _too_large(scope: Scope) -> Response:
-    return problem(scope, 413, TOO_LARGE, CLOSE)
-
-
-def _bounded(receive: Receive) -> Receive:
-    """Count what arrives, so that a body without an announced length is bounded too."""
-    seen = 0
-
-    async def bounded() -> Message:
-        nonlocal seen
-        message = await receive()
-        seen += len(message.get("body", b""))
-        if seen > MAX_BODY_BYTES:
-            raise HTTPException(
-                413, f"the body is larger than {MAX_BODY_BYTES} bytes", {"Connection": "close"}
-            )
-        return message
-
-    return bounded

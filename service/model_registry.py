@@ -91,6 +91,10 @@ class ModelRegistry:
                 logger.warning("left out of the list of models: %s", error)
         return tuple(metas)
 
+    def loaded_count(self) -> int:
+        """Return how many models are in memory."""
+        return len(self._served)
+
     def find(self, model_id: str) -> ModelMeta:
         """Return one saved model's description.
 

@@ -99,6 +99,14 @@ class PredictionService:
             data_source=bars.provenance.source,
         )
 
+    def cached_answer(self, request: PredictionRequest) -> bytes | None:
+        """Return the answer where it is at hand; never waits."""
+        return None
+
+    def answer(self, request: PredictionRequest) -> bytes:
+        """Return the answer as it is sent; see `predict`."""
+        return self.predict(request).wire_bytes()
+
     def predict(self, request: PredictionRequest) -> PredictionResult:
         """Return history, decisions and forecast of one symbol.
 

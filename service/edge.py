@@ -1,0 +1,496 @@
+"""What stands between the network and the routes; plain ASGI that knows no framework.
+
+Two layers. `Observer` is outermost: it gives every request an id, every answer its security headers, and
+writes one log line and the figures of ``/metrics``. `Guard` lies inside of the cross-origin headers, since a
+browser shows no error that lacks them: it bounds how often, by whom and how much is asked, and turns what
+nobody caught into a problem (RFC 9457). `WorkPool` is where routes compute.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import http
+import ipaddress
+import logging
+import math
+import os
+import re
+import threading
+import time
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeVar
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from service.schemas import Problem
+from utils.errors import AIStocksError
+
+logger = logging.getLogger(__name__)
+
+Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+T = TypeVar("T")
+
+PROBLEM_TYPE = "application/problem+json"
+CLOSE = {"Connection": "close"}
+CHALLENGE = {"WWW-Authenticate": "Bearer"}
+KEY_WANTED = {
+    401: "this route needs an API key: send it as X-API-Key, or as Authorization: Bearer KEY",
+    403: "the API key is not one that may write here",
+}
+# A caller that still sends does not read: what it sends after a refusal is thrown away, up to these bounds.
+LINGER_BYTES = 16 << 20
+LINGER_S = 2.0
+MAX_CLIENTS = 20_000
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+# Bodies of these paths hold a prediction; with /api/predict they are the POSTs that change nothing.
+WHOLE_PREDICTIONS = frozenset({"/api/backtest", "/api/forward_sim"})
+READING_POSTS = WHOLE_PREDICTIONS | {"/api/predict"}
+# An orchestrator restarts what does not answer it.
+NEVER_LIMITED = "/api/health"
+UNROUTED = "other"
+CLIENT_LEFT = 499
+BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+SECURITY_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+)
+# Where an answer says something else, that stands.
+DEFAULT_HEADERS = (
+    (b"cache-control", b"no-store"),
+    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
+)
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+
+
+class OverloadError(AIStocksError):
+    """All workers are busy and the queue before them is full."""
+
+
+class DeadlineError(AIStocksError):
+    """An answer took longer than callers are kept waiting."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EdgeRules:
+    """What a request may cost, and who may write.
+
+    Attributes
+    ----------
+    body_bytes, large_body_bytes
+        Size of a body, and of one that holds a whole prediction.
+    body_s
+        Seconds within which a body has to arrive.
+    rate_per_s, rate_burst
+        Requests per second and client, and how many may come at once; a rate of 0 sets no limit.
+    work_threads, work_queue, deadline_s
+        Requests that compute at a time, that wait, and seconds after which a caller is told so.
+    api_keys
+        Keys that may write; without any, everybody may.
+    """
+
+    body_bytes: int = 1 << 20
+    large_body_bytes: int = 8 << 20
+    body_s: float = 20.0
+    rate_per_s: float = 100.0
+    rate_burst: int = 500
+    work_threads: int = 4
+    work_queue: int = 64
+    deadline_s: float = 30.0
+    api_keys: tuple[str, ...] = ()
+
+    def most_bytes(self, path: str) -> int:
+        """Return how large a body for ``path`` may be."""
+        return self.large_body_bytes if path in WHOLE_PREDICTIONS else self.body_bytes
+
+
+class WorkPool:
+    """Threads that compute, a bounded queue before them, and a deadline.
+
+    A thread cannot be stopped: what runs past its deadline keeps its place until it is done, so that no more
+    than ``threads`` computations ever run.
+    """
+
+    def __init__(self, *, threads: int, queue: int, deadline_s: float) -> None:
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="work")
+        self._most = threads + queue
+        self._deadline_s = deadline_s
+        self._guard = threading.Lock()
+        self.pending = 0
+
+    async def run(self, call: Callable[[], T]) -> T:
+        """Return what ``call`` returns, computed in a thread.
+
+        Raises
+        ------
+        OverloadError
+            If the queue is full; nothing is computed.
+        DeadlineError
+            If it takes too long. What has begun is finished, what has not is dropped.
+        """
+        with self._guard:
+            if self.pending >= self._most:
+                raise OverloadError(f"{self.pending} requests are being computed: try again in a moment")
+            self.pending += 1
+        work = self._executor.submit(call)
+        work.add_done_callback(self._done)
+        waiting = asyncio.wrap_future(work)
+        done, _ = await asyncio.wait({waiting}, timeout=self._deadline_s)
+        if not done:
+            work.cancel()
+            raise DeadlineError(f"no answer within {self._deadline_s:g} s: try again later, or ask for less")
+        return waiting.result()
+
+    def _done(self, _: Future[Any]) -> None:
+        with self._guard:
+            self.pending -= 1
+
+    def close(self) -> None:
+        """Drop what has not begun; what has is not waited for."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+class RateLimit:
+    """A token bucket per client, as the time at which it would be full again (GCRA).
+
+    The oldest client is forgotten when there are more than ``MAX_CLIENTS``: whoever has that many addresses
+    gets past this anyhow, and the memory stays bounded.
+    """
+
+    def __init__(self, per_s: float, burst: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._interval_s = 1.0 / per_s if per_s else 0.0
+        self._slack_s = self._interval_s * max(burst - 1, 0)
+        self._clock = clock
+        self._full_at: dict[str, float] = {}
+
+    def wait_s(self, client: str) -> float:
+        """Count one request; return 0 where it may pass, else seconds until the next one may."""
+        if not self._interval_s:
+            return 0.0
+        now = self._clock()
+        full_at = max(self._full_at.pop(client, now), now)
+        early = full_at - now - self._slack_s
+        self._full_at[client] = full_at if early > 0.0 else full_at + self._interval_s
+        if len(self._full_at) > MAX_CLIENTS:
+            del self._full_at[next(iter(self._full_at))]
+        return max(early, 0.0)
+
+
+def client_of(scope: Scope) -> str:
+    """Return who asks: the address, of version 6 the network, since one caller owns all of it."""
+    host = str((scope.get("client") or ("", 0))[0])
+    if ":" not in host:
+        return host
+    try:
+        return ipaddress.ip_address(host.partition("%")[0]).exploded[:19]
+    except ValueError:
+        return host
+
+
+def key_refusal(scope: Scope, digests: Sequence[bytes]) -> int:
+    """Return 0 where the request may write, 401 without a key, 403 with a wrong one."""
+    if not digests:
+        return 0
+    given = header(scope, b"x-api-key") or header(scope, b"authorization").partition(b"Bearer ")[2]
+    if not given:
+        return 401
+    digest = hashlib.sha256(given.strip()).digest()
+    # All are compared, each in constant time: how long it takes says nothing about the keys.
+    return 0 if sum(hmac.compare_digest(digest, known) for known in digests) else 403
+
+
+class Metrics:
+    """The figures of one application, in a registry of their own.
+
+    Parameters
+    ----------
+    gauges
+        Further figures by name: what they say, and how to ask.
+    """
+
+    def __init__(self, gauges: Mapping[str, tuple[str, Callable[[], float]]]) -> None:
+        self.registry = CollectorRegistry()
+        self.in_flight = 0
+        self._requests = Counter(
+            "ai_stocks_http_requests",
+            "Requests that were answered",
+            ("method", "route", "status"),
+            registry=self.registry,
+        )
+        self._seconds = Histogram(
+            "ai_stocks_http_request_seconds",
+            "Seconds until an answer begins",
+            ("route",),
+            buckets=BUCKETS_S,
+            registry=self.registry,
+        )
+        self._known: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
+        ours = {"http_in_flight": ("Requests that are being answered", lambda: float(self.in_flight))}
+        for name, (says, ask) in {**ours, **gauges}.items():
+            Gauge(f"ai_stocks_{name}", says, registry=self.registry).set_function(ask)
+
+    def record(self, method: str, route: str, status: int, seconds: float) -> None:
+        """Count one answer; ``route`` is a template, so that the number of series is bounded."""
+        key = (method if method in METHODS else UNROUTED, route, status)
+        known = self._known.get(key)
+        if known is None:
+            known = self._known[key] = (self._requests.labels(*key), self._seconds.labels(route))
+        known[0].inc()
+        known[1].observe(seconds)
+
+    def text(self) -> bytes:
+        """Return all figures in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+def problem_bytes(scope: Scope, status: int, detail: str) -> bytes:
+    """Return an error as the page reads it: its ``detail`` is a sentence."""
+    return Problem(
+        type="about:blank",
+        title=http.HTTPStatus(status).phrase,
+        status=status,
+        detail=_printable(detail),
+        instance=_printable(str(scope.get("path", "")))[:200],
+        request_id=scope.get("state", {}).get("request_id", ""),
+    ).wire_bytes()
+
+
+def unexpected_detail(scope: Scope, error: Exception) -> str:
+    """Log what nobody foresaw, and return what the caller may know of it."""
+    request_id = scope.get("state", {}).get("request_id", "")
+    logger.error("request %s failed", request_id, exc_info=error)
+    return f"something broke here; the server's log has it under request {request_id}"
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def header(scope: Scope, name: bytes) -> bytes:
+    """Return the first header of that name, b"" without one."""
+    headers: Sequence[tuple[bytes, bytes]] = scope["headers"]
+    for key, value in headers:
+        if key == name:
+            return value
+    return b""
+
+
+def request_id_of(scope: Scope) -> str:
+    """Return the caller's request id where it is harmless, else a new one."""
+    given = header(scope, b"x-request-id")
+    return given.decode() if _REQUEST_ID.fullmatch(given) else os.urandom(16).hex()
+
+
+def announced_bytes(scope: Scope) -> int:
+    """Return the announced size of the body, 0 where there is none."""
+    text = header(scope, b"content-length")
+    return int(text) if text.isdigit() and len(text) < 20 else 0
+
+
+class Observer:
+    """Gives requests their id and answers their headers; logs and counts each.
+
+    Parameters
+    ----------
+    app, metrics, stopping
+        What answers, where that is counted, and whether callers are to leave.
+    static_paths
+        Paths without parameters, which are templates also where a request got no further than the guard.
+    """
+
+    def __init__(
+        self,
+        app: Application,
+        *,
+        metrics: Metrics,
+        stopping: Callable[[], bool],
+        static_paths: Callable[[], frozenset[str]],
+    ) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._stopping = stopping
+        self._static_paths = static_paths
+        self._statics: frozenset[str] | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began = time.perf_counter()
+        request_id = request_id_of(scope)
+        scope.setdefault("state", {})["request_id"] = request_id
+        status, answered = CLIENT_LEFT, 0.0
+
+        async def send_observed(message: Message) -> None:
+            nonlocal status, answered
+            if message["type"] == "http.response.start":
+                status, answered = message["status"], time.perf_counter()
+                message["headers"] = self._headers(message.get("headers", ()), request_id)
+            await send(message)
+
+        self._metrics.in_flight += 1
+        try:
+            await self._app(scope, receive, send_observed)
+        finally:
+            self._metrics.in_flight -= 1
+            ended = time.perf_counter()
+            route, method = self._route(scope), scope["method"]
+            self._metrics.record(method, route, status, (answered or ended) - began)
+            _log_request(method, route, status, 1000.0 * (ended - began), request_id)
+
+    def _headers(self, given: Sequence[tuple[bytes, bytes]], request_id: str) -> list[tuple[bytes, bytes]]:
+        names = {name for name, _ in given}
+        headers = [*given, *SECURITY_HEADERS, (b"x-request-id", request_id.encode())]
+        headers += [pair for pair in DEFAULT_HEADERS if pair[0] not in names]
+        if self._stopping() and b"connection" not in names:
+            headers.append((b"connection", b"close"))
+        return headers
+
+    def _route(self, scope: Scope) -> str:
+        template = getattr(scope.get("route"), "path_format", None)
+        if isinstance(template, str):
+            return template
+        if self._statics is None:
+            self._statics = self._static_paths()
+        path = scope["path"]
+        return str(path) if path in self._statics else UNROUTED
+
+
+def _log_request(method: str, route: str, status: int, taken_ms: float, request_id: str) -> None:
+    if logger.isEnabledFor(logging.INFO):
+        fields = {
+            "method": method,
+            "route": route,
+            "status": status,
+            "duration_ms": round(taken_ms, 3),
+            "request_id": request_id,
+        }
+        logger.info(
+            "%s %s %d %.1f ms %s", method, route, status, taken_ms, request_id, extra={"fields": fields}
+        )
+
+
+class Refusal(NamedTuple):
+    """Why a request is not answered."""
+
+    status: int
+    detail: str
+    headers: Mapping[str, str] = MappingProxyType({})
+
+
+class Guard:
+    """Bounds what is asked, and turns what nobody caught into a problem."""
+
+    def __init__(self, app: Application, rules: EdgeRules) -> None:
+        self._app = app
+        self._rules = rules
+        self._rate = RateLimit(rules.rate_per_s, rules.rate_burst)
+        self._keys = tuple(hashlib.sha256(key.encode()).digest() for key in rules.api_keys)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        exchange = _Exchange(scope, receive, send, self._rules)
+        exchange.refusal = self._refusal(scope)
+        try:
+            if exchange.refusal is None:
+                await self._app(scope, exchange.receive, exchange.send)
+        except Exception as error:
+            if exchange.started:
+                raise
+            if exchange.refusal is None:
+                exchange.refusal = Refusal(500, unexpected_detail(scope, error))
+        if exchange.refusal is not None and not exchange.started:
+            await exchange.refuse(exchange.refusal)
+
+    def _refusal(self, scope: Scope) -> Refusal | None:
+        rules, path = self._rules, scope["path"]
+        if not path.startswith(NEVER_LIMITED):
+            wait_s = self._rate.wait_s(client_of(scope))
+            if wait_s:
+                detail = f"more than {rules.rate_per_s:g} requests a second: slow down"
+                return Refusal(429, detail, {"Retry-After": str(math.ceil(wait_s))})
+        status = key_refusal(scope, self._keys) if _writes(scope["method"], path) else 0
+        if status:
+            return Refusal(status, KEY_WANTED[status], CHALLENGE if status == 401 else {})
+        most = rules.most_bytes(path)
+        return _too_large(most) if announced_bytes(scope) > most else None
+
+
+def _writes(method: str, path: str) -> bool:
+    return method not in SAFE_METHODS and path not in READING_POSTS
+
+
+def _too_large(most: int) -> Refusal:
+    return Refusal(413, f"the body is larger than {most} bytes", CLOSE)
+
+
+class _Exchange:
+    """One request and its answer: bounds the size of a body that was not announced, and how long it takes."""
+
+    __slots__ = ("_body_ended", "_left", "_receive", "_rules", "_scope", "_send", "refusal", "started")
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, rules: EdgeRules) -> None:
+        self._scope, self._receive, self._send, self._rules = scope, receive, send, rules
+        self._left = rules.most_bytes(scope["path"])
+        self._body_ended = False
+        self.refusal: Refusal | None = None
+        self.started = False
+
+    async def receive(self) -> Message:
+        if self._body_ended:
+            return await self._receive()
+        try:
+            async with asyncio.timeout(self._rules.body_s):
+                message = await self._receive()
+        except TimeoutError:
+            detail = f"the body did not arrive within {self._rules.body_s:g} s"
+            self.refusal = Refusal(408, detail, CLOSE)
+            return {"type": "http.disconnect"}
+        self._body_ended = not message.get("more_body", False)
+        self._left -= len(message.get("body", b""))
+        if self._left < 0:
+            self.refusal = _too_large(self._rules.most_bytes(self._scope["path"]))
+            return {"type": "http.disconnect"}
+        return message
+
+    async def send(self, message: Message) -> None:
+        # Whatever the routes make of a body that was cut off is not what the caller should read.
+        if self.refusal is None or self.started:
+            self.started = True
+            await self._send(message)
+
+    async def refuse(self, refusal: Refusal) -> None:
+        """Send the refusal, then throw away what is still coming: a closed door loses the answer."""
+        body = problem_bytes(self._scope, refusal.status, refusal.detail)
+        headers = [(b"content-type", PROBLEM_TYPE.encode()), (b"content-length", b"%d" % len(body))]
+        headers += [(name.lower().encode(), value.encode()) for name, value in refusal.headers.items()]
+        self.started = True
+        await self._send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+        await self._send({"type": "http.response.body", "body": body, "more_body": True})
+        if refusal.headers is CLOSE:
+            await self._discard()
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _discard(self) -> None:
+        left, ended = LINGER_BYTES, self._body_ended
+        try:
+            async with asyncio.timeout(LINGER_S):
+                while left > 0 and not ended:
+                    message = await self._receive()
+                    left -= len(message.get("body", b""))
+                    ended = not message.get("more_body", False)
+        except TimeoutError:
+            logger.debug("a refused body did not end within %g s", LINGER_S)
