@@ -15,9 +15,13 @@ import numpy.typing as npt
 import pandas as pd
 from numba import njit
 
-from data.feature_engineer import engineer_features, get_feature_columns, warmup_bars
+from data.feature_engineer import (
+    engineer_features,
+    get_feature_columns,
+    refuse_earlier_closes,
+    warmup_bars,
+)
 from data.indicators import MIN_SIGMA_LOG, bar_moves
-from data.market_context import refuse_earlier_closes
 from utils.errors import DataError, InsufficientDataError, UsageError
 
 logger = logging.getLogger(__name__)

@@ -15,11 +15,13 @@ from data.data_fetcher import CsvSource, fetch_stock_data
 from data.feature_engineer import (
     CROSS_ASSET,
     MARKET_CONTEXT,
+    MAX_AGE_SESSIONS,
+    align_close,
     engineer_features,
     get_feature_columns,
+    refuse_earlier_closes,
     warmup_bars,
 )
-from data.market_context import MAX_AGE_SESSIONS, align_close, refuse_earlier_closes
 from data.target_engineering import build_dataset
 from utils.errors import AIStocksError, DataError, UsageError
 
