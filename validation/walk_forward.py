@@ -6,7 +6,7 @@ session on gets exactly one forecast, made by a fit whose labels had all ended b
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, cast
 
 import numpy as np
@@ -155,12 +155,8 @@ class WalkForwardSummary:
     ----------
     efficiency
         See `walk_forward_efficiency`, of the hit rates averaged over folds.
-    consistency
-        See `consistency`.
-    overfitting_ratio
-        See `overfitting_ratio`.
-    feature_stability
-        See `feature_stability`.
+    consistency, overfitting_ratio, feature_stability
+        See the functions of these names.
     collapsed_folds
         Share of folds whose signal hardly varies (variance collapse).
     one_sided_folds
@@ -283,13 +279,7 @@ class WalkForwardResult:
 
 
 class WalkForwardValidator:
-    """Walks a recipe forward.
-
-    Parameters
-    ----------
-    config
-        See `WalkForwardConfig`.
-    """
+    """Walks a recipe forward, as its `WalkForwardConfig` says."""
 
     def __init__(self, config: WalkForwardConfig) -> None:
         if not 0.5 <= config.interval_level < 1 or config.n_resamples < 100:
@@ -468,15 +458,5 @@ def _predict(fitted: FittedRecipe, rows: Dataset, fold: Fold) -> pd.DataFrame:
 def _without_outcome(rows: Dataset) -> Dataset:
     """Return the rows with their targets blanked: a fitted recipe cannot see what it is asked for."""
     unknown = np.full(len(rows), np.nan)
-    return Dataset(
-        columns=rows.columns,
-        features=rows.features,
-        date=rows.date,
-        label_end=np.full(len(rows), np.datetime64("NaT", "D")),
-        symbol_code=rows.symbol_code,
-        symbols=rows.symbols,
-        target_scaled=unknown,
-        target_log=unknown,
-        sigma_log=rows.sigma_log,
-        horizon_bars=rows.horizon_bars,
-    )
+    never = np.full(len(rows), np.datetime64("NaT", "D"))
+    return replace(rows, label_end=never, target_scaled=unknown, target_log=unknown, dropped_rows=0)
