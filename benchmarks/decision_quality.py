@@ -20,12 +20,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from forecast_skill import DIRECTORY, FIRST, LAST, panel_of
+from _table import DIRECTORY, load_folder
+from forecast_skill import FIRST, LAST, panel_of
 from rich.console import Console
 from rich.table import Table
 
-from data.data_fetcher import CsvSource
-from data.universe import load_panel
 from evaluation.accounting import CostModel, account
 from inference.pipeline import win_record
 from inference.position_sizing import PRESETS, RuleSizer, SizingInputs, make_sizer
@@ -55,7 +54,7 @@ def cases_of(directory: Path, horizon_bars: int) -> dict[str, Case]:
         .record
     )
     record = record[record["date"] >= FIRST]
-    panel = load_panel([s for s in data.symbols if s not in NOT_TRADED], CsvSource(directory), jobs=2)
+    panel = load_folder(directory, [s for s in data.symbols if s not in NOT_TRADED])
     found = {}
     for symbol, bars in panel.items():
         rows = record[record["symbol"] == symbol].set_index("date")

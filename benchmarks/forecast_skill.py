@@ -23,19 +23,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from _table import DIRECTORY, load_folder
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
 
-from data.data_fetcher import CsvSource
+from data.markets import universe_mean
 from data.target_engineering import Dataset, build_dataset
-from data.universe import load_panel, universe_mean
 from training.gbm_search import SearchConfig
 from training.recipe import GBMRecipe, RecipeConfig, begin_with_others
-from utils.settings import PROJECT_ROOT
 from validation.walk_forward import WalkForwardConfig, WalkForwardValidator
 
-DIRECTORY = PROJECT_ROOT.parent / "shared" / "market"
 FIRST, LAST, RECENT = "2006-01-01", "2025-12-31", "2016-01-01"
 # Least mean IC by horizon; at others it must only be positive.
 LEAST_IC = {1: 0.036, 5: 0.033}
@@ -46,11 +44,11 @@ N_GROUPS = 5
 def panel_of(directory: Path, horizon_bars: int, *, context: bool = False) -> Dataset:
     """Return the panel through the last year that is scored; an index of volatility is no asset."""
     symbols = sorted(path.stem for path in directory.glob("*.csv") if path.stem != "VIX")
-    panel = load_panel(symbols, CsvSource(directory), jobs=2)
+    panel = load_folder(directory, symbols)
     frames = {symbol: bars.frame.loc[:LAST] for symbol, bars in panel.items()}
     if not context:
         return build_dataset(frames, horizon_bars)
-    vix = load_panel(["VIX"], CsvSource(directory))["VIX"].frame
+    vix = load_folder(directory, ["VIX"])["VIX"].frame
     return build_dataset(frames, horizon_bars, vix=vix, market=universe_mean(frames))
 
 

@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from _table import DIRECTORY, load_folder
 from arch import arch_model
 from numba import njit
 from rich.console import Console
@@ -40,8 +41,6 @@ from rich.table import Table
 from scipy.optimize import minimize
 from scipy.stats import t as student
 
-from data.data_fetcher import CsvSource
-from data.universe import load_panel
 from inference.intervals import (
     ANCHORS_BARS,
     DECILES,
@@ -52,12 +51,10 @@ from inference.intervals import (
     forecast_volatility,
     volatility_features,
 )
-from utils.settings import PROJECT_ROOT
 
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 
-DIRECTORY = PROJECT_ROOT.parent / "shared" / "market"
 NO_ASSETS = {"VIX", "IXIC"}
 YEARS = range(2006, 2026)
 QUICK_SYMBOLS = ("AAPL", "AIG", "KO", "LQD", "SPY", "XLE")
@@ -92,7 +89,7 @@ def load(directory: Path) -> dict[str, Series]:
     """Return all tradable series through the last year that is scored."""
     symbols = sorted(path.stem for path in directory.glob("*.csv") if path.stem not in NO_ASSETS)
     found = {}
-    for symbol, loaded in load_panel(symbols, CsvSource(directory), jobs=1).items():
+    for symbol, loaded in load_folder(directory, symbols, jobs=1).items():
         bars = loaded.frame.loc[: str(YEARS[-1])]
         found[symbol] = Series(
             bars=bars,

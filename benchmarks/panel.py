@@ -17,21 +17,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data.data_fetcher import CsvSource
-from data.target_engineering import build_dataset
-from data.universe import load_panel
-from utils.settings import PROJECT_ROOT
+from _table import DIRECTORY, load_folder
 
-DIRECTORY = PROJECT_ROOT.parent / "shared" / "market"
+from data.target_engineering import build_dataset
+
 LIMIT_S = 4.0
 LIMIT_GIB = 1.5
 JOBS = 2
 
 
-def one_pass(source: CsvSource, symbols: Sequence[str]) -> tuple[float, float, int]:
+def one_pass(directory: Path, symbols: Sequence[str]) -> tuple[float, float, int]:
     """Return seconds of loading, seconds of building, and rows of the panel."""
     start = time.perf_counter()
-    panel = load_panel(symbols, source, jobs=JOBS)
+    panel = load_folder(directory, symbols, jobs=JOBS)
     loaded = time.perf_counter()
     dataset = build_dataset({symbol: bars.frame for symbol, bars in panel.items()})
     return loaded - start, time.perf_counter() - loaded, len(dataset.date)
@@ -41,9 +39,8 @@ def measure(directory: Path, *, quick: bool) -> dict[str, Any]:
     """Take the times and compare them with their limits."""
     # An index of volatility is no asset: 45 of the 46 series make the panel.
     symbols = sorted(path.stem for path in directory.glob("*.csv") if path.stem != "VIX")
-    source = CsvSource(directory)
-    once = one_pass(source, symbols[:1])
-    passes = [one_pass(source, symbols) for _ in range(1 if quick else 3)]
+    once = one_pass(directory, symbols[:1])
+    passes = [one_pass(directory, symbols) for _ in range(1 if quick else 3)]
     load_s, build_s, rows = min(passes, key=lambda one: one[0] + one[1])
     # Linux counts in KiB, macOS in bytes.
     unit = 1 if sys.platform == "darwin" else 1024

@@ -26,18 +26,16 @@ import lightgbm
 import numpy as np
 import optuna
 import xgboost
+from _table import DIRECTORY, load_folder
 from sklearn.model_selection import cross_val_score
 
-from data.data_fetcher import CsvSource
 from data.data_splitter import PurgedTimeSeriesSplit
 from data.target_engineering import build_dataset
-from data.universe import load_panel
 from training.gbm_search import SearchConfig, tune
 from training.libraries import LIBRARIES, Rows
 from training.recipe import RecipeConfig, training_rows
 from utils.settings import PROJECT_ROOT
 
-DIRECTORY = PROJECT_ROOT.parent / "shared" / "market"
 SYMBOL, N_TRIALS, MANY = "AAPL", 30, 8
 # XGBoost's wrapper calls some parameters otherwise.
 WRAPPED = {"eta": "learning_rate", "alpha": "reg_alpha", "lambda": "reg_lambda"}
@@ -46,7 +44,7 @@ Case = Callable[[argparse.Namespace], dict[str, Any]]
 
 def rows_of(directory: Path) -> Rows:
     """Return the symbol's training rows."""
-    bars = load_panel([SYMBOL], CsvSource(directory))[SYMBOL].frame
+    bars = load_folder(directory, [SYMBOL])[SYMBOL].frame
     data = build_dataset({SYMBOL: bars})
     data = data.take(np.flatnonzero(data.labelled))
     return training_rows(data, data.features, {SYMBOL: 0.0}, RecipeConfig())

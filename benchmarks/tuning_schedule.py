@@ -17,14 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from forecast_skill import DIRECTORY, information_coefficients
+from _table import DIRECTORY, load_folder
+from forecast_skill import information_coefficients
 from rich.console import Console
 from rich.table import Table
 from verdict_power import CARRIERS, planted
 
-from data.data_fetcher import CsvSource
 from data.target_engineering import build_dataset
-from data.universe import load_panel
 from training.gbm_search import SearchConfig
 from training.recipe import GBMRecipe, RecipeConfig
 from validation.walk_forward import WalkForwardConfig, WalkForwardValidator
@@ -73,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.directory.is_dir():
         print(f"no folder {args.directory}: name one of CSV files with --directory", file=sys.stderr)
         return 2
-    panel = load_panel(args.symbols.split(","), CsvSource(args.directory))
+    panel = load_folder(args.directory, args.symbols.split(","))
     real = {symbol: bars.frame.iloc[-args.bars :] for symbol, bars in panel.items()}
     table = Table(
         title=f"{len(real)} series of {args.bars} bars, {N_TRIALS} trials a library", title_justify="left"

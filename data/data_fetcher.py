@@ -10,7 +10,8 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from functools import cached_property
@@ -21,7 +22,7 @@ import numpy as np
 import pandas as pd
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from data.calendars import calendar_for, check_answer
+from data.markets import calendar_for, check_answer
 from data.schema import (
     RAW_COLUMNS,
     Bars,
@@ -29,7 +30,7 @@ from data.schema import (
     bar_dates,
     normalise_symbol,
 )
-from utils.errors import DataError, UnknownSymbolError, UpstreamError, UsageError
+from utils.errors import AIStocksError, DataError, UnknownSymbolError, UpstreamError, UsageError
 from utils.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ _UNKNOWN = re.compile(
     r"no data found|not found|delisted|no price data|doesn't exist|invalid input", re.IGNORECASE
 )
 _NOT_A_CHART = (ValueError, LookupError, TypeError, AttributeError)
+DEFAULT_MAX_BYTES = 1 << 30
 SOURCES_HELP = "yahoo, sample or csv:DIR"
 
 
@@ -141,6 +143,54 @@ def fetch_stock_data(
     else:
         answer = cache.read_through(symbol, source, now=now, force_refresh=force_refresh)
     return _to_bars(symbol, answer, source.name, now)
+
+
+def load_panel(
+    symbols: Sequence[str],
+    read: Callable[[str], Bars],
+    jobs: int = 4,
+    *,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+) -> tuple[dict[str, Bars], dict[str, AIStocksError]]:
+    """Return the bars of every symbol, in the order given, and why others have none.
+
+    A panel that silently lacks its failures is a panel of survivors: tell them, or refuse it.
+
+    Parameters
+    ----------
+    symbols
+        As people write them.
+    read
+        Returns the bars of a symbol, as :func:`fetch_stock_data` does.
+    jobs
+        How many are read at a time, in threads.
+    max_bytes
+        Largest size of all bars together.
+
+    Raises
+    ------
+    DataError
+        If the bars pass ``max_bytes``.
+    """
+    panel: dict[str, Bars] = {}
+    failures: dict[str, AIStocksError] = {}
+    held = 0
+    with ThreadPoolExecutor(max_workers=max(1, jobs)) as pool:
+        flights = {symbol: pool.submit(read, symbol) for symbol in map(normalise_symbol, symbols)}
+        for symbol, flight in flights.items():
+            try:
+                panel[symbol] = flight.result()
+            except AIStocksError as error:
+                failures[symbol] = error
+                continue
+            held += panel[symbol].frame.to_numpy().nbytes
+            if held > max_bytes:
+                pool.shutdown(cancel_futures=True)
+                raise DataError(
+                    f"the bars of {len(panel)} of {len(flights)} symbols take {held / 2**20:.0f} MiB, over "
+                    f"the {max_bytes / 2**20:.0f} MiB allowed: name fewer symbols"
+                )
+    return panel, failures
 
 
 def _to_bars(symbol: str, answer: RawAnswer, source_name: str, now: datetime) -> Bars:

@@ -12,6 +12,10 @@ from scipy.stats import kurtosis, rankdata, skew
 from statsmodels.tools.sm_exceptions import SingularMatrixWarning
 from statsmodels.tsa.stattools import adfuller
 
+from data.cache_manager import BarCache, cached_features
+from data.feature_engineer import engineer_features, feature_set_hash
+from data.markets import calendar_for
+from data.schema import Bars
 from data.target_engineering import DEFAULT_HORIZON_BARS, make_target
 from utils.errors import DataError
 
@@ -22,7 +26,7 @@ MAX_NAMED = 8
 
 
 class Calendar(Protocol):
-    """What the gap check asks of a calendar; see `data.calendars.SessionCalendar`."""
+    """What the gap check asks of a calendar; see `data.markets.SessionCalendar`."""
 
     def missing(self, index: pd.DatetimeIndex) -> pd.DatetimeIndex:
         """Return the sessions between the first and the last of ``index`` that it lacks."""
@@ -336,6 +340,29 @@ class DataValidator:
             summary=f"{' and '.join(parts) or 'none'} beyond {self.config.outlier_z:g} robust deviations",
             details={"jumps_log": days, "features": found},
         )
+
+
+def findings(bars: Bars, horizon_bars: int, cache: BarCache | None = None) -> tuple[str, ...]:
+    """Return what the data validator has to say about prices and features, in words.
+
+    Parameters
+    ----------
+    bars
+        Prices of the symbol.
+    horizon_bars
+        Length of the labels.
+    cache
+        Where features are kept; with it, those of past bars are also compared with what they were last time.
+    """
+    if cache is None:
+        features = engineer_features(bars.frame)
+    else:
+        features = cached_features(
+            bars, cache, engineer_features, feature_set_hash=feature_set_hash(), horizon_bars=horizon_bars
+        )
+    calendar = calendar_for(bars.symbol)
+    validator = DataValidator(bars.frame, features, horizon_bars=horizon_bars, calendar=calendar)
+    return validator.run_all_validations().problems()
 
 
 def adf_p_value(values: FloatArray, lags: int) -> float:

@@ -20,8 +20,8 @@ import pandas as pd
 import talib
 
 from data import indicators as ind
-from data.calendars import ALWAYS, WEEKDAYS, calendar_name
 from data.indicators import NO_MOVE, BarArrays, FloatArray
+from data.markets import ALWAYS, WEEKDAYS, calendar_name
 from data.schema import bar_dates
 from utils.errors import DataError, UsageError
 

@@ -137,7 +137,7 @@ class BarsReport:
     """What was found in a raw table, in rows; :meth:`problems` says what each count means.
 
     ``raw_rows`` came and ``rows`` are left. The last two counts need the exchange's calendar; see
-    ``data.calendars.fit_sessions``.
+    ``data.markets.fit_sessions``.
     """
 
     raw_rows: int = 0

@@ -24,7 +24,13 @@ from inference.load_gbm_models import GBMBundle
 from inference.pipeline import Decisions, GBMForecaster, backtest_decisions, decide
 from inference.position_sizing import DEFAULT_SIZING, PRESETS, RuleSizer, SizingInputs, make_sizer
 from utils.errors import AIStocksError, DataError, UsageError
-from validation import overfitting
+from validation.evidence import (
+    MIN_RETURNS,
+    deflated_sharpe,
+    minimum_track_record_length,
+    probability_of_backtest_overfitting,
+    sharpe_moments,
+)
 
 MODE = "gbm_only"
 # Bar by bar and all at once must agree to rounding.
@@ -207,15 +213,15 @@ def _calibration(forecasts: pd.DataFrame, horizon_bars: int) -> dict[str, Measur
 
 
 def _deflated(returns: FloatArray, n_tries: int) -> Measured:
-    moments = overfitting.sharpe_moments(returns)
+    moments = sharpe_moments(returns)
     if moments is None:
-        return Measured(None, "fraction", f"needs {overfitting.MIN_RETURNS} returns that vary")
-    return Measured(overfitting.deflated_sharpe(moments, n_tries), "fraction")
+        return Measured(None, "fraction", f"needs {MIN_RETURNS} returns that vary")
+    return Measured(deflated_sharpe(moments, n_tries), "fraction")
 
 
 def _track_record(returns: FloatArray) -> Measured:
-    moments = overfitting.sharpe_moments(returns)
-    bars = None if moments is None else overfitting.minimum_track_record_length(moments)
+    moments = sharpe_moments(returns)
+    bars = None if moments is None else minimum_track_record_length(moments)
     if bars is None:
         return Measured(None, "bars", "no length is enough: the Sharpe ratio is not above zero")
     return Measured(bars, "bars")
@@ -224,7 +230,7 @@ def _track_record(returns: FloatArray) -> Measured:
 def _overfit(tried: FloatArray) -> Measured:
     if len(tried) < simulator.MIN_BARS:
         return Measured(None, "fraction", f"needs {simulator.MIN_BARS} returns, has {len(tried)}")
-    return Measured(overfitting.probability_of_backtest_overfitting(tried), "fraction")
+    return Measured(probability_of_backtest_overfitting(tried), "fraction")
 
 
 def live(outcome: Outcome, days: int) -> Lived:

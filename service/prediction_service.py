@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from data.calendars import calendar_for
 from data.data_fetcher import BarSource, ReadsThrough, fetch_stock_data
+from data.markets import calendar_for
 from data.schema import BAR_COLUMNS, Bars, normalise_symbol
 from inference.intervals import ForecastPath
 from inference.pipeline import Decisions, decide, path_ahead

@@ -13,7 +13,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -24,11 +23,12 @@ from joblib import Parallel, delayed
 from rich.console import Console
 
 from data.cache_manager import BarCache
-from data.data_fetcher import fetch_stock_data, make_source
+from data.data_fetcher import fetch_stock_data, load_panel, make_source
+from data.data_validator import findings
 from data.feature_engineer import MAX_WARMUP_BARS, get_feature_columns
+from data.markets import refuse_delisted, resolve_universe
 from data.schema import Bars, check_enough, normalise_symbol
 from data.target_engineering import DEFAULT_HORIZON_BARS, check_horizon
-from data.universe import findings, refuse_delisted, resolve_universe
 from inference.load_gbm_models import rollback, save_bundle
 from training import run_log
 from training.gbm_search import DeviceChoice, SearchConfig, choose_device
@@ -289,20 +289,15 @@ def load_others(symbols: set[str], args: argparse.Namespace, settings: Settings)
     """Fetch the rest of the universe; what cannot be used is named in a warning and left out."""
     needed = MAX_WARMUP_BARS + max(args.target_horizon) + 1
 
-    def usable(symbol: str) -> Bars | AIStocksError:
-        try:
-            bars = fetch(symbol, args, settings)
-            check_enough(bars.frame, needed, f"a place in the panel of {symbol}")
-        except AIStocksError as error:
-            return error
+    def usable(symbol: str) -> Bars:
+        bars = fetch(symbol, args, settings)
+        check_enough(bars.frame, needed, f"a place in the panel of {symbol}")
         return bars
 
-    with ThreadPoolExecutor(max_workers=args.jobs) as pool:
-        found = dict(zip(sorted(symbols), pool.map(usable, sorted(symbols)), strict=True))
-    for symbol, outcome in found.items():
-        if isinstance(outcome, AIStocksError):
-            logger.warning("%s is left out of the universe: %s", symbol, outcome)
-    return {symbol: bars for symbol, bars in found.items() if isinstance(bars, Bars)}
+    others, failures = load_panel(sorted(symbols), usable, args.jobs)
+    for symbol, error in failures.items():
+        logger.warning("%s is left out of the universe: %s", symbol, error)
+    return others
 
 
 def train_group(

@@ -32,8 +32,8 @@ from inference.position_sizing import make_sizer
 from training.gbm_search import DeviceChoice
 from training.recipe import FittedGBM, GBMRecipe, TrainerConfig, begin_with_others
 from utils.errors import InsufficientDataError
+from validation.evidence import Run, count_trials, record_run
 from validation.gates import Verdict, judge, of_universe
-from validation.overfitting import Run, count_trials, record_run
 from validation.walk_forward import FoldResult, WalkForwardResult, WalkForwardValidator
 
 MINIMUM_TEST_BARS = 252

@@ -35,25 +35,23 @@ import numpy as np
 import pandas as pd
 
 from utils.errors import DataError
-from validation.overfitting import (
-    deflated_sharpe,
-    minimum_track_record_length,
-    probability_of_backtest_overfitting,
-    sharpe_moments,
-)
-from validation.wfe_metrics import (
+from validation.evidence import (
     FloatArray,
     IntArray,
-    WalkForwardSummary,
     block_bootstrap_p_value,
     calibration_slope,
+    deflated_sharpe,
     hit_rate,
     ic_by_session,
     mean_or_none,
+    minimum_track_record_length,
+    probability_of_backtest_overfitting,
     rank_among_past,
     share_up,
+    sharpe_moments,
     skill,
 )
+from validation.walk_forward import WalkForwardSummary
 
 Label = Literal["edge", "no-edge", "insufficient"]
 EvidenceValue = float | int | bool | None
@@ -201,7 +199,7 @@ def judge(
     summary
         Measures across folds, for the classic gates.
     n_trials
-        Verdicts on these prices, this one counted; see `validation.overfitting.count_trials`.
+        Verdicts on these prices, this one counted; see `validation.evidence.count_trials`.
     trial_returns
         Returns per bar of alternatives that were looked at, (m, k), for the probability of overfitting.
     config

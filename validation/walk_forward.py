@@ -5,8 +5,8 @@ session on gets exactly one forecast, made by a fit whose labels had all ended b
 """
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol, cast
 
 import numpy as np
@@ -16,21 +16,23 @@ import pandas as pd
 from data.data_splitter import Fold, WalkForwardSplit
 from data.target_engineering import Dataset
 from utils.errors import ModelError, UsageError
-from validation.wfe_metrics import (
+from validation.evidence import (
     FloatArray,
-    FoldMeasures,
     IntArray,
-    WalkForwardSummary,
     block_bootstrap_means,
     block_length,
     calibration_slope,
+    consistency,
+    feature_stability,
     hit_minus_base,
     hit_rate,
     ic_by_session,
+    mean_known,
     mean_or_none,
+    overfitting_ratio,
     ratio,
     share_up,
-    summarise_folds,
+    walk_forward_efficiency,
 )
 
 logger = logging.getLogger(__name__)
@@ -117,6 +119,91 @@ class WalkForwardConfig(WalkForwardSplit):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FoldMeasures:
+    """The measures of one fold that the summary across folds reads.
+
+    Attributes
+    ----------
+    ic, fit_ic
+        Information coefficient on test rows and on the last rows that the model was fitted on.
+    test_hits, test_base, fit_hits, fit_base
+        Hit rates of the uncalibrated forecast, and of "always up", on the same two sets of rows.
+    signal_std
+        Standard deviation of the signal on test rows, in units of the volatility.
+    share_positive
+        Share of test rows with a signal above the drift.
+    selected_features
+        What the fold's model uses.
+    """
+
+    ic: float | None
+    fit_ic: float | None
+    test_hits: float | None
+    test_base: float | None
+    fit_hits: float | None
+    fit_base: float | None
+    signal_std: float | None
+    share_positive: float | None
+    selected_features: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WalkForwardSummary:
+    """Measures across folds; None where undefined.
+
+    Attributes
+    ----------
+    efficiency
+        See `walk_forward_efficiency`, of the hit rates averaged over folds.
+    consistency, overfitting_ratio, feature_stability
+        See the functions of these names.
+    collapsed_folds
+        Share of folds whose signal hardly varies (variance collapse).
+    one_sided_folds
+        Share of folds whose signal has one sign on most rows (sign imbalance).
+    """
+
+    efficiency: float | None
+    consistency: float | None
+    overfitting_ratio: float | None
+    feature_stability: float | None
+    collapsed_folds: float | None
+    one_sided_folds: float | None
+
+
+def summarise_folds(
+    folds: Sequence[FoldMeasures], *, min_signal_std: float = 0.005, max_one_sided: float = 0.9
+) -> WalkForwardSummary:
+    """Summarise the folds of a walk-forward.
+
+    Parameters
+    ----------
+    folds
+        Their measures.
+    min_signal_std
+        A fold with a smaller standard deviation of the signal, in volatilities, has collapsed.
+    max_one_sided
+        A fold with a larger share of one sign is one-sided.
+    """
+    tested = [fold for fold in folds if fold.test_hits is not None]
+    shares = [fold.share_positive for fold in folds if fold.share_positive is not None]
+    spreads = [fold.signal_std for fold in folds if fold.signal_std is not None]
+    return WalkForwardSummary(
+        efficiency=walk_forward_efficiency(
+            mean_known([fold.test_hits for fold in tested]),
+            mean_known([fold.test_base for fold in tested]),
+            mean_known([fold.fit_hits for fold in tested]),
+            mean_known([fold.fit_base for fold in tested]),
+        ),
+        consistency=consistency([fold.ic for fold in tested]),
+        overfitting_ratio=overfitting_ratio([fold.fit_ic for fold in tested], [fold.ic for fold in tested]),
+        feature_stability=feature_stability([fold.selected_features for fold in folds]),
+        collapsed_folds=mean_known([float(spread < min_signal_std) for spread in spreads]),
+        one_sided_folds=mean_known([float(max(share, 1 - share) > max_one_sided) for share in shares]),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FoldResult:
     """What one fold showed; None where a measure is undefined.
 
@@ -192,13 +279,7 @@ class WalkForwardResult:
 
 
 class WalkForwardValidator:
-    """Walks a recipe forward.
-
-    Parameters
-    ----------
-    config
-        See `WalkForwardConfig`.
-    """
+    """Walks a recipe forward, as its `WalkForwardConfig` says."""
 
     def __init__(self, config: WalkForwardConfig) -> None:
         if not 0.5 <= config.interval_level < 1 or config.n_resamples < 100:
@@ -377,15 +458,5 @@ def _predict(fitted: FittedRecipe, rows: Dataset, fold: Fold) -> pd.DataFrame:
 def _without_outcome(rows: Dataset) -> Dataset:
     """Return the rows with their targets blanked: a fitted recipe cannot see what it is asked for."""
     unknown = np.full(len(rows), np.nan)
-    return Dataset(
-        columns=rows.columns,
-        features=rows.features,
-        date=rows.date,
-        label_end=np.full(len(rows), np.datetime64("NaT", "D")),
-        symbol_code=rows.symbol_code,
-        symbols=rows.symbols,
-        target_scaled=unknown,
-        target_log=unknown,
-        sigma_log=rows.sigma_log,
-        horizon_bars=rows.horizon_bars,
-    )
+    never = np.full(len(rows), np.datetime64("NaT", "D"))
+    return replace(rows, label_end=never, target_scaled=unknown, target_log=unknown, dropped_rows=0)

@@ -6,17 +6,17 @@ import threading
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from data.cache_manager import BarCache, CachePolicy, build_parser, main
-from data.calendars import calendar_for
-from data.data_fetcher import CsvSource, fetch_stock_data
+from data.cache_manager import BarCache, CachePolicy, build_parser, cached_features, main
+from data.data_fetcher import CsvSource, SampleSource, fetch_stock_data, load_panel
+from data.markets import calendar_for
 from data.schema import CorruptTableError, TableMeta, bars_hash
-from data.universe import load_panel
 from utils.errors import DataError, LockedError, StorageError, UnknownSymbolError, UpstreamError
 
 FLIPS = 200
@@ -453,7 +453,7 @@ def test_symbols_that_share_a_lock_take_turns(tmp_path, raw):
     assert symbols, "by the pigeonhole some share"
     source = LiveSource(raw, delay_s=0.001)
     some = [*list(seen.values())[:20], *symbols[:10]]
-    load_panel(some, source, cache, 30, now=now)
+    assert load_panel(some, partial(fetch_stock_data, source=source, cache=cache, now=now), 30)[1] == {}
     assert sorted(symbol for symbol, _ in cache.entries()) == sorted(some)
 
 
@@ -566,3 +566,83 @@ def test_a_refresh_that_fails_beside_a_cache_is_a_failure(capsys, tmp_path, raw,
 def test_the_calendar_of_the_fixture_is_the_calendar_of_the_cache(raw):
     assert len(calendar_for("AAPL").missing(raw.index)) == 0
     assert TableMeta.model_fields["schema_version"].default == 1
+
+
+# -- features kept beside the bars
+
+
+class Engineer:
+    """A prefix-invariant engineer that counts its calls."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, bars: pd.DataFrame) -> pd.DataFrame:
+        self.calls += 1
+        returns = np.log(bars["Close"]).diff()
+        return pd.DataFrame({"mean_5": returns.rolling(5).mean(), "range": bars["High"] / bars["Low"] - 1.0})
+
+
+def ibm(until: str):
+    moment = datetime.fromisoformat(until).replace(tzinfo=UTC)
+    return fetch_stock_data("IBM", source=SampleSource(), now=moment)
+
+
+def test_features_are_computed_once_and_read_back_to_the_last_bit(cache):
+    bars, engineer = ibm("2010-01-05T23:00"), Engineer()
+    first = cached_features(bars, cache, engineer, feature_set_hash="a")
+    second = cached_features(bars, cache, engineer, feature_set_hash="a")
+    assert engineer.calls == 1
+    assert bars_hash(first) == bars_hash(second) == bars_hash(engineer(bars.frame))
+
+
+def test_features_of_longer_bars_equal_a_full_recomputation(cache, caplog):
+    engineer = Engineer()
+    cached_features(ibm("2010-01-05T23:00"), cache, engineer, feature_set_hash="a")
+    longer = ibm("2010-03-05T23:00")
+    extended = cached_features(longer, cache, engineer, feature_set_hash="a")
+    assert bars_hash(extended) == bars_hash(engineer(longer.frame))
+    assert len(cache.load("features", "IBM", "sample").frame) == len(longer.frame)
+    assert "look-ahead" not in caplog.text
+
+
+def test_a_feature_that_peeks_is_pointed_at(cache, caplog):
+    def peeking(bars: pd.DataFrame) -> pd.DataFrame:
+        return pd.DataFrame({"next": bars["Close"].shift(-1) / bars["Close"]})
+
+    cached_features(ibm("2010-01-05T23:00"), cache, peeking, feature_set_hash="a")
+    longer = ibm("2010-03-05T23:00")
+    got = cached_features(longer, cache, peeking, feature_set_hash="a")
+    assert "a look-ahead" in caplog.text
+    assert bars_hash(got) == bars_hash(peeking(longer.frame))
+
+
+@pytest.mark.parametrize("other", [{"feature_set_hash": "b"}, {"feature_set_hash": "a", "horizon_bars": 5}])
+def test_another_feature_set_or_horizon_is_computed_anew(cache, other):
+    bars, engineer = ibm("2010-01-05T23:00"), Engineer()
+    cached_features(bars, cache, engineer, feature_set_hash="a")
+    cached_features(bars, cache, engineer, **other)
+    assert engineer.calls == 2
+    assert cache.load("features", "IBM", "sample").meta.feature_set_hash == other["feature_set_hash"]
+
+
+def test_a_flipped_byte_in_the_features_is_never_read(cache, tmp_path):
+    bars, engineer = ibm("2010-01-05T23:00"), Engineer()
+    good = cached_features(bars, cache, engineer, feature_set_hash="a")
+    path = next((tmp_path / "cache").rglob("features-*.parquet"))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+    assert bars_hash(cached_features(bars, cache, engineer, feature_set_hash="a")) == bars_hash(good)
+    assert engineer.calls == 2
+
+
+def test_the_real_features_survive_the_cache(cache):
+    engineering = pytest.importorskip("data.feature_engineer")
+    until, longer = ibm("2010-01-05T23:00"), ibm("2012-01-05T23:00")
+    key = engineering.feature_set_hash()
+    for bars in (until, until, longer):
+        kept = cached_features(
+            bars, cache, engineering.engineer_features, feature_set_hash=key, horizon_bars=5
+        )
+        assert bars_hash(kept) == bars_hash(engineering.engineer_features(bars.frame))

@@ -1,14 +1,17 @@
 """The validator: honest bars pass, every planted fault is told, and real prices raise no false alarm."""
 
 import json
+from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from data.data_validator import DataValidator, ValidatorConfig, adf_p_value
+from data.cache_manager import BarCache
+from data.data_validator import DataValidator, ValidatorConfig, adf_p_value, findings
 from data.feature_engineer import engineer_features
-from data.schema import clean_bars
+from data.schema import Bars, BarsReport, Provenance, clean_bars
 from utils.errors import DataError
 
 HORIZON = 5
@@ -246,3 +249,25 @@ def test_long_lists_are_cut_in_sentences_and_whole_in_details(bars, features):
     check = DataValidator(bars, planted, config=ValidatorConfig(adf_rows=600)).check_stationarity()
     assert check.summary.endswith("and 5 more may have a unit root")
     assert len(check.details["p_values"]) == 18
+
+
+def as_bars(frame: pd.DataFrame) -> Bars:
+    seen = Provenance(
+        source="yahoo", fetched_at=datetime(2010, 1, 1, tzinfo=UTC), last_session=frame.index[-1], stale=True
+    )
+    return Bars(symbol="AAPL", frame=frame, provenance=seen, report=BarsReport())
+
+
+def test_findings_keep_the_features_and_notice_when_those_of_the_past_change(
+    make_bars, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    cache, bars = BarCache(tmp_path), make_bars(n=720)
+    first = findings(as_bars(bars.iloc[:690]), 5, cache)
+    assert findings(as_bars(bars.iloc[:690]), 5) == first
+    assert findings(as_bars(bars.iloc[:700]), 5, cache) is not None
+    assert "look-ahead" not in caplog.text
+    monkeypatch.setattr(
+        "data.data_validator.engineer_features", lambda frame: engineer_features(frame) + len(frame)
+    )
+    findings(as_bars(bars), 5, cache)
+    assert "look-ahead" in caplog.text

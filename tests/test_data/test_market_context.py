@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.calendars import calendar_for
 from data.data_fetcher import CsvSource, fetch_stock_data
 from data.feature_engineer import (
     CROSS_ASSET,
@@ -22,6 +21,7 @@ from data.feature_engineer import (
     refuse_earlier_closes,
     warmup_bars,
 )
+from data.markets import calendar_for
 from data.target_engineering import build_dataset
 from utils.errors import AIStocksError, DataError, UsageError
 

@@ -2,8 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from data.data_fetcher import CsvSource
-from data.universe import load_panel
+from data.data_fetcher import CsvSource, fetch_stock_data
 from inference.intervals import (
     ANCHORS_BARS,
     FEATURES,
@@ -172,9 +171,9 @@ def test_a_decayed_mean_is_that_of_pandas():
 
 def test_real_prices_are_covered_and_no_row_knows_the_next(market_dir):
     """AAPL's first years have bars without a range and opens that were made up; KO and SPY are calm."""
-    panel = load_panel(["AAPL", "KO", "SPY"], CsvSource(market_dir), jobs=1)
-    for loaded in panel.values():
-        bars = loaded.frame
+    source = CsvSource(market_dir)
+    for symbol in ("AAPL", "KO", "SPY"):
+        bars = fetch_stock_data(symbol, source=source).frame
         assert rows_changed_by_the_future(forecast_volatility, bars, rows=(50, 400, 2_000)) == set()
         forecast = forecast_volatility(bars)
         assert np.isfinite(forecast.daily_variance_log).all()

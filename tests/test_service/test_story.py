@@ -9,8 +9,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from app import create_app
-from data.calendars import calendar_for
 from data.data_fetcher import CsvSource, fetch_stock_data
+from data.markets import calendar_for
 from inference.load_gbm_models import load_bundle
 from inference.pipeline import GBMForecaster, decide
 from inference.position_sizing import make_sizer

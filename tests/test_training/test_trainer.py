@@ -14,7 +14,7 @@ from training.gbm_search import DeviceChoice, SearchConfig
 from training.recipe import RecipeConfig, TrainerConfig
 from training.trainer import GBMTrainer, Trained, Walked
 from utils.errors import InsufficientDataError
-from validation.overfitting import record_run
+from validation.evidence import record_run
 
 QUICK = TrainerConfig(
     horizon_bars=1, recipe=RecipeConfig(search=SearchConfig(n_trials=3), tune_every_folds=9)

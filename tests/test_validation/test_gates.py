@@ -11,8 +11,9 @@ from scipy.signal import lfilter
 from scipy.stats import rankdata
 
 from utils.errors import DataError
+from validation.evidence import block_bootstrap_p_value
 from validation.gates import UNIVERSE_EVIDENCE, GateConfig, Verdict, judge, of_universe, stricter
-from validation.wfe_metrics import FoldMeasures, block_bootstrap_p_value, summarise_folds
+from validation.walk_forward import FoldMeasures, summarise_folds
 
 HORIZON = 5
 QUICK = GateConfig(n_resamples=400)

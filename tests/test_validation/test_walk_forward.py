@@ -11,11 +11,13 @@ from scipy.stats import spearmanr
 from data.target_engineering import Dataset
 from utils.errors import InsufficientDataError, ModelError, UsageError
 from validation.walk_forward import (
+    FoldMeasures,
     FoldResult,
     RecipePrediction,
     WalkForwardConfig,
     WalkForwardResult,
     WalkForwardValidator,
+    summarise_folds,
 )
 
 QUICK = WalkForwardConfig(test_bars=200, min_train_bars=300, n_resamples=200)
@@ -217,3 +219,59 @@ def test_too_short_a_history_and_impossible_settings_are_refused():
         WalkForwardValidator(QUICK).run(make_dataset(n_sessions=310), LineRecipe())
     with pytest.raises(UsageError, match="interval_level"):
         WalkForwardValidator(WalkForwardConfig(interval_level=1.0))
+
+
+# -- the summary across folds
+
+
+def make_measures(**changes):
+    usual = {
+        "ic": 0.04,
+        "fit_ic": 0.10,
+        "test_hits": 0.54,
+        "test_base": 0.52,
+        "fit_hits": 0.56,
+        "fit_base": 0.52,
+        "signal_std": 0.1,
+        "share_positive": 0.5,
+        "selected_features": ("a", "b", "c"),
+    }
+    return FoldMeasures(**{**usual, **changes})
+
+
+def test_the_summary_of_an_ordinary_model():
+    summary = summarise_folds([make_measures(), make_measures(ic=-0.02, selected_features=("a", "b", "d"))])
+    assert summary.efficiency == pytest.approx(0.5)
+    assert summary.consistency == 0.5
+    assert summary.overfitting_ratio == pytest.approx(1 - 0.01 / 0.10)
+    assert summary.feature_stability == 0.5
+    assert summary.collapsed_folds == summary.one_sided_folds == 0.0
+
+
+@pytest.mark.parametrize(
+    ("planted", "field", "expected"),
+    [
+        ({"signal_std": 0.001}, "collapsed_folds", 1.0),
+        ({"share_positive": 0.97}, "one_sided_folds", 1.0),
+        ({"share_positive": 0.02}, "one_sided_folds", 1.0),
+        ({"ic": 0.0, "fit_ic": 0.8}, "overfitting_ratio", 1.0),
+        ({"test_hits": 0.52, "fit_hits": 0.9}, "efficiency", 0.0),
+        ({"test_hits": 0.52, "fit_hits": 0.52}, "efficiency", None),
+        ({"ic": None}, "consistency", 0.0),
+        ({"fit_ic": None}, "overfitting_ratio", None),
+    ],
+)
+def test_a_planted_fault_shows_in_the_summary(planted, field, expected):
+    ordinary = getattr(summarise_folds([make_measures()] * 3), field)
+    assert getattr(summarise_folds([make_measures(**planted)] * 3), field) == expected != ordinary
+
+
+def test_folds_without_outcomes_are_left_out():
+    empty = make_measures(
+        ic=None, test_hits=None, test_base=None, signal_std=None, share_positive=None, fit_ic=None
+    )
+    with_empty, without = summarise_folds([make_measures(), empty]), summarise_folds([make_measures()])
+    assert with_empty.efficiency == without.efficiency
+    assert with_empty.consistency == 1.0
+    assert without.feature_stability is None
+    assert summarise_folds([empty]).consistency is None

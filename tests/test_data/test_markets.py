@@ -1,4 +1,4 @@
-"""Sessions of the exchange: holidays, half days, far past, far future, and the hour of the close."""
+"""Sessions of the exchange, from the far past to the far future; and sets of symbols with their caveats."""
 
 from datetime import UTC, date, datetime, timedelta, timezone
 
@@ -9,9 +9,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.calendars import calendar_for, calendar_name, fit_sessions, join_raw, priced_rows, settled_rows
-from data.schema import clean_bars
-from utils.errors import DataError, UsageError
+from data.markets import (
+    calendar_for,
+    calendar_name,
+    fit_sessions,
+    join_raw,
+    named_universes,
+    priced_rows,
+    refuse_delisted,
+    resolve_universe,
+    settled_rows,
+    universe_mean,
+)
+from data.schema import Bars, BarsReport, Provenance, bars_hash, clean_bars
+from utils.errors import DataError, InvalidSymbolError, UsageError
 
 NYSE = calendar_for("AAPL")
 
@@ -33,7 +44,7 @@ def test_the_symbol_names_its_exchange(symbol, name):
 
 
 def test_every_mapped_exchange_exists():
-    from data.calendars import _INDICES, _SUFFIXES
+    from data.markets import _INDICES, _SUFFIXES
 
     known = set(exchange_calendars.get_calendar_names())
     assert {*_SUFFIXES.values(), *_INDICES.values()} <= known
@@ -188,3 +199,116 @@ def test_tables_join_where_they_agree(raw):
 )
 def test_tables_that_disagree_do_not_join(raw, other):
     assert join_raw(raw.iloc[:200], other(raw), tolerance=1e-5) is None
+
+
+# -- sets of symbols
+
+
+@pytest.mark.parametrize(("name", "size"), [("us50", 50), ("sectors11", 11), ("core5", 5)])
+def test_named_sets_have_their_size_and_their_caveat(name, size):
+    universe = named_universes()[name]
+    assert len(universe.symbols) == len(set(universe.symbols)) == size
+    assert isinstance(universe.selected_on, date)
+    assert universe.rule
+    assert universe.caveat
+    assert resolve_universe(name) == universe.symbols
+    assert resolve_universe(f" {name} ") == universe.symbols
+
+
+def test_the_core_is_part_of_the_fifty():
+    assert set(resolve_universe("core5")) <= set(resolve_universe("us50"))
+
+
+@pytest.mark.parametrize(
+    ("spec", "symbols"),
+    [
+        ("aapl", ("AAPL",)),
+        ("AAPL,msft, brk.b ,AAPL", ("AAPL", "MSFT", "BRK-B")),
+        ("MSFT,,IBM,", ("MSFT", "IBM")),
+    ],
+)
+def test_symbols_joined_by_commas(spec, symbols):
+    assert resolve_universe(spec) == symbols
+
+
+def test_a_file_of_symbols(tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_text("# mine\naapl\n\nMSFT  # the other\nAAPL\n")
+    assert resolve_universe(str(path)) == ("AAPL", "MSFT")
+    path.write_text("# nothing yet\n")
+    with pytest.raises(UsageError, match="names no symbol: use us50, sectors11, core5"):
+        resolve_universe(str(path))
+
+
+@pytest.mark.parametrize("spec", ["", " ", ",", "./absent.txt", "absent.txt"])
+def test_what_names_nothing_is_refused(spec):
+    with pytest.raises(UsageError):
+        resolve_universe(spec)
+
+
+def test_a_symbol_that_is_none_is_refused():
+    with pytest.raises(InvalidSymbolError):
+        resolve_universe("AAPL,..")
+
+
+def as_bars(frame: pd.DataFrame) -> Bars:
+    seen = Provenance(
+        source="yahoo", fetched_at=datetime(2010, 1, 1, tzinfo=UTC), last_session=frame.index[-1], stale=True
+    )
+    return Bars(symbol="AAPL", frame=frame, provenance=seen, report=BarsReport())
+
+
+def test_what_stopped_trading_is_not_trained(make_bars):
+    bars = as_bars(make_bars(n=100))
+    last = bars.frame.index[-1]
+    refuse_delisted(bars, (last + pd.Timedelta(days=10)).tz_localize("UTC").to_pydatetime())
+    with pytest.raises(DataError, match=r"no bar since .* delisted .* --source csv:DIR"):
+        refuse_delisted(bars, (last + pd.Timedelta(days=30)).tz_localize("UTC").to_pydatetime())
+
+
+# -- the mean of a universe
+
+
+def test_the_mean_grows_by_the_mean_return(make_bars):
+    frames = {name: make_bars(n=50, seed=seed) for seed, name in enumerate(["AAA", "BBB"])}
+    close = universe_mean(frames)["Close"]
+    assert close.iloc[0] == 1.0
+    mean = sum(np.log(frame["Close"]).diff() for frame in frames.values()) / 2
+    np.testing.assert_allclose(np.log(close).diff().iloc[1:], mean.iloc[1:], rtol=1e-9, atol=1e-14)
+
+
+def test_a_symbol_that_joins_or_pauses_makes_no_jump(make_bars):
+    one, late = make_bars(n=60), make_bars(n=60, seed=1) * 1000.0
+    close = universe_mean({"AAA": one, "BBB": late.iloc[30:].drop(late.index[40])})["Close"]
+    assert list(close.index) == list(one.index)
+    returns = np.log(close).diff()
+    own = np.log(one["Close"]).diff()
+    for row in (*range(1, 31), 40):
+        assert returns.iloc[row] == pytest.approx(own.iloc[row], abs=1e-12)
+    over_the_pause = np.log(late["Close"].iloc[41] / late["Close"].iloc[39])
+    assert returns.iloc[41] == pytest.approx((own.iloc[41] + over_the_pause) / 2, abs=1e-12)
+
+
+def test_the_mean_knows_nothing_of_later_bars(make_bars):
+    frames = {name: make_bars(n=120, seed=seed) for seed, name in enumerate(["AAA", "BBB", "CCC"])}
+    whole = universe_mean(frames)
+    for cut in (1, 2, 57, 119):
+        part = universe_mean({name: frame.iloc[:cut] for name, frame in frames.items()})
+        assert bars_hash(part) == bars_hash(whole.iloc[:cut])
+
+
+def test_the_mean_needs_symbols_that_close_together(make_bars):
+    with pytest.raises(UsageError, match="no symbol"):
+        universe_mean({})
+    with pytest.raises(UsageError, match=r"close together, these follow 24/7, XNYS"):
+        universe_mean({"AAPL": make_bars(n=30), "BTC-USD": make_bars(n=30)})
+
+
+def test_a_universe_file_that_is_no_text_is_a_usage_error_and_a_byte_order_mark_is_not_a_symbol(tmp_path):
+    junk = tmp_path / "junk.txt"
+    junk.write_bytes(bytes(range(128, 256)))
+    with pytest.raises(UsageError, match="not a text file"):
+        resolve_universe(str(junk))
+    marked = tmp_path / "marked.txt"
+    marked.write_bytes("\ufeffAAPL\nMSFT\n".encode())
+    assert resolve_universe(str(marked)) == ("AAPL", "MSFT")

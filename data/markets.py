@@ -1,19 +1,34 @@
-"""Which sessions an exchange holds, when they close, and how a table of bars fits them.
+"""Which symbols are studied together, which sessions their exchanges hold, and how a table of bars fits them.
 
 Exchanges come from ``exchange_calendars``, chosen by the suffix of Yahoo's symbol. Crypto pairs trade every
 day and close at midnight UTC; currency pairs trade from Monday to Friday. Answers are tz-naive session dates.
+Named sets of symbols lie in ``universes.toml`` with the day and the rule of their selection: all are made of
+survivors.
 """
 
 import functools
 import re
+import tomllib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
+from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from data.schema import PRICE_COLUMNS, BarsReport, QualityLimits, bar_dates, clean_bars, refuse_above
+from data.schema import (
+    PRICE_COLUMNS,
+    Bars,
+    BarsReport,
+    QualityLimits,
+    bar_dates,
+    clean_bars,
+    normalise_symbol,
+    refuse_above,
+)
 from utils.errors import DataError, UsageError
 
 _FIRST_DAY = np.datetime64("1960-01-01")
@@ -23,6 +38,9 @@ _YEARS_AHEAD = 3
 WEEKDAYS = "weekdays"
 ALWAYS = "24/7"
 UNMAPPED = "unmapped"
+
+UNIVERSES_FILE = Path(__file__).with_name("universes.toml")
+MAX_MISSED_SESSIONS = 10
 
 _SUFFIXES = {
     "AS": "XAMS", "AX": "XASX", "BA": "XBUE", "BK": "XBKK", "BO": "XBOM", "BR": "XBRU", "CO": "XCSE",
@@ -240,6 +258,127 @@ def join_raw(old: pd.DataFrame, new: pd.DataFrame, *, tolerance: float) -> pd.Da
         return None
     joined: pd.DataFrame = pd.concat([old.loc[old.index < start], new])
     return joined
+
+
+def refuse_delisted(bars: Bars, now: datetime) -> None:
+    """Refuse bars of a live source that ended long ago: nothing is left to forecast.
+
+    Raises
+    ------
+    DataError
+        If more than `MAX_MISSED_SESSIONS` sessions have closed since the last bar.
+    """
+    calendar, last = calendar_for(bars.symbol), bars.provenance.last_session
+    missed = calendar.sessions_between(last, calendar.last_closed_session(now))
+    if missed > MAX_MISSED_SESSIONS:
+        raise DataError(
+            f"{bars.symbol} has had no bar since {last:%Y-%m-%d}, {missed} sessions ago: it was delisted or "
+            "renamed; save its prices as a file and train with --source csv:DIR to study it all the same"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Universe:
+    """A named set of symbols.
+
+    Attributes
+    ----------
+    name, symbols
+        What it is called, and its members.
+    selected_on, rule, caveat
+        The day on which it was chosen, how, and what that does to results on it.
+    """
+
+    name: str
+    symbols: tuple[str, ...]
+    selected_on: date
+    rule: str
+    caveat: str
+
+
+@functools.cache
+def named_universes() -> Mapping[str, Universe]:
+    """Return the sets of ``universes.toml`` by name."""
+    read = tomllib.loads(UNIVERSES_FILE.read_text(encoding="utf-8"))
+    made = {
+        name: Universe(name=name, **entry | {"symbols": _unique(entry["symbols"])})
+        for name, entry in read.items()
+    }
+    return MappingProxyType(made)
+
+
+def resolve_universe(spec: str) -> tuple[str, ...]:
+    """Return the symbols that ``spec`` means, each once, in the order given.
+
+    Parameters
+    ----------
+    spec
+        The name of a set, symbols joined by commas, or the path of a text file with one symbol a line (``#``
+        begins a comment). A name wins over a file, a file over a symbol.
+
+    Raises
+    ------
+    UsageError
+        If nothing is named; ``InvalidSymbolError`` for what cannot be a symbol.
+    """
+    known = named_universes().get(spec.strip())
+    if known is not None:
+        return known.symbols
+    path = Path(spec)
+    if "," not in spec and (path.suffix == ".txt" or len(path.parts) > 1):
+        if not path.is_file():
+            raise UsageError(f"--universe {spec}: there is no such file")
+        lines = _text_of(path).splitlines()
+        parts = [line.partition("#")[0].strip() for line in lines]
+    else:
+        parts = [part.strip() for part in spec.split(",")]
+    symbols = _unique([part for part in parts if part])
+    if not symbols:
+        names = ", ".join(named_universes())
+        raise UsageError(f"--universe {spec!r} names no symbol: use {names}, A,B,C or a file")
+    return symbols
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--universe {path}: not a text file that can be read") from error
+
+
+def _unique(symbols: Sequence[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(normalise_symbol(symbol) for symbol in symbols))
+
+
+def universe_mean(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Return the mean of a universe as a market to compare its symbols with.
+
+    Parameters
+    ----------
+    frames
+        Bars by symbol, ascending.
+
+    Returns
+    -------
+    DataFrame
+        ``Close`` over all sessions of any symbol, 1 in the first: it grows by the mean log return of the
+        symbols that have a close in the session and one before. Row t is known at the close of t.
+
+    Raises
+    ------
+    UsageError
+        If no symbol is given, or they close at different hours.
+    """
+    if not frames:
+        raise UsageError("no symbol given: the mean of a universe needs the bars of at least one")
+    calendars = sorted({calendar_name(symbol) for symbol in frames})
+    if len(calendars) > 1:
+        raise UsageError(
+            f"the mean of a universe needs symbols that close together, these follow {', '.join(calendars)}"
+        )
+    parts = [pd.Series(np.log(np.asarray(bars["Close"])), bars.index).diff() for bars in frames.values()]
+    returns = pd.concat(parts, axis=1, sort=True)
+    return pd.DataFrame({"Close": np.exp(returns.mean(axis=1).fillna(0.0).cumsum())})
 
 
 # A calendar takes .05 to 1.4 s to build and never changes: a pure function of its arguments, kept.
