@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Query, Request, Response
+from fastapi import Path as PathParameter
 from fastapi.exceptions import HTTPException, RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.convertors import Convertor, register_url_convertor
@@ -40,6 +41,7 @@ from service.model_registry import ModelRegistry, is_finite_number
 from service.prediction_service import PredictionService
 from service.schemas import (
     MAX_CHART_BARS,
+    SYMBOL_PATTERN,
     HistoricalResponse,
     ModelMeta,
     PredictionRequest,
@@ -118,6 +120,9 @@ NOT_SERVED: Sequence[tuple[str, str, str]] = (
 
 # Absolute paths of the server; routes of the API stay readable.
 _PATH = re.compile(r"(?<![\w:/.])/(?!api/)(?:[^/\s'\"`]+/)+([^/\s'\"`]*)")
+
+
+SymbolInPath = Annotated[str, PathParameter(json_schema_extra={"pattern": SYMBOL_PATTERN})]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -322,7 +327,9 @@ def _price_routes(predictions: PredictionService, pool: WorkPool) -> APIRouter:
     router = APIRouter(tags=["prices"])
 
     @router.get("/api/historical/{symbol:text}", response_model=HistoricalResponse)
-    async def historical(symbol: str, days: Annotated[int, Query(ge=1, le=MAX_CHART_BARS)] = 90) -> Response:
+    async def historical(
+        symbol: SymbolInPath, days: Annotated[int, Query(ge=1, le=MAX_CHART_BARS)] = 90
+    ) -> Response:
         """Return the last sessions, adjusted for splits and dividends."""
         return await pool.run(lambda: answer(predictions.history(symbol, days)))
 

@@ -121,7 +121,8 @@ class WorkPool:
     """
 
     def __init__(self, *, threads: int, queue: int, deadline_s: float) -> None:
-        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="work")
+        self._threads = threads
+        self._executor: ThreadPoolExecutor | None = None
         self._most = threads + queue
         self._deadline_s = deadline_s
         self._guard = threading.Lock()
@@ -141,7 +142,9 @@ class WorkPool:
             if self.pending >= self._most:
                 raise OverloadError(f"{self.pending} requests are being computed: try again in a moment")
             self.pending += 1
-        work = self._executor.submit(call)
+            if self._executor is None:
+                self._executor = ThreadPoolExecutor(self._threads, thread_name_prefix="work")
+            work = self._executor.submit(call)
         work.add_done_callback(self._done)
         waiting = asyncio.wrap_future(work)
         done, _ = await asyncio.wait({waiting}, timeout=self._deadline_s)
@@ -155,8 +158,11 @@ class WorkPool:
             self.pending -= 1
 
     def close(self) -> None:
-        """Drop what has not begun; what has is not waited for."""
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        """Drop what has not begun; what has is not waited for. The next call opens it again."""
+        with self._guard:
+            closed, self._executor = self._executor, None
+        if closed is not None:
+            closed.shutdown(wait=False, cancel_futures=True)
 
 
 class RateLimit:
@@ -315,9 +321,7 @@ class Observer:
         stopping: Callable[[], bool],
         static_paths: Callable[[], frozenset[str]],
     ) -> None:
-        self._app = app
-        self._metrics = metrics
-        self._stopping = stopping
+        self._app, self._metrics, self._stopping = app, metrics, stopping
         self._static_paths = static_paths
         self._statics: frozenset[str] | None = None
 

@@ -31,12 +31,16 @@ def _refuse_lookalikes(value: object) -> object:
     return value
 
 
-# `Number` and `Whole` are what a request may carry; answers are built from checked values.
+# `Number` and `int` with `WHOLE` are what a request may carry; answers are built from checked values.
 Number = Annotated[float, Field(strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
-Whole = Annotated[int, BeforeValidator(_refuse_lookalikes)]
-Symbol = Annotated[str, Field(min_length=1, max_length=64)]
+# After the limits, which would else be missing from the JSON schema.
+WHOLE = BeforeValidator(_refuse_lookalikes)
+# Said here, checked where symbols are read: there the refusal has examples.
+SYMBOL_PATTERN = r"^ *\^?[A-Za-z0-9][A-Za-z0-9.=-]{0,14} *$"
+Symbol = Annotated[str, Field(min_length=1, max_length=64, json_schema_extra={"pattern": SYMBOL_PATTERN})]
 ShortText = Annotated[str, Field(max_length=64)]
+Interval = Annotated[str, Field(max_length=64, json_schema_extra={"pattern": "^1d$"})]
 WireDate = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
 Fraction = Annotated[Number, Field(ge=0, le=1)]
 Weight = Annotated[Number, Field(ge=0, le=10)]
@@ -88,13 +92,13 @@ class PredictionParams(Wire):
 
     symbol: Symbol
     model_id: ShortText | None = None
-    horizon: Annotated[Whole, Field(ge=1, le=MAX_HORIZON_BARS)] = 5
-    days_on_chart: Annotated[Whole, Field(ge=1, le=MAX_CHART_BARS)] = 120
+    horizon: Annotated[int, Field(ge=1, le=MAX_HORIZON_BARS), WHOLE] = 5
+    days_on_chart: Annotated[int, Field(ge=1, le=MAX_CHART_BARS), WHOLE] = 120
     smoothing: Smoothing = "none"
     confidence_floors: ConfidenceFloors = ConfidenceFloors()
     trade_share_floor: Annotated[Number, Field(ge=0)] | None = None
     model_variant: ShortText | None = None
-    data_interval: ShortText | None = None
+    data_interval: Interval | None = None
     data_period: ShortText | None = None
     max_long: Weight | None = None
     max_short: Weight | None = None
@@ -310,7 +314,7 @@ TrainingEventType = Literal[
 class BacktestParams(Wire):
     """How to backtest; `commission` and `slippage` are fractions below 0.05, basis points from there on."""
 
-    backtest_window: Annotated[Whole, Field(ge=10, le=MAX_CHART_BARS)] = 60
+    backtest_window: Annotated[int, Field(ge=10, le=MAX_CHART_BARS), WHOLE] = 60
     initial_capital: Annotated[Number, Field(gt=0)] = 10_000.0
     max_long: Weight = 1.8
     max_short: Weight = 0.2
@@ -318,7 +322,7 @@ class BacktestParams(Wire):
     slippage: Annotated[Number, Field(ge=0, le=500)] = 0.0003
     enable_forward_sim: Flag = False
     short_cap: Weight | None = None
-    forward_window: Annotated[Whole, Field(ge=1, le=MAX_CHART_BARS)] | None = None
+    forward_window: Annotated[int, Field(ge=1, le=MAX_CHART_BARS), WHOLE] | None = None
     commission_bps: Annotated[Number, Field(ge=0, le=500)] | None = None
     slippage_bps: Annotated[Number, Field(ge=0, le=500)] | None = None
     min_position_change: Fraction | None = None
@@ -528,21 +532,21 @@ class TrainingParams(Wire):
     """Body of POST /api/training/start."""
 
     symbol: Symbol
-    epochs: Annotated[Whole, Field(ge=1, le=10_000)] = 100
-    batch_size: Annotated[Whole, Field(ge=1, le=65_536)] = 32
+    epochs: Annotated[int, Field(ge=1, le=10_000), WHOLE] = 100
+    batch_size: Annotated[int, Field(ge=1, le=65_536), WHOLE] = 32
     loss: Loss = "huber"
-    sequence_length: Annotated[Whole, Field(ge=1, le=1_000)] = 60
+    sequence_length: Annotated[int, Field(ge=1, le=1_000), WHOLE] = 60
     feature_toggles: dict[str, Flag] = Field(default_factory=dict)
-    ensemble_size: Annotated[Whole, Field(ge=1, le=100)] = 1
-    base_seed: Annotated[Whole, Field(ge=0, le=2**31 - 1)] = 42
+    ensemble_size: Annotated[int, Field(ge=1, le=100), WHOLE] = 1
+    base_seed: Annotated[int, Field(ge=0, le=2**31 - 1), WHOLE] = 42
     overwrite_existing: Flag | None = None
     overwrite: Flag | None = None
     model_type: ModelType | None = None
     dropout: Fraction | None = None
     learning_rate: Annotated[Number, Field(gt=0, le=1)] | None = None
-    n_trials: Annotated[Whole, Field(ge=1, le=10_000)] | None = None
-    max_features: Annotated[Whole, Field(ge=1, le=1_000)] | None = None
-    target_horizons: list[Annotated[Whole, Field(ge=1, le=MAX_HORIZON_BARS)]] | None = None
+    n_trials: Annotated[int, Field(ge=1, le=10_000), WHOLE] | None = None
+    max_features: Annotated[int, Field(ge=1, le=1_000), WHOLE] | None = None
+    target_horizons: list[Annotated[int, Field(ge=1, le=MAX_HORIZON_BARS), WHOLE]] | None = None
     use_lgb: Flag | None = None
     allow_cpu_fallback: Flag | None = None
     data_period: ShortText | None = None

@@ -3,21 +3,27 @@
 Algorithm parameters do not belong here: they are frozen dataclasses beside the code that uses them.
 """
 
+import json
 import logging
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+# A line of the log is one line: what callers send cannot forge another, nor drive a terminal.
+CONTROL_CHARACTERS = {code: f"\\u{code:04x}" for code in (*range(32), *range(127, 160), 0x2028, 0x2029)}
 DEFAULT_ORIGINS = ("http://localhost:3000", "http://127.0.0.1:3000")
 
 
+ApiKey = Annotated[SecretStr, Field(min_length=16)]
+
+
 class Settings(BaseSettings):
-    """Where things lie and who may ask; each field is ``AI_STOCKS_<NAME>`` in the environment.
+    """Where things lie and who may ask; each field is ``AI_STOCKS_<NAME>`` in the environment or in ``.env``.
 
     Attributes
     ----------
@@ -28,12 +34,25 @@ class Settings(BaseSettings):
     allow_origins
         Origins that browsers may call from, besides the two defaults; a comma list in
         ``PYTHON_API_ALLOW_ORIGINS``.
-    log_level
-        Level of the root logger.
+    log_level, log_format
+        Level of the root logger, and whether a line is text or JSON.
+    api_keys
+        Keys that may train, delete and roll back; a comma list. Without any, everybody may.
+    rate_per_s, rate_burst
+        Requests per second that one client may send, 0 for any number, and how many may come at once.
+    work_threads, work_queue, deadline_s
+        Requests that compute at a time, that wait for it, and seconds after which a caller is told so.
+    drain_s
+        Seconds between a request to end and the last connection that is accepted.
     """
 
     model_config = SettingsConfigDict(
-        env_prefix="AI_STOCKS_", extra="ignore", frozen=True, populate_by_name=True
+        env_prefix="AI_STOCKS_",
+        env_file=PROJECT_ROOT / ".env",
+        env_ignore_empty=True,
+        extra="ignore",
+        frozen=True,
+        populate_by_name=True,
     )
 
     source: str = "yahoo"
@@ -45,6 +64,14 @@ class Settings(BaseSettings):
         default=(), validation_alias="PYTHON_API_ALLOW_ORIGINS"
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
+    log_format: Literal["text", "json"] = "text"
+    api_keys: Annotated[tuple[ApiKey, ...], NoDecode] = ()
+    rate_per_s: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] = 100.0
+    rate_burst: Annotated[int, Field(ge=1, le=1_000_000)] = 500
+    work_threads: Annotated[int, Field(ge=1, le=64)] = 4
+    work_queue: Annotated[int, Field(ge=0, le=10_000)] = 64
+    deadline_s: Annotated[float, Field(gt=0, le=3_600, allow_inf_nan=False)] = 30.0
+    drain_s: Annotated[float, Field(ge=0, le=600, allow_inf_nan=False)] = 2.0
 
     @field_validator("log_level", mode="before")
     @classmethod
@@ -52,7 +79,7 @@ class Settings(BaseSettings):
         # An empty variable is one that was not set.
         return (value.upper() or "INFO") if isinstance(value, str) else value
 
-    @field_validator("allow_origins", mode="before")
+    @field_validator("allow_origins", "api_keys", mode="before")
     @classmethod
     def _split_commas(cls, value: object) -> object:
         if isinstance(value, str):
@@ -73,16 +100,47 @@ def read_settings() -> Settings:
         for wrong in error.errors():
             name = str(wrong["loc"][0])
             variable = name if name.isupper() else f"AI_STOCKS_{name.upper()}"
-            sys.stderr.write(f"error: {variable}={wrong['input']!r}: {wrong['msg']}\n")
+            came = "" if name == "api_keys" else f"={wrong['input']!r}"
+            sys.stderr.write(f"error: {variable}{came}: {wrong['msg']}\n")
         raise SystemExit(2) from error
 
 
-def configure_logging(level: str = "INFO") -> None:
+class TextFormatter(logging.Formatter):
+    """A line of text per record, with control characters escaped."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  the standard library's name
+        """Return the record's line."""
+        record.message = record.message.translate(CONTROL_CHARACTERS)
+        return super().formatMessage(record)
+
+
+class JsonFormatter(logging.Formatter):
+    """A JSON object per record: time, level, logger, message, the record's ``fields``, and what failed."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record's line."""
+        line = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["error"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def configure_logging(level: str = "INFO", style: Literal["text", "json"] = "text") -> None:
     """Send log lines to stderr, so that stdout stays the result.
 
     Parameters
     ----------
     level
         Name of a level of the standard library.
+    style
+        ``text`` for people, ``json`` for machines.
     """
-    logging.basicConfig(level=level.upper(), format=LOG_FORMAT, stream=sys.stderr, force=True)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if style == "json" else TextFormatter(LOG_FORMAT))
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

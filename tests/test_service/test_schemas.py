@@ -1,13 +1,18 @@
 """The two statements of the wire contract, held together."""
 
+import copy
 import inspect
 import json
 import re
+import shutil
+import subprocess
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, Union, get_args, get_origin
 
 import pytest
+from fastapi import FastAPI
 from pydantic import ValidationError
 
 import service.schemas
@@ -243,3 +248,145 @@ def test_problem_is_snake_case() -> None:
         "instance",
         "request_id",
     }
+
+
+# ---------------------------------------------------------------- the served OpenAPI
+
+
+TYPES_OF_JSON = {"number": "number", "integer": "number", "string": "string", "boolean": "boolean"}
+
+
+def typescript_of_schema(schema: dict) -> str:  # noqa: PLR0911
+    """Say a JSON schema in TypeScript; null, which is never sent, is left out."""
+    if "$ref" in schema:
+        return schema["$ref"].rpartition("/")[2]
+    if "anyOf" in schema:
+        return _union(
+            " | ".join(typescript_of_schema(one) for one in schema["anyOf"] if one != {"type": "null"})
+        )
+    if "enum" in schema:
+        return _union(" | ".join(f'"{value}"' for value in schema["enum"]))
+    if "const" in schema:
+        return f'"{schema["const"]}"'
+    kind = schema.get("type")
+    if kind == "array":
+        return f"{typescript_of_schema(schema['items'])}[]"
+    if kind == "object":
+        of = schema["additionalProperties"]
+        return f"Record<string, {typescript_of_schema({} if of is True else of)}>"
+    return TYPES_OF_JSON[kind] if kind else "unknown"
+
+
+def served_models(openapi: dict) -> dict[str, Fields]:
+    """Return the same of the served OpenAPI: what is neither required nor has a default may be absent."""
+    return {
+        name: {
+            field: (
+                typescript_of_schema(of),
+                field not in schema.get("required", ()) and of.get("default") is None,
+            )
+            for field, of in schema.get("properties", {}).items()
+        }
+        for name, schema in openapi["components"]["schemas"].items()
+    }
+
+
+def served_differences(openapi: dict) -> list[str]:
+    served = served_models(openapi)
+    typescript = {
+        name: fields for name, fields in parse_typescript(AI_TS.read_text()).items() if name in served
+    }
+    return differences(typescript, served)
+
+
+def test_the_served_openapi_states_the_same_contract(api: FastAPI) -> None:
+    openapi = api.openapi()
+    assert {"PredictionRequest", "PredictionResult", "ModelMeta", "Problem"} <= set(served_models(openapi))
+    assert served_differences(openapi) == []
+
+
+def planted(api: FastAPI) -> dict:
+    """Return the served OpenAPI with a field of the contract taken away."""
+    openapi = copy.deepcopy(api.openapi())
+    model = openapi["components"]["schemas"]["PredictionResult"]
+    del model["properties"]["fusedPositions"]
+    model["required"].remove("fusedPositions")
+    return openapi
+
+
+def test_a_field_that_the_served_openapi_lacks_is_caught(api: FastAPI) -> None:
+    assert [line.split(":")[0] for line in served_differences(planted(api))] == [
+        "PredictionResult.fusedPositions"
+    ]
+
+
+def test_every_path_parameter_and_error_is_documented(api: FastAPI) -> None:
+    for path, item in api.openapi()["paths"].items():
+        for operation in item.values():
+            declared = {one["name"] for one in operation.get("parameters", ()) if one["in"] == "path"}
+            assert declared == set(re.findall(r"{(\w+)}", path)), path
+            failures = {k: v for k, v in operation["responses"].items() if not k.startswith("2")}
+            assert {"default", "422", "429", "500", "503"} <= set(failures), path
+            for response in failures.values():
+                assert list(response["content"]) == ["application/problem+json"]
+
+
+CHECK_TS = """import type {{ components }} from "./served";
+import type * as page from "./ai";
+type Served = components["schemas"];
+type Clean<T> = T extends null ? never : T extends (infer U)[] ? Clean<U>[]
+  : T extends object ? {{ [K in keyof T]: Clean<T[K]> }} : T;
+type Within<A, B> = [A] extends [B] ? true : false;
+type Same<A, B> = [Within<A, B>, Within<B, A>, Within<keyof A, keyof B>, Within<keyof B, keyof A>];
+export const same: [true, true, true, true][] = [
+{lines}
+];
+"""
+
+
+@pytest.fixture
+def compile_typescript(tmp_path: Path) -> Callable[[dict], str]:
+    """Return a function that says what the TypeScript compiler thinks of a served OpenAPI."""
+    if shutil.which("node") is None:
+        pytest.skip("node is not installed")
+    folders = {}
+    for package in ("openapi-typescript", "typescript"):
+        done = subprocess.run(
+            ["node", "-p", f"require.resolve('{package}/package.json')"],
+            cwd=AI_TS.parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            pytest.skip(f"node has no package {package}: npm install --no-save openapi-typescript typescript")
+        folders[package] = Path(done.stdout.strip()).parent
+
+    def compiled(openapi: dict) -> str:
+        (tmp_path / "openapi.json").write_text(json.dumps(openapi))
+        (tmp_path / "ai.ts").write_text(AI_TS.read_text())
+        names = sorted(served_models(openapi).keys() & parse_typescript(AI_TS.read_text()).keys())
+        lines = ",\n".join(f'  null! as Same<Clean<Served["{name}"]>, Clean<page.{name}>>' for name in names)
+        (tmp_path / "check.ts").write_text(CHECK_TS.format(lines=lines))
+        cli = folders["openapi-typescript"] / "bin" / "cli.js"
+        subprocess.run(
+            ["node", cli, "openapi.json", "-o", "served.ts"], cwd=tmp_path, capture_output=True, check=True
+        )
+        tsc = folders["typescript"] / "bin" / "tsc"
+        done = subprocess.run(
+            ["node", tsc, "--noEmit", "--strict", "--skipLibCheck", "check.ts"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return done.stdout
+
+    return compiled
+
+
+def test_the_compiler_agrees_with_the_served_openapi(
+    api: FastAPI, compile_typescript: Callable[[dict], str]
+) -> None:
+    assert compile_typescript(api.openapi()) == ""
+    assert "check.ts" in compile_typescript(planted(api))

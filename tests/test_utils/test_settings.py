@@ -1,6 +1,64 @@
+"""Settings, the example that lists them, and the lines of the log."""
+
+import json
+import logging
+import re
+import sys
+from pathlib import Path
+
 import pytest
 
-from utils.settings import Settings, read_settings
+from utils.settings import PROJECT_ROOT, JsonFormatter, Settings, TextFormatter, read_settings
+
+EXAMPLE = PROJECT_ROOT / ".env.example"
+KEY = "a-key-of-sixteen-or-more"
+
+
+@pytest.fixture(autouse=True)
+def bare(monkeypatch, tmp_path):
+    """Read no setting of the machine that runs the tests."""
+    monkeypatch.setitem(Settings.model_config, "env_file", None)
+    for field in variables():
+        monkeypatch.delenv(field, raising=False)
+
+
+def variables() -> dict[str, str]:
+    """Return {variable: field} of every setting."""
+    return {
+        str(field.validation_alias or f"AI_STOCKS_{name.upper()}"): name
+        for name, field in Settings.model_fields.items()
+    }
+
+
+def example() -> dict[str, str]:
+    return dict(re.findall(r"^(\w+)=(.*)$", EXAMPLE.read_text(), flags=re.MULTILINE))
+
+
+def test_the_example_lists_every_setting():
+    assert set(example()) == set(variables())
+
+
+def test_the_example_says_the_defaults(monkeypatch):
+    monkeypatch.chdir(PROJECT_ROOT)
+    usual = Settings()
+    listed = Settings(_env_file=EXAMPLE)
+    for name in Settings.model_fields:
+        said, default = getattr(listed, name), getattr(usual, name)
+        assert (said.resolve() if isinstance(said, Path) else said) == default, name
+
+
+def test_an_example_that_lags_behind_is_caught(tmp_path):
+    stale = tmp_path / "stale"
+    stale.write_text(EXAMPLE.read_text().replace("AI_STOCKS_DRAIN_S=2", "AI_STOCKS_DRAIN_S=3"))
+    assert Settings(_env_file=stale).drain_s != Settings().drain_s
+
+
+def test_the_environment_wins_over_the_file(monkeypatch, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("AI_STOCKS_SOURCE=sample\nAI_STOCKS_WORK_THREADS=3\n")
+    monkeypatch.setenv("AI_STOCKS_SOURCE", "csv:x")
+    settings = Settings(_env_file=file)
+    assert (settings.source, settings.work_threads) == ("csv:x", 3)
 
 
 def test_a_level_that_nobody_knows_ends_an_entry_point_with_a_sentence(monkeypatch, capsys):
@@ -14,3 +72,66 @@ def test_a_level_that_nobody_knows_ends_an_entry_point_with_a_sentence(monkeypat
 def test_an_empty_level_is_the_default_and_case_does_not_matter(monkeypatch, value, level):
     monkeypatch.setenv("AI_STOCKS_LOG_LEVEL", value)
     assert Settings().log_level == level
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("RATE_PER_S", "-1"),
+        ("RATE_PER_S", "nan"),
+        ("RATE_BURST", "0"),
+        ("WORK_THREADS", "0"),
+        ("WORK_QUEUE", "-1"),
+        ("DEADLINE_S", "0"),
+        ("DEADLINE_S", "inf"),
+        ("DRAIN_S", "-1"),
+        ("LOG_FORMAT", "xml"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(monkeypatch, capsys, name, value):
+    monkeypatch.setenv(f"AI_STOCKS_{name}", value)
+    with pytest.raises(SystemExit, match="2"):
+        read_settings()
+    assert f"AI_STOCKS_{name}='{value}'" in capsys.readouterr().err
+
+
+def test_api_keys_are_a_comma_list_that_never_shows(monkeypatch, capsys):
+    monkeypatch.setenv("AI_STOCKS_API_KEYS", f" {KEY}, {KEY}2 ,")
+    settings = read_settings()
+    assert [key.get_secret_value() for key in settings.api_keys] == [KEY, f"{KEY}2"]
+    assert KEY not in repr(settings)
+    monkeypatch.setenv("AI_STOCKS_API_KEYS", "tooshort")
+    with pytest.raises(SystemExit, match="2"):
+        read_settings()
+    said = capsys.readouterr().err
+    assert "AI_STOCKS_API_KEYS: " in said
+    assert "tooshort" not in said
+
+
+def record_of(message: str, *args: object, **extra: object) -> logging.LogRecord:
+    record = logging.LogRecord("service", logging.INFO, __file__, 1, message, args, None)
+    record.__dict__.update(extra)
+    return record
+
+
+HOSTILE = "a\nINFO forged\r\x1b[31m\x00\x9b2J\u2028b"
+
+
+def test_a_line_of_text_stays_one_line():
+    line = TextFormatter("%(levelname)s %(message)s").format(record_of("got %s", HOSTILE))
+    assert line == "INFO got a\\u000aINFO forged\\u000d\\u001b[31m\\u0000\\u009b2J\\u2028b"
+
+
+def test_a_line_of_json_carries_the_fields_and_what_failed():
+    try:
+        int(HOSTILE)
+    except ValueError:
+        record = record_of("got %s", HOSTILE, fields={"status": 200})
+        record.exc_info = sys.exc_info()
+    line = JsonFormatter().format(record)
+    assert line.isprintable()
+    said = json.loads(line)
+    assert said["status"] == 200
+    assert said["message"] == f"got {HOSTILE}"
+    assert "ValueError" in said["error"]
+    json.loads(JsonFormatter().format(record_of("\ud800 %s", object())))

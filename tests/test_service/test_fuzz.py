@@ -1,0 +1,63 @@
+"""Requests by the thousand, made from the served OpenAPI: none breaks the service or its promises.
+
+A few are tried on every run; ``AI_STOCKS_FUZZ_EXAMPLES=2000`` tries that many of each route.
+"""
+
+import contextlib
+import os
+from collections import Counter
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis.errors import Unsatisfiable
+from schemathesis import Case, GenerationMode
+from schemathesis.schemas import APIOperation, BaseSchema
+
+from service.api import Services, create_api
+from service.edge import EdgeRules
+from service.prediction_service import PredictionService
+from tests.test_service.conftest import FakeRegistry, FakeSource, served
+
+EXAMPLES = int(os.environ.get("AI_STOCKS_FUZZ_EXAMPLES", "12"))
+
+
+@pytest.fixture(scope="session")
+def fuzzed(bars):
+    registry = FakeRegistry(served("AAPL"))
+    source = FakeSource({"AAPL": bars, "MSFT": bars})
+    api = create_api(
+        Services(
+            registry=registry,
+            predictions=PredictionService(registry=registry, source=source, cache=None),
+            source_name="fake",
+            origins=("http://localhost:3000",),
+            on_start=lambda: None,
+            rules=EdgeRules(rate_per_s=0.0),
+        )
+    )
+    return schemathesis.openapi.from_asgi("/openapi.json", api)
+
+
+def operations(schema: BaseSchema) -> list[APIOperation]:
+    """Return what is served; a route that only says what to use instead answers 501 by contract."""
+    found = [result.ok() for result in schema.get_all_operations()]
+    return [one for one in found if "501" not in one.definition.raw["responses"]]
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode))
+def test_no_request_breaks_a_promise(fuzzed: BaseSchema, mode: GenerationMode) -> None:
+    tried: Counter[str] = Counter()
+
+    def holds(case: Case) -> None:
+        tried[case.operation.label] += 1
+        case.call_and_validate()
+
+    limits = settings(
+        max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    )
+    for operation in operations(fuzzed):
+        # A route that takes nothing cannot be asked wrongly.
+        with contextlib.suppress(Unsatisfiable):
+            limits(given(case=operation.as_strategy(generation_mode=mode))(holds))()
+    assert len(tried) >= 2, tried
