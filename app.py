@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable, MutableMapping
+from functools import partial
 from typing import Any
 
 from utils.errors import AIStocksError, UsageError
@@ -51,14 +52,24 @@ def create_app(settings: Settings) -> Application:
     from service.api import Services, create_api  # noqa: PLC0415
     from service.model_registry import ModelRegistry  # noqa: PLC0415
     from service.prediction_service import PredictionService  # noqa: PLC0415
+    from service.training_service import TrainingService, trainer_command  # noqa: PLC0415
 
     registry = ModelRegistry(settings.models_dir)
+    training = TrainingService(
+        models_dir=settings.models_dir,
+        database_url=settings.database,
+        command=partial(trainer_command, source=settings.source),
+        environment=settings.child_environment(),
+        workers=settings.training_workers,
+        hours=settings.training_hours,
+    )
     source = make_source(settings.source, cache_dir=settings.cache_dir)
     predictions = PredictionService(registry=registry, source=source, cache=BarCache(settings.cache_dir))
     return create_api(
         Services(
             registry=registry,
             predictions=predictions,
+            training=training,
             source_name=source.name,
             origins=settings.origins,
             on_start=settle_memory,
