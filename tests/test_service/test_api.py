@@ -383,6 +383,7 @@ ERRORS = [
     (errors.UsageError, 422),
     (errors.InvalidSymbolError, 422),
     (errors.DeviceError, 422),
+    (errors.JobMissingError, 404),
     (errors.UpstreamError, 503),
     (errors.UnknownSymbolError, 404),
     (errors.DataError, 422),
