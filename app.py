@@ -76,8 +76,17 @@ def create_app(settings: Settings, listening: socket.socket | None = None) -> Ap
     from service.edge import EdgeRules  # noqa: PLC0415
     from service.model_registry import ModelRegistry  # noqa: PLC0415
     from service.prediction_service import PredictionService  # noqa: PLC0415
+    from service.training_service import TrainingService, trainer_command  # noqa: PLC0415
 
     registry = ModelRegistry(settings.models_dir)
+    training = TrainingService(
+        models_dir=settings.models_dir,
+        database_url=settings.database,
+        command=functools.partial(trainer_command, source=settings.source),
+        environment=settings.child_environment(),
+        workers=settings.training_workers,
+        hours=settings.training_hours,
+    )
     source = make_source(settings.source, cache_dir=settings.cache_dir)
     predictions = PredictionService(registry=registry, source=source, cache=BarCache(settings.cache_dir))
     drain = Drain(settings.drain_s, listening)
@@ -90,6 +99,7 @@ def create_app(settings: Settings, listening: socket.socket | None = None) -> Ap
         Services(
             registry=registry,
             predictions=predictions,
+            training=training,
             source_name=source.name,
             origins=settings.origins,
             on_start=on_start,

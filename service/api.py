@@ -8,6 +8,7 @@ prediction never keeps the health check waiting.
 From the outside in: `service.edge.Observer`, cross-origin headers, `service.edge.Guard`, the routes.
 """
 
+import asyncio
 import http
 import logging
 import re
@@ -17,10 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, FastAPI, Query, Request, Response
+from fastapi import APIRouter, FastAPI, Header, Query, Request, Response
 from fastapi import Path as PathParameter
 from fastapi.exceptions import HTTPException, RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
+from sse_starlette import EventSourceResponse
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import Scope
@@ -48,20 +50,26 @@ from service.schemas import (
     PredictionResult,
     Problem,
     StatusAnswer,
+    TrainingJob,
+    TrainingParams,
+    TrainingStarted,
     Welcome,
     Wire,
 )
+from service.training_service import TrainingService
 from utils.errors import (
     AIStocksError,
     ConflictError,
     DataError,
     GateRefusedError,
+    JobMissingError,
     ModelError,
     ModelMissingError,
     StorageError,
     UnknownSymbolError,
     UpstreamError,
     UsageError,
+    without_paths,
 )
 
 logger = logging.getLogger(__name__)
@@ -74,6 +82,7 @@ ERRORS_IN_DETAIL = 5
 # The nearest ancestor of an error decides.
 STATUS_OF: Mapping[type[AIStocksError], int] = {
     UsageError: 422,
+    JobMissingError: 404,
     UnknownSymbolError: 404,
     UpstreamError: 503,
     DataError: 422,
@@ -109,17 +118,8 @@ NOT_SERVED: Sequence[tuple[str, str, str]] = (
     ),
     ("POST", "/api/backtest", "no backtest over the web: run `python run_backtest.py --symbol SYMBOL`"),
     ("POST", "/api/forward_sim", "no simulation over the web: run `python run_backtest.py --symbol SYMBOL`"),
-    ("POST", "/api/training/start", "no training over the web: run `python -m training.train_gbm SYMBOL`"),
-    ("GET", "/api/training", "no training jobs: run `python -m training.train_gbm SYMBOL`"),
-    ("GET", "/api/training/{job_id}", "no training jobs: run `python -m training.train_gbm SYMBOL`"),
-    ("DELETE", "/api/training/{job_id}", "no training jobs: stop the command that trains"),
-    ("GET", "/api/training/{job_id}/events", "no training jobs: the training command shows its progress"),
-    ("GET", "/api/jobs/{job_id}/events", "no training jobs: the training command shows its progress"),
     ("GET", "/api/track-record/{symbol:text}", "no track record is kept: /api/models has the tested metrics"),
 )
-
-# Absolute paths of the server; routes of the API stay readable.
-_PATH = re.compile(r"(?<![\w:/.])/(?!api/)(?:[^/\s'\"`]+/)+([^/\s'\"`]*)")
 
 
 SymbolInPath = Annotated[str, PathParameter(json_schema_extra={"pattern": SYMBOL_PATTERN})]
@@ -139,6 +139,7 @@ class Services:
 
     registry: ModelRegistry
     predictions: PredictionService
+    training: TrainingService
     source_name: str
     origins: tuple[str, ...]
     on_start: Callable[[], None]
@@ -219,6 +220,7 @@ def _routers(services: Services, pool: WorkPool) -> Sequence[APIRouter]:
         _health_routes(services),
         _model_routes(services.registry),
         _price_routes(services.predictions, pool),
+        _training_routes(services.training),
     )
 
 
@@ -270,10 +272,12 @@ def _lifespan(services: Services, pool: WorkPool) -> Callable[[FastAPI], Abstrac
     @asynccontextmanager
     async def lifespan(api: FastAPI) -> Any:  # noqa: ANN401
         services.on_start()
+        services.training.open()
         api.state.ready = True
         yield
         api.state.ready = False
         pool.close()
+        await asyncio.to_thread(services.training.close)
 
     return lifespan
 
@@ -344,6 +348,42 @@ def _price_routes(predictions: PredictionService, pool: WorkPool) -> APIRouter:
     return router
 
 
+def _training_routes(training: TrainingService) -> APIRouter:
+    router = APIRouter(tags=["training"])
+
+    @router.post("/api/training/start", response_model=TrainingStarted)
+    def start(params: TrainingParams) -> Response:
+        """Queue a training."""
+        return answer(TrainingStarted(job_id=training.start(params).id))
+
+    @router.get("/api/training", response_model=list[TrainingJob])
+    def jobs() -> Response:
+        """List the trainings, newest first."""
+        body = b"[" + b",".join(job.wire_bytes() for job in training.list()) + b"]"
+        return Response(body, media_type="application/json")
+
+    @router.get("/api/training/{job_id}", response_model=TrainingJob)
+    def job(job_id: str) -> Response:
+        """Describe one training."""
+        return answer(training.get(job_id))
+
+    @router.delete("/api/training/{job_id}", response_model=StatusAnswer)
+    def cancel(job_id: str) -> Response:
+        """End a training that waits or runs; one that had ended before stays what it was."""
+        return answer(StatusAnswer(status=training.cancel(job_id).status))
+
+    @router.get("/api/training/{job_id}/events", response_class=EventSourceResponse)
+    @router.get("/api/jobs/{job_id}/events", response_class=EventSourceResponse)
+    def events(job_id: str, last_event_id: Annotated[str, Header()] = "0") -> Response:
+        """Stream what a training has told and tells, each a `TrainingEvent`, to its end."""
+        training.get(job_id)
+        known = int(last_event_id) if re.fullmatch(r"[0-9]{1,9}", last_event_id) else 0
+        # The heartbeat is an event of the contract; comments would come beside it.
+        return EventSourceResponse(training.follow(job_id, known), ping=0)
+
+    return router
+
+
 def _refuser(instead: str) -> Callable[[], None]:
     def not_served() -> None:
         """Not served; the detail names what to use instead."""
@@ -375,7 +415,7 @@ def _on_our_error(request: Request, error: Exception) -> Response:
     logger.info("%s %s: %s", status, request.url.path.encode("unicode_escape").decode(), error)
     wait_s = next((RETRY_AFTER_S[cls] for cls in type(error).__mro__ if cls in RETRY_AFTER_S), None)
     headers = {"Retry-After": str(wait_s)} if wait_s is not None and status == 503 else None
-    return problem(request.scope, status, _PATH.sub(r"\1", str(error)), headers)
+    return problem(request.scope, status, without_paths(str(error)), headers)
 
 
 def _on_http_error(request: Request, error: Exception) -> Response:

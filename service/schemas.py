@@ -595,6 +595,8 @@ class TrainingEvent(Wire):
     train_loss: float | None = None
     val_loss: float | None = None
     learning_rate: float | None = None
+    directional_accuracy: float | None = None
+    variance_score: float | None = None
     timestamp: str | None = None
     stage: str | None = None
     message: str | None = None

@@ -11,9 +11,13 @@ STATUS begins with one word:
 - ``FAILED``: the run ended in an error, which is named.
 """
 
+import json
 import logging
+import math
 import os
+import select
 import signal
+import stat
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,8 +26,9 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
+from pydantic.alias_generators import to_camel
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -31,7 +36,7 @@ from rich.table import Table
 
 from evaluation.report import training_report, write_report
 from training.trainer import OnEvent, Trained
-from utils.errors import AIStocksError, GateRefusedError, StorageError
+from utils.errors import AIStocksError, GateRefusedError, StorageError, UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +46,7 @@ COLLAPSED_SHARE = 0.5
 INTERRUPTED = 130
 INTERRUPTED_LINE = "interrupted: what was not saved yet is lost, what served before still serves\n"
 GRACE_S = 2.0
+EVENTS_HELP = "tell the progress to a program: a JSON object a line, as the API sends them"
 Outcome = dict[str, Any]
 FOLD_COLUMNS = (
     "number",
@@ -337,10 +343,10 @@ def print_summary(console: Console, result: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def progress_line(console: Console, symbol: str) -> Iterator[OnEvent]:
-    """Show how far a training is: a bar on a terminal, a line for each stage elsewhere."""
+def progress_line(console: Console, symbol: str, tell: OnEvent | None = None) -> Iterator[OnEvent]:
+    """Show how far it is: a bar on a terminal, a line for each stage elsewhere; ``tell`` hears it, too."""
     if not console.is_terminal:
-        yield stage_lines(symbol)
+        yield _both(stage_lines(symbol), tell)
         return
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %")
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
@@ -351,7 +357,16 @@ def progress_line(console: Console, symbol: str) -> Iterator[OnEvent]:
                 words = f"{symbol}: {event['stage']}"
                 bar.update(task, completed=event["progress"], description=words)
 
-        yield on_event
+        yield _both(on_event, tell)
+
+
+def _both(first: OnEvent, second: OnEvent | None) -> OnEvent:
+    def on_event(event: Mapping[str, Any]) -> None:
+        first(event)
+        if second is not None:
+            second(event)
+
+    return on_event
 
 
 def stage_lines(symbol: str) -> OnEvent:
@@ -362,3 +377,85 @@ def stage_lines(symbol: str) -> OnEvent:
             logger.info("%s: %3.0f %% %s", symbol, 100 * event["progress"], event["stage"])
 
     return on_event
+
+
+@contextmanager
+def event_lines(path: str | None) -> Iterator[OnEvent]:
+    """Write events for a program that listens: one JSON object a line, in the names of the wire.
+
+    What a trainer tells are plain mappings with a ``type``: ``stage`` (``stage``, ``progress``), ``epoch``
+    (``epoch``, ``total_epochs``, ``train_loss``, ``val_loss``, ``learning_rate``, ``directional_accuracy``,
+    ``variance_score``), ``log`` (``message``), ``fold``, and what `ending` returns. Figures that are not
+    finite are left out. A training whose listener closes its end of a pipe ends: nobody waits for it.
+
+    Parameters
+    ----------
+    path
+        A file, or a pipe such as ``/dev/fd/5``; None tells nobody.
+
+    Raises
+    ------
+    UsageError
+        If ``path`` cannot be written.
+    """
+    if path is None:
+        yield lambda _event: None
+        return
+    try:
+        stream = Path(path).open("w", encoding="utf-8", buffering=1)  # noqa: SIM115  closed below
+    except OSError as error:
+        raise UsageError(f"--events {path}: cannot be written ({error.strerror})") from error
+    with stream:
+        if stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode):
+            threading.Thread(target=_end_with_listener, args=(stream.fileno(),), daemon=True).start()
+        tell = _line_writer(stream)
+        tell({"type": "started"})
+        yield tell
+
+
+def _line_writer(stream: TextIO) -> OnEvent:
+    progress = 0.0
+
+    def tell(event: Mapping[str, Any]) -> None:
+        nonlocal progress
+        if event["type"] == "fold":
+            measures = (
+                f"{name} {_text(event[name])}" for name in FOLD_COLUMNS if event.get(name) is not None
+            )
+            event = {"type": "log", "message": f"fold: {', '.join(measures)}"}
+        progress = min(1.0, max(0.0, event.get("progress", progress)))
+        told = {
+            "status": "running",
+            "timestamp": datetime.now(UTC).isoformat(),
+            **event,
+            "progress": progress,
+        }
+        finite = {to_camel(k): v for k, v in told.items() if not isinstance(v, float) or math.isfinite(v)}
+        try:
+            stream.write(json.dumps(finite, default=str) + "\n")
+        except OSError as error:
+            logger.debug("nobody takes down the event %s: %s", event["type"], error)
+
+    return tell
+
+
+def _end_with_listener(descriptor: int) -> None:
+    """Wait until the other end of a pipe is closed, and end this process with all that it has started."""
+    watched = select.poll()
+    watched.register(descriptor, 0)
+    if watched.poll() and threading.main_thread().is_alive():
+        # Only who leads a group may end it: others are in that of a shell.
+        os.kill(-os.getpid() if os.getpgrp() == os.getpid() else os.getpid(), signal.SIGKILL)
+
+
+def ending(outcome: Outcome) -> dict[str, Any]:
+    """Return the event that ends the training of a symbol."""
+    if "error" in outcome:
+        return {"type": "failed", "status": "failed", "message": outcome["error"]}
+    words = outcome.get("verdict") or f"{outcome['model_version']} serves"
+    return {
+        "type": "completed",
+        "status": "completed",
+        "progress": 1.0,
+        "message": f"{outcome['symbol']}: {words}",
+    }

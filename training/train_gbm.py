@@ -9,16 +9,14 @@
 import argparse
 import json
 import logging
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from joblib import Parallel, delayed
 from rich.console import Console
 
@@ -45,7 +43,7 @@ from utils.errors import (
     StorageError,
     UsageError,
 )
-from utils.model_paths import current_version, gbm_link, symbol_dir
+from utils.model_paths import current_version, gbm_link, training_lock
 from utils.settings import Settings, configure_logging, read_settings
 
 logger = logging.getLogger(__name__)
@@ -96,6 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--strict", action=flag, help="save nothing unless the verdict is edge (exit 7)")
     run.add_argument("--rollback", action=flag, help="train nothing: the version before serves again")
     run.add_argument("--json", action=flag, help="print the result as JSON on stdout")
+    run.add_argument("--events", metavar="FILE", help=run_log.EVENTS_HELP)
     return parser
 
 
@@ -201,28 +200,6 @@ def refuse_existing(symbol: str, args: argparse.Namespace, settings: Settings) -
     """Refuse to replace a bundle without being told to."""
     if gbm_link(settings.models_dir, symbol).exists() and not (args.overwrite or args.validate_only):
         raise ModelExistsError(f"{symbol} has a model already: add --overwrite to train it anew")
-
-
-@contextmanager
-def training_lock(models_dir: Path, symbol: str) -> Iterator[None]:
-    """Hold the symbol's training lock, which dies with the process; else `LockedError` names who holds it."""
-    folder = symbol_dir(models_dir, symbol)
-    holder = folder / ".training.pid"
-    lock = FileLock(folder / ".training.lock")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-        holder.write_text(str(os.getpid()))
-    except Timeout as error:
-        who = holder.read_text() if holder.is_file() else "unknown"
-        raise LockedError(f"{symbol} is being trained by process {who}: wait or stop it") from error
-    except OSError as error:
-        raise StorageError(f"cannot write the lock of {symbol}: {error.strerror}") from error
-    with lock:
-        try:
-            yield
-        finally:
-            holder.unlink(missing_ok=True)
 
 
 def train_symbol(symbol: str, args: argparse.Namespace, settings: Settings, on_event: OnEvent) -> Outcome:
@@ -370,13 +347,15 @@ def in_worker(raw: str, args: argparse.Namespace, settings: Settings) -> Outcome
     return one(raw, args, settings, run_log.stage_lines(raw))
 
 
-def outcomes_of(args: argparse.Namespace, settings: Settings, console: Console) -> Iterator[Outcome]:
+def outcomes_of(
+    args: argparse.Namespace, settings: Settings, console: Console, tell: OnEvent
+) -> Iterator[Outcome]:
     """Yield the outcome of every symbol, in the order of the command line, as soon as it is there."""
     refuse_contradictions(args)
     symbols = list(dict.fromkeys(args.symbols))
     if args.universe:
         symbols = list(dict.fromkeys(normalise_symbol(raw) for raw in symbols))
-        with run_log.progress_line(console, "pooled") as on_event:
+        with run_log.progress_line(console, "pooled", tell) as on_event:
             found = train_pooled(symbols, args, settings, on_event)
         yield from found
     elif args.jobs > 1 and len(symbols) > 1:
@@ -384,7 +363,7 @@ def outcomes_of(args: argparse.Namespace, settings: Settings, console: Console) 
         yield from Parallel(n_jobs=args.jobs, backend="loky", return_as="generator")(jobs)
     else:
         for raw in symbols:
-            with run_log.progress_line(console, raw) as on_event:
+            with run_log.progress_line(console, raw, tell) as on_event:
                 outcome = one(raw, args, settings, on_event)
             yield outcome
 
@@ -397,9 +376,10 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(stderr=args.json)
     results: list[Outcome] = []
     try:
-        with run_log.interruptible():
-            for outcome in outcomes_of(args, settings, console):
+        with run_log.interruptible(), run_log.event_lines(args.events) as tell:
+            for outcome in outcomes_of(args, settings, console, tell):
                 results.append(outcome)
+                tell(run_log.ending(outcome))
                 run_log.show(outcome, console, in_full=not args.json)
     except AIStocksError as error:
         results.append({"error": str(error), "exit_code": error.exit_code})

@@ -460,6 +460,8 @@ export interface TrainingEvent {
   trainLoss?: number;
   valLoss?: number;
   learningRate?: number;
+  directionalAccuracy?: number;
+  varianceScore?: number;
   timestamp?: string;
   stage?: string;
   message?: string;

@@ -5,6 +5,7 @@
     AIStocksError                    exit 1   a bug, or something nobody foresaw
     ├── UsageError                   exit 2   the caller asked for something impossible
     │   ├── InvalidSymbolError
+    │   ├── JobMissingError                   no training has that id
     │   └── DeviceError              exit 9   a GPU was asked for and cannot be used
     ├── UpstreamError                exit 3   the price source cannot be reached or answers nonsense
     │   └── UnknownSymbolError                the source answers, and does not know the symbol
@@ -25,6 +26,11 @@ with 130, as shells have it; both raise nothing of this tree.
 A message says what is wrong, which value came, and what to do. HTTP statuses are mapped in ``service.api``.
 """
 
+import re
+
+# Absolute paths of the server; routes of the API stay readable.
+_PATH = re.compile(r"(?<![\w:/.])/(?!api/)(?:[^/\s'\"`]+/)+([^/\s'\"`]*)")
+
 
 class AIStocksError(Exception):
     """Root of the tree; carries the exit code of a command line."""
@@ -40,6 +46,10 @@ class UsageError(AIStocksError):
 
 class InvalidSymbolError(UsageError):
     """Not a symbol that any source could know."""
+
+
+class JobMissingError(UsageError):
+    """No training has that id."""
 
 
 class DeviceError(UsageError):
@@ -110,3 +120,8 @@ class StorageError(AIStocksError):
     """The disk is full, read-only, or not writable."""
 
     exit_code = 8
+
+
+def without_paths(text: str) -> str:
+    """Return what may be shown to a stranger: of an absolute path the last part."""
+    return _PATH.sub(r"\1", text)

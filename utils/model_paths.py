@@ -37,6 +37,7 @@ KEEP_VERSIONS = 5
 # Verifying a version takes seconds; whoever waits longer waits for something that hangs.
 LOCK_WAIT_S = 300.0
 ASIDE, GONE = ".aside-", ".gone-"
+TRAINING_LOCK, TRAINER = ".training.lock", ".training.pid"
 
 T = TypeVar("T")
 
@@ -330,6 +331,49 @@ def saving(models_dir: Path, symbol: str, kind: ArtifactKind) -> Iterator[None]:
             _prune(versions, linked_version(models_dir, symbol, kind).folder)
     finally:
         lock.release()
+
+
+@contextmanager
+def training_lock(models_dir: Path, symbol: str) -> Iterator[None]:
+    """Hold the symbol's training lock, which dies with the process; else `LockedError` names who holds it."""
+    folder = symbol_dir(models_dir, symbol)
+    holder, lock = folder / TRAINER, FileLock(folder / TRAINING_LOCK)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+        holder.write_text(str(os.getpid()))
+    except Timeout as error:
+        who = _read_holder(holder)
+        raise LockedError(f"{symbol} is being trained by process {who}: wait or stop it") from error
+    except OSError as error:
+        raise StorageError(f"cannot write the lock of {symbol}: {error.strerror}") from error
+    with lock:
+        try:
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
+
+
+def training_holder(models_dir: Path, symbol: str) -> str | None:
+    """Return the id of the process that trains ``symbol``; None where nobody does."""
+    folder = symbol_dir(models_dir, symbol)
+    # Trying the lock would get in the way of who is about to take it: not tried unless somebody left a name.
+    if not (folder / TRAINER).exists():
+        return None
+    try:
+        with FileLock(folder / TRAINING_LOCK, timeout=0):
+            return None
+    except Timeout:
+        return _read_holder(folder / TRAINER)
+    except OSError as error:
+        raise StorageError(f"cannot try the lock of {symbol}: {error.strerror}") from error
+
+
+def _read_holder(path: Path) -> str:
+    try:
+        return path.read_text()[:20] or "unknown"
+    except OSError:
+        return "unknown"
 
 
 def _prune(versions: Path, serving: Path) -> None:

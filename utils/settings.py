@@ -5,6 +5,7 @@ Algorithm parameters do not belong here: they are frozen dataclasses beside the 
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -31,6 +32,11 @@ class Settings(BaseSettings):
         ``yahoo``, ``sample`` or ``csv:DIR``.
     models_dir, cache_dir, results_dir, logs_dir
         Where bundles, price caches, backtest results and training logs are kept.
+    database_url
+        Where served forecasts and training jobs are kept, as SQLAlchemy writes it
+        (``postgresql+psycopg://HOST/NAME``); by default a SQLite file beside the models.
+    training_workers, training_hours
+        Trainings that the service runs at a time, and hours after which one is stopped.
     allow_origins
         Origins that browsers may call from, besides the two defaults; a comma list in
         ``PYTHON_API_ALLOW_ORIGINS``.
@@ -60,6 +66,9 @@ class Settings(BaseSettings):
     cache_dir: Path = PROJECT_ROOT / ".cache"
     results_dir: Path = PROJECT_ROOT / "backtest_results"
     logs_dir: Path = PROJECT_ROOT / "training_logs"
+    database_url: str = ""
+    training_workers: Annotated[int, Field(ge=1, le=64)] = 1
+    training_hours: Annotated[float, Field(gt=0, le=720)] = 24.0
     allow_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(), validation_alias="PYTHON_API_ALLOW_ORIGINS"
     )
@@ -85,6 +94,25 @@ class Settings(BaseSettings):
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
+
+    @property
+    def database(self) -> str:
+        """Address of the database."""
+        return self.database_url or f"sqlite:///{self.models_dir.resolve() / 'ai_stocks.sqlite'}"
+
+    def child_environment(self) -> dict[str, str]:
+        """Return the environment in which a command of the project works on the same places."""
+        folders = ("models_dir", "cache_dir", "results_dir", "logs_dir")
+        places = {f"AI_STOCKS_{name.upper()}": str(getattr(self, name).resolve()) for name in folders}
+        paths = (str(PROJECT_ROOT), os.environ.get("PYTHONPATH", ""))
+        return {
+            **os.environ,
+            **places,
+            "AI_STOCKS_SOURCE": self.source,
+            "AI_STOCKS_LOG_LEVEL": self.log_level,
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "PYTHONUNBUFFERED": "1",
+        }
 
     @property
     def origins(self) -> tuple[str, ...]:

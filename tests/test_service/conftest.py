@@ -18,6 +18,7 @@ from inference.load_gbm_models import SCHEMA_VERSION, GBMBundle
 from service.api import Services, create_api
 from service.model_registry import ModelRegistry, ServedModel, model_meta
 from service.prediction_service import PredictionService
+from service.training_service import TrainingService
 from utils.errors import ModelMissingError, UnknownSymbolError
 
 HORIZON = 5
@@ -167,11 +168,26 @@ def starts() -> list[str]:
 
 
 @pytest.fixture
-def api(registry: FakeRegistry, predictions: PredictionService, starts: list[str]) -> FastAPI:
+def training(tmp_path_factory: pytest.TempPathFactory) -> TrainingService:
+    """A service of trainings that has nothing to run."""
+    folder = tmp_path_factory.mktemp("no-trainings") / "models"
+    return TrainingService(
+        models_dir=folder,
+        database_url=f"sqlite:///{folder / 'jobs.sqlite'}",
+        command=lambda params, events: ["false"],
+        environment={},
+    )
+
+
+@pytest.fixture
+def api(
+    registry: FakeRegistry, predictions: PredictionService, training: TrainingService, starts: list[str]
+) -> FastAPI:
     return create_api(
         Services(
             registry=registry,
             predictions=predictions,
+            training=training,
             source_name="fake",
             origins=("http://localhost:3000", "http://127.0.0.1:3000"),
             on_start=lambda: starts.append("started"),

@@ -22,6 +22,7 @@ from service.api import NOT_SERVED, STATUS_OF, Services, create_api
 from service.edge import LINGER_BYTES, EdgeRules
 from service.prediction_service import PredictionService
 from service.schemas import PredictionResult
+from service.training_service import TrainingService
 from tests.test_service.conftest import FakeRegistry, FakeSource, served
 from utils import errors
 
@@ -215,12 +216,17 @@ def test_fault_1_hostile_symbols_in_the_path(client: TestClient, source: FakeSou
         ("005930.KS", "005930.KS"),
     ],
 )
-def test_fault_1_real_symbols_pass(symbol: str, normalised: str) -> None:
+def test_fault_1_real_symbols_pass(training: TrainingService, symbol: str, normalised: str) -> None:
     registry = FakeRegistry(served(normalised))
     service = PredictionService(registry=registry, source=FakeSource({}), cache=None)
     api = create_api(
         Services(
-            registry=registry, predictions=service, source_name="fake", origins=(), on_start=lambda: None
+            registry=registry,
+            predictions=service,
+            training=training,
+            source_name="fake",
+            origins=(),
+            on_start=lambda: None,
         )
     )
     detail = check_problem(TestClient(api).post("/api/predict", json={"symbol": symbol}), 404)
@@ -377,6 +383,7 @@ ERRORS = [
     (errors.UsageError, 422),
     (errors.InvalidSymbolError, 422),
     (errors.DeviceError, 422),
+    (errors.JobMissingError, 404),
     (errors.UpstreamError, 503),
     (errors.UnknownSymbolError, 404),
     (errors.DataError, 422),
