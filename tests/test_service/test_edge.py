@@ -36,6 +36,7 @@ from service.edge import (
     client_of,
 )
 from service.prediction_service import PredictionService
+from service.training_service import TrainingService
 from tests.test_service.conftest import FakeRegistry, FakeSource
 from tests.test_service.test_api import check_problem
 from utils.settings import JsonFormatter
@@ -45,11 +46,12 @@ Build = Callable[..., TestClient]
 
 
 @pytest.fixture
-def build(registry: FakeRegistry, source: FakeSource) -> Iterator[Build]:
+def build(registry: FakeRegistry, source: FakeSource, training: TrainingService) -> Iterator[Build]:
     """Return a maker of clients of a service with rules of its own."""
     services = Services(
         registry=registry,
         predictions=PredictionService(registry=registry, source=source, cache=None),
+        training=training,
         source_name="fake",
         origins=("http://localhost:3000",),
         on_start=lambda: None,
