@@ -22,6 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from data.schema import normalise_symbol
+from service.edge import OverloadError
 from service.schemas import (
     JobStatus,
     ModelType,
@@ -218,8 +219,9 @@ class TrainingService:
         InvalidSymbolError, StorageError
             If the symbol makes no sense, or the database cannot be written.
         ConflictError
-            If the symbol is being trained or queued, a model is there and is not to be replaced, or too many
-            jobs are waiting.
+            If the symbol is being trained or queued, or a model is there and is not to be replaced.
+        OverloadError
+            If too many jobs are waiting.
         """
         symbol = normalise_symbol(params.symbol)
         params = params.model_copy(update={"symbol": symbol})
@@ -230,7 +232,7 @@ class TrainingService:
                 f"{symbol} has a model ({artifact}) already: send overwrite to train it anew"
             )
         if len(self._store.jobs(status="queued")) >= MAX_QUEUED:
-            raise ConflictError(f"{MAX_QUEUED} trainings are waiting: try again when some are done")
+            raise OverloadError(f"{MAX_QUEUED} trainings are waiting: try again when some are done")
         state = TrainingJob(
             id=uuid.uuid4().hex,
             symbol=symbol,
@@ -387,24 +389,28 @@ class TrainingService:
                 return
 
     def _train(self, params: TrainingParams, told: Told) -> None:
-        """Run one job to its end, whatever that is."""
-        before = self._artifact(params)
+        """Run one job and write down how it ended, whatever that is."""
         end: tuple[JobStatus, str] = "failed", "something broke in the service: its log says what"
+        try:
+            end = self._end_of(params, told)
+        finally:
+            self._finish(told.state, *end, told.events())
+
+    def _end_of(self, params: TrainingParams, told: Told) -> tuple[JobStatus, str]:
+        before = self._artifact(params)
         try:
             process = TrainerProcess(lambda events: self._command(params, events), self._environment)
         except OSError as error:
-            self._finish(told.state, "failed", f"the trainer cannot be started ({error.strerror})")
-            return
+            return "failed", f"the trainer cannot be started ({error.strerror})"
         try:
             reason = self._attend(process, params, told)
             process.end()
             for kind, line in process.rest():
                 told.take(kind, line)
             saved = reason == CANCELLED and self._artifact(params) != before
-            end = _outcome(process.returncode, reason, told, saved=saved)
+            return _outcome(process.returncode, reason, told, saved=saved)
         finally:
             process.close()
-            self._finish(told.state, *end, told.events())
 
     def _attend(self, process: TrainerProcess, params: TrainingParams, told: Told) -> str | None:
         """Take down what the trainer tells until it ends (None), or should (why)."""
