@@ -276,7 +276,9 @@ class TrainingService:
             time.sleep(0.05)
         return state
 
-    async def follow(self, job_id: str, after: int = 0) -> AsyncIterator[dict[str, str]]:
+    async def follow(
+        self, job_id: str, after: int = 0, should_end: Callable[[], bool] = lambda: False
+    ) -> AsyncIterator[dict[str, str]]:
         """Yield the events of a job as server-sent events: what was told before and what is told, to the end.
 
         Parameters
@@ -284,33 +286,33 @@ class TrainingService:
         job_id
             Of a job that exists.
         after
-            Number of the last event that the subscriber knows; the last one of all is told again.
+            Number of the last event that the subscriber knows; the last one of all is told again, so that who
+            comes back for more does not come back for ever.
+        should_end
+            Whether to end before the job does.
         """
         state, told_at = await asyncio.to_thread(self.get, job_id), time.monotonic()
-        while True:
-            try:
-                state, found = await asyncio.to_thread(self._news, job_id, after)
-            except StorageError as error:
-                logger.warning("the events of job %s are late: %s", job_id, error)
-                found = []
+        while not should_end():
+            found = await asyncio.to_thread(self._history, job_id, after)
+            if not found and state.status not in ACTIVE:
+                found = [(after, state.status, wire_text(end_of(state, state.error)))]
             for number, kind, text in found:
                 yield {"id": str(number), "data": text}
                 after, told_at = number, time.monotonic()
                 if kind in TERMINAL:
                     return
             if time.monotonic() - told_at >= HEARTBEAT_S:
+                state, told_at = await asyncio.to_thread(self.get, job_id), time.monotonic()
                 yield {"data": wire_text(event_of(state, "heartbeat"))}
-                told_at = time.monotonic()
             if not found:
                 await asyncio.sleep(POLL_S)
 
-    def _news(self, job_id: str, after: int) -> tuple[TrainingJob, Sequence[tuple[int, str, str]]]:
-        state = self.get(job_id)
-        found = self._store.history(job_id, after)
-        if not found and state.status not in ACTIVE:
-            # Who comes back for more after the end is told of the end, so as not to come back again.
-            found = [(after, state.status, wire_text(end_of(state, state.error)))]
-        return state, found
+    def _history(self, job_id: str, after: int) -> Sequence[tuple[int, str, str]]:
+        try:
+            return self._store.history(job_id, after)
+        except StorageError as error:
+            logger.warning("the events of job %s are late: %s", job_id, error)
+            return []
 
     def _job(self, job_id: str) -> StoredJob:
         found = self._store.jobs(job_id=job_id) if _JOB_ID.fullmatch(job_id) else []
