@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import anyio
 from fastapi import APIRouter, FastAPI, Header, Query, Request, Response
 from fastapi import Path as PathParameter
 from fastapi.exceptions import HTTPException, RequestValidationError
@@ -78,6 +79,8 @@ VERSION = "0.1.0"
 # Seconds after which asking again may help.
 RETRY_AFTER_S: Mapping[type[AIStocksError], int] = {UpstreamError: 30, OverloadError: 2}
 ERRORS_IN_DETAIL = 5
+# Longer than a stream of events sleeps.
+STREAM_END_S = 2.0
 
 # The nearest ancestor of an error decides.
 STATUS_OF: Mapping[type[AIStocksError], int] = {
@@ -378,8 +381,14 @@ def _training_routes(training: TrainingService) -> APIRouter:
         """Stream what a training has told and tells, each a `TrainingEvent`, to its end."""
         training.get(job_id)
         known = int(last_event_id) if re.fullmatch(r"[0-9]{1,9}", last_event_id) else 0
+        leaving = anyio.Event()
         # The heartbeat is an event of the contract; comments would come beside it.
-        return EventSourceResponse(training.follow(job_id, known), ping=0)
+        return EventSourceResponse(
+            training.follow(job_id, known, leaving.is_set),
+            ping=0,
+            shutdown_event=leaving,
+            shutdown_grace_period=STREAM_END_S,
+        )
 
     return router
 

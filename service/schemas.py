@@ -544,7 +544,7 @@ class TrainingParams(Wire):
     model_type: ModelType | None = None
     dropout: Fraction | None = None
     learning_rate: Annotated[Number, Field(gt=0, le=1)] | None = None
-    n_trials: Annotated[int, Field(ge=1, le=10_000), WHOLE] | None = None
+    n_trials: Annotated[int, Field(ge=0, le=10_000), WHOLE] | None = None
     max_features: Annotated[int, Field(ge=1, le=1_000), WHOLE] | None = None
     target_horizons: list[Annotated[int, Field(ge=1, le=MAX_HORIZON_BARS), WHOLE]] | None = None
     use_lgb: Flag | None = None

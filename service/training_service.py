@@ -22,6 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from data.schema import normalise_symbol
+from service.edge import OverloadError
 from service.schemas import (
     JobStatus,
     ModelType,
@@ -218,8 +219,9 @@ class TrainingService:
         InvalidSymbolError, StorageError
             If the symbol makes no sense, or the database cannot be written.
         ConflictError
-            If the symbol is being trained or queued, a model is there and is not to be replaced, or too many
-            jobs are waiting.
+            If the symbol is being trained or queued, or a model is there and is not to be replaced.
+        OverloadError
+            If too many jobs are waiting.
         """
         symbol = normalise_symbol(params.symbol)
         params = params.model_copy(update={"symbol": symbol})
@@ -230,7 +232,7 @@ class TrainingService:
                 f"{symbol} has a model ({artifact}) already: send overwrite to train it anew"
             )
         if len(self._store.jobs(status="queued")) >= MAX_QUEUED:
-            raise ConflictError(f"{MAX_QUEUED} trainings are waiting: try again when some are done")
+            raise OverloadError(f"{MAX_QUEUED} trainings are waiting: try again when some are done")
         state = TrainingJob(
             id=uuid.uuid4().hex,
             symbol=symbol,
@@ -274,7 +276,9 @@ class TrainingService:
             time.sleep(0.05)
         return state
 
-    async def follow(self, job_id: str, after: int = 0) -> AsyncIterator[dict[str, str]]:
+    async def follow(
+        self, job_id: str, after: int = 0, should_end: Callable[[], bool] = lambda: False
+    ) -> AsyncIterator[dict[str, str]]:
         """Yield the events of a job as server-sent events: what was told before and what is told, to the end.
 
         Parameters
@@ -282,33 +286,33 @@ class TrainingService:
         job_id
             Of a job that exists.
         after
-            Number of the last event that the subscriber knows; the last one of all is told again.
+            Number of the last event that the subscriber knows; the last one of all is told again, so that who
+            comes back for more does not come back for ever.
+        should_end
+            Whether to end before the job does.
         """
         state, told_at = await asyncio.to_thread(self.get, job_id), time.monotonic()
-        while True:
-            try:
-                state, found = await asyncio.to_thread(self._news, job_id, after)
-            except StorageError as error:
-                logger.warning("the events of job %s are late: %s", job_id, error)
-                found = []
+        while not should_end():
+            found = await asyncio.to_thread(self._history, job_id, after)
+            if not found and state.status not in ACTIVE:
+                found = [(after, state.status, wire_text(end_of(state, state.error)))]
             for number, kind, text in found:
                 yield {"id": str(number), "data": text}
                 after, told_at = number, time.monotonic()
                 if kind in TERMINAL:
                     return
             if time.monotonic() - told_at >= HEARTBEAT_S:
+                state, told_at = await asyncio.to_thread(self.get, job_id), time.monotonic()
                 yield {"data": wire_text(event_of(state, "heartbeat"))}
-                told_at = time.monotonic()
             if not found:
                 await asyncio.sleep(POLL_S)
 
-    def _news(self, job_id: str, after: int) -> tuple[TrainingJob, Sequence[tuple[int, str, str]]]:
-        state = self.get(job_id)
-        found = self._store.history(job_id, after)
-        if not found and state.status not in ACTIVE:
-            # Who comes back for more after the end is told of the end, so as not to come back again.
-            found = [(after, state.status, wire_text(end_of(state, state.error)))]
-        return state, found
+    def _history(self, job_id: str, after: int) -> Sequence[tuple[int, str, str]]:
+        try:
+            return self._store.history(job_id, after)
+        except StorageError as error:
+            logger.warning("the events of job %s are late: %s", job_id, error)
+            return []
 
     def _job(self, job_id: str) -> StoredJob:
         found = self._store.jobs(job_id=job_id) if _JOB_ID.fullmatch(job_id) else []
@@ -387,24 +391,28 @@ class TrainingService:
                 return
 
     def _train(self, params: TrainingParams, told: Told) -> None:
-        """Run one job to its end, whatever that is."""
-        before = self._artifact(params)
+        """Run one job and write down how it ended, whatever that is."""
         end: tuple[JobStatus, str] = "failed", "something broke in the service: its log says what"
+        try:
+            end = self._end_of(params, told)
+        finally:
+            self._finish(told.state, *end, told.events())
+
+    def _end_of(self, params: TrainingParams, told: Told) -> tuple[JobStatus, str]:
+        before = self._artifact(params)
         try:
             process = TrainerProcess(lambda events: self._command(params, events), self._environment)
         except OSError as error:
-            self._finish(told.state, "failed", f"the trainer cannot be started ({error.strerror})")
-            return
+            return "failed", f"the trainer cannot be started ({error.strerror})"
         try:
             reason = self._attend(process, params, told)
             process.end()
             for kind, line in process.rest():
                 told.take(kind, line)
             saved = reason == CANCELLED and self._artifact(params) != before
-            end = _outcome(process.returncode, reason, told, saved=saved)
+            return _outcome(process.returncode, reason, told, saved=saved)
         finally:
             process.close()
-            self._finish(told.state, *end, told.events())
 
     def _attend(self, process: TrainerProcess, params: TrainingParams, told: Told) -> str | None:
         """Take down what the trainer tells until it ends (None), or should (why)."""

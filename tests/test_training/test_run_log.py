@@ -1,6 +1,8 @@
 """The log of a run: its sections, its one word, and that it never stands in the way."""
 
+import json
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from html import unescape
@@ -15,7 +17,7 @@ from training.gbm_search import SearchConfig
 from training.recipe import RecipeConfig, TrainerConfig
 from training.run_log import SECTIONS, RunLog, fold_lines, logged_run, publish_report, show, status_of
 from training.trainer import GBMTrainer, Trained
-from utils.errors import DataError, GateRefusedError
+from utils.errors import DataError, GateRefusedError, UsageError
 
 CONFIG = {"horizon_bars": 1, "recipe": {"seed": 7, "search": {"models": ("xgb",)}}}
 
@@ -174,3 +176,40 @@ def test_the_report_shows_what_a_sceptic_asks_for(tmp_path, trained):
     assert trained.bundle.metadata["device_reason"] in page
     top = max(trained.bundle.importance, key=lambda name: trained.bundle.importance[name])
     assert top in page
+
+
+def test_a_program_hears_of_the_run_in_the_names_of_the_wire(tmp_path):
+    path = tmp_path / "events"
+    with run_log.event_lines(str(path)) as tell:
+        tell({"type": "stage", "stage": "features", "progress": 0.25})
+        tell({"type": "fold", "number": 3, "ic": 0.0123456, "sharpe": None})
+        tell({"type": "epoch", "epoch": 1, "total_epochs": 9, "train_loss": 0.5, "val_loss": float("nan")})
+        tell(run_log.ending({"symbol": "TEST", "verdict": "no-edge"}))
+        tell(run_log.ending(run_log.refused("TEST", DataError("too few"))))
+    events = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [e["type"] for e in events] == ["started", "stage", "log", "epoch", "completed", "failed"]
+    assert [e["progress"] for e in events] == [0.0, 0.25, 0.25, 0.25, 1.0, 1.0]
+    assert {e["status"] for e in events[:4]} == {"running"}
+    assert all(e["timestamp"] for e in events)
+    assert events[2]["message"] == "fold: number 3, ic 0.01235"
+    assert (events[3]["totalEpochs"], events[3]["trainLoss"]) == (9, 0.5)
+    assert "valLoss" not in events[3], "NaN is no JSON"
+    assert (events[4]["message"], events[5]["message"]) == ("TEST: no-edge", "too few")
+
+
+def test_where_nobody_wants_events_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with run_log.event_lines(None) as tell:
+        tell({"type": "stage", "stage": "features", "progress": 0.25})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_for_events_that_cannot_be_written_is_a_usage_error(tmp_path):
+    with pytest.raises(UsageError, match="cannot be written"), run_log.event_lines(str(tmp_path)):
+        pass
+
+
+def test_a_pipe_that_nobody_reads_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="cannot be written"), run_log.event_lines(str(tmp_path / "pipe")):
+        pass

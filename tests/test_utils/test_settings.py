@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import sys
 from pathlib import Path
@@ -135,3 +136,22 @@ def test_a_line_of_json_carries_the_fields_and_what_failed():
     assert said["message"] == f"got {HOSTILE}"
     assert "ValueError" in said["error"]
     json.loads(JsonFormatter().format(record_of("\ud800 %s", object())))
+
+
+def test_a_command_of_the_project_works_on_the_same_places(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SOMETHING_ELSE", "stays")
+    settings = Settings(models_dir=Path("models"), source="sample", log_level="ERROR")
+    for name, value in settings.child_environment().items():
+        monkeypatch.setenv(name, value)
+    again = Settings()
+    assert again.models_dir == tmp_path / "models"
+    assert (again.source, again.log_level) == ("sample", "ERROR")
+    assert again.database == settings.database == f"sqlite:///{tmp_path / 'models' / 'ai_stocks.sqlite'}"
+    assert settings.child_environment()["SOMETHING_ELSE"] == "stays"
+    assert str(PROJECT_ROOT) in settings.child_environment()["PYTHONPATH"].split(os.pathsep)
+
+
+def test_the_database_may_be_named(monkeypatch):
+    monkeypatch.setenv("AI_STOCKS_DATABASE_URL", "postgresql+psycopg://host/name")
+    assert Settings().database == "postgresql+psycopg://host/name"
