@@ -298,12 +298,6 @@ def header(scope: Scope, name: bytes) -> bytes:
     return b""
 
 
-def request_id_of(scope: Scope) -> str:
-    """Return the caller's request id where it is harmless, else a new one."""
-    given = header(scope, b"x-request-id")
-    return given.decode() if _REQUEST_ID.fullmatch(given) else os.urandom(16).hex()
-
-
 def announced_bytes(scope: Scope) -> int:
     """Return the announced size of the body, 0 where there is none."""
     text = header(scope, b"content-length")
@@ -315,8 +309,8 @@ class Observer:
 
     Parameters
     ----------
-    app, metrics, stopping
-        What answers, where that is counted, and whether callers are to leave.
+    stopping
+        Whether callers are to leave.
     static_paths
         Paths without parameters, which are templates also where a request got no further than the guard.
     """
@@ -339,7 +333,8 @@ class Observer:
             await self._app(scope, receive, send)
             return
         began = time.perf_counter()
-        request_id = request_id_of(scope)
+        given = header(scope, b"x-request-id")
+        request_id = given.decode() if _REQUEST_ID.fullmatch(given) else os.urandom(16).hex()
         scope.setdefault("state", {})["request_id"] = request_id
         status, answered = CLIENT_LEFT, 0.0
 
