@@ -34,7 +34,7 @@ def operations(schema: BaseSchema) -> list[APIOperation]:
 
 
 def without_python_names(value: object) -> object:
-    """Drop fields in snake case: the models read their Python names too, and the contract says nothing of it."""
+    """Drop fields in snake case: the models read their Python names too, which no contract says."""
     if isinstance(value, list):
         return [without_python_names(one) for one in value]
     if isinstance(value, dict):
