@@ -112,7 +112,10 @@ def create_app(settings: Settings, listening: socket.socket | None = None) -> Ap
                 deadline_s=settings.deadline_s,
                 api_keys=tuple(key.get_secret_value() for key in settings.api_keys),
             ),
-            gauges={"models_loaded": ("Models in memory", registry.loaded_count)},
+            gauges={
+                "models_loaded": ("Models in memory", registry.loaded_count),
+                "training_queue": ("Trainings that wait for a worker", training.waiting),
+            },
         )
     )
 

@@ -125,7 +125,7 @@ NOT_SERVED: Sequence[tuple[str, str, str]] = (
 )
 
 
-SymbolInPath = Annotated[str, PathParameter(json_schema_extra={"pattern": SYMBOL_PATTERN})]
+SymbolInPath = Annotated[str, PathParameter(json_schema_extra={"pattern": SYMBOL_PATTERN, "maxLength": 64})]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ nobody caught into a problem (RFC 9457). `WorkPool` is where routes compute.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import http
@@ -20,6 +21,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
@@ -121,10 +123,8 @@ class WorkPool:
     """
 
     def __init__(self, *, threads: int, queue: int, deadline_s: float) -> None:
-        self._threads = threads
+        self._threads, self._most, self._deadline_s = threads, threads + queue, deadline_s
         self._executor: ThreadPoolExecutor | None = None
-        self._most = threads + queue
-        self._deadline_s = deadline_s
         self._guard = threading.Lock()
         self.pending = 0
 
@@ -242,7 +242,7 @@ class Metrics:
         self._known: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         ours = {"http_in_flight": ("Requests that are being answered", lambda: float(self.in_flight))}
         for name, (says, ask) in {**ours, **gauges}.items():
-            Gauge(f"ai_stocks_{name}", says, registry=self.registry).set_function(ask)
+            Gauge(f"ai_stocks_{name}", says, registry=self.registry).set_function(partial(_or_nan, ask))
 
     def record(self, method: str, route: str, status: int, seconds: float) -> None:
         """Count one answer; ``route`` is a template, so that the number of series is bounded."""
@@ -256,6 +256,14 @@ class Metrics:
     def text(self) -> bytes:
         """Return all figures in Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+def _or_nan(ask: Callable[[], float]) -> float:
+    # One figure that cannot be had, of a locked database say, hides no other.
+    try:
+        return ask()
+    except AIStocksError:
+        return math.nan
 
 
 def problem_bytes(scope: Scope, status: int, detail: str) -> bytes:
@@ -290,12 +298,6 @@ def header(scope: Scope, name: bytes) -> bytes:
     return b""
 
 
-def request_id_of(scope: Scope) -> str:
-    """Return the caller's request id where it is harmless, else a new one."""
-    given = header(scope, b"x-request-id")
-    return given.decode() if _REQUEST_ID.fullmatch(given) else os.urandom(16).hex()
-
-
 def announced_bytes(scope: Scope) -> int:
     """Return the announced size of the body, 0 where there is none."""
     text = header(scope, b"content-length")
@@ -307,8 +309,8 @@ class Observer:
 
     Parameters
     ----------
-    app, metrics, stopping
-        What answers, where that is counted, and whether callers are to leave.
+    stopping
+        Whether callers are to leave.
     static_paths
         Paths without parameters, which are templates also where a request got no further than the guard.
     """
@@ -331,7 +333,8 @@ class Observer:
             await self._app(scope, receive, send)
             return
         began = time.perf_counter()
-        request_id = request_id_of(scope)
+        given = header(scope, b"x-request-id")
+        request_id = given.decode() if _REQUEST_ID.fullmatch(given) else os.urandom(16).hex()
         scope.setdefault("state", {})["request_id"] = request_id
         status, answered = CLIENT_LEFT, 0.0
 
@@ -426,15 +429,12 @@ class Guard:
             if wait_s:
                 detail = f"more than {rules.rate_per_s:g} requests a second: slow down"
                 return Refusal(429, detail, {"Retry-After": str(math.ceil(wait_s))})
-        status = key_refusal(scope, self._keys) if _writes(scope["method"], path) else 0
+        writes = scope["method"] not in SAFE_METHODS and path not in READING_POSTS
+        status = key_refusal(scope, self._keys) if writes else 0
         if status:
             return Refusal(status, KEY_WANTED[status], CHALLENGE if status == 401 else {})
         most = rules.most_bytes(path)
         return _too_large(most) if announced_bytes(scope) > most else None
-
-
-def _writes(method: str, path: str) -> bool:
-    return method not in SAFE_METHODS and path not in READING_POSTS
 
 
 def _too_large(most: int) -> Refusal:
@@ -490,11 +490,9 @@ class _Exchange:
 
     async def _discard(self) -> None:
         left, ended = LINGER_BYTES, self._body_ended
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LINGER_S):
                 while left > 0 and not ended:
                     message = await self._receive()
                     left -= len(message.get("body", b""))
                     ended = not message.get("more_body", False)
-        except TimeoutError:
-            logger.debug("a refused body did not end within %g s", LINGER_S)

@@ -536,7 +536,7 @@ class TrainingParams(Wire):
     batch_size: Annotated[int, Field(ge=1, le=65_536), WHOLE] = 32
     loss: Loss = "huber"
     sequence_length: Annotated[int, Field(ge=1, le=1_000), WHOLE] = 60
-    feature_toggles: dict[str, Flag] = Field(default_factory=dict)
+    feature_toggles: dict[str, Flag] = {}
     ensemble_size: Annotated[int, Field(ge=1, le=100), WHOLE] = 1
     base_seed: Annotated[int, Field(ge=0, le=2**31 - 1), WHOLE] = 42
     overwrite_existing: Flag | None = None

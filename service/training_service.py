@@ -252,6 +252,10 @@ class TrainingService:
         """Return all jobs that are remembered, newest first."""
         return [job.state for job in reversed(self._store.jobs())]
 
+    def waiting(self) -> int:
+        """Return how many jobs wait for a worker."""
+        return len(self._store.jobs(status="queued"))
+
     def get(self, job_id: str) -> TrainingJob:
         """Return one job, or raise `JobMissingError`."""
         return self._job(job_id).state

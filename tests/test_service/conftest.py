@@ -180,19 +180,22 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> TrainingService:
 
 
 @pytest.fixture
-def api(
+def services(
     registry: FakeRegistry, predictions: PredictionService, training: TrainingService, starts: list[str]
-) -> FastAPI:
-    return create_api(
-        Services(
-            registry=registry,
-            predictions=predictions,
-            training=training,
-            source_name="fake",
-            origins=("http://localhost:3000", "http://127.0.0.1:3000"),
-            on_start=lambda: starts.append("started"),
-        )
+) -> Services:
+    return Services(
+        registry=registry,
+        predictions=predictions,
+        training=training,
+        source_name="fake",
+        origins=("http://localhost:3000", "http://127.0.0.1:3000"),
+        on_start=lambda: starts.append("started"),
     )
+
+
+@pytest.fixture
+def api(services: Services) -> FastAPI:
+    return create_api(services)
 
 
 @pytest.fixture

@@ -1,13 +1,18 @@
 """The composition root: nothing at import, everything at start."""
 
 import asyncio
+import contextlib
 import gc
+import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -95,7 +100,8 @@ def test_the_lazy_application_is_built_once() -> None:
 
 def test_defaults_of_the_command_line() -> None:
     args = app.build_parser().parse_args([])
-    assert (args.host, args.port, args.source) == ("127.0.0.1", 8000, None)
+    assert (args.host, args.port, args.workers) == ("127.0.0.1", 8000, 1)
+    assert (args.source, args.models_dir) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +110,7 @@ def test_defaults_of_the_command_line() -> None:
         ["--source", "nonsense"],
         ["--host", "no.such.host.invalid", "--source", "sample"],
         ["--port", "70000", "--source", "sample"],
+        ["--workers", "0", "--source", "sample"],
     ],
 )
 def test_usage_errors_exit_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,36 +120,180 @@ def test_usage_errors_exit_2(argv: list[str], capsys: pytest.CaptureFixture[str]
     assert said.err.strip()
 
 
-@pytest.mark.parametrize("command", [["app.py", "--port"], ["-m", "uvicorn", "app:app", "--port"]])
-def test_a_real_server_starts_answers_and_ends_on_sigterm(tmp_path: Path, command: list[str]) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {
-        **os.environ,
-        "AI_STOCKS_SOURCE": "sample",
-        "AI_STOCKS_MODELS_DIR": str(tmp_path / "models"),
-        "AI_STOCKS_CACHE_DIR": str(tmp_path / "cache"),
-    }
-    server = subprocess.Popen(
-        [sys.executable, *command, str(port)],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        answer = _ask(server, port, deadline=time.monotonic() + 60)
-        assert answer.startswith("HTTP/1.1 404")
-        assert "python -m training.train_gbm AAPL" in answer
-    finally:
-        server.terminate()
-        out, err = server.communicate(timeout=30)
+def ask(port: int, path: str, body: bytes = b"") -> bytes:
+    """Return a whole answer over a connection of its own."""
+    method = b"POST" if body else b"GET"
+    request = (
+        b"%s %s HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
+    ) % (method, path.encode(), len(body), body)
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.sendall(request)
+        return b"".join(iter(lambda: connection.recv(65_536), b""))
+
+
+def status_of(answer: bytes) -> int:
+    """Return the status of a whole answer, 0 of one that was cut off."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    sizes = [line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")]
+    if not sizes or int(sizes[0].partition(b":")[2]) != len(body):
+        return 0
+    return int(head.split()[1])
+
+
+Start = Callable[..., tuple[subprocess.Popen[str], int]]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Return a function that starts a server on a free port."""
+    running: list[subprocess.Popen[str]] = []
+
+    def started(*command: str, **changes: str) -> tuple[subprocess.Popen[str], int]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        environment = {
+            **os.environ,
+            "AI_STOCKS_SOURCE": "sample",
+            "AI_STOCKS_MODELS_DIR": str(tmp_path / "models"),
+            "AI_STOCKS_CACHE_DIR": str(tmp_path / "cache"),
+            "AI_STOCKS_DRAIN_S": "0.5",
+            **{f"AI_STOCKS_{name}": value for name, value in changes.items()},
+        }
+        server = subprocess.Popen(
+            [sys.executable, *(command or ("app.py",)), "--port", str(port)],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        running.append(server)
+        return server, port
+
+    yield started
+    for server in running:
+        if server.poll() is None:
+            server.kill()
+        server.communicate()
+
+
+def wait_until_ready(server: subprocess.Popen[str], port: int) -> None:
+    until = time.monotonic() + 60
+    while True:
+        assert server.poll() is None, "the server has ended"
+        assert time.monotonic() < until, "the server does not start"
+        with contextlib.suppress(OSError):
+            if status_of(ask(port, "/api/health/ready")) == 200:
+                return
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("command", [["app.py"], ["-m", "uvicorn", "app:app"], ["app.py", "--workers", "2"]])
+def test_a_real_server_starts_answers_and_ends_on_sigterm(start: Start, command: list[str]) -> None:
+    server, port = start(*command)
+    wait_until_ready(server, port)
+    answer = ask(port, "/api/predict", b'{"symbol": "AAPL"}')
+    assert status_of(answer) == 404
+    assert b"python -m training.train_gbm AAPL" in answer
+    server.terminate()
+    out, err = server.communicate(timeout=30)
     assert "Traceback" not in err
     if command[0] == "app.py":
         assert server.returncode == 0, err
         assert out == "", "logs belong to stderr"
+
+
+def test_fault_28_sigterm_under_load_loses_no_request(start: Start) -> None:
+    server, port = start(RATE_PER_S="0", LOG_LEVEL="WARNING")
+    wait_until_ready(server, port)
+    outcomes: Counter[object] = Counter()
+    ended = threading.Event()
+
+    def keep_asking() -> None:
+        while not ended.is_set():
+            try:
+                outcomes[status_of(ask(port, "/api/historical/AAPL?days=3000"))] += 1
+            except ConnectionRefusedError:
+                # Nobody listens any more, and says so: the request was never taken.
+                return
+            except OSError as error:
+                outcomes[repr(error)] += 1
+
+    callers = [threading.Thread(target=keep_asking) for _ in range(60)]
+    for caller in callers:
+        caller.start()
+    time.sleep(0.5)
+    server.terminate()
+    ready = status_of(ask(port, "/api/health/ready"))
+    code = server.wait(30)
+    ended.set()
+    for caller in callers:
+        caller.join()
+    assert code == 0
+    assert ready == 503
+    assert set(outcomes) == {200}, outcomes
+    assert outcomes[200] >= 60
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_before_the_start_is_done_says_so(start: Start, number: int, code: int) -> None:
+    server, port = start()
+    until = time.monotonic() + 30
+    # The socket listens before the models' libraries are loaded.
+    while time.monotonic() < until:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            break
+        time.sleep(0.005)
+    server.send_signal(number)
+    _, err = server.communicate(timeout=30)
+    assert server.returncode == code, err
+    assert "Traceback" not in err
+
+
+def test_ctrl_c_ends_a_running_server_in_order(start: Start) -> None:
+    server, port = start()
+    wait_until_ready(server, port)
+    server.send_signal(signal.SIGINT)
+    _, err = server.communicate(timeout=30)
+    assert server.returncode == 0, err
+    assert "Traceback" not in err
+
+
+def test_logs_are_json_where_wanted(start: Start) -> None:
+    server, port = start(LOG_FORMAT="json")
+    wait_until_ready(server, port)
+    ask(port, "/api/historical/%0Aforged")
+    server.terminate()
+    _, err = server.communicate(timeout=30)
+    lines = [json.loads(line) for line in err.splitlines()]
+    (line,) = [line for line in lines if line.get("route") == "/api/historical/{symbol}"]
+    assert (line["status"], line["level"], line["logger"]) == (422, "INFO", "service.edge")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux filters what arrives at a socket")
+def test_who_is_in_the_queue_is_let_in_and_nobody_else() -> None:
+    with app.listen("127.0.0.1", 0) as listening:
+        address = listening.getsockname()
+        with socket.create_connection(address, timeout=1) as early:
+            app.refuse_new_connections(listening)
+            with pytest.raises(TimeoutError):
+                socket.create_connection(address, timeout=0.2)
+            accepted, _ = listening.accept()
+            with accepted:
+                early.sendall(b"x")
+                assert accepted.recv(1) == b"x"
+
+
+def test_a_second_signal_does_not_wait() -> None:
+    ends: list[str] = []
+    drain = app.Drain(60.0, None)
+    drain._end = lambda: ends.append("ended")
+    drain.on_signal(signal.SIGTERM, None)
+    assert (drain.should_exit, ends) == (True, [])
+    drain.on_signal(signal.SIGTERM, None)
+    assert ends == ["ended"]
 
 
 def test_a_taken_port_is_a_usage_error(tmp_path: Path) -> None:
@@ -151,20 +302,3 @@ def test_a_taken_port_is_a_usage_error(tmp_path: Path) -> None:
         pytest.raises(UsageError, match="choose another --host or --port"),
     ):
         app.listen("127.0.0.1", taken.getsockname()[1])
-
-
-def _ask(server: subprocess.Popen[str], port: int, *, deadline: float) -> str:
-    body = b'{"symbol": "AAPL"}'
-    request = (
-        b"POST /api/predict HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
-        b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
-    )
-    while True:
-        try:
-            with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
-                connection.sendall(request)
-                return b"".join(iter(lambda: connection.recv(65_536), b"")).decode()
-        except ConnectionRefusedError:
-            assert server.poll() is None, "the server has ended"
-            assert time.monotonic() < deadline, "the server does not start"
-            time.sleep(0.1)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import math
 import re
 import threading
 import time
@@ -35,10 +36,9 @@ from service.edge import (
     WorkPool,
     client_of,
 )
-from service.prediction_service import PredictionService
-from service.training_service import TrainingService
-from tests.test_service.conftest import FakeRegistry, FakeSource
+from tests.test_service.conftest import FakeSource
 from tests.test_service.test_api import check_problem
+from utils.errors import StorageError
 from utils.settings import JsonFormatter
 
 KEY, OTHER_KEY = "a-key-of-sixteen-or-more", "another-key-of-sixteen"
@@ -46,16 +46,8 @@ Build = Callable[..., TestClient]
 
 
 @pytest.fixture
-def build(registry: FakeRegistry, source: FakeSource, training: TrainingService) -> Iterator[Build]:
+def build(services: Services) -> Iterator[Build]:
     """Return a maker of clients of a service with rules of its own."""
-    services = Services(
-        registry=registry,
-        predictions=PredictionService(registry=registry, source=source, cache=None),
-        training=training,
-        source_name="fake",
-        origins=("http://localhost:3000",),
-        on_start=lambda: None,
-    )
     clients = []
 
     def make(*, rules: EdgeRules | None = None, **changes: object) -> TestClient:
@@ -396,6 +388,15 @@ def test_metrics_count_by_template_and_never_by_path(build: Build) -> None:
     text = client.get("/metrics").text
     for raw in ("AAPL", "wp-admin", ".env", "aaa", "BREW"):
         assert raw not in text
+
+
+def test_a_figure_that_cannot_be_had_hides_no_other(build: Build) -> None:
+    def locked() -> float:
+        raise StorageError("the database is locked: try again")
+
+    found = samples(build(gauges={"training_queue": ("Jobs that wait", locked)}))
+    assert math.isnan(found["ai_stocks_training_queue", ()])
+    assert found["ai_stocks_work_pending", ()] == 0.0
 
 
 def test_a_refused_request_is_counted_under_its_route(build: Build) -> None:
