@@ -402,12 +402,14 @@ def event_lines(path: str | None) -> Iterator[OnEvent]:
         yield lambda _event: None
         return
     try:
-        stream = Path(path).open("w", encoding="utf-8", buffering=1)  # noqa: SIM115  closed below
+        # A pipe that nobody reads any more would be waited for without end.
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK, 0o644)
     except OSError as error:
         raise UsageError(f"--events {path}: cannot be written ({error.strerror})") from error
-    with stream:
-        if stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode):
-            threading.Thread(target=_end_with_listener, args=(stream.fileno(),), daemon=True).start()
+    os.set_blocking(descriptor, True)
+    with os.fdopen(descriptor, "w", encoding="utf-8", buffering=1) as stream:
+        if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+            threading.Thread(target=_end_with_listener, args=(descriptor,), daemon=True).start()
         tell = _line_writer(stream)
         tell({"type": "started"})
         yield tell
