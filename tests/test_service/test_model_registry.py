@@ -539,8 +539,8 @@ def test_versions_and_rollback(registry: ModelRegistry, save_version: Save) -> N
     assert "xgb_model" in str(found["v2"].damage)
     assert (found["v1"].trained_through, found["v1"].verdict) == ("2001-01-01", "no-edge")
     registry.get("AAPL")
-    assert registry.roll_back("AAPL-gbm").model_version == "v2"
     (broken / "xgb_model.joblib").write_bytes(b"junk")
+    assert registry.roll_back("AAPL-gbm").model_version == "v2"
     assert registry.get("AAPL").bundle.model_version == "v2"
     assert registry.roll_back("AAPL-gbm").model_version == "v1"
     with pytest.raises(ModelMissingError, match="no version before"):
