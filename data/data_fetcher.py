@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from functools import cached_property
 from pathlib import Path
@@ -215,6 +215,35 @@ def last_due(symbol: str, source_name: str, now: datetime) -> pd.Timestamp:
     """Return the last session that had closed by ``now`` and that the source could know."""
     last_closed = calendar_for(symbol).last_closed_session(now)
     return min(last_closed, SampleSource.ENDS) if source_name == SampleSource.name else last_closed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """Bars in memory.
+
+    Attributes
+    ----------
+    bars
+        The bars.
+    content
+        Hash of their frame, and whether they are stale: what an answer depends on.
+    due
+        From when on there may be newer ones, UTC.
+    tries
+        How often in a row there were none.
+    """
+
+    bars: Bars
+    content: tuple[str, bool]
+    due: datetime
+    tries: int = 0
+
+    def at(self, now: datetime, *, failed: bool = False) -> "Held":
+        """Return these bars as of ``now``: stale if a session has closed since, or after a failure."""
+        where = self.bars.provenance
+        late = where.last_session < last_due(self.bars.symbol, where.source, now)
+        bars = replace(self.bars, provenance=replace(where, stale=late or failed or where.stale))
+        return replace(self, bars=bars, content=(self.content[0], bars.provenance.stale))
 
 
 def make_source(spec: str, *, cache_dir: Path | None = None) -> BarSource:

@@ -63,16 +63,14 @@ class FeatureSpec:
     source: str
 
 
-def _registry() -> tuple[FeatureSpec, ...]:
-    text = Path(__file__).with_name("features.toml").read_text(encoding="utf-8")
-    return tuple(
-        FeatureSpec(name=n, family=family["name"], formula=f, warmup_bars=w, lower=low, upper=high, source=of)
-        for family in tomllib.loads(text)["family"]
-        for n, f, w, low, high, of in family["rows"]
-    )
-
-
-_REGISTRY = _registry()
+_TABLES = tomllib.loads(Path(__file__).with_name("features.toml").read_text(encoding="utf-8"))
+_REGISTRY = tuple(
+    FeatureSpec(name=n, family=family["name"], formula=f, warmup_bars=w, lower=low, upper=high, source=of)
+    for family in _TABLES["family"]
+    for n, f, w, low, high, of in family["rows"]
+)
+# What a feature is called where people read it.
+FEATURE_WORDS: dict[str, str] = _TABLES["words"]
 CROSS_ASSET: tuple[FeatureSpec, ...] = tuple(spec for spec in _REGISTRY if spec.family == "cross_asset")
 MARKET_CONTEXT: tuple[FeatureSpec, ...] = tuple(spec for spec in _REGISTRY if spec.family == "market_context")
 FEATURES: tuple[FeatureSpec, ...] = tuple(

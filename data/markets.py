@@ -136,6 +136,14 @@ class SessionCalendar:
         UsageError
             If ``now`` has no zone, or lies outside the calendar.
         """
+        return pd.Timestamp(self._days[self._last_closed(now)]).as_unit("us")
+
+    def next_close(self, now: datetime) -> datetime:
+        """Return when the next session closes after ``now``, UTC; raises as `last_closed_session` does."""
+        close: datetime = self._closes[self._last_closed(now) + 1].astype("datetime64[s]").item()
+        return close.replace(tzinfo=UTC)
+
+    def _last_closed(self, now: datetime) -> int:
         if now.tzinfo is None:
             raise UsageError(f"the moment {now.isoformat()} has no time zone: give UTC")
         moment = np.datetime64(now.astimezone(UTC).replace(tzinfo=None), "s")
@@ -144,7 +152,7 @@ class SessionCalendar:
             raise UsageError(
                 f"calendar {self.name} knows {self._days[0]} to {self._days[-1]}, not {now:%Y-%m-%d}"
             )
-        return pd.Timestamp(self._days[position]).as_unit("us")
+        return position
 
     def sessions_between(self, a: pd.Timestamp, b: pd.Timestamp) -> int:
         """Count the sessions after ``a`` up to and with ``b``: how many steps from one bar to the other.

@@ -23,6 +23,7 @@ Booster = xgboost.Booster | lightgbm.Booster | Any
 MODEL_NAMES = ("xgb", "lgb")
 # Fewer independent rows than this say nothing about a slope.
 MIN_INDEPENDENT = 30
+FEW_ROWS = 512
 # A signal is at most doubled.
 MAX_SLOPE = 2.0
 # How far the slopes of symbols are thought to lie from the pooled one.
@@ -129,16 +130,26 @@ def predict_booster(model: Booster, prepared: FloatMatrix) -> FloatArray:
     """Predict on an array; both boosters check nothing about columns, so callers select by saved names."""
     if isinstance(model, xgboost.Booster):
         return np.asarray(model.inplace_predict(prepared), dtype=np.float64)
+    if isinstance(model, lightgbm.Booster):
+        return np.asarray(model.predict(prepared, num_threads=_threads(prepared)), dtype=np.float64)
     return np.asarray(model.predict(prepared), dtype=np.float64)
+
+
+def _threads(prepared: FloatMatrix) -> int:
+    """Return how many threads a library should use, 0 for its own choice; the result is the same.
+
+    Waking threads for a few rows takes longer than the work, most of all beside other requests.
+    """
+    return 1 if len(prepared) < FEW_ROWS else 0
 
 
 def shap_values(model: Booster, prepared: FloatMatrix) -> FloatArray:
     """Return exact SHAP values without the bias column, shape (n, p)."""
     values: Any
     if isinstance(model, xgboost.Booster):
-        values = model.predict(xgboost.DMatrix(prepared), pred_contribs=True)
+        values = model.predict(xgboost.DMatrix(prepared, nthread=_threads(prepared)), pred_contribs=True)
     elif isinstance(model, lightgbm.Booster):
-        values = model.predict(prepared, pred_contrib=True)
+        values = model.predict(prepared, pred_contrib=True, num_threads=_threads(prepared))
     else:
         import catboost  # noqa: PLC0415 - large, and only there when a model was trained with it
 

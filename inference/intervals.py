@@ -168,12 +168,18 @@ class Calibrated:
     ----------
     deciles_z
         Quantiles .1 to .9 of the outcome's distance from the forecast, in scales, (n, 9); never NaN.
-    probability_above
-        Probability that the outcome exceeds the threshold, (n,); NaN where there is no forecast.
+    above
+        Probability that the outcome exceeds each threshold, (thresholds, n); NaN where there is no forecast.
+        A higher threshold is never the likelier one to be exceeded.
     """
 
     deciles_z: FloatArray
-    probability_above: FloatArray
+    above: FloatArray
+
+    @property
+    def probability_above(self) -> FloatArray:
+        """Probability that the outcome exceeds the first threshold, (n,)."""
+        return np.asarray(self.above[0])
 
     @property
     def lower_z(self) -> FloatArray:
@@ -192,7 +198,7 @@ def calibrate_band(
     realised_log: FloatArray,
     *,
     horizon_bars: int,
-    threshold_log: float = 0.0,
+    thresholds_log: tuple[float, ...] = (0.0,),
 ) -> Calibrated:
     """Follow the distribution of standardised forecast errors as they were resolved.
 
@@ -204,15 +210,15 @@ def calibrate_band(
         Log return from t to t + h, (n,); NaN in the last h rows. Row t is used from row t + h on.
     horizon_bars
         The h above.
-    threshold_log
-        Log return whose exceedance has a probability asked for; 0 for a rise.
+    thresholds_log
+        Log returns whose exceedance has a probability asked for; 0 for a rise.
     """
-    wanted = (threshold_log - mean_log) / scale_log
+    wanted = (np.array(thresholds_log)[:, np.newaxis] - mean_log) / scale_log
     deciles, level, trust, share = _follow(
         (realised_log - mean_log) / scale_log, wanted, stdtrit(DEGREES_OF_FREEDOM, DECILES), horizon_bars
     )
     prior = 1.0 - stdtr(DEGREES_OF_FREEDOM, level)
-    return Calibrated(deciles_z=deciles, probability_above=prior + trust * (share - prior))
+    return Calibrated(deciles_z=deciles, above=prior + trust * (share - prior))
 
 
 @njit(cache=True)
@@ -250,11 +256,12 @@ def _follow(
 ) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
     """Walk over the bars; a row's own outcome is read ``horizon_bars`` rows later.
 
-    Returns the deciles (n, 9); and, each (n,): ``wanted`` with the widening undone, the trust in residuals,
-    the share of residuals above that level.
+    Returns the deciles (n, 9); ``wanted`` (k, n) with the widening undone; the trust in residuals (n,); the
+    share of residuals above each level (k, n).
     """
     n, window, arrived = z.shape[0], np.empty(WINDOW_ROWS), np.empty(z.shape[0])
-    deciles, level, trust, share = np.empty((n, 9)), np.empty(n), np.empty(n), np.zeros(n)
+    deciles, trust = np.empty((n, 9)), np.empty(n)
+    level, share = np.empty(wanted.shape), np.zeros(wanted.shape)
     count, total, width_log = 0, 0, 0.0
     pace = WIDTH_PACE / np.sqrt(horizon_bars)
     for t in range(n):
@@ -277,9 +284,11 @@ def _follow(
         middle, width = deciles[t, 4], np.exp(width_log)
         for k in range(9):
             deciles[t, k] = middle + width * (deciles[t, k] - middle)
-        level[t] = middle + (wanted[t] - middle) / width
-        if count > 0:
-            share[t] = (count - np.searchsorted(window[:count], level[t], side="right")) / count
+        for k in range(wanted.shape[0]):
+            level[k, t] = middle + (wanted[k, t] - middle) / width
+            if count > 0:
+                found = np.searchsorted(window[:count], level[k, t], side="right")
+                share[k, t] = (count - found) / count
     return deciles, level, trust, share
 
 

@@ -5,13 +5,13 @@ what deciding on all bars gives at t.
 """
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from data.feature_engineer import engineer_features
+from data.feature_engineer import MAX_WARMUP_BARS, engineer_features
 from data.target_engineering import make_target, rescale_sigma
 from evaluation.accounting import DEFAULT_CAPITAL, CostModel
 from evaluation.advanced_backtester import AdvancedBacktester, BacktestReport
@@ -37,6 +37,8 @@ FORECAST_COLUMNS = (
     "lower",
     "upper",
     "prob_up",
+    "prob_gain",
+    "prob_loss",
     "p_win",
     "payoff_ratio",
     "skill_lower",
@@ -72,10 +74,24 @@ class Forecaster(Protocol):
     def forecast(self, bars: pd.DataFrame) -> pd.DataFrame:
         """Return a frame indexed like ``bars`` with `FORECAST_COLUMNS`; NaN where there is no forecast.
 
-        ``lower_z`` and ``upper_z`` are the distances of the band's edges from ``expected_log``, in
-        ``sigma_log``. A forecaster that knows the edges over other numbers of bars adds them, in log returns
-        from the centre, as columns ``lower_log_<bars>`` and ``upper_log_<bars>``, see `path_ahead`. One that
-        forecasts further numbers of bars adds these log returns as `further_column`, NaN where there is none.
+        ``prob_gain`` and ``prob_loss`` are the chances that the h-day return pays for a round trip, upwards
+        and downwards. ``lower_z`` and ``upper_z`` are the distances of the band's edges from
+        ``expected_log``, in ``sigma_log``. A forecaster that knows the edges over other numbers of bars adds
+        them, in log returns from the centre, as columns ``lower_log_<bars>`` and ``upper_log_<bars>``, see
+        `path_ahead`. One that forecasts further numbers of bars adds these log returns as `further_column`,
+        NaN where there is none.
+        """
+        ...
+
+
+@runtime_checkable
+class Explains(Protocol):
+    """A forecaster that can say what its forecast is made from."""
+
+    def contributions(self, bars: pd.DataFrame, sessions: pd.DatetimeIndex) -> pd.DataFrame:
+        """Return SHAP values, one row a session, one column a feature, in units of the h-day volatility.
+
+        They are those of the model that forecasts now: it saw sessions up to its last one trained on.
         """
         ...
 
@@ -297,20 +313,31 @@ class GBMForecaster:
         """Add the band and the probability of a rise, and the edges of the horizons that a path needs."""
         volatility, close_log = forecast_volatility(bars), np.log(np.asarray(bars["Close"], dtype=np.float64))
         expected, baseline = frame["expected_log"].to_numpy(), frame["baseline_log"].to_numpy()
-        sigma_log = frame["sigma_log"].to_numpy()
+        sigma_log, round_trip = frame["sigma_log"].to_numpy(), 2.0 * CostModel().one_way_rate
+        thresholds = (0.0, float(np.log1p(round_trip)), float(np.log1p(-round_trip)))
         for ahead in sorted({*ANCHORS_BARS, self.horizon_bars}):
             realised = np.full(len(frame), np.nan)
             realised[:-ahead] = close_log[ahead:] - close_log[:-ahead]
             centre = centre_log(ahead, expected, baseline, horizon_bars=self.horizon_bars)
             scale = volatility.scale_log(ahead)
-            band = calibrate_band(centre, scale, realised, horizon_bars=ahead)
+            band = calibrate_band(centre, scale, realised, horizon_bars=ahead, thresholds_log=thresholds)
             lower_log, upper_log = band.lower_z * scale, band.upper_z * scale
             if ahead != self.horizon_bars:
                 frame[f"lower_log_{ahead}"], frame[f"upper_log_{ahead}"] = lower_log, upper_log
                 continue
             frame["lower_z"], frame["upper_z"] = lower_log / sigma_log, upper_log / sigma_log
             frame["lower"], frame["upper"] = np.expm1(expected + lower_log), np.expm1(expected + upper_log)
-            frame["prob_up"] = band.probability_above
+            frame["prob_up"], frame["prob_gain"] = band.above[0], band.above[1]
+            frame["prob_loss"] = 1.0 - band.above[2]
+
+    def contributions(self, bars: pd.DataFrame, sessions: pd.DatetimeIndex) -> pd.DataFrame:
+        """Return what each feature adds to the final model's raw forecasts, see `Explains`."""
+        ensemble, rows = self.bundle.ensemble, bars.index.get_indexer(sessions)
+        # No feature remembers more than its warm-up, within 1e-6.
+        first = max(int(rows.min()) - MAX_WARMUP_BARS, 0)
+        features = self._features(bars.iloc[first : int(rows.max()) + 1])[rows - first]
+        values = ensemble.contributions(features)
+        return pd.DataFrame(values, index=sessions, columns=list(ensemble.selected_features))
 
     def _is_of_other_prices(self, index: pd.DatetimeIndex, realised_log: FloatArray) -> npt.NDArray[np.bool_]:
         """Tell which replayed forecasts were made from other prices, as far as each bar can know, (n,).

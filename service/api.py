@@ -47,9 +47,11 @@ from service.schemas import (
     SYMBOL_PATTERN,
     HistoricalResponse,
     ModelMeta,
+    ModelVersion,
     PredictionRequest,
     PredictionResult,
     Problem,
+    RealtimeQuote,
     StatusAnswer,
     TrainingJob,
     TrainingParams,
@@ -112,13 +114,6 @@ DOCS_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'n
 # Routes of the contract that nothing serves yet: what a caller can do instead.
 NOT_SERVED: Sequence[tuple[str, str, str]] = (
     ("POST", "/api/models/train", "not served: use POST /api/training/start instead"),
-    ("GET", "/api/realtime/{symbol:text}", "no live quotes: GET /api/historical/SYMBOL has the last close"),
-    ("GET", "/api/models/{model_id}/download", "no download: copy saved_models/SYMBOL/gbm on the server"),
-    (
-        "DELETE",
-        "/api/models/{model_id}",
-        "no deletion over the web: remove saved_models/SYMBOL there",
-    ),
     ("POST", "/api/backtest", "no backtest over the web: run `python run_backtest.py --symbol SYMBOL`"),
     ("POST", "/api/forward_sim", "no simulation over the web: run `python run_backtest.py --symbol SYMBOL`"),
     ("GET", "/api/track-record/{symbol:text}", "no track record is kept: /api/models has the tested metrics"),
@@ -221,7 +216,7 @@ def create_api(services: Services) -> FastAPI:
 def _routers(services: Services, pool: WorkPool) -> Sequence[APIRouter]:
     return (
         _health_routes(services),
-        _model_routes(services.registry),
+        _model_routes(services.registry, pool),
         _price_routes(services.predictions, pool),
         _training_routes(services.training),
     )
@@ -276,9 +271,11 @@ def _lifespan(services: Services, pool: WorkPool) -> Callable[[FastAPI], Abstrac
     async def lifespan(api: FastAPI) -> Any:  # noqa: ANN401
         services.on_start()
         services.training.open()
+        services.predictions.start()
         api.state.ready = True
         yield
         api.state.ready = False
+        services.predictions.stop()
         pool.close()
         await asyncio.to_thread(services.training.close)
 
@@ -313,7 +310,7 @@ def _health_routes(services: Services) -> APIRouter:
     return router
 
 
-def _model_routes(registry: ModelRegistry) -> APIRouter:
+def _model_routes(registry: ModelRegistry, pool: WorkPool) -> APIRouter:
     router = APIRouter(tags=["models"])
 
     @router.get("/api/models", response_model=list[ModelMeta])
@@ -327,6 +324,39 @@ def _model_routes(registry: ModelRegistry) -> APIRouter:
         """Describe one saved model."""
         return answer(registry.find(model_id))
 
+    @router.delete("/api/models/{model_id}", response_model=StatusAnswer)
+    async def delete(model_id: str) -> Response:
+        """Move a model to the trash, from where `restore` brings it back."""
+        await pool.run(lambda: registry.delete(model_id))
+        return answer(StatusAnswer(status="deleted"))
+
+    @router.post("/api/models/{model_id}/restore", response_model=ModelMeta)
+    async def restore(model_id: str) -> Response:
+        """Undo the last deletion of a model."""
+        return await pool.run(lambda: answer(registry.restore(model_id)))
+
+    @router.post("/api/models/{model_id}/rollback", response_model=ModelMeta)
+    async def roll_back(model_id: str) -> Response:
+        """Let the newest earlier version that loads serve again."""
+        return await pool.run(lambda: answer(registry.roll_back(model_id)))
+
+    @router.get("/api/models/{model_id}/versions", response_model=list[ModelVersion])
+    async def versions(model_id: str) -> Response:
+        """List the kept versions of a model, the newest first."""
+        found = await pool.run(lambda: registry.versions(model_id))
+        return json_response(b"[" + b",".join(version.wire_bytes() for version in found) + b"]")
+
+    @router.get(
+        "/api/models/{model_id}/download",
+        response_class=Response,
+        responses={200: {"content": {"application/zip": {"schema": {"type": "string", "format": "binary"}}}}},
+    )
+    async def download(model_id: str) -> Response:
+        """Return a zip of what the manifest of the serving version lists."""
+        name, content = await pool.run(lambda: registry.archive(model_id))
+        headers = {"Content-Disposition": f"attachment; filename={name}"}
+        return Response(content, media_type="application/zip", headers=headers)
+
     return router
 
 
@@ -339,6 +369,11 @@ def _price_routes(predictions: PredictionService, pool: WorkPool) -> APIRouter:
     ) -> Response:
         """Return the last sessions, adjusted for splits and dividends."""
         return await pool.run(lambda: answer(predictions.history(symbol, days)))
+
+    @router.get("/api/realtime/{symbol:text}", response_model=RealtimeQuote)
+    async def realtime(symbol: str) -> Response:
+        """Return the last closed session; it says from when it is, and whether a later one has closed."""
+        return await pool.run(lambda: answer(predictions.quote(symbol)))
 
     @router.post("/api/predict", response_model=PredictionResult)
     async def predict(request: PredictionRequest) -> Response:

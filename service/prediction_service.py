@@ -4,62 +4,200 @@ Nothing is decided here. Positions, forecasts and bands are those of `inference.
 shows what a backtest books. Smoothing, floors and thresholds change what is drawn, never a position.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+import logging
+import random
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from typing import Generic, TypeVar
 
 import numpy as np
-import numpy.typing as npt
-import pandas as pd
 
-from data.data_fetcher import BarSource, ReadsThrough, fetch_stock_data
+from data.data_fetcher import BarSource, Held, ReadsThrough, fetch_stock_data
 from data.markets import calendar_for
-from data.schema import BAR_COLUMNS, Bars, normalise_symbol
-from inference.intervals import ForecastPath
+from data.schema import bars_hash, check_enough, normalise_symbol
 from inference.pipeline import Decisions, decide, path_ahead
-from inference.position_sizing import make_sizer
+from inference.position_sizing import RuleSizer, make_sizer
 from service import schemas as wire
-from service.model_registry import ModelRegistry, ServedModel, is_finite_number
-from service.schemas import FusionSettings, PredictionRequest, PredictionResult
-from utils.errors import InsufficientDataError, ModelMissingError, UsageError
+from service.model_registry import ModelRegistry, ServedModel
+from service.prediction_chart import (
+    chart_of,
+    classes_of,
+    forecast_of,
+    markers_of,
+    metadata_of,
+    ohlcv,
+    overlays_of,
+    reasons_of,
+)
+from service.schemas import PredictionRequest, PredictionResult
+from utils.errors import AIStocksError, DataError, ModelMissingError, UpstreamError, UsageError
 
-FloatArray = npt.NDArray[np.float64]
+logger = logging.getLogger(__name__)
 
-SMOOTHING_BARS = 5
-BOLLINGER_BARS = 20
-BOLLINGER_STDS = 2.0
-MOVING_AVERAGE_BARS = 50
-# Smaller changes of the target weight are drift of the forecast, not something to act on.
-MIN_WEIGHT_CHANGE = 0.01
-# Capital behind a marker's number of shares: the backtest form's default.
-MARKER_CAPITAL = 10_000.0
+# How often files are looked at for a change; and when a live source that failed or has not got the last
+# session is asked again: twice as late each time, and each time between half and one and a half of it.
+LOOK_AGAIN, RETRY, LONGEST_RETRY = timedelta(seconds=5), timedelta(seconds=30), timedelta(minutes=15)
+MOST_HELD, SERVED_LATELY, REFRESH_EVERY_S = 256, timedelta(days=5), 20.0
+# Answers in memory (120 sessions take 45 KB), and decisions over whole histories (3 MB each).
+MOST_ANSWER_BYTES, MOST_DECISIONS = 64 << 20, 8
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class Recent(Generic[K, V]):
+    """What was asked for lately, bounded by the sum of weights; safe for many threads."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._total, self._lock = most, 0, threading.Lock()
+        self._kept: OrderedDict[K, tuple[V, int]] = OrderedDict()
+
+    def get(self, key: K) -> V | None:
+        """Return what is kept, None if nothing is."""
+        with self._lock:
+            if (found := self._kept.get(key)) is None:
+                return None
+            self._kept.move_to_end(key)
+            return found[0]
+
+    def put(self, key: K, value: V, weight: int = 1) -> None:
+        """Keep a value, in the place of those that nobody asked for for the longest time."""
+        with self._lock:
+            self._total += weight - self._kept.pop(key, (value, 0))[1]
+            self._kept[key] = (value, weight)
+            while self._total > self._most:
+                self._total -= self._kept.popitem(last=False)[1][1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Chart:
-    """The tail of the decisions, as it is drawn.
+class ReadyAnswer:
+    """The bytes of an answer, whose they are, and the model's version and the bars that they came from."""
 
-    Attributes
+    symbol: str
+    made_from: tuple[object, ...]
+    body: bytes
+
+
+def hold_bars(
+    symbol: str, *, source: BarSource, cache: ReadsThrough | None, now: datetime, before: Held | None
+) -> Held:
+    """Fetch bars to be kept in memory; those from before, marked stale, where that fails.
+
+    Raises
+    ------
+    UnknownSymbolError, UpstreamError, DataError
+        Where there are none from before.
+    """
+    try:
+        bars = fetch_stock_data(symbol, source=source, cache=cache, now=now)
+        held = Held(bars=bars, content=(bars_hash(bars.frame), bars.provenance.stale), due=now)
+    except (UpstreamError, DataError) as error:
+        if before is None:
+            raise
+        held = before.at(now, failed=True)
+        logger.warning(
+            "%s: serving on with bars up to %s: %s", symbol, held.bars.provenance.last_session, error
+        )
+    tries = before.tries + 1 if before is not None and held.content[1] else 0
+    due = calendar_for(symbol).next_close(now)
+    if not source.is_live:
+        due = min(due, now + LOOK_AGAIN)
+    elif held.content[1]:
+        wait = min(RETRY * 2 ** min(tries, 16), LONGEST_RETRY)
+        due = min(due, now + wait * random.uniform(0.5, 1.5))  # noqa: S311 - spreads requests, keeps no secret
+    return replace(held, due=due, tries=tries)
+
+
+class BarKeeper:
+    """Bars of the symbols that are served, in memory: fetched once per session, old ones rather than none.
+
+    Who finds them due asks the source; who comes meanwhile gets the older ones at once, marked stale where a
+    session has closed since: a slow source holds up one request and no more.
+
+    Parameters
     ----------
-    rows
-        `Decisions.frame` with ``weight_before`` (target of the session before) and ``shown_log`` (smoothed
-        median h-day log forecast); finite wherever it is drawn.
-    dates
-        Sessions as ``YYYY-MM-DD``.
-    horizon_bars
-        Number of sessions that a forecast looks ahead.
-    neutral_rows
-        Sessions without a forecast inside the chart, shown as a forecast of no change.
+    source, cache, clock
+        As for `data.data_fetcher.fetch_stock_data`; the clock says when it is, UTC.
     """
 
-    rows: pd.DataFrame
-    dates: list[str]
-    horizon_bars: int
-    neutral_rows: int
+    def __init__(
+        self,
+        source: BarSource,
+        cache: ReadsThrough | None,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._source, self._cache, self._clock = source, cache, clock
+        self._held: dict[str, Held] = {}
+        self._asked: dict[str, datetime] = {}
+        self._flights: dict[str, threading.Lock] = {}
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
 
-    def column(self, name: str) -> FloatArray:
-        """Return one column, (n,)."""
-        return np.asarray(self.rows[name], dtype=np.float64)
+    def ready(self, symbol: str) -> Held | None:
+        """Return what is in memory unless it is due; asks nobody and never waits."""
+        held, now = self._held.get(symbol), self._clock()
+        if held is None or now >= held.due:
+            return None
+        self._asked[symbol] = now
+        return held
+
+    def get(self, symbol: str) -> Held:
+        """Return the bars of a normalised symbol; raises as `hold_bars` where there are none at all."""
+        held = self.ready(symbol) or self._refreshed(symbol)
+        self._asked[symbol] = self._clock()
+        while len(self._held) > MOST_HELD:
+            oldest = min(self._asked.copy().items(), key=lambda item: item[1])[0]
+            for kept in (self._asked, self._held, self._flights):
+                kept.pop(oldest, None)
+        return held
+
+    def _refreshed(self, symbol: str) -> Held:
+        before, flight = self._held.get(symbol), self._flights.setdefault(symbol, threading.Lock())
+        if not flight.acquire(blocking=before is None):
+            return before.at(self._clock()) if before is not None else self._refreshed(symbol)
+        try:
+            before, now = self._held.get(symbol), self._clock()
+            if before is None or now >= before.due:
+                before = hold_bars(symbol, source=self._source, cache=self._cache, now=now, before=before)
+                self._held[symbol] = before
+            return before
+        finally:
+            flight.release()
+            if symbol not in self._held:
+                self._flights.pop(symbol, None)
+
+    def refresh_due(self) -> None:
+        """Ask again for the bars that are due of every symbol that was served lately."""
+        for symbol, asked in list(self._asked.items()):
+            held, now = self._held.get(symbol), self._clock()
+            if held is not None and now >= held.due and now - asked < SERVED_LATELY:
+                with suppress(AIStocksError):
+                    self._refreshed(symbol)
+
+    def start(self) -> None:
+        """Refresh in the background, where the source is live, until `stop`."""
+        if self._source.is_live and self._thread is None:
+            self._stopping.clear()
+            self._thread = threading.Thread(target=self._run, name="refresh-bars", daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stopping.wait(REFRESH_EVERY_S):
+            try:
+                self.refresh_due()
+            except Exception:
+                logger.exception("refreshing prices failed, and goes on")
+
+    def stop(self) -> None:
+        """End the refreshing; a fetch under way is not waited for."""
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join(timeout=1.0)
+            self._thread = None
 
 
 class PredictionService:
@@ -75,37 +213,73 @@ class PredictionService:
 
     def __init__(self, *, registry: ModelRegistry, source: BarSource, cache: ReadsThrough | None) -> None:
         self._registry = registry
-        self._source = source
-        self._cache = cache
+        self._bars = BarKeeper(source, cache)
+        self._answers: Recent[PredictionRequest, ReadyAnswer] = Recent(MOST_ANSWER_BYTES)
+        self._decisions: Recent[tuple[object, ...], Decisions] = Recent(MOST_DECISIONS)
+        self._drawing: dict[str, threading.Lock] = {}
+
+    def start(self) -> None:
+        """Refresh the prices of served symbols in the background, after each close."""
+        self._bars.start()
+
+    def stop(self) -> None:
+        """End what `start` began."""
+        self._bars.stop()
 
     def history(self, symbol: str, days: int) -> wire.HistoricalResponse:
-        """Return the last ``days`` sessions, adjusted.
-
-        Raises
-        ------
-        InvalidSymbolError, UnknownSymbolError, UpstreamError, DataError
-            As the fetcher raises them.
-        """
-        bars = self._bars(normalise_symbol(symbol))
-        tail = bars.frame.tail(days)
+        """Return the last ``days`` sessions, adjusted; raises as `data.data_fetcher.fetch_stock_data`."""
+        bars = self._bars.get(normalise_symbol(symbol)).bars
         return wire.HistoricalResponse(
             symbol=bars.symbol,
             data=[
                 wire.HistoricalBar(date=date, open=o, high=h, low=low, close=c, volume=round(volume))
-                for date, o, h, low, c, volume in _ohlcv(tail)
+                for date, o, h, low, c, volume in ohlcv(bars.frame.tail(days))
             ],
-            data_as_of=_days(tail.index)[-1],
+            data_as_of=f"{bars.provenance.last_session:%Y-%m-%d}",
+            data_stale=bars.provenance.stale,
+            data_source=bars.provenance.source,
+        )
+
+    def quote(self, symbol: str) -> wire.RealtimeQuote:
+        """Return the last closed session in the shape of a quote; raises as `history`."""
+        bars = self._bars.get(normalise_symbol(symbol)).bars
+        check_enough(bars.frame, 2, "a quote")
+        date, open_, high, low, close, volume = next(ohlcv(bars.frame.tail(1)))
+        return wire.RealtimeQuote(
+            symbol=bars.symbol,
+            current_price=close,
+            previous_close=float(bars.frame["Close"].iloc[-2]),
+            open=open_,
+            day_high=high,
+            day_low=low,
+            volume=round(volume),
+            data_as_of=date,
             data_stale=bars.provenance.stale,
             data_source=bars.provenance.source,
         )
 
     def cached_answer(self, request: PredictionRequest) -> bytes | None:
-        """Return the answer where it is at hand; never waits."""
-        return None
+        """Return the bytes of an answer given before, while model and bars are still those; never waits."""
+        ready = self._answers.get(request)
+        if ready is None:
+            return None
+        model, held = self._registry.current(ready.symbol), self._bars.ready(ready.symbol)
+        if model is None or held is None or ready.made_from != _made_from(model, held):
+            return None
+        return ready.body
 
     def answer(self, request: PredictionRequest) -> bytes:
-        """Return the answer as it is sent; see `predict`."""
-        return self.predict(request).wire_bytes()
+        """Return `predict` as it is sent, kept for who asks the same again."""
+        symbol, model, held = self._found(request)
+        made_from = _made_from(model, held)
+        # Of many who ask the same at once, one computes and the others find it ready.
+        with self._drawing.setdefault(symbol, threading.Lock()):
+            ready = self._answers.get(request)
+            if ready is None or ready.made_from != made_from:
+                body = self._drawn(request, symbol, model, held).wire_bytes()
+                ready = ReadyAnswer(symbol=symbol, made_from=made_from, body=body)
+                self._answers.put(request, ready, len(body))
+            return ready.body
 
     def predict(self, request: PredictionRequest) -> PredictionResult:
         """Return history, decisions and forecast of one symbol.
@@ -119,16 +293,17 @@ class PredictionService:
         UpstreamError, DataError
             If there are no bars, or not enough.
         """
-        symbol = normalise_symbol(request.symbol)
-        _check_served(symbol, request)
-        model = self._model(symbol, request.model_id)
-        bars = self._bars(symbol)
-        sizer = make_sizer(max_long=request.max_long, max_short=request.max_short)
-        decisions = decide(symbol, bars.frame, model.forecaster, sizer)
+        return self._drawn(request, *self._found(request))
+
+    def _drawn(
+        self, request: PredictionRequest, symbol: str, model: ServedModel, held: Held
+    ) -> PredictionResult:
+        bars, sizer = held.bars, make_sizer(max_long=request.max_long, max_short=request.max_short)
+        decisions = self._decided(symbol, model, held, sizer)
         chart = chart_of(decisions, days=request.days_on_chart, smoothing=request.smoothing)
         ahead = calendar_for(symbol).next_sessions(bars.frame.index[-1], request.horizon)
         path = path_ahead(decisions, ahead)
-        forecast = forecast_of(chart, path)
+        forecast = forecast_of(chart, path, request)
         limits = {"max_long": sizer.rules.max_long, "max_short": sizer.rules.max_short}
         return PredictionResult(
             symbol=symbol,
@@ -138,29 +313,39 @@ class PredictionService:
             predicted_prices=(chart.column("close") * np.exp(chart.column("shown_log"))).tolist(),
             predicted_returns=np.expm1(chart.column("shown_log")).tolist(),
             fused_positions=chart.column("target_weight").tolist(),
-            classifier_probabilities=[
-                wire.ClassProbabilities(buy=up, sell=1.0 - up, hold=0.0)
-                for up in chart.column("prob_up").tolist()
-            ],
-            trade_markers=markers_of(chart, forecast, request),
+            classifier_probabilities=classes_of(chart),
+            trade_markers=markers_of(chart, forecast, request, reasons_of(model, bars.frame, chart)),
             overlays=overlays_of(bars.frame, chart, path),
             candles=[
                 wire.Candle(date=date, open=o, high=h, low=low, close=c, volume=volume)
-                for date, o, h, low, c, volume in _ohlcv(bars.frame.loc[chart.rows.index])
+                for date, o, h, low, c, volume in ohlcv(bars.frame.loc[chart.rows.index])
             ],
             forecast=forecast,
             metadata=metadata_of(request, model, bars, decisions, chart).model_copy(update=limits),
         )
 
-    def _bars(self, symbol: str) -> Bars:
-        return fetch_stock_data(symbol, source=self._source, cache=self._cache)
+    def _decided(self, symbol: str, model: ServedModel, held: Held, sizer: RuleSizer) -> Decisions:
+        """Decide once for all that is drawn of the same model, bars and limits."""
+        key = (symbol, *_made_from(model, held), sizer.config_id)
+        decisions = self._decisions.get(key)
+        if decisions is None:
+            decisions = decide(symbol, held.bars.frame, model.forecaster, sizer)
+            self._decisions.put(key, decisions)
+        return decisions
 
-    def _model(self, symbol: str, model_id: str | None) -> ServedModel:
+    def _found(self, request: PredictionRequest) -> tuple[str, ServedModel, Held]:
+        """Return what an answer is made from: the model first, so that no price is asked for in vain."""
+        symbol, model_id = normalise_symbol(request.symbol), request.model_id
+        _check_served(symbol, request)
         model = self._registry.get(symbol)
         if model_id and model_id != model.meta.id:
             other = self._registry.find(model_id)
             raise UsageError(f"modelId {other.id} is a model of {other.symbol}, and symbol is {symbol}")
-        return model
+        return symbol, model, self._bars.get(symbol)
+
+
+def _made_from(model: ServedModel, held: Held) -> tuple[object, ...]:
+    return (model.folder, model.stamp, *held.content)
 
 
 def _check_served(symbol: str, request: PredictionRequest) -> None:
@@ -169,243 +354,3 @@ def _check_served(symbol: str, request: PredictionRequest) -> None:
         raise ModelMissingError(f"no LSTM model for {symbol}: ask for fusion mode gbm_only or ensemble")
     if request.data_interval not in {None, "1d"}:
         raise UsageError(f"dataInterval {request.data_interval!a} is not served: leave it out or send 1d")
-
-
-def chart_of(decisions: Decisions, *, days: int, smoothing: wire.Smoothing) -> Chart:
-    """Return the last ``days`` decisions from the first forecast on.
-
-    Sessions before the first out-of-sample forecast are left out: the model has seen them.
-
-    Raises
-    ------
-    InsufficientDataError
-        If the last session has no forecast.
-    """
-    frame = decisions.frame.copy()
-    known = np.isfinite(np.asarray(frame["expected_log"], dtype=np.float64))
-    if not known[-1]:
-        raise InsufficientDataError(
-            f"{decisions.symbol} has {len(frame)} bars and no forecast for the last one: its features need a "
-            "longer or more complete history"
-        )
-    frame["weight_before"] = frame["target_weight"].shift(1, fill_value=0.0)
-    frame["shown_log"] = smooth(frame["expected_log"], smoothing).fillna(0.0)
-    rows = frame.iloc[max(int(np.argmax(known)), len(frame) - days) :]
-    neutral = {"asset_return": 0.0, "lower": 0.0, "upper": 0.0, "prob_up": 0.5}
-    return Chart(
-        rows=rows.fillna(neutral),
-        dates=_days(rows.index),
-        horizon_bars=decisions.horizon_bars,
-        neutral_rows=int(np.count_nonzero(~known[-len(rows) :])),
-    )
-
-
-def smooth(values: pd.Series, how: wire.Smoothing) -> pd.Series:
-    """Smooth a series over `SMOOTHING_BARS`; the value of t uses values up to t only."""
-    if how == "ema":
-        return values.ewm(span=SMOOTHING_BARS, adjust=False).mean()
-    if how == "moving-average":
-        return values.rolling(SMOOTHING_BARS, min_periods=1).mean()
-    return values
-
-
-def forecast_of(chart: Chart, path: ForecastPath) -> wire.Forecast:
-    """Return the sessions to come: the target decided at the last close is reached at the first of them."""
-    dates = _days(path.dates)
-    before, target = float(chart.column("weight_before")[-1]), float(chart.column("target_weight")[-1])
-    prices, names = path.prices.tolist(), [action_of(before, target), *["HOLD"] * (len(dates) - 1)]
-    return wire.Forecast(
-        dates=dates,
-        prices=prices,
-        returns=path.returns.tolist(),
-        positions=[target] * len(dates),
-        lower_band=path.lower.tolist(),
-        upper_band=path.upper.tolist(),
-        actions=[
-            wire.ForecastAction(date=date, action=name, price=price, target_position=target)
-            for date, name, price in zip(dates, names, prices, strict=True)
-        ],
-    )
-
-
-def action_of(before: float, target: float) -> wire.ForecastActionName:
-    """Name the trade from one weight to another."""
-    if abs(target - before) < MIN_WEIGHT_CHANGE:
-        return "HOLD"
-    if target > before:
-        return "COVER" if target <= 0.0 else "BUY"
-    return "SHORT" if target < 0.0 else "SELL"
-
-
-def markers_of(chart: Chart, forecast: wire.Forecast, request: PredictionRequest) -> list[wire.TradeMarker]:
-    """Mark each confident and large enough change of the target weight, and the first session to come.
-
-    The confidence is the probability that the price moves in the direction of the change within the model's
-    horizon. A marker of the history lies on the session at whose close the change was decided.
-    """
-    floors, fusion = request.confidence_floors, request.fusion
-    least = {"buy": max(floors.buy, fusion.buy_threshold), "sell": max(floors.sell, fusion.sell_threshold)}
-    change = chart.column("target_weight") - chart.column("weight_before")
-    acted = np.flatnonzero(np.abs(change) >= MIN_WEIGHT_CHANGE)
-    markers = [marker_of(chart, int(row), chart.dates[row], "history") for row in acted]
-    markers.append(marker_of(chart, len(chart.dates) - 1, forecast.dates[0], "forecast"))
-    smallest = request.trade_share_floor or 0.0
-    return [
-        marker
-        for marker in markers
-        if marker.type == "hold"
-        or (marker.confidence >= least[marker.type] and abs(marker.shares) >= smallest)
-    ]
-
-
-def marker_of(chart: Chart, row: int, date: str, segment: Literal["history", "forecast"]) -> wire.TradeMarker:
-    """Return the marker of what was decided at the close of ``row``."""
-    at = chart.rows.iloc[row]
-    before, target, up = float(at["weight_before"]), float(at["target_weight"]), float(at["prob_up"])
-    change = target - before
-    acts = abs(change) >= MIN_WEIGHT_CHANGE
-    rises = change > 0.0
-    median = float(np.expm1(at["expected_log"])) if np.isfinite(at["expected_log"]) else 0.0
-    return wire.TradeMarker(
-        date=date,
-        price=float(at["close"]),
-        type="hold" if not acts else "buy" if rises else "sell",
-        shares=round(change * MARKER_CAPITAL / float(at["close"]), 4) if acts else 0.0,
-        confidence=max(up, 1.0 - up) if not acts else up if rises else 1.0 - up,
-        segment=segment,
-        scope="prediction",
-        explanation=(
-            f"Median forecast {median:+.2%} over {chart.horizon_bars} sessions, 80 % band "
-            f"{float(at['lower']):+.1%} to {float(at['upper']):+.1%}, chance of a rise {up:.0%}; "
-            f"target weight {before:.2f} -> {target:.2f}"
-        ),
-    )
-
-
-def overlays_of(bars: pd.DataFrame, chart: Chart, path: ForecastPath) -> list[wire.OverlaySeries]:
-    """Return the lines over the chart; averages reach back before its first date."""
-    close, shown = bars["Close"], chart.rows.index
-    mid = close.rolling(BOLLINGER_BARS).mean().loc[shown].dropna()
-    spread = BOLLINGER_STDS * close.rolling(BOLLINGER_BARS).std(ddof=0).loc[mid.index]
-    average = close.rolling(MOVING_AVERAGE_BARS).mean().loc[shown].dropna()
-    last = float(close.iloc[-1])
-    ahead = pd.Series([last, *path.prices.tolist()], index=[shown[-1], *path.dates])
-    return [
-        wire.OverlaySeries(
-            type="bollinger",
-            points=_points(mid),
-            upper=(mid + spread).to_list(),
-            lower=(mid - spread).to_list(),
-        ),
-        wire.OverlaySeries(type="moving-average", points=_points(average)),
-        wire.OverlaySeries(
-            type="predicted-path",
-            points=_points(ahead),
-            upper=[last, *path.upper.tolist()],
-            lower=[last, *path.lower.tolist()],
-        ),
-    ]
-
-
-def metadata_of(
-    request: PredictionRequest,
-    model: ServedModel,
-    bars: Bars,
-    decisions: Decisions,
-    chart: Chart,
-) -> wire.PredictionMetadata:
-    """Echo what was asked, and say what answered and how far it may be believed."""
-    meta, trained = model.meta, model.bundle.metadata
-    out_of_sample_from = decisions.out_of_sample_from
-    evidence = trained["verdict"].get("evidence") or {}
-    return wire.PredictionMetadata(
-        model_id=meta.id,
-        fusion_mode=request.fusion.mode,
-        buy_threshold=request.fusion.buy_threshold,
-        sell_threshold=request.fusion.sell_threshold,
-        horizon=request.horizon,
-        trade_share_floor=request.trade_share_floor,
-        model_quality_gate_passed=meta.quality_gate_passed,
-        model_quality_score=meta.quality_score,
-        model_quality_reasons=meta.quality_reasons,
-        holdout_metric_source="walk_forward",
-        holdout_pred_target_std_ratio=std_ratio(model.bundle.record),
-        feature_profile=trained.get("feature_set_hash"),
-        feature_selection_mode="shap_in_fold",
-        target_horizon_days=decisions.horizon_bars,
-        execution_mode="decided_at_close_held_from_next_session",
-        model_variant=meta.model_variant,
-        data_interval="1d",
-        data_period=request.data_period,
-        is_intraday=False,
-        annualization_factor=float(calendar_for(bars.symbol).sessions_per_year),
-        smoothing=request.smoothing,
-        confidence_floors=request.confidence_floors,
-        out_of_sample_from=f"{out_of_sample_from:%Y-%m-%d}" if out_of_sample_from is not None else None,
-        trained_through=meta.trained_through,
-        data_as_of=chart.dates[-1],
-        data_stale=bars.provenance.stale,
-        data_source=bars.provenance.source,
-        verdict=meta.verdict,
-        evidence={name: value for name, value in evidence.items() if is_finite_number(value)},
-        model_version=model.bundle.model_version,
-        notes=[
-            *model.warnings,
-            *decisions.findings,
-            *data_notes(bars, chart, model, request),
-            *request_notes(request),
-        ],
-    )
-
-
-def std_ratio(record: pd.DataFrame) -> float | None:
-    """Return the spread of out-of-sample forecasts over that of outcomes; None before any outcome."""
-    rows = record[["predicted_log", "realised_log"]].dropna()
-    realised = float(np.std(np.asarray(rows["realised_log"]))) if len(rows) else 0.0
-    return float(np.std(np.asarray(rows["predicted_log"]))) / realised if realised > 0.0 else None
-
-
-def data_notes(bars: Bars, chart: Chart, model: ServedModel, request: PredictionRequest) -> list[str]:
-    """Say in words what is amiss with the bars and the chart."""
-    notes = list(bars.report.problems())
-    if bars.provenance.stale:
-        notes.append(f"prices end {chart.dates[-1]}; the exchange has closed later sessions")
-    if model.meta.data_source != bars.provenance.source:
-        notes.append(
-            f"trained on prices of {model.meta.data_source}, serving prices of {bars.provenance.source}"
-        )
-    if len(chart.dates) < request.days_on_chart:
-        notes.append(f"the chart begins {chart.dates[0]}: no out-of-sample forecast lies before it")
-    if chart.neutral_rows:
-        notes.append(f"{chart.neutral_rows} sessions without a forecast are drawn as a forecast of no change")
-    if request.horizon > chart.horizon_bars:
-        notes.append(f"past {chart.horizon_bars} sessions the forecast is the drift of the training rows")
-    return notes
-
-
-def request_notes(request: PredictionRequest) -> list[str]:
-    """Say in words which settings change nothing in the answer."""
-    fusion, usual = request.fusion, FusionSettings()
-    notes = []
-    if fusion.mode != "gbm_only":
-        notes.append(f"fusion mode {fusion.mode} is served by the boosters alone: there is no LSTM model")
-    if fusion.regressor_scale != usual.regressor_scale:
-        notes.append("regressorScale changes nothing: positions are sized by Kelly's rule")
-    if fusion.regime_filters != usual.regime_filters:
-        notes.append("regimeFilters change nothing: positions do not depend on a regime")
-    if request.data_period is not None:
-        notes.append("dataPeriod changes nothing: the whole history is read")
-    return notes
-
-
-def _days(index: pd.Index) -> list[str]:
-    return pd.DatetimeIndex(index).strftime("%Y-%m-%d").to_list()
-
-
-def _ohlcv(frame: pd.DataFrame) -> Iterator[tuple[str, float, float, float, float, float]]:
-    return zip(_days(frame.index), *(frame[name].to_list() for name in BAR_COLUMNS), strict=True)
-
-
-def _points(series: pd.Series) -> list[wire.OverlayPoint]:
-    pairs = zip(_days(series.index), series.to_list(), strict=True)
-    return [wire.OverlayPoint(date=date, value=value) for date, value in pairs]

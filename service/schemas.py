@@ -219,6 +219,8 @@ class PredictionMetadata(Wire):
     verdict: VerdictLabel | None = None
     evidence: dict[str, float] | None = None
     model_version: str | None = None
+    model_age_sessions: int | None = None
+    model_is_old: bool | None = None
     notes: list[str] | None = None
 
 
@@ -273,6 +275,9 @@ class RealtimeQuote(Wire):
     day_high: float
     day_low: float
     volume: int
+    data_as_of: WireDate | None = None
+    data_stale: bool | None = None
+    data_source: str | None = None
 
 
 class Welcome(Wire):
@@ -526,6 +531,17 @@ class ModelMeta(Wire):
     out_of_sample_from: WireDate | None = None
     data_source: str | None = None
     verdict: VerdictLabel | None = None
+
+
+class ModelVersion(Wire):
+    """One kept version of a saved model; ``damage`` says why it cannot serve."""
+
+    model_version: str
+    serving: bool
+    created_at: str | None = None
+    trained_through: WireDate | None = None
+    verdict: VerdictLabel | None = None
+    damage: str | None = None
 
 
 class TrainingParams(Wire):

@@ -178,6 +178,10 @@ export interface PredictionMetadata {
   verdict?: Verdict;
   evidence?: Record<string, number>;
   modelVersion?: string;
+  /** Sessions from the last one trained on to the last bar. */
+  modelAgeSessions?: number;
+  /** Whether the model is older than any that the walk-forward judged. */
+  modelIsOld?: boolean;
   /** What of the request could not be honoured, and what is amiss, in words. */
   notes?: string[];
 }
@@ -400,6 +404,16 @@ export interface ModelMeta {
   verdict?: Verdict;
 }
 
+/** One kept version of a model; `damage` says why it cannot serve. */
+export interface ModelVersion {
+  modelVersion: string;
+  serving: boolean;
+  createdAt?: string;
+  trainedThrough?: string;
+  verdict?: Verdict;
+  damage?: string;
+}
+
 /** Body of POST /api/training/start; further fields are ignored. */
 export interface TrainingParams {
   symbol: string;
@@ -494,6 +508,9 @@ export interface RealtimeQuote {
   day_high: number;
   day_low: number;
   volume: number;
+  data_as_of?: string;
+  data_stale?: boolean;
+  data_source?: string;
 }
 
 export interface Welcome {

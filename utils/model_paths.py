@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,6 +25,7 @@ from utils.errors import (
     LockedError,
     ModelCorruptError,
     ModelError,
+    ModelExistsError,
     ModelMissingError,
     StorageError,
 )
@@ -38,6 +40,8 @@ KEEP_VERSIONS = 5
 LOCK_WAIT_S = 300.0
 ASIDE, GONE = ".aside-", ".gone-"
 TRAINING_LOCK, TRAINER = ".training.lock", ".training.pid"
+# No symbol begins with a dot. Of what was deleted the latest is kept, for whoever wants it back.
+TRASH, KEEP_TRASHED = ".trash", 20
 
 T = TypeVar("T")
 
@@ -435,3 +439,55 @@ def roll_back(models_dir: Path, symbol: str, kind: ArtifactKind, load: Callable[
             point(artifact_link(models_dir, symbol, kind), version)
             return version
     raise ModelMissingError(f"{symbol} has no version before {linked.folder.name} that loads")
+
+
+def discard(models_dir: Path, symbol: str, kind: ArtifactKind) -> None:
+    """Move a symbol's link and versions to the trash, from where `restore` brings them back.
+
+    The link goes first: from then on nothing serves, whatever happens to the rest.
+
+    Raises
+    ------
+    ModelMissingError
+        If there is nothing to delete.
+    LockedError
+        While the symbol is being trained.
+    """
+    link = artifact_link(models_dir, symbol, kind)
+    if not os.path.lexists(link):
+        raise ModelMissingError(f"there is no {kind.name} model of {symbol} to delete")
+    with storage_errors(symbol), training_lock(models_dir, symbol), saving(models_dir, symbol, kind):
+        trash = models_dir.resolve() / TRASH
+        entry = trash / f"{symbol}~{kind.name}~{datetime.now(UTC):%Y%m%dT%H%M%S%f}"
+        entry.mkdir(parents=True)
+        for path in (link, versions_dir(models_dir, symbol, kind)):
+            path.rename(entry / path.name)
+        flush(link.parent)
+        kept = sorted(trash.iterdir(), key=lambda path: path.name.rpartition("~")[2])
+        for old in kept[:-KEEP_TRASHED]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def restore(models_dir: Path, symbol: str, kind: ArtifactKind) -> None:
+    """Bring back what `discard` deleted last; the link comes last, so that it never leads to nothing.
+
+    Raises
+    ------
+    ModelMissingError
+        If nothing of the symbol is in the trash.
+    ModelExistsError
+        If the symbol has a model again.
+    """
+    link, versions = artifact_link(models_dir, symbol, kind), versions_dir(models_dir, symbol, kind)
+    entries = sorted((models_dir.resolve() / TRASH).glob(f"{symbol}~{kind.name}~*"))
+    if not entries:
+        raise ModelMissingError(f"no deleted {kind.name} model of {symbol} is kept: run {kind.train(symbol)}")
+    with storage_errors(symbol), training_lock(models_dir, symbol), saving(models_dir, symbol, kind):
+        if os.path.lexists(link):
+            raise ModelExistsError(f"{symbol} has a {kind.name} model: delete it first")
+        for version in kept_versions(entries[-1] / kind.versions):
+            version.rename(versions / version.name)
+        flush(versions)
+        (entries[-1] / kind.name).rename(link)
+        flush(link.parent)
+        shutil.rmtree(entries[-1], ignore_errors=True)

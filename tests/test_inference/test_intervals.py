@@ -117,7 +117,7 @@ def test_probabilities_follow_the_residuals():
     mean, scale, realised = outcomes(2_000, seed=2)
     found = calibrate_band(mean, scale, realised + 0.01, horizon_bars=5)
     assert 0.5 < found.probability_above[-1] < 0.8
-    far = calibrate_band(mean, scale, realised, horizon_bars=5, threshold_log=0.5)
+    far = calibrate_band(mean, scale, realised, horizon_bars=5, thresholds_log=(0.5,))
     assert 0.0 < far.probability_above[-1] < 0.01
 
 
@@ -126,7 +126,7 @@ def test_the_probability_agrees_with_the_deciles():
     band = calibrate_band(mean, scale, realised, horizon_bars=1)
     for k in (0, 2, 6, 8):
         at = band.deciles_z[-1, k] * scale[-1]
-        above = calibrate_band(mean, scale, realised, horizon_bars=1, threshold_log=at).probability_above
+        above = calibrate_band(mean, scale, realised, horizon_bars=1, thresholds_log=(at,)).probability_above
         assert above[-1] == pytest.approx(1 - DECILES[k], abs=0.01)
 
 
@@ -214,3 +214,28 @@ def test_known_edges_are_met_and_the_width_grows_between_them():
     assert np.all(np.diff(path.upper) > 0)
     assert np.all(np.diff(path.lower) < 0)
     assert np.log(path.upper[251] / 100.0) == pytest.approx(0.2 * np.sqrt(2.0))
+
+
+def reliability_error(said, came, bins: int = 5) -> float:
+    """Return the largest distance between what was said and what came, over equally full bins."""
+    order = np.array_split(np.argsort(said), bins)
+    return max(abs(float(np.mean(said[rows]) - np.mean(came[rows]))) for rows in order)
+
+
+def test_three_classes_are_monotone_and_calibrated_out_of_sample():
+    """Planted: a known signal moves the mean by up to 1.5 scales; every row is scored by what came later."""
+    mean, scale, realised = outcomes(8_000, 1, seed=5)
+    signal = np.random.default_rng(6).uniform(-0.015, 0.015, len(mean))
+    came = realised + signal
+    found = calibrate_band(signal, scale, came, horizon_bars=1, thresholds_log=(0.0, 0.0016, -0.0016))
+    gain, loss = found.above[1], 1.0 - found.above[2]
+    assert (found.above[1] <= found.above[0]).all()
+    assert (found.above[0] <= found.above[2]).all()
+    assert ((gain >= 0) & (loss >= 0) & (gain + loss <= 1.0)).all()
+    order = np.argsort(signal[-500:])
+    assert np.corrcoef(gain[-500:][order], signal[-500:][order])[0, 1] > 0.9
+    scored = slice(1_000, -1)
+    assert reliability_error(gain[scored], came[scored] > 0.0016) < 0.04
+    assert reliability_error(loss[scored], came[scored] < -0.0016) < 0.04
+    overconfident = np.clip(0.5 + 1.6 * (gain - 0.5), 0.0, 1.0)
+    assert reliability_error(overconfident[scored], came[scored] > 0.0016) > 0.04, "the check can fail"

@@ -79,6 +79,7 @@ class FakeForecaster:
         frame["upper"] = np.expm1(frame["expected_log"] + 1.28 * frame["sigma_log"])
         known = frame["expected_log"].notna()
         frame["prob_up"] = (0.5 + 4 * frame["expected_log"]).clip(0.05, 0.95).where(known)
+        frame["prob_gain"], frame["prob_loss"] = frame["prob_up"] - 0.04, 0.97 - frame["prob_up"]
         frame["p_win"], frame["payoff_ratio"], frame["skill_lower"] = 0.55, 1.1, 0.5
         frame["is_out_of_sample"], frame["is_of_other_prices"] = known, False
         return frame
@@ -117,7 +118,10 @@ class FakeRegistry(ModelRegistry):
     def list(self) -> tuple[Any, ...]:
         return tuple(model.meta for model in self.models.values())
 
-    def get(self, symbol: str) -> ServedModel:
+    def current(self, symbol: str, kind: str = "gbm") -> ServedModel | None:
+        return self.models.get(symbol)
+
+    def get(self, symbol: str, kind: str = "gbm") -> ServedModel:
         if symbol not in self.models:
             raise ModelMissingError(f"no model for {symbol}: run `python -m training.train_gbm {symbol}`")
         return self.models[symbol]

@@ -90,6 +90,15 @@ def test_historical(client: TestClient) -> None:
     assert len(client.get("/api/historical/AAPL").json()["data"]) == 90
 
 
+def test_realtime_is_the_last_session_in_snake_case(client: TestClient) -> None:
+    body = client.get("/api/realtime/aapl").json()
+    contract = "symbol current_price previous_close open day_high day_low volume"
+    assert {*contract.split(), "data_as_of", "data_stale", "data_source"} == set(body)
+    assert body["current_price"] == client.get("/api/historical/AAPL?days=1").json()["data"][0]["close"]
+    check_problem(client.get("/api/realtime/NOPE"), 404)
+    check_problem(client.get("/api/realtime/..%2fx"), 422)
+
+
 def test_predict_answers_the_contract(client: TestClient) -> None:
     response = client.post("/api/predict", json={"symbol": "AAPL", "horizon": 5, "daysOnChart": 120})
     assert response.status_code == 200
@@ -124,7 +133,8 @@ def test_every_route_of_the_contract_exists(client: TestClient) -> None:
     contract = """GET / | GET /api/health | GET /api/health/live | GET /api/health/ready
         | GET /api/historical/{symbol} | GET /api/realtime/{symbol} | GET /api/models
         | GET /api/models/{model_id} | GET /api/models/{model_id}/download | DELETE /api/models/{model_id}
-        | POST /api/predict | POST /api/backtest | POST /api/forward_sim
+        | GET /api/models/{model_id}/versions | POST /api/models/{model_id}/rollback
+        | POST /api/models/{model_id}/restore | POST /api/predict | POST /api/backtest | POST /api/forward_sim
         | POST /api/training/start | GET /api/training
         | GET /api/training/{job_id} | DELETE /api/training/{job_id} | GET /api/training/{job_id}/events
         | GET /api/jobs/{job_id}/events | POST /api/models/train | GET /api/track-record/{symbol}"""

@@ -1,8 +1,11 @@
 """Listing without unpickling, lazy loading, reloading, and what serves when a new version is broken."""
 
+import io
 import json
 import logging
+import os
 import threading
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,16 +16,26 @@ import pytest
 import inference.load_gbm_models
 from data.feature_engineer import feature_set_hash, get_feature_columns
 from inference.artifact import publish, sha256_of
-from inference.load_gbm_models import SCHEMA_VERSION, GBMBundle, GBMManifest
-from service.model_registry import ModelRegistry, ServedModel, model_meta, wire_metrics
+from inference.load_gbm_models import SCHEMA_VERSION, GBMBundle, GBMManifest, load_linked
+from service.model_registry import (
+    KINDS,
+    LOOK_EVERY_S,
+    ModelRegistry,
+    ServedModel,
+    main,
+    model_meta,
+    wire_metrics,
+)
 from tests.test_service.conftest import bundle_of, metadata_of
 from utils.errors import (
     InvalidSymbolError,
+    LockedError,
     ModelCorruptError,
+    ModelExistsError,
     ModelIncompatibleError,
     ModelMissingError,
 )
-from utils.model_paths import GBM, Linked, linked_version
+from utils.model_paths import GBM, TRASH, ArtifactKind, Linked, linked_version, training_lock
 
 Save = Callable[..., Path]
 
@@ -73,6 +86,10 @@ def save_version(tmp_path: Path) -> Save:
     return save
 
 
+def registry_of(tmp_path: Path, load: Callable[[Linked], GBMBundle]) -> ModelRegistry:
+    return ModelRegistry(tmp_path / "models", (replace(KINDS[0], load=load, check=lambda folder: None),))
+
+
 @pytest.fixture
 def loader() -> Loader:
     return Loader()
@@ -80,7 +97,7 @@ def loader() -> Loader:
 
 @pytest.fixture
 def registry(tmp_path: Path, loader: Loader) -> ModelRegistry:
-    return ModelRegistry(tmp_path / "models", loader)
+    return registry_of(tmp_path, loader)
 
 
 def test_an_absent_folder_is_an_empty_list(registry: ModelRegistry, tmp_path: Path) -> None:
@@ -169,9 +186,9 @@ def test_a_question_reads_the_link_once(
     save_version("AAPL")
     reads: list[str] = []
 
-    def counted(models_dir: Path, symbol: str) -> Linked:
+    def counted(models_dir: Path, symbol: str, kind: ArtifactKind = GBM) -> Linked:
         reads.append(symbol)
-        return linked_version(models_dir, symbol)
+        return linked_version(models_dir, symbol, kind)
 
     monkeypatch.setattr("service.model_registry.linked_version", counted)
     monkeypatch.setattr("inference.load_gbm_models.linked_version", counted)
@@ -270,7 +287,7 @@ def test_a_hundred_threads_load_once(tmp_path: Path, loader: Loader, save_versio
         threading.Event().wait(0.02)
         return loader(linked)
 
-    registry = ModelRegistry(tmp_path / "models", slow)
+    registry = registry_of(tmp_path, slow)
     answers: list[ServedModel] = []
 
     def ask() -> None:
@@ -322,3 +339,241 @@ def test_metrics_may_be_named_as_python_names_them() -> None:
     metrics, undefined = wire_metrics({"sharpe_ratio": 1.2, "total_trades": 0.0})
     assert metrics.sharpe_ratio == 1.2
     assert {"sharpeRatio", "totalTrades"}.isdisjoint(undefined)
+
+
+# ---------------------------------------------------------------- reload
+
+
+def test_a_manifest_that_changes_in_place_is_loaded_again(
+    registry: ModelRegistry, loader: Loader, save_version: Save
+) -> None:
+    manifest = save_version("AAPL", "v1") / "manifest.json"
+    first = registry.get("AAPL")
+    os.utime(manifest, ns=(1, 1))
+    assert registry.get("AAPL") is not first
+    assert loader.loads == ["v1", "v1"]
+
+
+def test_fault_22_a_hundred_requests_during_a_reload_get_one_version_each(
+    tmp_path: Path, loader: Loader, save_version: Save
+) -> None:
+    loading, loaded = threading.Event(), threading.Event()
+
+    def slow(linked: Linked) -> GBMBundle:
+        if linked.folder.name == "v2":
+            loading.set()
+            assert loaded.wait(5.0)
+        return loader(linked)
+
+    registry = registry_of(tmp_path, slow)
+    save_version("AAPL", "v1")
+    registry.get("AAPL")
+    save_version("AAPL", "v2")
+    answers: list[ServedModel] = []
+    first = threading.Thread(target=lambda: answers.append(registry.get("AAPL")))
+    first.start()
+    assert loading.wait(5.0)
+    others = [threading.Thread(target=lambda: answers.append(registry.get("AAPL"))) for _ in range(100)]
+    for thread in others:
+        thread.start()
+    for thread in others:
+        thread.join()
+    assert {model.bundle.model_version for model in answers} == {"v1"}, "nobody waits for the new version"
+    loaded.set()
+    first.join()
+    assert answers[-1].bundle.model_version == registry.get("AAPL").bundle.model_version == "v2"
+    assert len(answers) == 101
+    assert all(model.meta.model_version == model.bundle.model_version for model in answers)
+
+
+def test_current_is_the_loaded_model_while_its_link_names_it(
+    registry: ModelRegistry, save_version: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("service.model_registry.time.monotonic", lambda: now[0])
+    save_version("AAPL", "v1")
+    assert registry.current("AAPL") is None, "it loads nothing"
+    first = registry.get("AAPL")
+    assert registry.current("AAPL") is first
+    save_version("AAPL", "v2")
+    assert registry.current("AAPL") is first, "the link is read at most once a second"
+    now[0] += LOOK_EVERY_S
+    assert registry.current("AAPL") is None
+    second = registry.get("AAPL")
+    assert registry.current("AAPL") is second
+    registry.delete("AAPL-gbm")
+    assert registry.current("AAPL") is None
+
+
+# ---------------------------------------------------------------- download, delete, versions
+
+
+def test_the_download_holds_what_the_manifest_lists(registry: ModelRegistry, save_version: Save) -> None:
+    folder = save_version("AAPL")
+    (folder / "secret.txt").write_text("not of the bundle")
+    name, content = registry.archive("AAPL-gbm")
+    assert name == "AAPL_artifacts.zip"
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        listed = {*json.loads((folder / "manifest.json").read_text())["files"], "manifest.json"}
+        assert set(archive.namelist()) == listed
+        assert all(archive.read(file) == (folder / file).read_bytes() for file in listed)
+    assert registry.archive("AAPL-gbm")[1] == content, "the same version gives the same bytes"
+
+
+def test_a_damaged_file_is_never_sent(registry: ModelRegistry, save_version: Save) -> None:
+    (save_version("AAPL") / "xgb_model.joblib").write_bytes(b"damaged")
+    with pytest.raises(ModelCorruptError):
+        registry.archive("AAPL-gbm")
+
+
+@pytest.mark.parametrize("model_id", ["AAPL", "AAPL-nothing", "aapl-gbm", "-gbm", ""])
+def test_ids_that_are_none_are_refused(registry: ModelRegistry, save_version: Save, model_id: str) -> None:
+    save_version("AAPL")
+    for ask in (registry.archive, registry.delete, registry.restore, registry.roll_back, registry.versions):
+        with pytest.raises(ModelMissingError):
+            ask(model_id)
+
+
+@pytest.mark.parametrize("model_id", ["../x-gbm", "..-gbm", "A/B-gbm"])
+def test_ids_never_become_paths(registry: ModelRegistry, tmp_path: Path, model_id: str) -> None:
+    for ask in (registry.archive, registry.delete, registry.restore):
+        with pytest.raises((InvalidSymbolError, ModelMissingError)):
+            ask(model_id)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_deleting_is_real_and_can_be_undone(
+    registry: ModelRegistry, tmp_path: Path, save_version: Save
+) -> None:
+    save_version("AAPL", "v1")
+    save_version("AAPL", "v2")
+    in_flight = registry.get("AAPL")
+    registry.delete("AAPL-gbm")
+    assert registry.list() == ()
+    assert not (tmp_path / "models" / "AAPL" / "versions").exists()
+    for ask in (registry.get, lambda _: registry.delete("AAPL-gbm"), lambda _: registry.find("AAPL-gbm")):
+        with pytest.raises(ModelMissingError):
+            ask("AAPL")
+    assert in_flight.bundle.model_version == "v2", "who has it, keeps it"
+    assert registry.restore("AAPL-gbm").model_version == "v2"
+    assert registry.get("AAPL").bundle.model_version == "v2"
+    assert [version.model_version for version in registry.versions("AAPL-gbm")] == ["v2", "v1"]
+    with pytest.raises(ModelMissingError, match="no deleted"):
+        registry.restore("AAPL-gbm")
+
+
+def test_a_symbol_that_was_trained_again_is_not_overwritten(
+    registry: ModelRegistry, save_version: Save
+) -> None:
+    save_version("AAPL", "v1")
+    registry.delete("AAPL-gbm")
+    save_version("AAPL", "v2")
+    with pytest.raises(ModelExistsError):
+        registry.restore("AAPL-gbm")
+    assert registry.get("AAPL").bundle.model_version == "v2"
+    registry.delete("AAPL-gbm")
+    assert registry.restore("AAPL-gbm").model_version == "v2"
+
+
+def test_a_restore_that_was_cut_short_is_finished(
+    registry: ModelRegistry, tmp_path: Path, save_version: Save
+) -> None:
+    save_version("AAPL", "v1")
+    save_version("AAPL", "v2")
+    registry.delete("AAPL-gbm")
+    models = tmp_path / "models"
+    (entry,) = (models / TRASH).iterdir()
+    (models / "AAPL" / "versions").mkdir()
+    (entry / "versions" / "v1").rename(models / "AAPL" / "versions" / "v1")
+    assert registry.list() == ()
+    assert registry.restore("AAPL-gbm").model_version == "v2"
+    assert len(registry.versions("AAPL-gbm")) == 2
+
+
+def test_the_trash_is_bounded(
+    registry: ModelRegistry, tmp_path: Path, save_version: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("utils.model_paths.KEEP_TRASHED", 2)
+    for version in ("v1", "v2", "v3"):
+        save_version("AAPL", version)
+        registry.delete("AAPL-gbm")
+    assert len(list((tmp_path / "models" / TRASH).iterdir())) == 2
+    assert registry.restore("AAPL-gbm").model_version == "v3"
+
+
+def test_fault_22_delete_during_a_training_is_refused(
+    registry: ModelRegistry, tmp_path: Path, save_version: Save
+) -> None:
+    save_version("AAPL")
+    with (
+        training_lock(tmp_path / "models", "AAPL"),
+        pytest.raises(LockedError, match=f"process {os.getpid()}"),
+    ):
+        registry.delete("AAPL-gbm")
+    assert registry.get("AAPL").meta.symbol == "AAPL"
+
+
+def test_fault_22_a_model_deleted_while_it_is_read_is_missing_and_not_corrupt(
+    tmp_path: Path, save_version: Save
+) -> None:
+    save_version("AAPL")
+    registry: ModelRegistry
+
+    def deleted_meanwhile(linked: Linked) -> GBMBundle:
+        registry.delete("AAPL-gbm")
+        return load_linked(linked)
+
+    registry = registry_of(tmp_path, deleted_meanwhile)
+    with pytest.raises(ModelMissingError):
+        registry.get("AAPL")
+
+
+def test_versions_and_rollback(registry: ModelRegistry, save_version: Save) -> None:
+    save_version("AAPL", "v1", trained_through="2001-01-01")
+    broken = save_version("AAPL", "v2")
+    save_version("AAPL", "v3")
+    (broken / "xgb_model.joblib").write_bytes(b"damaged")
+    found = {version.model_version: version for version in registry.versions("AAPL-gbm")}
+    assert list(found) == ["v3", "v2", "v1"]
+    assert [version.serving for version in found.values()] == [True, False, False]
+    assert "xgb_model" in str(found["v2"].damage)
+    assert (found["v1"].trained_through, found["v1"].verdict) == ("2001-01-01", "no-edge")
+    registry.get("AAPL")
+    (broken / "xgb_model.joblib").write_bytes(b"junk")
+    assert registry.roll_back("AAPL-gbm").model_version == "v2"
+    assert registry.get("AAPL").bundle.model_version == "v2"
+    assert registry.roll_back("AAPL-gbm").model_version == "v1"
+    with pytest.raises(ModelMissingError, match="no version before"):
+        registry.roll_back("AAPL-gbm")
+
+
+def test_another_kind_of_model_needs_one_entry(tmp_path: Path, loader: Loader, save_version: Save) -> None:
+    save_version("AAPL")
+    other = replace(KINDS[0], paths=ArtifactKind(name="lstm", versions="versions", trainer="training.other"))
+    (tmp_path / "models" / "AAPL" / "lstm").symlink_to("versions/v1")
+    described = replace(KINDS[0].describe(linked_version(tmp_path / "models", "AAPL")))
+    metadata = {**described.metadata, "model_id": "AAPL-lstm"}
+    other = replace(other, load=loader, describe=lambda linked: replace(described, metadata=metadata))
+    registry = ModelRegistry(tmp_path / "models", (*KINDS, other))
+    assert [meta.id for meta in registry.list()] == ["AAPL-gbm", "AAPL-lstm"]
+    assert [meta.model_variant for meta in registry.list()] == ["gbm", "lstm"]
+    assert registry.get("AAPL", "lstm").bundle.symbol == "AAPL"
+
+
+def test_the_command_line_lists_deletes_restores_and_rolls_back(
+    tmp_path: Path, save_version: Save, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(*words: str) -> list[dict[str, object]]:
+        assert main([*words, "--models-dir", str(tmp_path / "models")]) == 0
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    save_version("AAPL", "v1")
+    save_version("AAPL", "v2")
+    assert [line["id"] for line in said("list")] == ["AAPL-gbm"]
+    assert [line["serving"] for line in said("versions", "aapl")] == [True, False]
+    assert said("delete", "AAPL") == [{"id": "AAPL-gbm", "status": "deleted"}]
+    assert said("list") == []
+    assert said("restore", "AAPL")[0]["model_version"] == "v2"
+    assert main(["versions", "--models-dir", str(tmp_path)]) == 2
+    assert main(["rollback", "MSFT", "--models-dir", str(tmp_path)]) == 5
+    assert "error:" in capsys.readouterr().err

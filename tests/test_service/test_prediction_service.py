@@ -1,16 +1,24 @@
 """What the page is sent: equal lengths, finite numbers, real sessions, and only what `decide` said."""
 
+import itertools
 import json
 import math
+import os
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from data.feature_engineer import FEATURE_WORDS, FEATURES
 from inference.pipeline import decide
 from inference.position_sizing import make_sizer
-from service.prediction_service import PredictionService, action_of, smooth, std_ratio
+from service.prediction_chart import REGIME_BARS, action_of, in_words, smooth, std_ratio
+from service.prediction_service import BarKeeper, PredictionService, Recent
 from service.schemas import PredictionRequest, PredictionResult
 from tests.test_service.conftest import FIRST_FORECAST, FakeForecaster, FakeRegistry, FakeSource, served
 from utils.errors import (
@@ -188,7 +196,8 @@ def test_markers_follow_the_changes_of_the_target(predictions: PredictionService
             change = weight[marker.date] - result.fused_positions[day - 1]
             assert marker.type == ("buy" if change > 0 else "sell")
             assert marker.shares == pytest.approx(change * 10_000 / marker.price, abs=1e-3)
-        up = result.classifier_probabilities[day].buy
+        # The fake says: a rise is four points likelier than a gain after costs.
+        up = result.classifier_probabilities[day].buy + 0.04
         assert marker.confidence == pytest.approx(up if marker.type == "buy" else 1 - up)
         assert "80 % band" in (marker.explanation or "")
     moved = [i for i in range(1, len(weight)) if abs(np.diff(result.fused_positions)[i - 1]) >= 0.01]
@@ -280,7 +289,7 @@ def test_gaps_are_drawn_as_no_change_and_said(bars: pd.DataFrame, source: FakeSo
     model = served(forecaster=FakeForecaster(gaps=(len(bars) - 10, len(bars) - 9)))
     result = ask(PredictionService(registry=FakeRegistry(model), source=source, cache=None), daysOnChart=30)
     assert result.predicted_returns[-10:-8] == [0.0, 0.0]
-    assert result.classifier_probabilities[-10].buy == 0.5
+    assert result.classifier_probabilities[-10].buy == pytest.approx(1 / 3)
     assert any("2 sessions without a forecast" in note for note in result.metadata.notes or [])
 
 
@@ -357,3 +366,324 @@ def test_bars_from_another_source_than_the_training_are_said(bars: pd.DataFrame)
 
 def test_std_ratio_is_none_before_any_outcome() -> None:
     assert std_ratio(pd.DataFrame({"predicted_log": [0.1], "realised_log": [np.nan]})) is None
+
+
+# ---------------------------------------------------------------- the same tomorrow
+
+
+def replay(bars: pd.DataFrame, forecaster: FakeForecaster, ahead: int = 5) -> set[str]:
+    """Return which arrays of the answer of ``ahead`` sessions ago are not part of the answer of today."""
+    answers = []
+    for cut in (len(bars) - ahead, len(bars)):
+        service = PredictionService(
+            registry=FakeRegistry(served(forecaster=forecaster)),
+            source=FakeSource({"AAPL": bars.iloc[:cut]}),
+            cache=None,
+        )
+        answers.append(json.loads(service.answer(request(daysOnChart=100 + cut - len(bars) + ahead))))
+    before, today = answers
+    assert before["dates"] == today["dates"][: -ahead or None][-len(before["dates"]) :]
+    names = "fusedPositions predictedReturns predictedPrices actualReturns classifierProbabilities candles"
+    return {n for n in names.split() if before[n] != today[n][:-ahead][-len(before[n]) :]}
+
+
+def request(**fields: object) -> PredictionRequest:
+    return PredictionRequest.model_validate({"symbol": "AAPL", **fields})
+
+
+@dataclass(frozen=True)
+class PeekingForecaster(FakeForecaster):
+    def forecast(self, bars: pd.DataFrame) -> pd.DataFrame:
+        frame = super().forecast(bars)
+        coming = bars["Close"].shift(-3) / bars["Close"] - 1.0
+        return frame.assign(
+            expected_return=(20.0 * coming).fillna(0.0).where(frame["expected_return"].notna())
+        )
+
+
+def test_yesterdays_answer_is_replayed_by_todays_through_the_service(bars: pd.DataFrame) -> None:
+    assert replay(bars, FakeForecaster()) == set()
+
+
+def test_a_forecaster_that_peeks_is_caught_by_the_replay(bars: pd.DataFrame) -> None:
+    assert "fusedPositions" in replay(bars, PeekingForecaster())
+
+
+def test_fault_15_the_servers_zone_changes_nothing(
+    bars: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bodies = set()
+    for zone in ("UTC", "Asia/Tokyo", "America/Los_Angeles"):
+        monkeypatch.setitem(os.environ, "TZ", zone)
+        time.tzset()
+        source = FakeSource({"AAPL": bars})
+        service = PredictionService(registry=FakeRegistry(served()), source=source, cache=None)
+        bodies.add(service.answer(request()))
+    monkeypatch.undo()
+    time.tzset()
+    assert len(bodies) == 1
+
+
+# ---------------------------------------------------------------- ready answers
+
+
+@dataclass(frozen=True)
+class CountingForecaster(FakeForecaster):
+    made: list[int] = field(default_factory=list, hash=False, compare=False)
+    delay_s: float = 0.0
+
+    def forecast(self, bars: pd.DataFrame) -> pd.DataFrame:
+        self.made.append(len(bars))
+        time.sleep(self.delay_s)
+        return super().forecast(bars)
+
+
+class Moment:
+    def __init__(self, now: datetime) -> None:
+        self.now = now
+
+    def __call__(self) -> datetime:
+        return self.now
+
+
+@pytest.fixture
+def counting() -> CountingForecaster:
+    return CountingForecaster()
+
+
+@pytest.fixture
+def counted_registry(counting: CountingForecaster) -> FakeRegistry:
+    return FakeRegistry(served("AAPL", forecaster=counting))
+
+
+@pytest.fixture
+def service(counted_registry: FakeRegistry, source: FakeSource) -> PredictionService:
+    return PredictionService(registry=counted_registry, source=source, cache=None)
+
+
+def test_an_answer_is_ready_once_it_was_given(
+    service: PredictionService, counting: CountingForecaster, source: FakeSource
+) -> None:
+    assert service.cached_answer(request()) is None
+    body = service.answer(request())
+    assert service.cached_answer(request()) is body
+    assert service.answer(request()) is body
+    assert body == service.predict(request()).wire_bytes()
+    assert service.cached_answer(request(horizon=6)) is None
+    assert service.answer(request(horizon=6)) != body
+    assert counting.made == [500], "what is drawn differently is decided once"
+    service.answer(request(maxLong=0.5))
+    assert counting.made == [500, 500], "other limits are other decisions"
+    assert source.asked == ["AAPL"]
+
+
+def test_a_ready_answer_is_cheap_and_asks_nobody(service: PredictionService, source: FakeSource) -> None:
+    service.answer(request())
+    source.answers.clear()
+    asked = request()
+    took = []
+    for _ in range(200):
+        began = time.perf_counter()
+        assert service.cached_answer(asked) is not None
+        took.append(time.perf_counter() - began)
+    assert np.median(took) < 100e-6
+
+
+def test_a_new_model_ends_a_ready_answer(
+    service: PredictionService, counted_registry: FakeRegistry, counting: CountingForecaster
+) -> None:
+    service.answer(request())
+    counted_registry.models["AAPL"] = replace(served("AAPL", version="v2"), forecaster=counting, stamp=2)
+    assert service.cached_answer(request()) is None
+    assert json.loads(service.answer(request()))["metadata"]["modelVersion"] == "v2"
+    del counted_registry.models["AAPL"]
+    assert service.cached_answer(request()) is None
+    with pytest.raises(ModelMissingError):
+        service.answer(request())
+
+
+def live(bars: pd.DataFrame, now: datetime) -> tuple[PredictionService, FakeSource, Moment]:
+    """Return a service over a live source, and the hands of its clock."""
+    source, clock = FakeSource({"AAPL": bars}, is_live=True), Moment(now)
+    service = PredictionService(registry=FakeRegistry(served()), source=source, cache=None)
+    service._bars = BarKeeper(source, None, clock)
+    return service, source, clock
+
+
+def test_fault_08_a_dead_source_leaves_answers_that_say_so(bars: pd.DataFrame) -> None:
+    evening = bars.index[-1].to_pydatetime().replace(tzinfo=UTC) + timedelta(hours=23)
+    service, source, clock = live(bars, evening)
+    fresh = json.loads(service.answer(request()))
+    assert fresh["metadata"]["dataStale"] is False
+    clock.now += timedelta(days=4)
+    source.answers["AAPL"] = UpstreamError("down")
+    assert service.cached_answer(request()) is None, "a newer session is due"
+    stale = json.loads(service.answer(request()))
+    assert (stale["metadata"]["dataStale"], stale["metadata"]["dataAsOf"]) == (True, fresh["dates"][-1])
+    assert any("prices end" in note for note in stale["metadata"]["notes"])
+    assert stale["fusedPositions"] == fresh["fusedPositions"]
+    assert service.cached_answer(request()) is not None, "until it is asked again"
+    assert service.quote("AAPL").data_stale
+    assert service.history("AAPL", 3).data_stale
+    assert len(source.asked) == 2
+
+
+def test_a_new_session_is_fetched_once_and_answered(bars: pd.DataFrame) -> None:
+    evening = bars.index[-2].to_pydatetime().replace(tzinfo=UTC) + timedelta(hours=23)
+    service, source, clock = live(bars.iloc[:-1], evening)
+    service.answer(request())
+    source.answers["AAPL"], clock.now = bars, evening + (bars.index[-1] - bars.index[-2]).to_pytimedelta()
+    for _ in range(5):
+        assert json.loads(service.answer(request()))["dates"][-1] == f"{bars.index[-1]:%Y-%m-%d}"
+    assert len(source.asked) == 2
+
+
+def in_parallel(call: Callable[[], bytes], threads: int = 100) -> list[bytes]:
+    """Return what ``call`` says in many threads at once; an error in any of them is raised."""
+    with ThreadPoolExecutor(threads) as pool:
+        return [answer.result() for answer in [pool.submit(call) for _ in range(threads)]]
+
+
+def test_fault_22_a_hundred_parallel_requests_decide_once(
+    service: PredictionService, counting: CountingForecaster
+) -> None:
+    assert len(set(in_parallel(lambda: service.answer(request())))) == 1
+    assert counting.made == [500]
+
+
+def test_fault_22_each_answer_comes_from_one_version_while_models_change(source: FakeSource) -> None:
+    models = [replace(served("AAPL", version=f"v{k}"), stamp=k) for k in range(2)]
+    registry = FakeRegistry(models[0])
+    service = PredictionService(registry=registry, source=source, cache=None)
+    turn = itertools.count()
+
+    def ask_and_flip() -> bytes:
+        registry.models["AAPL"] = models[next(turn) % 2]
+        return service.cached_answer(request()) or service.answer(request())
+
+    alone = [PredictionService(registry=FakeRegistry(m), source=source, cache=None) for m in models]
+    assert set(in_parallel(ask_and_flip)) == {one.answer(request()) for one in alone}
+
+
+def test_what_is_recent_is_bounded_by_weight() -> None:
+    recent: Recent[str, int] = Recent(10)
+    for key, weight in (("a", 4), ("b", 4)):
+        recent.put(key, weight, weight)
+    assert recent.get("a") == 4
+    recent.put("c", 4, 4)
+    assert [recent.get(key) for key in "abc"] == [4, None, 4], "the one not asked for goes"
+    recent.put("a", 9, 9)
+    assert [recent.get(key) for key in "abc"] == [9, None, None]
+    recent.put("huge", 1, 11)
+    assert [recent.get(key) for key in ("a", "huge")] == [None, None]
+    recent.put("d", 1, 10)
+    assert recent.get("d") == 1, "the total was kept right"
+
+
+# ---------------------------------------------------------------- words
+
+
+@dataclass(frozen=True)
+class ExplainingForecaster(FakeForecaster):
+    def contributions(self, bars: pd.DataFrame, sessions: pd.DatetimeIndex) -> pd.DataFrame:
+        row = {"rsi_14": 0.3, "gap_down": -0.2, "macd": 0.1, "atr_14": 0.01}
+        return pd.DataFrame([row] * len(sessions), index=sessions)
+
+
+def explained(source: FakeSource, bars: pd.DataFrame, label: str) -> PredictionResult:
+    verdict = {"label": label, "reasons": [], "evidence": {}}
+    model = served(forecaster=ExplainingForecaster(), verdict=verdict)
+    record = model.bundle.record.assign(date=bars.index[-40:-37])
+    model = replace(model, bundle=replace(model.bundle, record=record))
+    registry = FakeRegistry(model)
+    return ask(
+        PredictionService(registry=registry, source=source, cache=None), daysOnChart=300, **EVERY_MARKER
+    )
+
+
+def test_the_explanation_names_the_strongest_features_in_words(
+    source: FakeSource, bars: pd.DataFrame
+) -> None:
+    result = explained(source, bars, "edge")
+    said = {marker.date: marker.explanation or "" for marker in result.trade_markers}
+    last = said[result.trade_markers[-1].date]
+    assert "for a rise: the 14-day RSI, the MACD; for a fall: the gap down at the open" in last
+    assert "daily range" not in last, "the weakest is not named"
+    assert "without a proven edge" not in last
+    final = f"{bars.index[-38]:%Y-%m-%d}"
+    made = {date: "The model sees" in text for date, text in said.items()}
+    assert not any(told for date, told in made.items() if date <= final), "fold models are not kept"
+    assert 1 < sum(made.values()) <= 5
+
+
+def test_without_an_edge_the_explanation_and_the_notes_are_not_sure(
+    source: FakeSource, bars: pd.DataFrame
+) -> None:
+    for label in ("no-edge", "insufficient"):
+        result = explained(source, bars, label)
+        assert "no position rests on it" in str(result.trade_markers[-1].explanation)
+        assert any(note.startswith("not sure:") for note in result.metadata.notes or [])
+    sure = explained(source, bars, "edge")
+    assert not any(note.startswith("not sure:") for note in sure.metadata.notes or [])
+
+
+def test_every_feature_has_words_of_its_own() -> None:
+    assert {spec.name for spec in FEATURES} <= set(FEATURE_WORDS)
+    assert len(set(FEATURE_WORDS.values())) == len(FEATURE_WORDS)
+    assert in_words(pd.Series({"rsi_14": 0.0})) == "The model sees nothing for either side"
+
+
+def test_an_old_model_is_flagged(bars: pd.DataFrame, source: FakeSource) -> None:
+    def meta_of(trained: pd.Timestamp, **changes: object) -> tuple[int | None, bool | None, bool]:
+        registry = FakeRegistry(served(trained_through=f"{trained:%Y-%m-%d}", **changes))
+        metadata = ask(PredictionService(registry=registry, source=source, cache=None)).metadata
+        said = any("train again" in note for note in metadata.notes or [])
+        return metadata.model_age_sessions, metadata.model_is_old, said
+
+    assert meta_of(bars.index[-1]) == (0, False, False)
+    assert meta_of(bars.index[-253]) == (252, False, False)
+    assert meta_of(bars.index[-254]) == (253, True, True)
+    assert meta_of(bars.index[-100], folds=[{"n": 63}, {"n": 60}]) == (99, True, True)
+
+
+# ---------------------------------------------------------------- filters and quotes
+
+
+def test_regime_filters_hide_trades_of_a_regime_and_move_no_position(
+    predictions: PredictionService, bars: pd.DataFrame
+) -> None:
+    both = ask(predictions, daysOnChart=300, **EVERY_MARKER)
+    mean = bars["Close"].rolling(REGIME_BARS, min_periods=1).mean()
+    is_bull = dict(zip(bars.index.strftime("%Y-%m-%d"), bars["Close"] >= mean, strict=True))
+    shown = {}
+    for wanted in ("bull", "bear"):
+        filters = {"bull": wanted == "bull", "bear": wanted == "bear"}
+        fusion = {"buyThreshold": 0, "sellThreshold": 0, "regimeFilters": filters}
+        result = ask(predictions, daysOnChart=300, confidenceFloors={"buy": 0, "sell": 0}, fusion=fusion)
+        assert result.fused_positions == both.fused_positions
+        shown[wanted] = [m for m in result.trade_markers if m.segment == "history"]
+        assert {is_bull[marker.date] for marker in shown[wanted]} == {wanted == "bull"}
+        other = "bear" if wanted == "bull" else "bull"
+        assert any(f"decided in a {other} market" in note for note in result.metadata.notes or [])
+        assert result.forecast is not None
+        assert both.forecast is not None
+        kept = is_bull[result.dates[-1]] == (wanted == "bull")
+        expected = (both.forecast.actions or [])[0].action if kept else "HOLD"
+        assert (result.forecast.actions or [])[0].action == expected
+    together = sorted([*shown["bull"], *shown["bear"]], key=lambda marker: marker.date)
+    assert together == [marker for marker in both.trade_markers if marker.segment == "history"]
+
+
+def test_a_quote_is_the_last_closed_session(predictions: PredictionService, bars: pd.DataFrame) -> None:
+    quote = json.loads(predictions.quote(" aapl ").wire_bytes())
+    last = bars.iloc[-1]
+    assert quote["symbol"] == "AAPL"
+    assert quote["current_price"] == pytest.approx(last["Close"])
+    assert quote["previous_close"] == pytest.approx(bars["Close"].iloc[-2])
+    assert (quote["open"], quote["day_high"], quote["day_low"]) == pytest.approx(
+        (last["Open"], last["High"], last["Low"])
+    )
+    assert isinstance(quote["volume"], int)
+    assert (quote["data_stale"], quote["data_as_of"]) == (True, f"{bars.index[-1]:%Y-%m-%d}")
+    with pytest.raises(UnknownSymbolError):
+        predictions.quote("NOPE")

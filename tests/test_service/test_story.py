@@ -1,5 +1,9 @@
 """From trained bundles to what the page draws, with nothing faked."""
 
+import io
+import json
+import shutil
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,3 +73,59 @@ def test_no_edge_means_a_passive_position_and_says_so(page: TestClient):
 
 def test_old_prices_are_served_and_marked(page: TestClient):
     assert predict(page)["metadata"]["dataStale"] is True
+
+
+def test_a_forecast_after_the_record_says_what_it_is_made_from(page: TestClient):
+    for symbol, sure in (("SIGNAL", True), ("NOISE", False)):
+        marker = predict(page, symbol)["tradeMarkers"][-1]
+        assert marker["segment"] == "forecast"
+        assert "The model sees" in marker["explanation"]
+        assert ("no position rests on it" not in marker["explanation"]) is sure
+    assert any(note.startswith("not sure") for note in predict(page, "NOISE")["metadata"]["notes"])
+
+
+def test_class_probabilities_sum_to_one_and_follow_the_forecast(page: TestClient):
+    result = predict(page, daysOnChart=1_000)
+    rows = np.array([[row["buy"], row["hold"], row["sell"]] for row in result["classifierProbabilities"]])
+    np.testing.assert_allclose(rows.sum(axis=1), 1.0)
+    assert ((rows >= 0) & (rows <= 1)).all()
+    # The scale differs from day to day, so the order need not be the same, only close to it.
+    assert np.corrcoef(rows[:, 0], result["predictedReturns"])[0, 1] > 0.8
+    said, came = rows[:-1, 0], np.array(result["actualReturns"][1:]) > 0.0016
+    upper = said > np.median(said)
+    for half in (upper, ~upper):
+        assert np.mean(said[half]) == pytest.approx(np.mean(came[half]), abs=0.08)
+    assert np.mean(came[upper]) > np.mean(came[~upper]), "the planted edge shows"
+
+
+@pytest.fixture
+def shop(tiny_bundle: Path, csv_dir: Path, tmp_path: Path) -> Iterator[TestClient]:
+    """The page over models that may be thrown away."""
+    models = shutil.copytree(tiny_bundle, tmp_path / "models", symlinks=True)
+    settings = Settings(source=f"csv:{csv_dir}", models_dir=models, cache_dir=tmp_path / "cache")
+    with TestClient(create_app(settings)) as client:
+        yield client
+
+
+def test_a_model_is_downloaded_deleted_and_brought_back(shop: TestClient):
+    before = predict(shop)
+    archive = shop.get("/api/models/SIGNAL-gbm/download")
+    assert archive.headers["content-disposition"] == "attachment; filename=SIGNAL_artifacts.zip"
+    with zipfile.ZipFile(io.BytesIO(archive.content)) as files:
+        manifest = json.loads(files.read("manifest.json"))
+        assert set(files.namelist()) == {*manifest["files"], "manifest.json"}
+    (version,) = shop.get("/api/models/SIGNAL-gbm/versions").json()
+    assert (version["serving"], version["verdict"]) == (True, "edge")
+    assert shop.delete("/api/models/SIGNAL-gbm").json() == {"status": "deleted"}
+    assert [model["id"] for model in shop.get("/api/models").json()] == ["NOISE-gbm"]
+    for answer in (
+        shop.post("/api/predict", json={"symbol": "SIGNAL", "horizon": 5, "daysOnChart": 120}),
+        shop.delete("/api/models/SIGNAL-gbm"),
+        shop.get("/api/models/SIGNAL-gbm/download"),
+    ):
+        assert answer.status_code == 404
+        assert isinstance(answer.json()["detail"], str)
+    assert shop.post("/api/models/SIGNAL-gbm/rollback").status_code == 404
+    assert shop.post("/api/models/SIGNAL-gbm/restore").json()["id"] == "SIGNAL-gbm"
+    assert shop.post("/api/models/SIGNAL-gbm/restore").status_code == 404
+    assert predict(shop) == before

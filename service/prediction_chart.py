@@ -1,0 +1,399 @@
+"""What the page draws of decisions: the last of them, markers with their reasons, lines, and a forecast.
+
+Nothing is decided here, and no position is changed: smoothing, floors and filters change what is drawn.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from data.feature_engineer import FEATURE_WORDS
+from data.markets import calendar_for
+from data.schema import BAR_COLUMNS, Bars
+from inference.intervals import ForecastPath
+from inference.pipeline import Decisions, Explains
+from service import schemas as wire
+from service.model_registry import ServedModel, is_finite_number
+from service.schemas import PredictionRequest
+from utils.errors import InsufficientDataError
+
+FloatArray = npt.NDArray[np.float64]
+
+SMOOTHING_BARS = 5
+BOLLINGER_BARS = 20
+BOLLINGER_STDS = 2.0
+MOVING_AVERAGE_BARS = 50
+# Smaller changes of the target weight are drift of the forecast, not something to act on.
+MIN_WEIGHT_CHANGE = 0.01
+# Capital behind a marker's number of shares: the backtest form's default.
+MARKER_CAPITAL = 10_000.0
+# A market is a bull at t where the close of t lies on or above the mean of so many closes up to t.
+REGIME_BARS = 200
+# How many trades are explained, and by how many features; the boosters take a while to take apart.
+EXPLAINED_TRADES, STRONGEST = 4, 3
+# Where the walk-forward tells no length of its blocks, a year.
+USUAL_BLOCK_BARS = 252
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chart:
+    """The tail of the decisions, as it is drawn.
+
+    Attributes
+    ----------
+    rows
+        `Decisions.frame` with ``weight_before`` (target of the session before), ``shown_log`` (smoothed
+        median h-day log forecast) and ``is_bull`` (see `REGIME_BARS`); finite wherever it is drawn.
+    dates
+        Sessions as ``YYYY-MM-DD``.
+    horizon_bars
+        Number of sessions that a forecast looks ahead.
+    neutral_rows
+        Sessions without a forecast inside the chart, shown as a forecast of no change.
+    """
+
+    rows: pd.DataFrame
+    dates: list[str]
+    horizon_bars: int
+    neutral_rows: int
+
+    def column(self, name: str) -> FloatArray:
+        """Return one column, (n,)."""
+        return np.asarray(self.rows[name], dtype=np.float64)
+
+    @property
+    def change(self) -> FloatArray:
+        """Change of the target weight decided at each close, (n,)."""
+        return self.column("target_weight") - self.column("weight_before")
+
+
+def chart_of(decisions: Decisions, *, days: int, smoothing: wire.Smoothing) -> Chart:
+    """Return the last ``days`` decisions from the first forecast on.
+
+    Sessions before the first out-of-sample forecast are left out: the model has seen them.
+
+    Raises
+    ------
+    InsufficientDataError
+        If the last session has no forecast.
+    """
+    frame = decisions.frame
+    known = np.isfinite(np.asarray(frame["expected_log"], dtype=np.float64))
+    if not known[-1]:
+        raise InsufficientDataError(
+            f"{decisions.symbol} has {len(frame)} bars and no forecast for the last one: its features need a "
+            "longer or more complete history"
+        )
+    tail = slice(max(int(np.argmax(known)), len(frame) - days), None)
+    third = 1.0 / 3.0
+    neutral = {"asset_return": 0.0, "lower": 0.0, "upper": 0.0, "prob_up": 0.5}
+    rows = frame.iloc[tail].fillna({**neutral, "prob_gain": third, "prob_loss": third})
+    rows["weight_before"] = frame["target_weight"].shift(1, fill_value=0.0).iloc[tail]
+    rows["shown_log"] = smooth(frame["expected_log"], smoothing).fillna(0.0).iloc[tail]
+    rows["is_bull"] = (frame["close"] >= frame["close"].rolling(REGIME_BARS, min_periods=1).mean()).iloc[tail]
+    return Chart(
+        rows=rows,
+        dates=days_of(rows.index),
+        horizon_bars=decisions.horizon_bars,
+        neutral_rows=int(np.count_nonzero(~known[tail])),
+    )
+
+
+def smooth(values: pd.Series, how: wire.Smoothing) -> pd.Series:
+    """Smooth a series over `SMOOTHING_BARS`; the value of t uses values up to t only."""
+    if how == "ema":
+        return values.ewm(span=SMOOTHING_BARS, adjust=False).mean()
+    if how == "moving-average":
+        return values.rolling(SMOOTHING_BARS, min_periods=1).mean()
+    return values
+
+
+def classes_of(chart: Chart) -> list[wire.ClassProbabilities]:
+    """Return the chances that the h-day return pays for a round trip upwards, downwards, or not at all."""
+    return [
+        wire.ClassProbabilities(buy=gain, sell=loss, hold=max(1.0 - gain - loss, 0.0))
+        for gain, loss in zip(chart.column("prob_gain"), chart.column("prob_loss"), strict=True)
+    ]
+
+
+def is_wanted(chart: Chart, request: PredictionRequest) -> npt.NDArray[np.bool_]:
+    """Whether the regime filters want trades decided at each close, (n,)."""
+    filters = request.fusion.regime_filters
+    return np.where(chart.rows["is_bull"], filters.bull, filters.bear)
+
+
+def forecast_of(chart: Chart, path: ForecastPath, request: PredictionRequest) -> wire.Forecast:
+    """Return the sessions to come: the target decided at the last close is reached at the first of them."""
+    dates = days_of(path.dates)
+    before, target = float(chart.column("weight_before")[-1]), float(chart.column("target_weight")[-1])
+    first = action_of(before, target) if is_wanted(chart, request)[-1] else "HOLD"
+    prices, names = path.prices.tolist(), [first, *["HOLD"] * (len(dates) - 1)]
+    return wire.Forecast(
+        dates=dates,
+        prices=prices,
+        returns=path.returns.tolist(),
+        positions=[target] * len(dates),
+        lower_band=path.lower.tolist(),
+        upper_band=path.upper.tolist(),
+        actions=[
+            wire.ForecastAction(date=date, action=name, price=price, target_position=target)
+            for date, name, price in zip(dates, names, prices, strict=True)
+        ],
+    )
+
+
+def action_of(before: float, target: float) -> wire.ForecastActionName:
+    """Name the trade from one weight to another."""
+    if abs(target - before) < MIN_WEIGHT_CHANGE:
+        return "HOLD"
+    if target > before:
+        return "COVER" if target <= 0.0 else "BUY"
+    return "SHORT" if target < 0.0 else "SELL"
+
+
+def markers_of(
+    chart: Chart, forecast: wire.Forecast, request: PredictionRequest, reasons: Mapping[int, str]
+) -> list[wire.TradeMarker]:
+    """Mark each confident and large enough change of the target weight, and the first session to come.
+
+    The confidence is the probability that the price moves in the direction of the change within the model's
+    horizon. A marker of the history lies on the session at whose close the change was decided.
+    """
+    floors, fusion, wanted = request.confidence_floors, request.fusion, is_wanted(chart, request)
+    least = {"buy": max(floors.buy, fusion.buy_threshold), "sell": max(floors.sell, fusion.sell_threshold)}
+    acted = np.flatnonzero((np.abs(chart.change) >= MIN_WEIGHT_CHANGE) & wanted).tolist()
+    markers = [marker_of(chart, row, chart.dates[row], "history", reasons.get(row, "")) for row in acted]
+    last = len(chart.dates) - 1
+    if wanted[last]:
+        markers.append(marker_of(chart, last, forecast.dates[0], "forecast", reasons.get(last, "")))
+    smallest = request.trade_share_floor or 0.0
+    return [
+        marker
+        for marker in markers
+        if marker.type == "hold"
+        or (marker.confidence >= least[marker.type] and abs(marker.shares) >= smallest)
+    ]
+
+
+def marker_of(
+    chart: Chart, row: int, date: str, segment: Literal["history", "forecast"], reason: str
+) -> wire.TradeMarker:
+    """Return the marker of what was decided at the close of ``row``, and why."""
+    at = chart.rows.iloc[row]
+    before, target, up = float(at["weight_before"]), float(at["target_weight"]), float(at["prob_up"])
+    change = target - before
+    acts = abs(change) >= MIN_WEIGHT_CHANGE
+    rises = change > 0.0
+    median = float(np.expm1(at["expected_log"])) if np.isfinite(at["expected_log"]) else 0.0
+    return wire.TradeMarker(
+        date=date,
+        price=float(at["close"]),
+        type="hold" if not acts else "buy" if rises else "sell",
+        shares=round(change * MARKER_CAPITAL / float(at["close"]), 4) if acts else 0.0,
+        confidence=max(up, 1.0 - up) if not acts else up if rises else 1.0 - up,
+        segment=segment,
+        scope="prediction",
+        explanation=(
+            f"Median forecast {median:+.2%} over {chart.horizon_bars} sessions, 80 % band "
+            f"{float(at['lower']):+.1%} to {float(at['upper']):+.1%}, chance of a rise {up:.0%}; "
+            f"target weight {before:.2f} -> {target:.2f}{reason}"
+        ),
+    )
+
+
+def reasons_of(model: ServedModel, bars: pd.DataFrame, chart: Chart) -> dict[int, str]:
+    """Say what the forecasts behind the latest trades are made from, by row of the chart.
+
+    Only of the model that forecasts now: of those that made the walk-forward record nothing is kept.
+    """
+    if not isinstance(model.forecaster, Explains):
+        return {}
+    sessions, end = pd.DatetimeIndex(chart.rows.index), model.bundle.record["date"].max()
+    acted = np.flatnonzero((np.abs(chart.change) >= MIN_WEIGHT_CHANGE) & (sessions > end))
+    rows = sorted({*acted[-EXPLAINED_TRADES:].tolist(), len(sessions) - 1} if sessions[-1] >= end else ())
+    if not rows:
+        return {}
+    used = "" if model.meta.verdict == "edge" else "; without a proven edge no position rests on it"
+    shares = model.forecaster.contributions(bars, sessions[rows])
+    return {row: f". {in_words(shares.iloc[k])}{used}" for k, row in enumerate(rows)}
+
+
+def in_words(shares: pd.Series) -> str:
+    """Name the features with the largest shares in a forecast, and the side that each speaks for."""
+    largest = shares.loc[shares.abs().sort_values(ascending=False, kind="stable").index[:STRONGEST]]
+    sides = {"a rise": largest[largest > 0.0], "a fall": largest[largest < 0.0]}
+    said = [
+        f"for {side}: {', '.join(FEATURE_WORDS.get(name, name) for name in found.index)}"
+        for side, found in sides.items()
+        if len(found)
+    ]
+    return f"The model sees {'; '.join(said)}" if said else "The model sees nothing for either side"
+
+
+def overlays_of(bars: pd.DataFrame, chart: Chart, path: ForecastPath) -> list[wire.OverlaySeries]:
+    """Return the lines over the chart; averages reach back before its first date."""
+    shown = chart.rows.index
+    close = bars["Close"].iloc[-len(shown) - MOVING_AVERAGE_BARS :]
+    mid = close.rolling(BOLLINGER_BARS).mean().loc[shown].dropna()
+    spread = BOLLINGER_STDS * close.rolling(BOLLINGER_BARS).std(ddof=0).loc[mid.index]
+    average = close.rolling(MOVING_AVERAGE_BARS).mean().loc[shown].dropna()
+    last = float(close.iloc[-1])
+    ahead = pd.Series([last, *path.prices.tolist()], index=[shown[-1], *path.dates])
+    return [
+        wire.OverlaySeries(
+            type="bollinger",
+            points=_points(mid),
+            upper=(mid + spread).to_list(),
+            lower=(mid - spread).to_list(),
+        ),
+        wire.OverlaySeries(type="moving-average", points=_points(average)),
+        wire.OverlaySeries(
+            type="predicted-path",
+            points=_points(ahead),
+            upper=[last, *path.upper.tolist()],
+            lower=[last, *path.lower.tolist()],
+        ),
+    ]
+
+
+def metadata_of(
+    request: PredictionRequest,
+    model: ServedModel,
+    bars: Bars,
+    decisions: Decisions,
+    chart: Chart,
+) -> wire.PredictionMetadata:
+    """Echo what was asked, and say what answered and how far it may be believed."""
+    meta, trained = model.meta, model.bundle.metadata
+    out_of_sample_from, (age, judged) = decisions.out_of_sample_from, age_of(model, bars)
+    evidence = trained["verdict"].get("evidence") or {}
+    return wire.PredictionMetadata(
+        model_id=meta.id,
+        fusion_mode=request.fusion.mode,
+        buy_threshold=request.fusion.buy_threshold,
+        sell_threshold=request.fusion.sell_threshold,
+        horizon=request.horizon,
+        trade_share_floor=request.trade_share_floor,
+        model_quality_gate_passed=meta.quality_gate_passed,
+        model_quality_score=meta.quality_score,
+        model_quality_reasons=meta.quality_reasons,
+        holdout_metric_source="walk_forward",
+        holdout_pred_target_std_ratio=std_ratio(model.bundle.record),
+        feature_profile=trained.get("feature_set_hash"),
+        feature_selection_mode="shap_in_fold",
+        target_horizon_days=decisions.horizon_bars,
+        execution_mode="decided_at_close_held_from_next_session",
+        model_variant=meta.model_variant,
+        data_interval="1d",
+        data_period=request.data_period,
+        is_intraday=False,
+        annualization_factor=float(calendar_for(bars.symbol).sessions_per_year),
+        smoothing=request.smoothing,
+        confidence_floors=request.confidence_floors,
+        out_of_sample_from=f"{out_of_sample_from:%Y-%m-%d}" if out_of_sample_from is not None else None,
+        trained_through=meta.trained_through,
+        data_as_of=chart.dates[-1],
+        data_stale=bars.provenance.stale,
+        data_source=bars.provenance.source,
+        verdict=meta.verdict,
+        evidence={name: value for name, value in evidence.items() if is_finite_number(value)},
+        model_version=model.bundle.model_version,
+        model_age_sessions=age,
+        model_is_old=age > judged,
+        notes=[
+            *model.warnings,
+            *decisions.findings,
+            *model_notes(model, age, judged),
+            *data_notes(bars, chart, model, request),
+            *request_notes(request),
+        ],
+    )
+
+
+def age_of(model: ServedModel, bars: Bars) -> tuple[int, int]:
+    """Return how many sessions ago the model was trained, and the oldest age that the walk-forward judged."""
+    metadata = model.bundle.metadata
+    through, last = pd.Timestamp(metadata["trained_through"]), bars.provenance.last_session
+    age = calendar_for(bars.symbol).sessions_between(through, last)
+    return max(age, 0), max((fold["n"] for fold in metadata.get("folds", ())), default=USUAL_BLOCK_BARS)
+
+
+def model_notes(model: ServedModel, age: int, judged: int) -> list[str]:
+    """Say in words how far the model may be believed."""
+    unsure = {
+        "no-edge": "this model has shown no edge out of sample",
+        "insufficient": "there are too few forecasts out of sample to tell an edge from luck",
+    }
+    passive = "the forecast is the drift of the past and the position the passive one"
+    reason = unsure.get(model.meta.verdict or "insufficient")
+    notes = [f"not sure: {reason}, so {passive}"] if reason else []
+    if age > judged:
+        notes.append(
+            f"the model was trained {age} sessions ago; none older than {judged} was judged: train again"
+        )
+    return notes
+
+
+def std_ratio(record: pd.DataFrame) -> float | None:
+    """Return the spread of out-of-sample forecasts over that of outcomes; None before any outcome."""
+    predicted, realised = (np.asarray(record[name]) for name in ("predicted_log", "realised_log"))
+    known = np.isfinite(predicted) & np.isfinite(realised)
+    spread = float(np.std(realised[known])) if known.any() else 0.0
+    return float(np.std(predicted[known])) / spread if spread > 0.0 else None
+
+
+def data_notes(bars: Bars, chart: Chart, model: ServedModel, request: PredictionRequest) -> list[str]:
+    """Say in words what is amiss with the bars and the chart."""
+    notes = list(bars.report.problems())
+    if bars.provenance.stale:
+        notes.append(f"prices end {chart.dates[-1]}; the exchange has closed later sessions")
+    if model.meta.data_source != bars.provenance.source:
+        notes.append(
+            f"trained on prices of {model.meta.data_source}, serving prices of {bars.provenance.source}"
+        )
+    if len(chart.dates) < request.days_on_chart:
+        notes.append(f"the chart begins {chart.dates[0]}: no out-of-sample forecast lies before it")
+    if chart.neutral_rows:
+        notes.append(f"{chart.neutral_rows} sessions without a forecast are drawn as a forecast of no change")
+    if request.horizon > chart.horizon_bars:
+        notes.append(f"past {chart.horizon_bars} sessions the forecast is the drift of the training rows")
+    return notes
+
+
+def request_notes(request: PredictionRequest) -> list[str]:
+    """Say in words which settings change nothing in the answer."""
+    fusion, usual = request.fusion, wire.FusionSettings()
+    notes = []
+    if fusion.mode != "gbm_only":
+        notes.append(f"fusion mode {fusion.mode} is served by the boosters alone: there is no LSTM model")
+    if fusion.regressor_scale != usual.regressor_scale:
+        notes.append("regressorScale changes nothing: positions are sized by Kelly's rule")
+    filters = fusion.regime_filters
+    if not (filters.bull and filters.bear):
+        left_out = " or ".join(name for name, kept in filters if not kept)
+        notes.append(
+            f"regimeFilters: trades decided in a {left_out} market (the close against its {REGIME_BARS}-"
+            "session mean) are neither marked nor named; positions stay those that were decided"
+        )
+    if request.data_period is not None:
+        notes.append("dataPeriod changes nothing: the whole history is read")
+    return notes
+
+
+def days_of(index: pd.Index) -> list[str]:
+    """Return sessions as ``YYYY-MM-DD``."""
+    return pd.DatetimeIndex(index).strftime("%Y-%m-%d").to_list()
+
+
+def ohlcv(frame: pd.DataFrame) -> Iterator[tuple[str, float, float, float, float, float]]:
+    """Return date, open, high, low, close and volume, row by row."""
+    return zip(days_of(frame.index), *(frame[name].to_list() for name in BAR_COLUMNS), strict=True)
+
+
+def _points(series: pd.Series) -> list[wire.OverlayPoint]:
+    pairs = zip(days_of(series.index), series.to_list(), strict=True)
+    return [wire.OverlayPoint(date=date, value=value) for date, value in pairs]
