@@ -4,7 +4,7 @@ Nothing is decided here. Positions, forecasts and bands are those of `inference.
 shows what a backtest books. Smoothing, floors and thresholds change what is drawn, never a position.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +19,7 @@ from inference.intervals import ForecastPath
 from inference.pipeline import Decisions, decide, path_ahead
 from inference.position_sizing import make_sizer
 from service import schemas as wire
+from service.ledger import ServedForecast, served_forecast
 from service.model_registry import ModelRegistry, ServedModel, is_finite_number
 from service.schemas import FusionSettings, PredictionRequest, PredictionResult
 from utils.errors import InsufficientDataError, ModelMissingError, UsageError
@@ -71,9 +72,19 @@ class PredictionService:
         Saved models.
     source, cache
         Where bars come from.
+    on_served
+        Told of every forecast before its answer goes out.
     """
 
-    def __init__(self, *, registry: ModelRegistry, source: BarSource, cache: ReadsThrough | None) -> None:
+    def __init__(
+        self,
+        *,
+        registry: ModelRegistry,
+        source: BarSource,
+        cache: ReadsThrough | None,
+        on_served: Callable[[ServedForecast], None] | None = None,
+    ) -> None:
+        self._on_served = on_served
         self._registry = registry
         self._source = source
         self._cache = cache
@@ -130,7 +141,7 @@ class PredictionService:
         path = path_ahead(decisions, ahead)
         forecast = forecast_of(chart, path)
         limits = {"max_long": sizer.rules.max_long, "max_short": sizer.rules.max_short}
-        return PredictionResult(
+        result = PredictionResult(
             symbol=symbol,
             dates=chart.dates,
             prices=chart.column("close").tolist(),
@@ -151,6 +162,9 @@ class PredictionService:
             forecast=forecast,
             metadata=metadata_of(request, model, bars, decisions, chart).model_copy(update=limits),
         )
+        if self._on_served is not None:
+            self._on_served(served_forecast(result))
+        return result
 
     def _bars(self, symbol: str) -> Bars:
         return fetch_stock_data(symbol, source=self._source, cache=self._cache)
