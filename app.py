@@ -67,13 +67,14 @@ def create_app(settings: Settings, listening: socket.socket | None = None) -> Ap
     Raises
     ------
     UsageError
-        If ``settings.source`` names no source.
+        If ``settings.source`` names no source, or ``settings.database_url`` no database.
     """
     # These rooms import every learner of the project: `--help` and the import of `app` need none of them.
     from data.cache_manager import BarCache  # noqa: PLC0415
-    from data.data_fetcher import make_source  # noqa: PLC0415
+    from data.data_fetcher import fetch_stock_data, make_source  # noqa: PLC0415
     from service.api import Services, create_api  # noqa: PLC0415
     from service.edge import EdgeRules  # noqa: PLC0415
+    from service.ledger import ForecastLedger, track_record  # noqa: PLC0415
     from service.model_registry import ModelRegistry  # noqa: PLC0415
     from service.prediction_service import PredictionService  # noqa: PLC0415
     from service.training_service import TrainingService, trainer_command  # noqa: PLC0415
@@ -88,7 +89,9 @@ def create_app(settings: Settings, listening: socket.socket | None = None) -> Ap
         hours=settings.training_hours,
     )
     source = make_source(settings.source, cache_dir=settings.cache_dir)
-    predictions = PredictionService(registry=registry, source=source, cache=BarCache(settings.cache_dir))
+    cache, ledger = BarCache(settings.cache_dir), ForecastLedger(settings.database)
+    predictions = PredictionService(registry=registry, source=source, cache=cache, on_served=ledger.keep)
+    bars_of = functools.partial(fetch_stock_data, source=source, cache=cache)
     drain = Drain(settings.drain_s, listening)
 
     def on_start() -> None:
@@ -100,6 +103,7 @@ def create_app(settings: Settings, listening: socket.socket | None = None) -> Ap
             registry=registry,
             predictions=predictions,
             training=training,
+            track_record=functools.partial(track_record, ledger, bars_of),
             source_name=source.name,
             origins=settings.origins,
             on_start=on_start,

@@ -25,14 +25,14 @@ from rich.table import Table
 
 from data.cache_manager import BarCache
 from data.data_fetcher import make_source
-from data.schema import normalise_symbol
+from data.schema import bars_hash, normalise_symbol
 from evaluation import charts
 from evaluation.accounting import DEFAULT_CAPITAL, CostModel
 from evaluation.advanced_backtester import IN_SAMPLE_STAMP, BacktestReport, by_regime, by_year
 from evaluation.charts import Cell, cell
 from evaluation.forward_simulator import CONFIDENCE, GRID_SEEDS
 from evaluation.metrics import reasons, values
-from evaluation.report import Banner, Block, Report, words_of, write_report
+from evaluation.report import Banner, Block, Report, luck_section, words_of, write_report
 from inference.load_gbm_models import load_bundle
 from inference.position_sizing import DEFAULT_SIZING, PRESETS
 from service.backtest_service import (
@@ -42,12 +42,9 @@ from service.backtest_service import (
     Lived,
     Outcome,
     backtest,
-    compared,
     live,
-    luck_section,
     notes_of,
     report_of,
-    summary_of,
 )
 from utils.errors import AIStocksError, ModelMissingError, StorageError, UsageError
 from utils.settings import Settings, configure_logging, read_settings
@@ -56,6 +53,21 @@ DEFAULT_DAYS = 250
 AHEAD_OF = (
     ("buy_hold", "over buy and hold", "strategy"),
     ("exposure_matched", "over equal exposure", "exposure"),
+)
+BESIDE = ("total_return", "cagr", "sharpe_ratio", "max_drawdown", "exposure_mean", "turnover")
+SUMMARY_FIGURES = (
+    "sharpe_ratio",
+    "max_drawdown",
+    "win_rate",
+    "direction_accuracy",
+    "direction_base_rate",
+    "prediction_std",
+    "turnover",
+    "total_transaction_costs",
+    "cost_adjusted_sharpe",
+    "exposure_mean",
+    "hit_rate_down_days",
+    "information_ratio",
 )
 LIVED = ("close", "target_weight", "held_weight", "equity", "net_return")
 SHOWN = {
@@ -162,6 +174,41 @@ def make(args: argparse.Namespace, settings: Settings) -> list[Outcome]:
     return [backtest(bundle, source, cache, request) for bundle in bundles]
 
 
+def summary_of(outcome: Outcome) -> dict[str, object]:
+    """Return the headline figures as plain data; None where a figure is undefined."""
+    result, bundle = outcome.result, outcome.bundle
+    found, weighed, verdict = values(result.metrics), outcome.evidence.plain(), bundle.metadata["verdict"]
+    rivals = {name: values(item.metrics)["total_return"] for name, item in result.benchmarks.items()}
+    total, since, passive = found["total_return"], result.out_of_sample_from, rivals["buy_hold"]
+    return {
+        "symbol": bundle.symbol,
+        "start": f"{result.daily.index[0]:%Y-%m-%d}",
+        "end": f"{result.daily.index[-1]:%Y-%m-%d}",
+        "mode": MODE,
+        "sizing": outcome.history.sizing_id,
+        "n_days": len(result.daily),
+        "strategy_return": total,
+        **{f"{name}_return": gain for name, gain in rivals.items()},
+        "alpha": None if total is None or passive is None else total - passive,
+        "pred_positive_pct": found["pred_positive_share"],
+        **{name: found[name] for name in SUMMARY_FIGURES},
+        "verdict_information_coefficient": verdict["evidence"]["ic"],
+        "forecast_rank_correlation": found["information_coefficient"],
+        **{name: figure for name, figure in weighed.items() if name != "robustness"},
+        "undefined": {**reasons(result.metrics), **reasons(outcome.evidence.figures)},
+        "in_sample": result.is_in_sample,
+        "out_of_sample_from": None if since is None else f"{since:%Y-%m-%d}",
+        "verdict": verdict["label"],
+        "model_version": bundle.model_version,
+        "data_hash": bars_hash(outcome.bars.frame),
+        **{name: bundle.metadata[name] for name in ("seed", "versions", "trained_through")},
+        "trained_on": bundle.metadata["source"],
+        "judged_on": outcome.bars.provenance.source,
+        "costs": asdict(result.costs),
+        "notes": notes_of(outcome),
+    }
+
+
 def write_results(
     folder: Path, outcome: Outcome, lived: Lived | None, args: argparse.Namespace
 ) -> dict[str, object]:
@@ -187,6 +234,24 @@ def write_results(
     if args.no_report or args.compare:
         return told
     return {**told, "report": str(write_report(report_of(outcome), args.report or folder / "report.html"))}
+
+
+def compared(outcome: Outcome) -> dict[str, object]:
+    """Return what stands side by side in a comparison."""
+    result, apart = outcome.result, outcome.evidence.intervals["sharpe_difference"]
+    own, passive = values(result.metrics), values(result.benchmarks["buy_hold"].metrics)
+    record: dict[str, object] = {
+        "symbol": outcome.bundle.symbol,
+        "start": f"{result.daily.index[0]:%Y-%m-%d}",
+        "end": f"{result.daily.index[-1]:%Y-%m-%d}",
+        "in_sample": result.is_in_sample,
+        "verdict": outcome.bundle.metadata["verdict"]["label"],
+    }
+    for name in BESIDE:
+        record |= {name: own[name], f"buy_hold_{name}": passive[name]}
+    record["exposure_matched_cagr"] = values(result.benchmarks["exposure_matched"].metrics)["cagr"]
+    ends = {"": apart.value, "_low": apart.low, "_high": apart.high}
+    return record | {f"sharpe_difference{end}": value for end, value in ends.items()}
 
 
 def comparison_table(outcomes: Sequence[Outcome]) -> charts.Table:

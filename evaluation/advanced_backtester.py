@@ -22,8 +22,8 @@ from utils.errors import DataError, InsufficientDataError, UsageError
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 
-# Of the volatility that sorts days into regimes.
-REGIME_BARS = 63
+# Of the volatility that sorts days into regimes, and of the view that rolls over the bars.
+REGIME_BARS, ROLLING_BARS = 63, 20
 IN_SAMPLE_STAMP = "IN-SAMPLE"
 # With a minimum commission a constant exposure would pay it every day; its shares may drift this far instead.
 _BENCHMARK_BAND = 0.02
@@ -120,10 +120,14 @@ class _Window(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdvancedBacktester:
-    """Books target weights under one set of costs, the same for the strategy and for every benchmark."""
+    """Books target weights under one set of costs, the same for the strategy and for every benchmark.
+
+    Orders of the strategy that would move less than ``no_trade_band`` of its equity are not sent.
+    """
 
     costs: CostModel
     initial_capital: float = DEFAULT_CAPITAL
+    no_trade_band: float = 0.0
 
     def backtest_with_positions(
         self,
@@ -191,6 +195,7 @@ class AdvancedBacktester:
             self.costs,
             apply_position_lag=apply_position_lag,
             initial_capital=self.initial_capital,
+            no_trade_band=self.no_trade_band,
         )
         trades = pd.DataFrame(list(_trades(window, ledger)), columns=list(TRADE_COLUMNS))
         market = self._constant(1.0, window)
@@ -440,3 +445,45 @@ def by_regime(result: BacktestReport) -> list[dict[str, object]]:
         }
         for third, part in net_returns(result).groupby(thirds, observed=True)
     ]
+
+
+def by_bar(result: BacktestReport) -> pd.DataFrame:
+    """Return the view that rolls: each session's books beside buy and hold, and the last `ROLLING_BARS`.
+
+    ``rolling_sharpe`` is 0 until there are as many returns, and where they do not vary; ``rolling_alpha`` is
+    the mean return over that of buy and hold. Both are annualised.
+    """
+    daily, market, year = result.daily, result.benchmarks["buy_hold"].daily, result.costs.periods_per_year
+    # Nothing is earned in the first row.
+    net, active = daily["net_return"].iloc[1:], (daily["net_return"] - market["net_return"]).iloc[1:]
+    mean, spread = net.rolling(ROLLING_BARS).mean(), net.rolling(ROLLING_BARS).std()
+    view = pd.DataFrame(
+        {
+            "equity": daily["equity"],
+            "buy_hold_equity": market["equity"],
+            "drawdown": daily["drawdown"],
+            "rolling_sharpe": (mean / spread).where(spread > 1e-9) * np.sqrt(year),
+            "rolling_alpha": active.rolling(ROLLING_BARS).mean() * year,
+            "position": daily["held_weight"],
+            "strategy_return": daily["net_return"],
+            "buy_hold_return": market["net_return"],
+        }
+    )
+    return view.fillna(0.0)
+
+
+def by_month(result: BacktestReport) -> pd.DataFrame:
+    """Return net returns by calendar month (``2026-11``): strategy, buy and hold, and the difference."""
+    net = net_returns(result)[["strategy", "buy_hold"]]
+    grown = (1.0 + net).groupby(pd.DatetimeIndex(net.index).strftime("%Y-%m")).prod() - 1.0
+    grown.columns = pd.Index(["strategy_return", "buy_hold_return"])
+    return grown.assign(alpha=grown["strategy_return"] - grown["buy_hold_return"])
+
+
+def by_action(result: BacktestReport) -> pd.DataFrame:
+    """Return orders by action: how many, and what those that closed realised, money."""
+    pnl = result.trades.groupby("action")["pnl"]
+    wins = result.trades["pnl"].gt(0.0).groupby(result.trades["action"]).mean()
+    return pd.DataFrame(
+        {"count": pnl.size(), "win_rate": wins, "avg_pnl": pnl.mean(), "total_pnl": pnl.sum()}
+    )

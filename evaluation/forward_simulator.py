@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from evaluation.accounting import DEFAULT_CAPITAL, Booking, CostModel, Ledger, book_bar
+from evaluation.accounting import DEFAULT_CAPITAL, Booking, CostModel, Ledger, account, book_bar
 from evaluation.metrics import Metrics, cagr, max_drawdown, reasons, sharpe, values
 from utils.errors import DataError, InsufficientDataError, UsageError
 
@@ -143,6 +143,14 @@ def largest_gap(lived: pd.DataFrame, ledger: Ledger) -> float:
         apart = np.abs(np.asarray(lived[name], dtype=np.float64) - told) / np.maximum(np.abs(told), unit)
         gap = max(gap, float(apart.max()))
     return gap
+
+
+def gap_to_books(lived: pd.DataFrame, judged: pd.DataFrame, costs: CostModel, capital: float) -> float:
+    """Return how far days that were lived bar by bar lie from the books of all their decisions at once."""
+    rows = judged.loc[lived.index]
+    target, moves = (np.asarray(rows[name], dtype=np.float64) for name in ("target_weight", "asset_return"))
+    booked = account(target, np.nan_to_num(moves), costs, initial_capital=capital)
+    return max(largest_gap(lived, booked), float(np.abs(np.asarray(lived["target_weight"]) - target).max()))
 
 
 def _lived(booked: Booking, before: float, *, close: float, target_weight: float) -> dict[str, float]:

@@ -7,7 +7,8 @@ NaN, where there was none; such rows are left out. The risk-free rate is zero.
 References
 ----------
 Sharpe (1994), The Sharpe ratio. Jensen (1968), The performance of mutual funds. Newey, West (1987), A simple,
-positive semi-definite, heteroskedasticity and autocorrelation consistent covariance matrix.
+positive semi-definite, heteroskedasticity and autocorrelation consistent covariance matrix. Gneiting, Raftery
+(2007), Strictly proper scoring rules, prediction, and estimation.
 """
 
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import ndtr
 
 from evaluation.accounting import Ledger
 from utils.errors import DataError
@@ -26,6 +28,8 @@ Unit = Literal["fraction", "ratio", "money", "bars", "count"]
 # Below this, differences are rounding and a quotient by them says nothing.
 _TINY = 1e-12
 _MIN_TAIL_BARS = 20
+# Of the standard normal; an 80 % band reaches that many standard deviations.
+Z_90 = 1.2815515655446004
 # Fewer outcomes say little about a share.
 MIN_OUTCOMES = 126
 CALIBRATION: tuple[str, ...] = ("band_coverage", "band_coverage_lowest_year", "band_coverage_highest_year")
@@ -348,6 +352,28 @@ def calibration_metrics(
         Measured(float(np.sum(apart) / len(came)), "fraction"),
     )
     return dict(zip(CALIBRATION, figures, strict=True))
+
+
+def band_crps(came: float, median: float, lower: float, upper: float) -> float:
+    """Return the continuous ranked probability score of a median with an 80 % band; lower is better.
+
+    All in log returns, ``lower <= median <= upper``, and so is the score. The distribution that is scored has
+    the three as its quantiles: below the median it is normal with scale ``s = (median - lower) / Z_90``,
+    above it with ``s' = (upper - median) / Z_90``. The score is the integral of ``(F(x) - 1{x >= came})^2``.
+    With ``C(u) = u (2 Phi(u) - 1) + 2 phi(u) - 1 / sqrt(pi)``, that of the standard normal (Gneiting, Raftery
+    2007, equation 21), it is ``s' C((came - median) / s') + (s - s') C(0) / 2`` above the median, and the
+    mirror image below it.
+    """
+    near, far = upper - median, median - lower
+    if came < median:
+        near, far = far, near
+    apart, scale = abs(came - median), near / Z_90
+    score = apart
+    if scale > 0.0:
+        u = apart / scale
+        density = np.exp(-0.5 * u * u) / np.sqrt(2.0 * np.pi)
+        score = scale * (u * (2.0 * ndtr(u) - 1.0) + 2.0 * density - 1.0 / np.sqrt(np.pi))
+    return float(score + (far - near) / Z_90 * (np.sqrt(2.0) - 1.0) / np.sqrt(np.pi) / 2.0)
 
 
 def ledger_metrics(

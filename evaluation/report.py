@@ -24,7 +24,8 @@ from evaluation.advanced_backtester import (
     by_year,
     net_returns,
 )
-from evaluation.charts import Cell, Drawing, FloatArray, Table, cell
+from evaluation.charts import TIMES, Cell, Drawing, FloatArray, Table, cell
+from evaluation.forward_simulator import BLOCK_BARS, CONFIDENCE, RESAMPLES, Evidence, summarise
 from evaluation.metrics import Metrics, values
 from utils.errors import DataError, StorageError
 
@@ -260,6 +261,42 @@ def _forecasts(words: Words, made: pd.DataFrame, horizon: int, *, in_sample: boo
     coverage = charts.coverage_chart(dates, inside, nominal=0.8, window=COVERAGE_OUTCOMES)
     coverage = words.on("coverage", coverage, {"share": cell(inside.mean(), "pct").text})
     return words.section("forecast", words.on("fan", fan, {"shown": len(last)}), reliability, coverage)
+
+
+def luck_section(evidence: Evidence) -> Section:
+    """Show how much of a result may be luck: intervals, figures, scenarios."""
+    fills = {"block": BLOCK_BARS, "draws": f"{RESAMPLES:,}", "seeds": evidence.seeds}
+    words = words_of("backtest", {**fills, "confidence": cell(CONFIDENCE, "whole_pct").text})
+    known, heads = words.table["evidence"], words.table["heads"]
+    facts = ((*known[name], measured) for name, measured in evidence.figures.items())
+    rows = ((Cell(a), cell(m.value, form, m.reason or ""), Cell(hint, "word")) for a, form, hint, m in facts)
+    spans = _interval_rows(evidence, words.table["intervals"])
+    tables = words.grid("intervals", heads["intervals"], spans), words.grid("luck", heads["evidence"], rows)
+    return words.section("luck", *tables, words.grid("grid", *_grid_rows(evidence)))
+
+
+def _interval_rows(evidence: Evidence, labels: Mapping[str, tuple[str, str]]) -> list[list[Cell]]:
+    """Return a row for each interval that has a label (words, form): value, both ends, share above zero."""
+    rows = []
+    for name, (label, form) in labels.items():
+        found = evidence.intervals[name]
+        ends = (cell(value, form, found.reason or "") for value in (found.value, found.low, found.high))
+        rows.append([Cell(label), *ends, cell(found.share_above_zero, "pct", found.reason or "")])
+    return rows
+
+
+def _grid_rows(evidence: Evidence) -> tuple[list[str], list[list[Cell]]]:
+    """Return heads and rows, windows down, costs across: Sharpe over buy and hold, share of seeds ahead."""
+    records = summarise(evidence.scenarios)
+    heads = dict.fromkeys(f"{record['cost_multiple']:g}{TIMES} costs" for record in records)
+    rows: dict[object, list[Cell]] = {}
+    for record in records:
+        row = rows.setdefault(record["window"], [Cell(f"{record['start'][:4]} to {record['end'][:4]}")])
+        ahead, apart = record["share_better"], record["sharpe_difference"]
+        shown = cell(apart, "signed_fine", "returns do not vary")
+        share = "" if ahead is None else f" ({ahead * 100:.0f})"
+        row.append(Cell("same") if record["all_same"] else replace(shown, text=shown.text + share))
+    return ["", *heads], list(rows.values())
 
 
 def training_report(

@@ -43,6 +43,10 @@ BoolArray = npt.NDArray[np.bool_]
 Number = TypeVar("Number")
 
 
+# Of Kelly's fraction in what else one could have chosen, for the probability of overfitting.
+BOLDNESS = (0.5, 1.0, 2.0)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SizingInputs:
     """What a sizer sees; every array is (n,), row t known at the close of t.
@@ -398,3 +402,12 @@ def _columns(inputs: SizingInputs) -> _Row[FloatArray]:
     if inputs.horizon_bars < 1:
         raise UsageError(f"horizon_bars must be at least 1, got {inputs.horizon_bars!r}")
     return _Row._make(columns)
+
+
+def alternatives() -> list[RuleSizer]:
+    """Return what else one could have chosen: each preset, and bolder and meeker ones."""
+    return [
+        RuleSizer(name=name, rules=rules._replace(kelly_fraction=rules.kelly_fraction * times))
+        for name, rules in PRESETS.items()
+        for times in (BOLDNESS if rules.kelly_fraction else (1.0,))
+    ]

@@ -19,15 +19,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import anyio
-from fastapi import APIRouter, FastAPI, Header, Query, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
 from fastapi import Path as PathParameter
 from fastapi.exceptions import HTTPException, RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
+from pydantic import ValidationError
+from pydantic.json_schema import models_json_schema
 from sse_starlette import EventSourceResponse
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Scope
 
+from service.backtest_service import posted_backtest, posted_forward_sim
 from service.edge import (
     PROBLEM_TYPE,
     DeadlineError,
@@ -45,6 +49,9 @@ from service.prediction_service import PredictionService
 from service.schemas import (
     MAX_CHART_BARS,
     SYMBOL_PATTERN,
+    BacktestRequest,
+    BacktestResult,
+    ForwardSimResult,
     HistoricalResponse,
     ModelMeta,
     ModelVersion,
@@ -53,6 +60,7 @@ from service.schemas import (
     Problem,
     RealtimeQuote,
     StatusAnswer,
+    TrackRecord,
     TrainingJob,
     TrainingParams,
     TrainingStarted,
@@ -108,19 +116,22 @@ ERRORS_OF: Mapping[str, Sequence[str]] = {
     "delete": ("401", "403", "409"),
     "get": ("504",),
 }
+REF = "#/components/schemas/{model}"
 DOCS = Path(__file__).with_name("docs.html.j2")
 DOCS_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
 
 # Routes of the contract that nothing serves yet: what a caller can do instead.
 NOT_SERVED: Sequence[tuple[str, str, str]] = (
     ("POST", "/api/models/train", "not served: use POST /api/training/start instead"),
-    ("POST", "/api/backtest", "no backtest over the web: run `python run_backtest.py --symbol SYMBOL`"),
-    ("POST", "/api/forward_sim", "no simulation over the web: run `python run_backtest.py --symbol SYMBOL`"),
-    ("GET", "/api/track-record/{symbol:text}", "no track record is kept: /api/models has the tested metrics"),
 )
 
 
+Days = Annotated[int, Query(ge=1, le=MAX_CHART_BARS)]
 SymbolInPath = Annotated[str, PathParameter(json_schema_extra={"pattern": SYMBOL_PATTERN, "maxLength": 64})]
+
+
+def _no_record(symbol: str, _limit: int) -> TrackRecord:
+    return TrackRecord(symbol=symbol, summaries=[], forecasts=[], notes=["no record is kept here"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +140,8 @@ class Services:
 
     Attributes
     ----------
+    track_record
+        What was served of a symbol, the last so many forecasts, and what became of it.
     stopping
         Whether the service is about to end.
     gauges
@@ -141,6 +154,7 @@ class Services:
     source_name: str
     origins: tuple[str, ...]
     on_start: Callable[[], None]
+    track_record: Callable[[str, int], TrackRecord] = _no_record
     rules: EdgeRules = field(default_factory=EdgeRules)
     stopping: Callable[[], bool] = lambda: False
     gauges: Mapping[str, tuple[str, Callable[[], float]]] = field(default_factory=dict)
@@ -219,6 +233,7 @@ def _routers(services: Services, pool: WorkPool) -> Sequence[APIRouter]:
         _model_routes(services.registry, pool),
         _price_routes(services.predictions, pool),
         _training_routes(services.training),
+        _judging_routes(services, pool),
     )
 
 
@@ -245,6 +260,8 @@ def _add_pages(api: FastAPI, metrics: Metrics) -> None:
 def document_errors(schema: dict[str, Any]) -> dict[str, Any]:
     """Say in an OpenAPI document what every error looks like, and which ones there are."""
     problems = {PROBLEM_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    _, posted = models_json_schema([(BacktestRequest, "validation")], ref_template=REF)
+    schema["components"]["schemas"] |= posted["$defs"]
     for path, item in schema["paths"].items():
         for method, operation in item.items():
             wanted = {*ERRORS_OF_ALL, *ERRORS_OF.get(method, ())} | ({"404"} if "{" in path else set())
@@ -364,9 +381,7 @@ def _price_routes(predictions: PredictionService, pool: WorkPool) -> APIRouter:
     router = APIRouter(tags=["prices"])
 
     @router.get("/api/historical/{symbol:text}", response_model=HistoricalResponse)
-    async def historical(
-        symbol: SymbolInPath, days: Annotated[int, Query(ge=1, le=MAX_CHART_BARS)] = 90
-    ) -> Response:
+    async def historical(symbol: SymbolInPath, days: Days = 90) -> Response:
         """Return the last sessions, adjusted for splits and dividends."""
         return await pool.run(lambda: answer(predictions.history(symbol, days)))
 
@@ -424,6 +439,44 @@ def _training_routes(training: TrainingService) -> APIRouter:
             shutdown_event=leaving,
             shutdown_grace_period=STREAM_END_S,
         )
+
+    return router
+
+
+async def raw_body(request: Request) -> bytes:
+    """Return a body as it came: a whole prediction takes too long to read for the thread of all requests."""
+    try:
+        return await request.body()
+    except ClientDisconnect as error:
+        raise HTTPException(400, "the body was cut off") from error
+
+
+def read_posted(body: bytes) -> BacktestRequest:
+    """Read the body of a backtest; what is wrong with it is told like that of any other body."""
+    try:
+        return BacktestRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise RequestValidationError(error.errors(include_url=False)) from error
+
+
+def _judging_routes(services: Services, pool: WorkPool) -> APIRouter:
+    router, schema = APIRouter(tags=["judging"]), {"$ref": REF.format(model="BacktestRequest")}
+    whole = {"requestBody": {"content": {"application/json": {"schema": schema}}, "required": True}}
+
+    @router.post("/api/backtest", response_model=BacktestResult, openapi_extra=whole)
+    async def backtest(body: Annotated[bytes, Depends(raw_body)]) -> Response:
+        """Book the positions of a prediction, and set them beside buy and hold."""
+        return await pool.run(lambda: answer(posted_backtest(read_posted(body))))
+
+    @router.post("/api/forward_sim", response_model=ForwardSimResult, openapi_extra=whole)
+    async def forward_sim(body: Annotated[bytes, Depends(raw_body)]) -> Response:
+        """Book the last positions of a prediction."""
+        return await pool.run(lambda: answer(posted_forward_sim(read_posted(body))))
+
+    @router.get("/api/track-record/{symbol:text}", response_model=TrackRecord)
+    async def track_record(symbol: SymbolInPath, limit: Days = 250) -> Response:
+        """Return served forecasts and what became of them."""
+        return await pool.run(lambda: answer(services.track_record(symbol, limit)))
 
     return router
 

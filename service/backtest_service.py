@@ -1,58 +1,66 @@
 """One backtest from request to evidence: load, decide, book, weigh, and tell.
 
-The command line calls it; nothing in here prints or writes.
+The command line calls `backtest`. The page sends a prediction back, which `posted_backtest` and
+`posted_forward_sim` check row by row and book like any other. Nothing in here prints or writes.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
+from pydantic.alias_generators import to_camel
 
 from data.cache_manager import BarCache
 from data.data_fetcher import BarSource, fetch_stock_data
 from data.schema import Bars, bars_hash
 from evaluation import forward_simulator as simulator
 from evaluation.accounting import DEFAULT_CAPITAL, CostModel, Ledger, account
-from evaluation.advanced_backtester import BacktestReport
-from evaluation.charts import TIMES, Cell, cell
-from evaluation.forward_simulator import Book, Evidence, FloatArray, ForwardSimulator, IntArray, largest_gap
-from evaluation.metrics import Measured, calibration_metrics, reasons, values
-from evaluation.report import Report, Section, backtest_report, provenance_of, words_of
+from evaluation.advanced_backtester import AdvancedBacktester, BacktestReport, by_action, by_bar, by_month
+from evaluation.forward_simulator import Book, Evidence, ForwardSimulator, IntArray
+from evaluation.metrics import Measured, calibration_metrics, values
+from evaluation.report import Report, backtest_report, luck_section, provenance_of
 from inference.load_gbm_models import GBMBundle
 from inference.pipeline import Decisions, GBMForecaster, backtest_decisions, decide
-from inference.position_sizing import DEFAULT_SIZING, PRESETS, RuleSizer, SizingInputs, make_sizer
-from utils.errors import AIStocksError, DataError, UsageError
-from validation.evidence import (
-    MIN_RETURNS,
-    deflated_sharpe,
-    minimum_track_record_length,
-    probability_of_backtest_overfitting,
-    sharpe_moments,
+from inference.position_sizing import (
+    DEFAULT_SIZING,
+    PRESETS,
+    RuleSizer,
+    SizingInputs,
+    alternatives,
+    make_sizer,
 )
+from service import schemas as wire
+from service.model_registry import wire_metrics
+from utils.errors import AIStocksError, DataError, UsageError
+from validation import gates
 
+AnyWire = TypeVar("AnyWire", bound=wire.Wire)
 MODE = "gbm_only"
 # Bar by bar and all at once must agree to rounding.
 SAME = 1e-12
-# Of Kelly's fraction in what else one could have chosen, for the probability of overfitting.
-BOLDNESS = (0.5, 1.0, 2.0)
 SIZED_BY = ("expected_return", "baseline_return", "sigma", "p_win", "payoff_ratio", "skill_lower")
-SUMMARY_FIGURES = (
-    "sharpe_ratio",
-    "max_drawdown",
-    "win_rate",
-    "direction_accuracy",
-    "direction_base_rate",
-    "prediction_std",
-    "turnover",
-    "total_transaction_costs",
-    "cost_adjusted_sharpe",
-    "exposure_mean",
-    "hit_rate_down_days",
-    "information_ratio",
+# What a posted prediction may hold, by its name on the wire; the wire itself refuses what is not finite.
+MIN_ROWS, MAX_PRICE_RATIO, MAX_PERIODS, MAX_MONEY = 10, 1e9, 1e6, 1e100
+BOUNDS = {"prices": (1e-9, 1e12), "fusedPositions": (-1e3, 1e3), "predictedReturns": (-1.0, 1e6)}
+BOUNDS |= {"predictedPrices": (0.0, 1e18), "actualReturns": (-1.0, 1e9)}
+# From here on, a commission is in basis points.
+BPS_FROM, FORWARD_ROWS = 0.05, 20
+BORROWED = ("financing_cost", "borrow_cost")
+RISKS = {name: name for name in ("exposure_mean", "exposure_std")}
+RISKS |= {"tail_loss_p95": "var_95", "cvar95": "cvar_95"}
+CSV_COLUMNS = (
+    "date",
+    "close",
+    "target_weight",
+    "held_weight",
+    "net_return",
+    "equity",
+    "drawdown",
+    "trade_cost",
 )
-BESIDE = ("total_return", "cagr", "sharpe_ratio", "max_drawdown", "exposure_mean", "turnover")
+WIRE_NAMES = {"cumulative_return": "total_return", "directional_accuracy": "direction_accuracy"}
+WIRE_NAMES |= {"correlation": "information_coefficient", "transaction_costs": "total_transaction_costs"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,15 +172,6 @@ def bookkeeper(history: Decisions, sizer: RuleSizer, capital: float) -> Book:
     return book
 
 
-def alternatives() -> list[RuleSizer]:
-    """Return what else one could have chosen: each preset, and bolder and meeker ones."""
-    return [
-        RuleSizer(name=name, rules=rules._replace(kelly_fraction=rules.kelly_fraction * times))
-        for name, rules in PRESETS.items()
-        for times in (BOLDNESS if rules.kelly_fraction else (1.0,))
-    ]
-
-
 def weigh(result: BacktestReport, history: Decisions, request: BacktestRequest, *, n_tries: int) -> Evidence:
     """Put beside a backtest what it may owe to luck, to choice, and to its window and costs.
 
@@ -190,10 +189,10 @@ def weigh(result: BacktestReport, history: Decisions, request: BacktestRequest, 
     tried = [book(everything, first, costs)[0].net_return[1:] for book in books]
     figures = {
         "n_tries": Measured(float(n_tries), "count"),
-        "deflated_sharpe": _deflated(net, n_tries),
-        "deflated_sharpe_active": _deflated(net - same, n_tries),
-        "minimum_track_record_bars": _track_record(net),
-        "pbo": _overfit(np.column_stack([net, *tried])),
+        "deflated_sharpe": gates.measured_deflated_sharpe(net, n_tries),
+        "deflated_sharpe_active": gates.measured_deflated_sharpe(net - same, n_tries),
+        "minimum_track_record_bars": gates.measured_track_record(net),
+        "pbo": gates.measured_overfitting(np.column_stack([net, *tried])),
         "out_of_sample_share": Measured(float(result.daily["is_out_of_sample"].mean()), "fraction"),
         **_calibration(history.frame.iloc[first:], history.horizon_bars),
     }
@@ -210,27 +209,6 @@ def _calibration(forecasts: pd.DataFrame, horizon_bars: int) -> dict[str, Measur
     lower, upper, rises = (np.asarray(forecasts[c], dtype=np.float64) for c in ("lower", "upper", "prob_up"))
     years = pd.DatetimeIndex(forecasts.index).year.to_numpy()
     return calibration_metrics(np.asarray(came, dtype=np.float64), (lower, upper), rises, years)
-
-
-def _deflated(returns: FloatArray, n_tries: int) -> Measured:
-    moments = sharpe_moments(returns)
-    if moments is None:
-        return Measured(None, "fraction", f"needs {MIN_RETURNS} returns that vary")
-    return Measured(deflated_sharpe(moments, n_tries), "fraction")
-
-
-def _track_record(returns: FloatArray) -> Measured:
-    moments = sharpe_moments(returns)
-    bars = None if moments is None else minimum_track_record_length(moments)
-    if bars is None:
-        return Measured(None, "bars", "no length is enough: the Sharpe ratio is not above zero")
-    return Measured(bars, "bars")
-
-
-def _overfit(tried: FloatArray) -> Measured:
-    if len(tried) < simulator.MIN_BARS:
-        return Measured(None, "fraction", f"needs {simulator.MIN_BARS} returns, has {len(tried)}")
-    return Measured(probability_of_backtest_overfitting(tried), "fraction")
 
 
 def live(outcome: Outcome, days: int) -> Lived:
@@ -256,50 +234,12 @@ def live(outcome: Outcome, days: int) -> Lived:
     lived = ForwardSimulator(costs=costs, initial_capital=capital).run(
         outcome.bars.frame.loc[: judged.index[-1]], decided, days=days
     )
-    rows = judged.loc[lived.index]
-    target, moves = (np.asarray(rows[name], dtype=np.float64) for name in ("target_weight", "asset_return"))
-    booked = account(target, np.nan_to_num(moves), costs, initial_capital=capital)
-    gap = max(largest_gap(lived, booked), float(np.abs(np.asarray(lived["target_weight"]) - target).max()))
+    gap = simulator.gap_to_books(lived, judged, costs, capital)
     if not gap <= SAME:
         raise AIStocksError(
             f"bar by bar differs from all bars at once by {gap:.3g}: some row knew more than it may"
         )
     return Lived(lived, gap)
-
-
-def summary_of(outcome: Outcome) -> dict[str, object]:
-    """Return the headline figures as plain data; None where a figure is undefined."""
-    result, bundle = outcome.result, outcome.bundle
-    found, weighed, verdict = values(result.metrics), outcome.evidence.plain(), bundle.metadata["verdict"]
-    rivals = {name: values(item.metrics)["total_return"] for name, item in result.benchmarks.items()}
-    total, since, passive = found["total_return"], result.out_of_sample_from, rivals["buy_hold"]
-    return {
-        "symbol": bundle.symbol,
-        "start": f"{result.daily.index[0]:%Y-%m-%d}",
-        "end": f"{result.daily.index[-1]:%Y-%m-%d}",
-        "mode": MODE,
-        "sizing": outcome.history.sizing_id,
-        "n_days": len(result.daily),
-        "strategy_return": total,
-        **{f"{name}_return": gain for name, gain in rivals.items()},
-        "alpha": None if total is None or passive is None else total - passive,
-        "pred_positive_pct": found["pred_positive_share"],
-        **{name: found[name] for name in SUMMARY_FIGURES},
-        "verdict_information_coefficient": verdict["evidence"]["ic"],
-        "forecast_rank_correlation": found["information_coefficient"],
-        **{name: figure for name, figure in weighed.items() if name != "robustness"},
-        "undefined": {**reasons(result.metrics), **reasons(outcome.evidence.figures)},
-        "in_sample": result.is_in_sample,
-        "out_of_sample_from": None if since is None else f"{since:%Y-%m-%d}",
-        "verdict": verdict["label"],
-        "model_version": bundle.model_version,
-        "data_hash": bars_hash(outcome.bars.frame),
-        **{name: bundle.metadata[name] for name in ("seed", "versions", "trained_through")},
-        "trained_on": bundle.metadata["source"],
-        "judged_on": outcome.bars.provenance.source,
-        "costs": asdict(result.costs),
-        "notes": notes_of(outcome),
-    }
 
 
 def notes_of(outcome: Outcome) -> list[str]:
@@ -339,55 +279,219 @@ def report_of(outcome: Outcome) -> Report:
     )
 
 
-def luck_section(evidence: Evidence) -> Section:
-    """Show how much of a result may be luck: intervals, figures, scenarios."""
-    fills = {"block": simulator.BLOCK_BARS, "draws": f"{simulator.RESAMPLES:,}", "seeds": evidence.seeds}
-    words = words_of("backtest", {**fills, "confidence": cell(simulator.CONFIDENCE, "whole_pct").text})
-    known, heads = words.table["evidence"], words.table["heads"]
-    facts = ((*known[name], measured) for name, measured in evidence.figures.items())
-    rows = ((Cell(a), cell(m.value, form, m.reason or ""), Cell(hint, "word")) for a, form, hint, m in facts)
-    spans = _interval_rows(evidence, words.table["intervals"])
-    tables = words.grid("intervals", heads["intervals"], spans), words.grid("luck", heads["evidence"], rows)
-    return words.section("luck", *tables, words.grid("grid", *_grid_rows(evidence)))
+class Posted(NamedTuple):
+    """A posted prediction's rows that count, their books, and what must be known beside them."""
+
+    rows: pd.DataFrame
+    result: BacktestReport
+    notes: list[str]
 
 
-def _interval_rows(evidence: Evidence, labels: Mapping[str, tuple[str, str]]) -> list[list[Cell]]:
-    """Return a row for each interval that has a label (words, form): value, both ends, share above zero."""
-    rows = []
-    for name, (label, form) in labels.items():
-        found = evidence.intervals[name]
-        ends = (cell(value, form, found.reason or "") for value in (found.value, found.low, found.high))
-        rows.append([Cell(label), *ends, cell(found.share_above_zero, "pct", found.reason or "")])
-    return rows
+def posted_rows(prediction: wire.PredictionResult) -> pd.DataFrame:
+    """Return the history of a prediction that came over the wire, by session; nothing of it is believed.
 
-
-def _grid_rows(evidence: Evidence) -> tuple[list[str], list[list[Cell]]]:
-    """Return heads and rows, windows down, costs across: Sharpe over buy and hold, share of seeds ahead."""
-    records = simulator.summarise(evidence.scenarios)
-    heads = dict.fromkeys(f"{record['cost_multiple']:g}{TIMES} costs" for record in records)
-    rows: dict[object, list[Cell]] = {}
-    for record in records:
-        row = rows.setdefault(record["window"], [Cell(f"{record['start'][:4]} to {record['end'][:4]}")])
-        ahead, apart = record["share_better"], record["sharpe_difference"]
-        shown = cell(apart, "signed_fine", "returns do not vary")
-        share = "" if ahead is None else f" ({ahead * 100:.0f})"
-        row.append(Cell("same") if record["all_same"] else replace(shown, text=shown.text + share))
-    return ["", *heads], list(rows.values())
-
-
-def compared(outcome: Outcome) -> dict[str, object]:
-    """Return what stands side by side in a comparison."""
-    result, apart = outcome.result, outcome.evidence.intervals["sharpe_difference"]
-    own, passive = values(result.metrics), values(result.benchmarks["buy_hold"].metrics)
-    record: dict[str, object] = {
-        "symbol": outcome.bundle.symbol,
-        "start": f"{result.daily.index[0]:%Y-%m-%d}",
-        "end": f"{result.daily.index[-1]:%Y-%m-%d}",
-        "in_sample": result.is_in_sample,
-        "verdict": outcome.bundle.metadata["verdict"]["label"],
+    Raises `DataError` when the number of rows, or the lengths, order or size of its numbers make no sense.
+    """
+    days, likely = prediction.dates, prediction.classifier_probabilities
+    zeros, even = [0.0] * len(days), [0.5] * len(days)
+    columns = {
+        "prices": prediction.prices,
+        "fusedPositions": prediction.fused_positions,
+        "predictedReturns": prediction.predicted_returns,
+        "predictedPrices": prediction.predicted_prices,
+        "actualReturns": zeros if prediction.actual_returns is None else prediction.actual_returns,
+        # None were sent: as likely to rise as to fall.
+        "buy": [each.buy for each in likely] or even,
+        "sell": [each.sell for each in likely] or even,
     }
-    for name in BESIDE:
-        record |= {name: own[name], f"buy_hold_{name}": passive[name]}
-    record["exposure_matched_cagr"] = values(result.benchmarks["exposure_matched"].metrics)["cagr"]
-    ends = {"": apart.value, "_low": apart.low, "_high": apart.high}
-    return record | {f"sharpe_difference{end}": value for end, value in ends.items()}
+    if not MIN_ROWS <= len(days) <= wire.MAX_CHART_BARS:
+        raise DataError(f"the prediction has {len(days)} dates: send {MIN_ROWS} to {wire.MAX_CHART_BARS}")
+    for name, column in columns.items():
+        if len(column) != len(days):
+            raise DataError(f"{name} has {len(column)} entries for {len(days)} dates: send one per date")
+        low, high = BOUNDS.get(name, (0.0, 1.0))
+        if not (low <= min(column) and max(column) <= high):
+            raise DataError(f"{name} lie from {min(column):g} to {max(column):g}: send {low:g} to {high:g}")
+    if max(prediction.prices) > MAX_PRICE_RATIO * min(prediction.prices):
+        raise DataError(f"the highest price is more than {MAX_PRICE_RATIO:g} times the lowest")
+    return pd.DataFrame(columns, index=sessions_of(days))
+
+
+def sessions_of(days: list[str]) -> pd.DatetimeIndex:
+    """Return days of the wire; raises `DataError` when they are none, or do not ascend."""
+    if not (min(days) >= "1900" and max(days) < "2200"):
+        raise DataError("dates must lie from 1900 to 2199")
+    try:
+        index = pd.DatetimeIndex(np.array(days, dtype="datetime64[D]"))
+    except ValueError as error:
+        raise DataError("dates hold a day that does not exist") from error
+    if not (index.is_monotonic_increasing and index.is_unique):
+        raise DataError("dates must ascend strictly: sort them and drop doubles")
+    return index
+
+
+def posted_costs(params: wire.BacktestParams, usual_bars: float | None) -> CostModel:
+    """Return the costs that were asked for; ``usual_bars`` is what the prediction says of bars a year."""
+    per_year = params.annualization_factor or usual_bars or CostModel().periods_per_year
+    if not 1.0 <= per_year <= MAX_PERIODS:
+        raise UsageError(f"annualizationFactor is {per_year:g}: send 1 to {MAX_PERIODS:g}")
+
+    def bps(explicit: float | None, either: float) -> float:
+        return explicit if explicit is not None else either if either >= BPS_FROM else round(either * 1e4, 9)
+
+    return CostModel(
+        commission_bps=bps(params.commission_bps, params.commission),
+        slippage_bps=bps(params.slippage_bps, params.slippage),
+        periods_per_year=round(per_year),
+    )
+
+
+def judge_posted(request: wire.BacktestRequest, n_rows: int) -> Posted:
+    """Book the last ``n_rows`` of a posted prediction that its model, as it says, had not seen."""
+    prediction, params, meta = request.prediction, request.params, request.prediction.metadata
+    for interval in (params.data_interval, meta.data_interval):
+        if interval not in {None, "1d"}:
+            raise UsageError(f"dataInterval {interval!a} is not served: leave it out or send 1d")
+    horizon, since = meta.target_horizon_days or meta.horizon, meta.out_of_sample_from
+    if not 1 <= horizon <= wire.MAX_HORIZON_BARS:
+        raise DataError(f"the horizon of the prediction is {horizon}: send 1 to {wire.MAX_HORIZON_BARS}")
+    rows = posted_rows(prediction)
+    seen = 0 if since is None else sum(day < since for day in prediction.dates)
+    rows = rows.iloc[seen:].iloc[-n_rows:]
+    if len(rows) < 2:
+        raise DataError(f"{len(rows)} rows lie behind outOfSampleFrom {since}: a backtest needs 2")
+    short = min(params.max_short, params.max_short if params.short_cap is None else params.short_cap)
+    asked = np.asarray(rows["fusedPositions"], dtype=np.float64)
+    target, close = np.clip(asked, -short, params.max_long), np.asarray(rows["prices"], dtype=np.float64)
+    costs, band = posted_costs(params, meta.annualization_factor), params.min_position_change or 0.0
+    tester = AdvancedBacktester(costs=costs, initial_capital=params.initial_capital, no_trade_band=band)
+    with np.errstate(all="ignore"):
+        moves = np.concatenate([[0.0], close[1:] / close[:-1] - 1.0])
+        tried = account(target, moves, costs, initial_capital=params.initial_capital, no_trade_band=band)
+    if not (np.abs(tried.equity) <= MAX_MONEY).all():
+        raise DataError("the positions earn more than there is in the world: check the prices")
+    result = tester.backtest_with_positions(
+        pd.DatetimeIndex(rows.index),
+        close,
+        target,
+        is_out_of_sample=None if since is None else np.ones(len(rows), dtype=np.bool_),
+        expected_return=np.asarray(rows["predictedReturns"], dtype=np.float64),
+        horizon_bars=horizon,
+    )
+    cut, lack = int(np.count_nonzero(asked != target)), len(rows) < n_rows
+    notes = {
+        f"{seen} rows before {since} are left out: the model has seen them": seen > 0,
+        f"{len(rows)} rows are there of the {n_rows} that were asked for": lack,
+        f"{cut} positions were cut to {-short:g} to {params.max_long:g}": cut > 0,
+        "flatAtDayEnd changes nothing: bars are daily": bool(params.flat_at_day_end),
+    }
+    return Posted(rows, result, [*result.notes, *(words for words, holds in notes.items() if holds)])
+
+
+def posted_backtest(request: wire.BacktestRequest) -> wire.BacktestResult:
+    """Return the backtest of a posted prediction; see `judge_posted`."""
+    posted = judge_posted(request, request.params.backtest_window)
+    result, daily = posted.result, dated(posted.result.daily)
+    metrics, undefined = posted_metrics(result)
+    orders = orders_of(posted, request.prediction.metadata.fusion_mode)
+    net, figures = result.daily["net_return"].iloc[1:], values(result.metrics)
+    risk = {ours: figures[theirs] or 0.0 for ours, theirs in RISKS.items()}
+    return wire.BacktestResult(
+        equity_curve=records(wire.EquityPoint, daily),
+        price_series=records(wire.PricePoint, daily.rename(columns={"close": "price"})),
+        trade_log=records(wire.TradeRecord, orders),
+        metrics=metrics,
+        annotations=markers_of(orders),
+        buy_hold_equity=records(wire.BuyHoldPoint, dated(result.benchmarks["buy_hold"].daily)),
+        csv=daily[list(CSV_COLUMNS)].to_csv(index=False, float_format="%.10g"),
+        forward_simulation=posted_forward_sim(request) if request.params.enable_forward_sim else None,
+        window_start=daily["date"].iloc[0],
+        window_end=daily["date"].iloc[-1],
+        diagnostics=wire.Diagnostics(
+            rolling=records(wire.RollingDiagnostics, dated(by_bar(result))),
+            monthly=records(wire.MonthlyDiagnostics, by_month(result).reset_index(names="period")),
+            action_breakdown=records(wire.ActionDiagnostics, by_action(result).reset_index(names="action")),
+            hourly=[],
+            risk=wire.RiskDiagnostics(**risk, best_bar=float(net.max()), worst_bar=float(net.min())),
+        ),
+        notes=[*posted.notes, *undefined],
+    )
+
+
+def posted_forward_sim(request: wire.BacktestRequest) -> wire.ForwardSimResult:
+    """Return the books of the last rows of a posted prediction, begun with cash alone."""
+    posted = judge_posted(request, request.params.forward_window or FORWARD_ROWS)
+    metrics, undefined = posted_metrics(posted.result)
+    daily = dated(posted.result.daily)
+    orders = orders_of(posted, request.prediction.metadata.fusion_mode)
+    return wire.ForwardSimResult(
+        dates=daily["date"].to_list(),
+        prices=daily["close"].to_list(),
+        equity_curve=daily["equity"].to_list(),
+        sharpe=metrics.sharpe_ratio,
+        max_drawdown=metrics.max_drawdown,
+        trades=len(orders),
+        source=None if posted.result.is_in_sample else "historical_holdout",
+        window_start=daily["date"].iloc[0],
+        window_end=daily["date"].iloc[-1],
+        cumulative_return=metrics.cumulative_return,
+        win_rate=metrics.win_rate,
+        profit_factor=metrics.profit_factor,
+        actions=records(wire.ForecastAction, orders.rename(columns={"position": "target_position"})),
+        markers=markers_of(orders),
+        total_costs=float(daily[["trade_cost", *BORROWED]].to_numpy().sum()),
+        borrow_fee=metrics.borrow_fee,
+        notes=[*posted.notes, *undefined],
+    )
+
+
+def posted_metrics(result: BacktestReport) -> tuple[wire.BacktestMetrics, list[str]]:
+    """Return what the page draws, and in words which of it is undefined and sent as 0."""
+    found, passive = values(result.metrics), values(result.benchmarks["buy_hold"].metrics)["total_return"]
+    figures, gain = (
+        found | {ours: found[theirs] for ours, theirs in WIRE_NAMES.items()},
+        found["total_return"],
+    )
+    figures["borrow_fee"] = float(result.daily[list(BORROWED)].to_numpy().sum())
+    if gain is not None and passive is not None:
+        figures |= {"buy_hold_return_pct": passive * 100.0, "excess_return_pct": (gain - passive) * 100.0}
+    metrics, undefined = wire_metrics(figures)
+    undefined += tuple(to_camel(ours) for ours, theirs in RISKS.items() if found[theirs] is None)
+    return metrics, [f"undefined, sent as 0: {', '.join(undefined)}"] if undefined else []
+
+
+def orders_of(posted: Posted, mode: wire.FusionMode) -> pd.DataFrame:
+    """Return the orders behind the books in the names of `TradeRecord`, and what the prediction said then."""
+    trades = posted.result.trades
+    said = posted.rows.reindex(pd.DatetimeIndex(trades["date"]))
+    rises = trades["action"].isin(("BUY", "COVER")).to_numpy(dtype=np.bool_)
+    likely = np.where(rises, said["buy"], said["sell"])
+    told = zip(likely.tolist(), said["predictedReturns"].to_list(), trades["reason"], strict=True)
+    why = [
+        wire.TradeExplanation(classifier_prob=prob, regressor_return=expected, fusion_mode=mode, notes=words)
+        for prob, expected, words in told
+    ]
+    numbers = [str(number) for number in range(1, len(trades) + 1)]
+    orders = dated(trades.set_index(said.index)).assign(
+        id=numbers, confidence=likely, explanation=pd.Series(why, dtype=object).to_numpy()
+    )
+    return orders.assign(type=np.where(rises, "buy", "sell"), sign=np.where(rises, 1.0, -1.0))
+
+
+def markers_of(orders: pd.DataFrame) -> list[wire.TradeMarker]:
+    """Mark each order on the session at whose close it was decided."""
+    marks = orders.assign(shares=orders["shares"] * orders["sign"], segment="history", scope="backtest")
+    return records(wire.TradeMarker, marks.assign(explanation=orders["action"] + ": " + orders["reason"]))
+
+
+def records(kind: type[AnyWire], frame: pd.DataFrame) -> list[AnyWire]:
+    """Return one ``kind`` a row; columns that it does not have are left out."""
+    names = [name for name in kind.model_fields if name in frame.columns]
+    rows = frame[names].itertuples(index=False, name=None)
+    return [kind(**dict(zip(names, row, strict=True))) for row in rows]
+
+
+def dated(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return a frame with its sessions in a column ``date``, ``YYYY-MM-DD``."""
+    days = pd.DatetimeIndex(frame.index).to_numpy(dtype="datetime64[D]")
+    return frame.assign(date=np.datetime_as_string(days).tolist())

@@ -22,6 +22,7 @@ from data.schema import bars_hash, check_enough, normalise_symbol
 from inference.pipeline import Decisions, decide, path_ahead
 from inference.position_sizing import RuleSizer, make_sizer
 from service import schemas as wire
+from service.ledger import ServedForecast, served_forecast
 from service.model_registry import ModelRegistry, ServedModel
 from service.prediction_chart import (
     chart_of,
@@ -209,9 +210,19 @@ class PredictionService:
         Saved models.
     source, cache
         Where bars come from.
+    on_served
+        Told of every forecast before its answer goes out.
     """
 
-    def __init__(self, *, registry: ModelRegistry, source: BarSource, cache: ReadsThrough | None) -> None:
+    def __init__(
+        self,
+        *,
+        registry: ModelRegistry,
+        source: BarSource,
+        cache: ReadsThrough | None,
+        on_served: Callable[[ServedForecast], None] | None = None,
+    ) -> None:
+        self._on_served = on_served
         self._registry = registry
         self._bars = BarKeeper(source, cache)
         self._answers: Recent[PredictionRequest, ReadyAnswer] = Recent(MOST_ANSWER_BYTES)
@@ -305,7 +316,7 @@ class PredictionService:
         path = path_ahead(decisions, ahead)
         forecast = forecast_of(chart, path, request)
         limits = {"max_long": sizer.rules.max_long, "max_short": sizer.rules.max_short}
-        return PredictionResult(
+        result = PredictionResult(
             symbol=symbol,
             dates=chart.dates,
             prices=chart.column("close").tolist(),
@@ -323,6 +334,9 @@ class PredictionService:
             forecast=forecast,
             metadata=metadata_of(request, model, bars, decisions, chart).model_copy(update=limits),
         )
+        if self._on_served is not None:
+            self._on_served(served_forecast(result))
+        return result
 
     def _decided(self, symbol: str, model: ServedModel, held: Held, sizer: RuleSizer) -> Decisions:
         """Decide once for all that is drawn of the same model, bars and limits."""

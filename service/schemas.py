@@ -21,6 +21,7 @@ ForecastActionName = Literal["BUY", "SELL", "SHORT", "COVER", "HOLD"]
 MarkerType = Literal["buy", "sell", "hold"]
 MarkerSegment = Literal["history", "forecast"]
 MarkerScope = Literal["prediction", "backtest"]
+TrackRecordStatus = Literal["open", "scored", "unscored"]
 OverlayType = Literal["bollinger", "moving-average", "predicted-path", "volume"]
 
 
@@ -320,14 +321,14 @@ class BacktestParams(Wire):
     """How to backtest; `commission` and `slippage` are fractions below 0.05, basis points from there on."""
 
     backtest_window: Annotated[int, Field(ge=10, le=MAX_CHART_BARS), WHOLE] = 60
-    initial_capital: Annotated[Number, Field(gt=0)] = 10_000.0
+    initial_capital: Annotated[Number, Field(ge=1, le=1e12)] = 10_000.0
     max_long: Weight = 1.8
     max_short: Weight = 0.2
     commission: Annotated[Number, Field(ge=0, le=500)] = 0.0005
     slippage: Annotated[Number, Field(ge=0, le=500)] = 0.0003
     enable_forward_sim: Flag = False
     short_cap: Weight | None = None
-    forward_window: Annotated[int, Field(ge=1, le=MAX_CHART_BARS), WHOLE] | None = None
+    forward_window: Annotated[int, Field(ge=2, le=MAX_CHART_BARS), WHOLE] | None = None
     commission_bps: Annotated[Number, Field(ge=0, le=500)] | None = None
     slippage_bps: Annotated[Number, Field(ge=0, le=500)] | None = None
     min_position_change: Fraction | None = None
@@ -488,6 +489,7 @@ class ForwardSimResult(Wire):
     markers: list[TradeMarker] | None = None
     total_costs: float | None = None
     borrow_fee: float | None = None
+    notes: list[str] | None = None
 
 
 class BacktestResult(Wire):
@@ -504,6 +506,7 @@ class BacktestResult(Wire):
     window_start: WireDate | None = None
     window_end: WireDate | None = None
     diagnostics: Diagnostics | None = None
+    notes: list[str] | None = None
 
 
 class ModelMeta(Wire):
@@ -616,3 +619,56 @@ class TrainingEvent(Wire):
     timestamp: str | None = None
     stage: str | None = None
     message: str | None = None
+
+
+class TrackRecordForecast(Wire):
+    """One served forecast and what became of it; returns are simple, from the as-of to the target session."""
+
+    symbol: str
+    source: str
+    model_version: str
+    fusion_mode: str
+    as_of: WireDate
+    target_session: WireDate
+    horizon_bars: int
+    close: float
+    forecast_return: float
+    lower_return: float
+    upper_return: float
+    sigma_log: float
+    position: float
+    served_at: str
+    status: TrackRecordStatus
+    counts: bool
+    realised_return: float | None = None
+    direction_hit: bool | None = None
+    always_up_hit: bool | None = None
+    band_hit: bool | None = None
+    crps: float | None = None
+    position_return: float | None = None
+    hold_return: float | None = None
+    note: str | None = None
+
+
+class TrackRecordSummary(Wire):
+    """All forecasts over one horizon; absent where none is scored."""
+
+    horizon_bars: int
+    fusion_mode: str
+    served: int
+    scored: int
+    direction_accuracy: float | None = None
+    always_up_accuracy: float | None = None
+    band_coverage: float | None = None
+    mean_crps: float | None = None
+    mean_position_return: float | None = None
+    mean_hold_return: float | None = None
+
+
+class TrackRecord(Wire):
+    """Answer of GET /api/track-record/{symbol}."""
+
+    symbol: str
+    summaries: list[TrackRecordSummary]
+    forecasts: list[TrackRecordForecast]
+    notes: list[str]

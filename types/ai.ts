@@ -23,6 +23,8 @@ export type MarkerType = "buy" | "sell" | "hold";
 export type MarkerSegment = "history" | "forecast";
 export type MarkerScope = "prediction" | "backtest";
 export type OverlayType = "bollinger" | "moving-average" | "predicted-path" | "volume";
+/** `open` until the target session has closed, `unscored` where what came can never be told. */
+export type TrackRecordStatus = "open" | "scored" | "unscored";
 export type Loss = "huber" | "mae" | "balanced" | "quantile";
 /** `lstm_transformer`, the form's default, is served by the LSTM trainer. */
 export type ModelType = "gbm" | "lstm" | "ensemble" | "lstm_transformer" | "stacking";
@@ -293,6 +295,7 @@ export interface BacktestMetrics {
   sortinoRatio?: number;
   calmarRatio?: number;
   transactionCosts?: number;
+  /** For borrowed cash (exposure over 1) and borrowed shares. */
   borrowFee?: number;
   profitFactor?: number;
   turnover?: number;
@@ -360,6 +363,8 @@ export interface ForwardSimResult {
   markers?: TradeMarker[];
   totalCosts?: number;
   borrowFee?: number;
+  /** What must be known beside the figures: rows left out, IN-SAMPLE ones counted, figures that are undefined. */
+  notes?: string[];
 }
 
 export interface BacktestResult {
@@ -374,6 +379,8 @@ export interface BacktestResult {
   windowStart?: string;
   windowEnd?: string;
   diagnostics?: Diagnostics;
+  /** What must be known beside the figures: rows left out, IN-SAMPLE ones counted, figures that are undefined. */
+  notes?: string[];
 }
 
 // ---------------------------------------------------------------- models and training
@@ -533,4 +540,68 @@ export interface Problem {
   detail: string;
   instance: string;
   request_id: string;
+}
+
+// ---------------------------------------------------------------- track record
+
+/** One served forecast; returns are simple, from the as-of to the target session. */
+export interface TrackRecordForecast {
+  symbol: string;
+  source: string;
+  modelVersion: string;
+  fusionMode: string;
+  asOf: string;
+  targetSession: string;
+  horizonBars: number;
+  /** Close at `asOf` as it was known when served. */
+  close: number;
+  forecastReturn: number;
+  /** Edges of the 80 % band. */
+  lowerReturn: number;
+  upperReturn: number;
+  /** Standard deviation of the normal log return with a band as wide. */
+  sigmaLog: number;
+  /** Target weight decided at the close of `asOf`. */
+  position: number;
+  /** ISO 8601. */
+  servedAt: string;
+  status: TrackRecordStatus;
+  /** False where the same forecast was served before, or too late, or cannot be scored. */
+  counts: boolean;
+  realisedReturn?: number;
+  /** Absent when the price did not move. */
+  directionHit?: boolean;
+  alwaysUpHit?: boolean;
+  bandHit?: boolean;
+  /** Continuous ranked probability score in log returns; lower is better. */
+  crps?: number;
+  /** Of `position` entered at `asOf` and held to the target session, after costs and financing. */
+  positionReturn?: number;
+  /** The same of all capital in shares. */
+  holdReturn?: number;
+  note?: string;
+}
+
+/** All forecasts over one horizon that count; figures are absent where none is scored. */
+export interface TrackRecordSummary {
+  horizonBars: number;
+  fusionMode: string;
+  served: number;
+  scored: number;
+  directionAccuracy?: number;
+  /** Accuracy of always forecasting a rise, over the same forecasts. */
+  alwaysUpAccuracy?: number;
+  /** 0.8 is what the bands claim. */
+  bandCoverage?: number;
+  meanCrps?: number;
+  meanPositionReturn?: number;
+  meanHoldReturn?: number;
+}
+
+export interface TrackRecord {
+  symbol: string;
+  summaries: TrackRecordSummary[];
+  /** In the order of serving. */
+  forecasts: TrackRecordForecast[];
+  notes: string[];
 }

@@ -34,8 +34,11 @@ from typing import Literal, cast
 import numpy as np
 import pandas as pd
 
+from evaluation.forward_simulator import MIN_BARS
+from evaluation.metrics import Measured
 from utils.errors import DataError
 from validation.evidence import (
+    MIN_RETURNS,
     FloatArray,
     IntArray,
     block_bootstrap_p_value,
@@ -429,3 +432,27 @@ def _checked(strategy: FloatArray, benchmark: FloatArray) -> tuple[FloatArray, F
     if not (np.isfinite(arrays[0]).all() and np.isfinite(arrays[1]).all()):
         raise DataError("strategy or benchmark returns are not finite: pass the out-of-sample bars only")
     return arrays
+
+
+def measured_deflated_sharpe(returns: FloatArray, n_tries: int) -> Measured:
+    """Return the deflated Sharpe ratio, or why there is none."""
+    moments = sharpe_moments(returns)
+    if moments is None:
+        return Measured(None, "fraction", f"needs {MIN_RETURNS} returns that vary")
+    return Measured(deflated_sharpe(moments, n_tries), "fraction")
+
+
+def measured_track_record(returns: FloatArray) -> Measured:
+    """Return how long a record must be for its Sharpe ratio to be above zero, or why there is no length."""
+    moments = sharpe_moments(returns)
+    bars = None if moments is None else minimum_track_record_length(moments)
+    if bars is None:
+        return Measured(None, "bars", "no length is enough: the Sharpe ratio is not above zero")
+    return Measured(bars, "bars")
+
+
+def measured_overfitting(tried: FloatArray) -> Measured:
+    """Return the probability of overfitting by choosing among the columns, (n, k), or why there is none."""
+    if len(tried) < MIN_BARS:
+        return Measured(None, "fraction", f"needs {MIN_BARS} returns, has {len(tried)}")
+    return Measured(probability_of_backtest_overfitting(tried), "fraction")

@@ -6,6 +6,7 @@ import pytest
 import statsmodels.api as sm
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import ndtr
 from scipy.stats import spearmanr
 
 from evaluation import metrics as m
@@ -203,3 +204,23 @@ def test_a_figure_is_a_value_or_a_reason() -> None:
         m.Measured(None, "ratio")
     with pytest.raises(ValueError, match="finite"):
         m.Measured(np.nan, "ratio")
+
+
+@pytest.mark.parametrize("came", [-0.4, -0.05, 0.0, 0.012, 0.02, 0.3])
+@pytest.mark.parametrize(
+    "band", [(-0.03, 0.01, 0.05), (-0.06, 0.012, 0.02), (0.0, 0.0, 0.04), (0.01, 0.01, 0.01)]
+)
+def test_the_crps_of_a_band_is_the_integral(came: float, band: tuple[float, float, float]) -> None:
+    lower, median, upper = band
+    x = np.linspace(-1.0, 1.0, 400_001)
+    scale = np.where(x < median, median - lower, upper - median) / m.Z_90
+    below = np.where(
+        scale > 0, ndtr((x - median) / np.maximum(scale, 1e-300)), np.where(x < median, 0.0, 1.0)
+    )
+    integral = np.sum((below - (x >= came)) ** 2) * (x[1] - x[0])
+    assert m.band_crps(came, median, lower, upper) == pytest.approx(integral, abs=1e-5)
+
+
+def test_the_crps_of_a_symmetric_band_is_the_normals() -> None:
+    # Gneiting and Raftery's equation 21 with sigma 1 at the centre: sqrt(2/pi) - 1/sqrt(pi).
+    assert m.band_crps(0.0, 0.0, -m.Z_90, m.Z_90) == pytest.approx(0.2336949772551, abs=1e-12)

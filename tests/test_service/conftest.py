@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from data.data_fetcher import fetch_stock_data
 from inference.load_gbm_models import SCHEMA_VERSION, GBMBundle
 from service.api import Services, create_api
+from service.ledger import ForecastLedger, track_record
 from service.model_registry import ModelRegistry, ServedModel, model_meta
 from service.prediction_service import PredictionService
 from service.training_service import TrainingService
@@ -162,8 +165,13 @@ def registry() -> FakeRegistry:
 
 
 @pytest.fixture
-def predictions(registry: FakeRegistry, source: FakeSource) -> PredictionService:
-    return PredictionService(registry=registry, source=source, cache=None)
+def ledger(tmp_path: Path) -> ForecastLedger:
+    return ForecastLedger(f"sqlite:///{tmp_path / 'db' / 'ai_stocks.sqlite'}")
+
+
+@pytest.fixture
+def predictions(registry: FakeRegistry, source: FakeSource, ledger: ForecastLedger) -> PredictionService:
+    return PredictionService(registry=registry, source=source, cache=None, on_served=ledger.keep)
 
 
 @pytest.fixture
@@ -185,12 +193,18 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> TrainingService:
 
 @pytest.fixture
 def services(
-    registry: FakeRegistry, predictions: PredictionService, training: TrainingService, starts: list[str]
+    registry: FakeRegistry,
+    predictions: PredictionService,
+    source: FakeSource,
+    ledger: ForecastLedger,
+    training: TrainingService,
+    starts: list[str],
 ) -> Services:
     return Services(
         registry=registry,
         predictions=predictions,
         training=training,
+        track_record=partial(track_record, ledger, partial(fetch_stock_data, source=source)),
         source_name="fake",
         origins=("http://localhost:3000", "http://127.0.0.1:3000"),
         on_start=lambda: starts.append("started"),

@@ -10,13 +10,12 @@ import pytest
 from evaluation.accounting import CostModel
 from evaluation.forward_simulator import MIN_BARS
 from evaluation.metrics import reasons, values
+from evaluation.report import luck_section
 from inference.pipeline import Decisions, backtest_decisions, decide
-from inference.position_sizing import PRESETS, make_sizer
+from inference.position_sizing import PRESETS, alternatives, make_sizer
 from service.backtest_service import (
     BacktestRequest,
-    alternatives,
     bookkeeper,
-    luck_section,
     weigh,
 )
 from utils.errors import UsageError

@@ -1,0 +1,499 @@
+"""Every forecast that was served, written once and never changed, and what became of it.
+
+::
+
+    python -m service.ledger score [SYMBOL]
+    python -m service.ledger verify [--head HASH]
+    python -m service.ledger show [SYMBOL]
+
+A row is committed before its answer goes out. Each row carries the sha256 of its content and of the row
+before it, and the head of that chain is kept beside: a row that is changed, removed or moved is found by
+`verify`. Who may write the database can forge the whole chain; who notes the head elsewhere finds that too.
+
+A forecast is scored when its target session has closed, by returns over the bars of the source that it was
+made from, so that a split or a restated history does no harm. Of forecasts that only differ in what was asked
+(a limit of the position), the first one that was served counts.
+"""
+
+import argparse
+import hashlib
+import json
+import logging
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import sqlalchemy as sql
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from sqlalchemy import exc
+
+from data.cache_manager import BarCache
+from data.data_fetcher import fetch_stock_data, make_source
+from data.markets import calendar_for
+from data.schema import Bars, normalise_symbol
+from evaluation.accounting import CostModel, account
+from evaluation.metrics import Z_90, band_crps
+from service import schemas as wire
+from utils.errors import AIStocksError, DataError, StorageError, UpstreamError, UsageError
+from utils.settings import Settings, configure_logging, read_settings
+
+logger = logging.getLogger(__name__)
+
+# Nobody waits longer for a forecast because another process holds the database.
+LOCK_WAIT_S, PAUSE_S, ATTEMPTS = 0.25, 5.0, 50
+MAX_PENDING = MAX_KNOWN = 10_000
+GENESIS = "0" * 64
+# Nearer than this, two closes are one price.
+SAME_CLOSE = 1e-6
+OVERLAP = "forecasts of overlapping windows count one by one; they hold a sample only n / horizon strong"
+DATES = ("as_of", "target_session")
+HIDDEN = ("sequence", "source", "model_version", "sigma_log", "served_at")
+SAID_BY_ROW = re.compile("^mean_|_(return|accuracy|coverage|session|bars|mode)$")
+CHANGED = "changed after it was written: does not count"
+MEANS = {
+    "direction_accuracy": "direction_hit",
+    "always_up_accuracy": "always_up_hit",
+    "band_coverage": "band_hit",
+    "mean_crps": "crps",
+    "mean_position_return": "position_return",
+    "mean_hold_return": "hold_return",
+}
+COMMANDS = {
+    "score": "set forecasts whose target session has closed beside what came",
+    "verify": "look for rows that were changed, removed or moved",
+    "show": "print the rows as they were served",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedForecast:
+    """One forecast as it went out: the median of the simple return to a session, and the 80 % band around it.
+
+    ``close`` is the adjusted close of ``as_of``, the last session known, as it was known then; ``position``
+    the target weight decided at it, a fraction of equity. ``sigma_log`` is the standard deviation of the
+    normal log return with a band as wide. Sessions are ``YYYY-MM-DD``.
+    """
+
+    symbol: str
+    source: str
+    model_version: str
+    fusion_mode: str
+    as_of: str
+    target_session: str
+    horizon_bars: int
+    close: float
+    forecast_return: float
+    lower_return: float
+    upper_return: float
+    sigma_log: float
+    position: float
+
+    @property
+    def digest(self) -> str:
+        """What tells one forecast from another."""
+        return _sha256(asdict(self))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """A row of the ledger."""
+
+    sequence: int
+    served_at: str
+    previous_hash: str
+    row_hash: str
+    digest: str
+    forecast: ServedForecast
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether the row is what was written."""
+        row_hash = _chained(self.sequence, self.served_at, self.previous_hash, self.forecast)
+        return (self.row_hash, self.digest) == (row_hash, self.forecast.digest)
+
+
+_METADATA = sql.MetaData()
+_TYPES: dict[Any, Any] = {str: sql.String(128), int: sql.Integer(), float: sql.Double()}
+_CONTENT = {field.name: _TYPES[field.type] for field in fields(ServedForecast)}
+_CHAIN = ("served_at", "previous_hash", "row_hash", "digest")
+_ROWS = sql.Table(
+    "served_forecasts",
+    _METADATA,
+    sql.Column("sequence", sql.Integer, primary_key=True, autoincrement=False),
+    *(sql.Column(name, kind, nullable=False, index=name == "symbol") for name, kind in _CONTENT.items()),
+    *(sql.Column(name, sql.String(64), nullable=False, unique=name == "digest") for name in _CHAIN),
+)
+# Without it nobody would miss rows that are gone from the end.
+_HEAD = sql.Table(
+    "served_forecasts_head",
+    _METADATA,
+    sql.Column("id", sql.Integer, primary_key=True, autoincrement=False),
+    sql.Column("rows", sql.Integer, nullable=False),
+    sql.Column("row_hash", sql.String(64), nullable=False),
+)
+
+
+def _sha256(content: Mapping[str, object]) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _chained(sequence: int, served_at: str, previous_hash: str, forecast: ServedForecast) -> str:
+    link = {"sequence": sequence, "served_at": served_at, "previous_hash": previous_hash}
+    return _sha256({**asdict(forecast), **link})
+
+
+def served_forecast(answer: wire.PredictionResult) -> ServedForecast:
+    """Return what a prediction says about its last session; raises `DataError` if it has no bands."""
+    ahead, meta = answer.forecast, answer.metadata
+    if ahead is None or not ahead.dates or not ahead.lower_band or not ahead.upper_band:
+        raise DataError(f"the prediction of {answer.symbol} has no forecast with bands to keep")
+    close = answer.prices[-1]
+    lower, upper = ahead.lower_band[-1], ahead.upper_band[-1]
+    # No database tells -0.0 from 0.0, and the hash must be that of what comes back.
+    return ServedForecast(
+        symbol=answer.symbol,
+        source=meta.data_source or "unknown",
+        model_version=meta.model_version or meta.model_id,
+        fusion_mode=meta.fusion_mode,
+        as_of=answer.dates[-1],
+        target_session=ahead.dates[-1],
+        horizon_bars=len(ahead.dates),
+        close=close,
+        forecast_return=ahead.returns[-1] + 0.0,
+        lower_return=lower / close - 1.0 + 0.0,
+        upper_return=upper / close - 1.0 + 0.0,
+        sigma_log=float(np.log(upper / lower)) / (2.0 * Z_90) + 0.0,
+        position=ahead.positions[0] + 0.0,
+    )
+
+
+class ForecastLedger:
+    """Append-only; safe to use from many threads and processes.
+
+    ``url`` is that of the database, as SQLAlchemy writes it; it is not touched before the first row. Raises
+    `UsageError` if it makes no sense, or its driver is not installed.
+    """
+
+    def __init__(self, url: str) -> None:
+        try:
+            self._url = sql.make_url(url)
+            waits = {"timeout": LOCK_WAIT_S} if self._url.get_backend_name() == "sqlite" else {}
+            self._engine = sql.create_engine(self._url, connect_args=waits, poolclass=sql.NullPool)
+        except (exc.ArgumentError, ModuleNotFoundError, ValueError) as error:
+            raise UsageError(
+                f"AI_STOCKS_DATABASE_URL cannot be used ({type(error).__name__}): write "
+                "sqlite:////FOLDER/FILE.sqlite, or postgresql+psycopg://HOST/NAME with psycopg installed"
+            ) from error
+        self._lock = threading.Lock()
+        self._is_ready = False
+        self._pending: dict[str, ServedForecast] = {}
+        self._known: set[str] = set()
+        self._retry_at = 0.0
+
+    def keep(self, forecast: ServedForecast) -> None:
+        """Record a forecast if that can be done; never raises, and never waits long.
+
+        A row that could not be written waits in memory for the next one that can.
+        """
+        digest = forecast.digest
+        with self._lock:
+            if digest in self._known:
+                return
+            if len(self._known) > MAX_KNOWN:
+                self._known.clear()
+            self._pending[digest] = forecast
+            if time.monotonic() >= self._retry_at:
+                self._write_pending()
+            if len(self._pending) > MAX_PENDING:
+                lost = self._pending.pop(next(iter(self._pending)))
+                logger.error("lost a served forecast: %s", asdict(lost))
+
+    def _write_pending(self) -> None:
+        try:
+            for digest, forecast in list(self._pending.items()):
+                self.record(forecast)
+                del self._pending[digest]
+                self._known.add(digest)
+        except StorageError as error:
+            self._retry_at = time.monotonic() + PAUSE_S
+            logger.warning("%s; %d served forecasts wait in memory", error, len(self._pending))
+
+    def record(self, forecast: ServedForecast, *, now: datetime | None = None) -> bool:
+        """Append a row and commit it; return False when the same forecast is there already.
+
+        ``now`` (UTC) is by default the present. Raises `StorageError` when the database cannot be written.
+        """
+        try:
+            if not self._is_ready:
+                if self._file is not None:
+                    self._file.parent.mkdir(parents=True, exist_ok=True)
+                _METADATA.create_all(self._engine)
+                self._is_ready = True
+            for _ in range(ATTEMPTS):
+                try:
+                    return self._append(forecast, now or datetime.now(UTC))
+                except exc.IntegrityError:
+                    # Another process was faster; its row comes before ours.
+                    continue
+        except (exc.SQLAlchemyError, OSError) as error:
+            self._is_ready = False
+            raise StorageError(f"the ledger cannot be written ({_words(error)})") from error
+        raise StorageError("the ledger takes no row: run `python -m service.ledger verify`")
+
+    def _append(self, forecast: ServedForecast, now: datetime) -> bool:
+        digest, served_at = forecast.digest, now.isoformat(timespec="milliseconds")
+        with self._engine.begin() as connection:
+            if connection.scalar(sql.select(_ROWS.c.sequence).where(_ROWS.c.digest == digest)) is not None:
+                return False
+            head = connection.execute(sql.select(_HEAD.c.rows, _HEAD.c.row_hash)).one_or_none()
+            rows, previous = (0, GENESIS) if head is None else head
+            row_hash = _chained(rows + 1, served_at, previous, forecast)
+            row = {**asdict(forecast), "sequence": rows + 1, "served_at": served_at, "digest": digest}
+            connection.execute(sql.insert(_ROWS).values(**row, previous_hash=previous, row_hash=row_hash))
+            change = sql.insert(_HEAD).values(id=1) if head is None else sql.update(_HEAD)
+            connection.execute(change.values(rows=rows + 1, row_hash=row_hash))
+        return True
+
+    def entries(self, symbol: str | None = None) -> list[Entry]:
+        """Return the rows in the order of writing; raises `StorageError` when that cannot be done."""
+        wanted = sql.select(_ROWS).order_by(_ROWS.c.sequence)
+        if symbol is not None:
+            wanted = wanted.where(_ROWS.c.symbol == symbol)
+        return [
+            Entry(
+                sequence=row["sequence"],
+                **{name: row[name] for name in _CHAIN},
+                forecast=ServedForecast(**{name: row[name] for name in _CONTENT}),
+            )
+            for row in self._read(wanted)
+        ]
+
+    def verify(self, noted_head: str | None = None) -> tuple[int, str]:
+        """Return the number of rows and the hash of the last one.
+
+        ``noted_head`` is a hash that an earlier call returned: it must still be in the chain. Raises
+        `DataError` when a row was changed, removed, added or moved.
+        """
+        head, entries = self._head(), self.entries()
+        while head != (again := self._head()):
+            # Somebody wrote in between.
+            head, entries = again, self.entries()
+        previous = GENESIS
+        for place, entry in enumerate(entries, start=1):
+            at = f"row {entry.sequence} ({entry.forecast.symbol}, {entry.forecast.as_of})"
+            if entry.sequence != place:
+                raise DataError(f"the ledger is broken: row {place} is missing, {at} stands in its place")
+            if not entry.is_intact:
+                raise DataError(f"the ledger is broken: {at} is not what was written")
+            if entry.previous_hash != previous:
+                raise DataError(f"the ledger is broken: {at} does not follow the row before it")
+            previous = entry.row_hash
+        if head != (len(entries), previous):
+            raise DataError(f"the ledger is broken: {len(entries)} rows are not the {head[0]} of its head")
+        if noted_head is not None and noted_head not in {GENESIS, *(entry.row_hash for entry in entries)}:
+            raise DataError("the ledger is broken: the chain does not hold the head that was noted")
+        return len(entries), previous
+
+    def _head(self) -> tuple[int, str]:
+        found = self._read(sql.select(_HEAD))
+        return (found[0]["rows"], found[0]["row_hash"]) if found else (0, GENESIS)
+
+    @property
+    def _file(self) -> Path | None:
+        is_file = self._url.get_backend_name() == "sqlite" and self._url.database
+        return Path(str(self._url.database)) if is_file else None
+
+    def _read(self, wanted: sql.Select[Any]) -> Sequence[sql.RowMapping]:
+        try:
+            # SQLite would make an empty file of a missing one.
+            if self._file is not None and not self._file.exists():
+                return []
+            with self._engine.connect() as connection:
+                if not sql.inspect(connection).has_table(_ROWS.name):
+                    return []
+                return connection.execute(wanted).mappings().all()
+        except (exc.SQLAlchemyError, OSError) as error:
+            raise StorageError(f"the ledger cannot be read ({_words(error)})") from error
+
+
+def _words(error: Exception) -> str:
+    """Say what the database said, without the statement and its values."""
+    return str(getattr(error, "orig", None) or type(error).__name__).splitlines()[0][:200]
+
+
+def score(entries: Iterable[Entry], bars: Bars) -> list[wire.TrackRecordForecast]:
+    """Score the rows of one symbol, in the order of writing, by its bars.
+
+    A position is entered from cash at the close of the as-of session and held until the target session, after
+    costs and financing; so is the whole capital in shares, beside it.
+    """
+    calendar = calendar_for(bars.symbol)
+    costs, scored = CostModel(periods_per_year=calendar.sessions_per_year), []
+    seen: set[tuple[str, ...]] = set()
+    for entry in entries:
+        told = entry.forecast
+        found = _outcome(entry, bars, costs)
+        closed = calendar.last_closed_session(datetime.fromisoformat(entry.served_at))
+        if found["status"] != "unscored" and pd.Timestamp(told.target_session) <= closed:
+            found |= {"counts": False, "note": "served after its target session had closed"}
+        key = (told.source, told.model_version, told.fusion_mode, told.as_of, told.target_session)
+        found = {"counts": found["status"] != "unscored" and key not in seen, **found}
+        seen.update({key} if found["counts"] else ())
+        scored.append(wire.TrackRecordForecast(**asdict(told), served_at=entry.served_at, **found))
+    return scored
+
+
+def _outcome(entry: Entry, bars: Bars, costs: CostModel) -> dict[str, Any]:
+    """Return the fields of `TrackRecordForecast` that tell what came."""
+    told, index, source = entry.forecast, pd.DatetimeIndex(bars.frame.index), bars.provenance.source
+    if not entry.is_intact:
+        return {"status": "unscored", "note": CHANGED}
+    if told.source != source:
+        return {"status": "unscored", "note": f"made from prices of {told.source}, these are of {source}"}
+    if pd.Timestamp(told.target_session) > index[-1]:
+        return {"status": "open"}
+    first, last = index.get_indexer(pd.DatetimeIndex([told.as_of, told.target_session]))
+    if min(first, last) < 0:
+        missing = told.as_of if first < 0 else told.target_session
+        return {"status": "unscored", "note": f"the prices have no session {missing}"}
+    close = np.asarray(bars.frame["Close"], dtype=np.float64)[first : last + 1]
+    moves = np.concatenate([[0.0], close[1:] / close[:-1] - 1.0])
+    realised = float(close[-1] / close[0] - 1.0)
+    # The books lag by themselves: what is decided at the first close earns from the second on.
+    own, hold = (account(np.full(len(close), w), moves, costs).equity for w in (told.position, 1.0))
+    expected = np.log1p([told.forecast_return, told.lower_return, told.upper_return])
+    found = {
+        "status": "scored",
+        "realised_return": realised,
+        "direction_hit": None if realised == 0.0 else (told.forecast_return > 0.0) == (realised > 0.0),
+        "always_up_hit": None if realised == 0.0 else realised > 0.0,
+        "band_hit": told.lower_return <= realised <= told.upper_return,
+        "crps": band_crps(float(np.log1p(realised)), *expected.tolist()),
+        "position_return": float(own[-1] / own[0] - 1.0),
+        "hold_return": float(hold[-1] / hold[0] - 1.0),
+    }
+    if abs(close[0] / told.close - 1.0) > SAME_CLOSE:
+        words = f"the close of {told.as_of} was {told.close:g} when served and is {close[0]:g} now"
+        found["note"] = f"{words} (split, dividend or restated): scored by returns"
+    return found
+
+
+def summarise(scored: Iterable[wire.TrackRecordForecast]) -> list[wire.TrackRecordSummary]:
+    """Return one summary for each horizon and fusion mode; rows that do not count are left out."""
+    groups: dict[tuple[int, str], list[wire.TrackRecordForecast]] = {}
+    for row in scored:
+        if row.counts:
+            groups.setdefault((row.horizon_bars, row.fusion_mode), []).append(row)
+    return [_summary(rows) for _, rows in sorted(groups.items())]
+
+
+def _summary(rows: Sequence[wire.TrackRecordForecast]) -> wire.TrackRecordSummary:
+    done = [row for row in rows if row.status == "scored"]
+    figures = {name: [v for row in done if (v := getattr(row, of)) is not None] for name, of in MEANS.items()}
+    return wire.TrackRecordSummary(
+        horizon_bars=rows[0].horizon_bars,
+        fusion_mode=rows[0].fusion_mode,
+        served=len(rows),
+        scored=len(done),
+        **{name: float(np.mean(values)) for name, values in figures.items() if values},
+    )
+
+
+def track_record(
+    ledger: ForecastLedger, bars_of: Callable[[str], Bars], symbol: str, limit: int
+) -> wire.TrackRecord:
+    """Return what was served of a symbol, and how it did: a summary of all rows, and the last ``limit``."""
+    symbol = normalise_symbol(symbol)
+    entries = ledger.entries(symbol)
+    scored = score(entries, bars_of(symbol)) if entries else []
+    notes = [OVERLAP] if entries else [f"nothing of {symbol} was served yet"]
+    notes += sorted({row.note for row in scored if row.note == CHANGED})
+    found = summarise(scored)
+    return wire.TrackRecord(symbol=symbol, summaries=found, forecasts=scored[-limit:], notes=notes)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(prog="python -m service.ledger", description="Show what was served.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, words in COMMANDS.items():
+        command = commands.add_parser(name, help=words, description=words)
+        command.add_argument("--json", action="store_true", help="print JSON on stdout")
+        if name == "verify":
+            command.add_argument("--head", metavar="HASH", help="hash that an earlier run printed")
+            continue
+        command.add_argument("symbol", nargs="?", help="default: every symbol of the ledger")
+        if name == "score":
+            command.add_argument("--source", help="yahoo, sample or csv:DIR (default: AI_STOCKS_SOURCE)")
+    return parser
+
+
+def told_of(args: argparse.Namespace, settings: Settings) -> list[dict[str, object]]:
+    """Return the rows of the table that was asked for."""
+    ledger = ForecastLedger(settings.database)
+    if args.command == "verify":
+        rows, head = ledger.verify(args.head)
+        return [{"rows": rows, "head": head}]
+    symbol = None if args.symbol is None else normalise_symbol(args.symbol)
+    entries = ledger.entries(symbol)
+    if args.command == "show":
+        return [{"sequence": e.sequence, "served_at": e.served_at, **asdict(e.forecast)} for e in entries]
+    cache = BarCache(settings.cache_dir)
+    source = make_source(args.source or settings.source, cache_dir=settings.cache_dir)
+    told: list[dict[str, object]] = []
+    for each in sorted({entry.forecast.symbol for entry in entries}):
+        try:
+            bars = fetch_stock_data(each, source=source, cache=cache)
+        except (UpstreamError, DataError) as error:
+            logger.warning("%s is left out: %s", each, error)
+            continue
+        scored = score((entry for entry in entries if entry.forecast.symbol == each), bars)
+        told += ({"symbol": each, **found.model_dump()} for found in summarise(scored))
+    return told
+
+
+def print_rows(console: Console, rows: Sequence[Mapping[str, object]]) -> None:
+    """Print the columns of records that a terminal has room for; JSON has them all."""
+    table = Table(box=box.SIMPLE, padding=0)
+    names = [name for name in rows[0] if name not in HIDDEN]
+    for name in names:
+        table.add_column(SAID_BY_ROW.sub("", name).replace("_", " "), overflow="fold", no_wrap=name in DATES)
+    for row in rows:
+        cells = (row[name] for name in names)
+        table.add_row(*(f"{c:.4g}" if isinstance(c, float) else escape(str(c)) for c in cells))
+    console.print(table)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; return the exit code that `utils.errors` lists, 4 for a broken chain."""
+    args = build_parser().parse_args(argv)
+    settings = read_settings()
+    configure_logging("WARNING" if args.json else settings.log_level)
+    try:
+        rows = told_of(args, settings)
+    except AIStocksError as error:
+        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+        return error.exit_code
+    if args.json:
+        sys.stdout.write(json.dumps(rows, allow_nan=False) + "\n")
+    elif rows:
+        print_rows(Console(), rows)
+    else:
+        Console().print("the ledger has no such rows")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

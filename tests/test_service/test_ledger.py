@@ -1,0 +1,525 @@
+"""What was served stays as it was served: on disk, under attack, when nothing can be written, and scored."""
+
+import json
+import logging
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data.data_fetcher import fetch_stock_data
+from data.schema import Bars
+from evaluation.accounting import CostModel
+from service import ledger as module
+from service.ledger import GENESIS, ForecastLedger, ServedForecast, main, score, served_forecast, summarise
+from service.prediction_service import PredictionService
+from service.schemas import PredictionRequest
+from tests.test_service.conftest import FakeSource
+from utils.errors import DataError, StorageError, UsageError
+
+ROOT = Path(__file__).resolve().parents[2]
+THEN = datetime(2006, 6, 1, 22, tzinfo=UTC)
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+
+
+def told(**changes: object) -> ServedForecast:
+    usual = ServedForecast(
+        symbol="AAPL",
+        source="fake",
+        model_version="v1",
+        fusion_mode="gbm_only",
+        as_of="2006-06-01",
+        target_session="2006-06-08",
+        horizon_bars=5,
+        close=100.0,
+        forecast_return=0.01,
+        lower_return=-0.03,
+        upper_return=0.05,
+        sigma_log=0.03,
+        position=0.5,
+    )
+    return replace(usual, **changes)
+
+
+def path_of(ledger: ForecastLedger) -> Path:
+    assert ledger._file is not None
+    return ledger._file
+
+
+def filled(ledger: ForecastLedger, n: int = 5) -> ForecastLedger:
+    for i in range(n):
+        assert ledger.record(told(position=i / 10), now=THEN)
+    return ledger
+
+
+def change(ledger: ForecastLedger, *statements: str) -> None:
+    with sqlite3.connect(path_of(ledger)) as connection:
+        for statement in statements:
+            connection.execute(statement)
+    connection.close()
+
+
+# ---------------------------------------------------------------- writing
+
+
+def test_a_row_comes_back_as_it_was_written(ledger: ForecastLedger) -> None:
+    filled(ledger)
+    entries = ledger.entries("AAPL")
+    assert [entry.forecast for entry in entries] == [told(position=i / 10) for i in range(5)]
+    assert [entry.sequence for entry in entries] == [1, 2, 3, 4, 5]
+    assert entries[0].previous_hash == GENESIS
+    assert entries[0].served_at == "2006-06-01T22:00:00.000+00:00"
+    assert ledger.entries("MSFT") == []
+    assert ledger.verify() == (5, entries[-1].row_hash)
+
+
+def test_the_same_forecast_twice_is_one_row(ledger: ForecastLedger) -> None:
+    assert ledger.record(told())
+    assert not ledger.record(told())
+    ledger.keep(told())
+    assert not ForecastLedger(str(ledger._url)).record(told())
+    assert ledger.record(told(position=0.6))
+    assert ledger.verify()[0] == 2
+
+
+@given(values=st.lists(FINITE, min_size=6, max_size=6))
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_number_survives_the_database(ledger: ForecastLedger, values: list[float]) -> None:
+    names = ("close", "forecast_return", "lower_return", "upper_return", "sigma_log", "position")
+    ledger.record(told(**{name: value + 0.0 for name, value in zip(names, values, strict=True)}))
+    ledger.verify()
+
+
+def test_reading_makes_no_file(ledger: ForecastLedger) -> None:
+    assert ledger.entries() == []
+    assert ledger.verify() == (0, GENESIS)
+    assert not path_of(ledger).parent.exists()
+
+
+def test_many_threads_and_ledgers_write_one_chain(
+    ledger: ForecastLedger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LOCK_WAIT_S", 20.0)
+    others = [ForecastLedger(str(ledger._url)) for _ in range(3)]
+    ledger.record(told(horizon_bars=250))
+
+    def write(own: ForecastLedger, base: int) -> None:
+        for i in range(10):
+            own.record(told(horizon_bars=base + i // 2))
+
+    threads = [threading.Thread(target=write, args=(own, 10 * n)) for n, own in enumerate(others)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert ledger.verify()[0] == 1 + 3 * 5
+
+
+def test_a_url_without_sense_is_refused_without_its_password() -> None:
+    for url in ("nonsense", "nosuchbase://a:secret@b/c", "postgresql+nodriver://a:secret@b/c"):
+        with pytest.raises(UsageError, match="AI_STOCKS_DATABASE_URL") as caught:
+            ForecastLedger(url)
+        assert "secret" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- planted faults
+
+
+@pytest.mark.parametrize(
+    ("statement", "words"),
+    [
+        ("UPDATE served_forecasts SET forecast_return = 0.0123 WHERE sequence = 3", "row 3 .* not what was"),
+        (
+            "UPDATE served_forecasts SET position = position + 1e-15 WHERE sequence = 4",
+            "row 4 .* not what was",
+        ),
+        ("UPDATE served_forecasts SET served_at = '2006-01-01' WHERE sequence = 2", "row 2 .* not what was"),
+        ("UPDATE served_forecasts SET digest = 'x' WHERE sequence = 2", "row 2 .* not what was"),
+        ("DELETE FROM served_forecasts WHERE sequence = 1", "row 1 is missing"),
+        ("DELETE FROM served_forecasts WHERE sequence = 3", "row 3 is missing"),
+        ("DELETE FROM served_forecasts WHERE sequence = 5", "4 rows are not the 5"),
+        ("DELETE FROM served_forecasts", "0 rows are not the 5"),
+        ("DELETE FROM served_forecasts_head", "5 rows are not the 0"),
+        ("UPDATE served_forecasts_head SET row_hash = 'x'", "5 rows are not the 5"),
+    ],
+)
+def test_a_planted_fault_is_found(ledger: ForecastLedger, statement: str, words: str) -> None:
+    filled(ledger)
+    change(ledger, statement)
+    with pytest.raises(DataError, match=words):
+        ledger.verify()
+
+
+def test_rows_that_changed_places_are_found(ledger: ForecastLedger) -> None:
+    filled(ledger)
+    swap = "UPDATE served_forecasts SET sequence = {} WHERE sequence = {}"
+    change(ledger, swap.format(9, 2), swap.format(2, 3), swap.format(3, 9))
+    with pytest.raises(DataError, match="row 2"):
+        ledger.verify()
+
+
+def test_a_chain_that_was_forged_as_a_whole_lacks_the_noted_head(
+    ledger: ForecastLedger, tmp_path: Path
+) -> None:
+    _, noted = filled(ledger).verify()
+    forged = ForecastLedger(f"sqlite:///{tmp_path / 'forged.sqlite'}")
+    for i in range(6):
+        forged.record(told(position=i / 5), now=THEN)
+    assert forged.verify()[0] == 6
+    with pytest.raises(DataError, match="noted"):
+        forged.verify(noted)
+    ledger.record(told(position=2.0))
+    assert ledger.verify(noted)[0] == 6
+
+
+def test_a_row_deleted_from_the_end_stays_missed(ledger: ForecastLedger) -> None:
+    change(filled(ledger), "DELETE FROM served_forecasts WHERE sequence = 5")
+    ledger.record(told(position=3.0))
+    with pytest.raises(DataError, match="row 5 is missing"):
+        ledger.verify()
+
+
+# ---------------------------------------------------------------- nothing can be written
+
+
+def test_a_locked_database_costs_a_warning_and_the_row_comes_later(
+    ledger: ForecastLedger, client: TestClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    filled(ledger, 1)
+    holder = sqlite3.connect(path_of(ledger), isolation_level=None)
+    holder.execute("BEGIN EXCLUSIVE")
+    try:
+        started = time.monotonic()
+        for horizon in (5, 6, 7):
+            assert client.post("/api/predict", json={"symbol": "AAPL", "horizon": horizon}).status_code == 200
+        # Left to itself, the database makes each of them wait 5 s.
+        assert time.monotonic() - started < 8.0
+    finally:
+        holder.execute("ROLLBACK")
+        holder.close()
+    (said,) = [record for record in caplog.records if "wait in memory" in record.message]
+    assert said.levelno == logging.WARNING
+    assert "locked" in said.message
+    ledger._retry_at = 0.0
+    assert client.post("/api/predict", json={"symbol": "AAPL", "horizon": 8}).status_code == 200
+    assert [entry.forecast.horizon_bars for entry in ledger.entries()] == [5, 5, 6, 7, 8]
+    ledger.verify()
+
+
+@pytest.mark.parametrize("url", ["sqlite:////proc/nothing/x.sqlite", "sqlite:////dev/full"])
+def test_a_place_that_cannot_be_written_costs_a_warning(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    ledger = ForecastLedger(url)
+    with pytest.raises(StorageError, match="cannot be written"):
+        ledger.record(told())
+    ledger.keep(told())
+    assert "wait in memory" in caplog.text
+
+
+def test_a_file_that_is_no_database_costs_a_warning(
+    ledger: ForecastLedger, client: TestClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    path_of(ledger).parent.mkdir()
+    path_of(ledger).write_bytes(b"no database" * 1_000)
+    assert client.post("/api/predict", json={"symbol": "AAPL"}).status_code == 200
+    assert "not a database" in caplog.text
+    answer = client.get("/api/track-record/AAPL")
+    assert answer.status_code == 507
+    assert "cannot be read" in answer.json()["detail"]
+    assert path_of(ledger).read_bytes() == b"no database" * 1_000
+
+
+def test_a_database_that_was_removed_begins_anew(ledger: ForecastLedger) -> None:
+    filled(ledger)
+    path_of(ledger).unlink()
+    ledger.keep(told(position=9.0))
+    ledger._retry_at = 0.0
+    ledger.keep(told(position=8.0))
+    assert ledger.verify()[0] == 2
+
+
+def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(module, "MAX_PENDING", 3)
+    ledger = ForecastLedger("sqlite:////proc/nothing/x.sqlite")
+    for i in range(5):
+        ledger.keep(told(position=float(i)))
+    assert [waiting.position for waiting in ledger._pending.values()] == [2.0, 3.0, 4.0]
+    assert caplog.text.count("lost a served forecast") == 2
+
+
+KILLED = """
+import os, signal, sys
+from tests.test_service.conftest import FakeSource, FakeRegistry, served
+from tests.conftest import make_bars, nyse_sessions
+from service.ledger import ForecastLedger
+from service.prediction_service import PredictionService
+from service.schemas import PredictionRequest
+import pandas as pd
+ledger = ForecastLedger(sys.argv[1])
+source = FakeSource({"AAPL": pd.read_parquet(sys.argv[2])})
+service = PredictionService(registry=FakeRegistry(served()), source=source, cache=None, on_served=ledger.keep)
+for horizon in range(1, 50):
+    body = service.predict(PredictionRequest(symbol="AAPL", horizon=horizon)).wire_bytes()
+    print(horizon, flush=True)
+    if horizon == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_killed_after_the_answer_the_row_is_there(
+    ledger: ForecastLedger, bars: pd.DataFrame, tmp_path: Path
+) -> None:
+    bars.to_parquet(tmp_path / "bars.parquet")
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(ledger._url), str(tmp_path / "bars.parquet")],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    answered = [int(line) for line in done.stdout.split()]
+    assert answered == list(range(1, 8))
+    assert [entry.forecast.horizon_bars for entry in ledger.entries()] == answered
+    ledger.verify()
+
+
+# ---------------------------------------------------------------- from the answer to the row
+
+
+def test_a_row_says_what_the_answer_said(predictions: PredictionService, ledger: ForecastLedger) -> None:
+    answer = predictions.predict(PredictionRequest(symbol="AAPL", horizon=20, max_long=0.7))
+    (entry,) = ledger.entries()
+    kept, ahead = entry.forecast, answer.forecast
+    assert ahead is not None
+    assert ahead.lower_band is not None
+    assert ahead.upper_band is not None
+    assert kept == served_forecast(answer)
+    assert (kept.as_of, kept.target_session, kept.horizon_bars) == (answer.dates[-1], ahead.dates[-1], 20)
+    assert kept.close == answer.prices[-1]
+    assert kept.position == answer.fused_positions[-1]
+    assert kept.close * (1 + kept.forecast_return) == pytest.approx(ahead.prices[-1], rel=1e-12)
+    assert kept.close * (1 + kept.lower_return) == pytest.approx(ahead.lower_band[-1], rel=1e-12)
+    assert kept.close * (1 + kept.upper_return) == pytest.approx(ahead.upper_band[-1], rel=1e-12)
+    assert (kept.source, kept.model_version, kept.fusion_mode) == ("fake", "v1", "gbm_only")
+
+
+def test_an_answer_without_bands_is_no_forecast(predictions: PredictionService) -> None:
+    answer = predictions.predict(PredictionRequest(symbol="AAPL"))
+    with pytest.raises(DataError, match="bands"):
+        served_forecast(answer.model_copy(update={"forecast": None}))
+
+
+# ---------------------------------------------------------------- scoring
+
+
+@pytest.fixture
+def prices(source: FakeSource) -> Bars:
+    return fetch_stock_data("AAPL", source=source)
+
+
+def days_of(prices: Bars, first: int, last: int) -> dict[str, str]:
+    index = prices.frame.index
+    return {"as_of": f"{index[first]:%Y-%m-%d}", "target_session": f"{index[last]:%Y-%m-%d}"}
+
+
+def at_close(prices: Bars, row: int) -> datetime:
+    return prices.frame.index[row].to_pydatetime().replace(hour=23, tzinfo=UTC)
+
+
+def test_a_score_worked_out_by_hand(ledger: ForecastLedger, prices: Bars) -> None:
+    close = prices.frame["Close"].to_numpy()
+    days = days_of(prices, 300, 303)
+    ledger.record(told(close=float(close[300]), position=0.5, **days), now=at_close(prices, 300))
+    (row,) = score(ledger.entries(), prices)
+    came = close[303] / close[300] - 1
+    assert row.status == "scored"
+    assert row.counts
+    assert row.note is None
+    assert row.realised_return == pytest.approx(came)
+    assert row.direction_hit == (came > 0)
+    assert row.always_up_hit == (came > 0)
+    assert row.band_hit == (-0.03 <= came <= 0.05)
+    # A loop of its own: cash, shares, and 8 bps of what is traded at each close but the last.
+    for weight, booked in ((0.5, row.position_return), (1.0, row.hold_return)):
+        cash, shares, rate = 1.0, 0.0, 0.0008
+        for day in (300, 301, 302):
+            equity = cash + shares * close[day]
+            gap = weight * equity - shares * close[day]
+            traded = gap / (1 + weight * rate * np.sign(gap))
+            shares += traded / close[day]
+            cash -= traded + abs(traded) * rate
+        assert booked == pytest.approx(cash + shares * close[303] - 1, abs=1e-9)
+    assert CostModel().one_way_rate == pytest.approx(0.0008)
+
+
+def test_a_forecast_is_open_until_its_session_has_closed(ledger: ForecastLedger, prices: Bars) -> None:
+    last = len(prices.frame) - 1
+    ledger.record(
+        told(**days_of(prices, last, last) | {"target_session": "2027-01-04"}), now=at_close(prices, last)
+    )
+    (row,) = score(ledger.entries(), prices)
+    assert (row.status, row.counts, row.crps) == ("open", True, None)
+    (summary,) = summarise([row])
+    assert (summary.served, summary.scored, summary.direction_accuracy) == (1, 0, None)
+    assert b"null" not in summary.wire_bytes()
+
+
+def test_a_split_is_scored_by_returns_and_says_so(ledger: ForecastLedger, prices: Bars) -> None:
+    close = float(prices.frame["Close"].iloc[300])
+    days = days_of(prices, 300, 305)
+    ledger.record(told(close=close, **days), now=at_close(prices, 300))
+    (before,) = score(ledger.entries(), prices)
+    halved = replace(prices, frame=prices.frame / 2)
+    (after,) = score(ledger.entries(), halved)
+    assert before.note is None
+    assert after.note is not None
+    assert "split" in after.note
+    assert after.realised_return == pytest.approx(before.realised_return)
+    assert after.crps == pytest.approx(before.crps)
+    assert after.position_return == pytest.approx(before.position_return)
+
+
+def test_what_cannot_be_scored_says_why_and_does_not_count(ledger: ForecastLedger, prices: Bars) -> None:
+    now = at_close(prices, 300)
+    ledger.record(told(source="yahoo", **days_of(prices, 300, 305)), now=now)
+    ledger.record(told(**days_of(prices, 300, 305) | {"as_of": "2006-03-11"}), now=now)
+    ledger.record(told(**days_of(prices, 300, 305) | {"target_session": "2006-03-18"}), now=now)
+    ledger.record(told(**days_of(prices, 300, 305)), now=at_close(prices, 305))
+    rows = score(ledger.entries(), prices)
+    assert [row.counts for row in rows] == [False] * 4
+    said = [row.note or "" for row in rows]
+    words = ["prices of yahoo", "no session 2006-03-11", "no session 2006-03-18", "after its target session"]
+    assert all(word in note for word, note in zip(words, said, strict=True)), said
+    assert summarise(rows) == []
+
+
+def test_a_row_that_was_changed_does_not_count(ledger: ForecastLedger, prices: Bars) -> None:
+    ledger.record(told(**days_of(prices, 300, 305)), now=at_close(prices, 300))
+    change(ledger, "UPDATE served_forecasts SET forecast_return = 0.2")
+    (row,) = score(ledger.entries(), prices)
+    assert (row.status, row.counts, row.crps) == ("unscored", False, None)
+
+
+def test_the_first_of_several_positions_counts(ledger: ForecastLedger, prices: Bars) -> None:
+    for position in (0.3, 0.0, 1.8):
+        ledger.record(told(position=position, **days_of(prices, 300, 305)), now=at_close(prices, 300))
+    rows = score(ledger.entries(), prices)
+    assert [row.counts for row in rows] == [True, False, False]
+    (summary,) = summarise(rows)
+    assert summary.mean_position_return == rows[0].position_return
+
+
+def test_a_session_without_a_move_has_no_direction(ledger: ForecastLedger, prices: Bars) -> None:
+    flat = replace(prices, frame=prices.frame * 0 + 50.0)
+    ledger.record(told(close=50.0, **days_of(prices, 300, 305)), now=at_close(prices, 300))
+    (row,) = score(ledger.entries(), flat)
+    assert (row.realised_return, row.direction_hit, row.always_up_hit) == (0.0, None, None)
+    (summary,) = summarise([row])
+    assert summary.direction_accuracy is None
+    assert summary.band_coverage == 1.0
+
+
+def test_a_foresighted_record_beats_always_up_and_hold(ledger: ForecastLedger, prices: Bars) -> None:
+    close = prices.frame["Close"].to_numpy()
+    for row in range(200, 400):
+        came = float(close[row + 5] / close[row] - 1)
+        seen = told(
+            close=float(close[row]),
+            forecast_return=came,
+            lower_return=came - 0.02,
+            upper_return=came + 0.02,
+            position=1.0 if came > 0 else -1.0,
+            **days_of(prices, row, row + 5),
+        )
+        ledger.record(seen, now=at_close(prices, row))
+    (summary,) = summarise(score(ledger.entries(), prices))
+    assert (summary.scored, summary.direction_accuracy, summary.band_coverage) == (200, 1.0, 1.0)
+    assert 0.3 < summary.always_up_accuracy < 0.7
+    assert summary.mean_position_return > summary.mean_hold_return + 0.01
+
+
+# ---------------------------------------------------------------- over HTTP and on the command line
+
+
+def test_the_track_record_over_http(client: TestClient, source: FakeSource, bars: pd.DataFrame) -> None:
+    empty = client.get("/api/track-record/AAPL").json()
+    assert (empty["forecasts"], empty["summaries"]) == ([], [])
+    assert "nothing of AAPL" in empty["notes"][0]
+    source.answers["AAPL"] = bars.iloc[:-30]
+    for horizon in (5, 5, 10):
+        client.post("/api/predict", json={"symbol": "AAPL", "horizon": horizon})
+    source.answers["AAPL"] = bars
+    record = client.get("/api/track-record/aapl").json()
+    assert [row["horizonBars"] for row in record["forecasts"]] == [5, 10]
+    assert {row["status"] for row in record["forecasts"]} == {"scored"}
+    # These prices are of 2006: whoever asks today asks after the fact.
+    assert all("after its target session" in row["note"] for row in record["forecasts"])
+    assert len(client.get("/api/track-record/AAPL?limit=1").json()["forecasts"]) == 1
+    assert client.get("/api/track-record/..%2f..").status_code == 422
+    assert client.get("/api/track-record/AAPL?limit=0").status_code == 422
+
+
+@pytest.fixture
+def shell(
+    ledger: ForecastLedger, csv_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> ForecastLedger:
+    monkeypatch.setenv("AI_STOCKS_DATABASE_URL", str(ledger._url))
+    monkeypatch.setenv("AI_STOCKS_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("AI_STOCKS_SOURCE", f"csv:{csv_dir}")
+    return ledger
+
+
+def test_the_command_line(shell: ForecastLedger, csv_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show"]) == 0
+    assert "no such rows" in capsys.readouterr().out
+    days = {"as_of": "1996-06-03", "target_session": "1996-06-10", "source": f"csv:{csv_dir.name}"}
+    shell.record(told(symbol="NOISE", **days), now=datetime(1996, 6, 3, 23, tzinfo=UTC))
+    shell.record(told(symbol="GONE", **days), now=datetime(1996, 6, 3, 23, tzinfo=UTC))
+    assert main(["verify", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["rows"] == 2
+    assert main(["verify", "--head", found["head"]]) == 0
+    assert main(["show", "noise", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {name: row[name] for name in asdict(told())} == asdict(told(symbol="NOISE", **days))
+    assert main(["score", "--json"]) == 0
+    (summary,) = json.loads(capsys.readouterr().out)
+    assert (summary["symbol"], summary["served"], summary["scored"]) == ("NOISE", 1, 1)
+    for command, shown in (("score", "NOISE"), ("show", "1996-06-10"), ("verify", found["head"])):
+        assert main([command]) == 0
+        assert shown in capsys.readouterr().out
+
+
+def test_a_broken_chain_ends_with_4(shell: ForecastLedger, capsys: pytest.CaptureFixture[str]) -> None:
+    change(filled(shell), "DELETE FROM served_forecasts WHERE sequence = 2")
+    assert main(["verify"]) == 4
+    assert "row 2 is missing" in capsys.readouterr().err
+
+
+def test_by_default_the_ledger_lies_beside_the_models(tmp_path: Path) -> None:
+    from utils.settings import Settings
+
+    assert Settings(models_dir=tmp_path).database == f"sqlite:///{tmp_path / 'ai_stocks.sqlite'}"
+    assert Settings(database_url="sqlite:////x/y").database == "sqlite:////x/y"
+
+
+def test_the_models_folder_may_hold_the_ledger(tmp_path: Path) -> None:
+    from service.model_registry import ModelRegistry
+
+    ledger = ForecastLedger(f"sqlite:///{tmp_path / 'ai_stocks.sqlite'}")
+    filled(ledger)
+    assert ModelRegistry(tmp_path).list() == ()
