@@ -14,7 +14,6 @@ medians are compared.
 import argparse
 import importlib
 import importlib.util
-import json
 import os
 import statistics
 import subprocess
@@ -27,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from _table import Bar, at_least, at_most, parser_of, show
 from numba import njit
 
 from evaluation.accounting import DEFAULT_CAPITAL, CostModel, account, new_books
@@ -276,13 +276,7 @@ def measure(*, quick: bool) -> dict[str, dict[str, Any]]:
     times |= seconds({"full report": report}, 3 if quick else 9)
     times["first call from cache"] = import_seconds()
     ratio = times["sizing, books, equity"] / times["plain loop"]
-    bars: dict[str, dict[str, Any]] = {
-        "sizing_and_books_to_plain_loop": {
-            "value": ratio,
-            "limit": LIMIT_TO_PLAIN,
-            "ok": ratio <= LIMIT_TO_PLAIN,
-        }
-    }
+    bars: dict[str, Bar] = {"sizing_and_books_to_plain_loop": at_most(ratio, LIMIT_TO_PLAIN)}
     if vectorbt is None:
         notes["vectorbt"] = "skipped, 2 bars not measured: the package vectorbt is not installed"
     else:
@@ -300,7 +294,7 @@ def assert_same_books(sizer: RuleSizer, inputs: SizingInputs, out: tuple[np.ndar
 
 def against_vectorbt(
     times: dict[str, float], inputs: SizingInputs, vectorbt: Contender, *, count: int
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Bar]:
     """Compare one run and ``count`` parameter sets with as many calls of vectorbt; note the times."""
     sizers = parameter_sets(count)
     assert_same_sweep(sizers[:5], inputs)
@@ -321,19 +315,14 @@ def against_vectorbt(
     once = times["vectorbt from_orders"] / times["the same, with drawdown"]
     many = times[f"{count} calls of vectorbt"] / times[f"{count} parameter sets"]
     return {
-        "times_faster_than_vectorbt": {"value": once, "limit": LIMIT_VECTORBT, "ok": once >= LIMIT_VECTORBT},
-        "parameter_sets_times_faster": {
-            "value": many,
-            "limit": LIMIT_VECTORBT_SETS,
-            "ok": many >= LIMIT_VECTORBT_SETS,
-        },
+        "times_faster_than_vectorbt": at_least(once, LIMIT_VECTORBT),
+        "parameter_sets_times_faster": at_least(many, LIMIT_VECTORBT_SETS),
     }
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(description="Time sizing and books.")
-    parser.add_argument("--json", action="store_true", help="print one JSON object last")
+    parser = parser_of(__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer repeats, fewer parameter sets")
     return parser
 
@@ -341,16 +330,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the times; exit 1 when a limit is missed."""
     arguments = build_parser().parse_args(argv)
-    result = measure(quick=arguments.quick)
-    for name, value in result["milliseconds"].items():
-        print(f"{name:<28}{value:10.3f} ms")
-    for name, bar in result["bars"].items():
-        print(f"{name:<32}{bar['value']:8.2f}  limit {bar['limit']:g}  {'ok' if bar['ok'] else 'MISSED'}")
-    for name, note in result["notes"].items():
-        print(f"{name}: {note}")
-    if arguments.json:
-        print(json.dumps(result))
-    return 0 if all(bar["ok"] for bar in result["bars"].values()) else 1
+    return show(measure(quick=arguments.quick), as_json=arguments.json)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ on all symbols at once, so its figures here are not out of sample in the choice 
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from _table import DIRECTORY, load_folder
+from _table import at_least, finish, load_folder, parser_of, print_bar
 from forecast_skill import FIRST, LAST, panel_of
 from rich.console import Console
 from rich.table import Table
@@ -151,22 +150,17 @@ def print_table(title: str, found: Mapping[str, Mapping[str, float]]) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_of(__doc__, reads_prices=True)
     parser.add_argument(
         "--horizons", default="5,1", help="bars ahead, with commas; limits hold for the first"
     )
     parser.add_argument("--sweep", action="store_true", help="also show other constants of `calibrated`")
-    parser.add_argument("--json", action="store_true", help="print one JSON object last")
-    parser.add_argument("--directory", type=Path, default=DIRECTORY, help="folder of CSV files")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print all presets side by side; exit 1 when `calibrated` misses a limit at the first horizon."""
     args = build_parser().parse_args(argv)
-    if not args.directory.is_dir():
-        print(f"no folder {args.directory}: name one of CSV files with --directory", file=sys.stderr)
-        return 2
     found: dict[str, Any] = {}
     for horizon in [int(text) for text in args.horizons.split(",")]:
         cases = cases_of(args.directory, horizon)
@@ -180,14 +174,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             found[f"h={horizon}, other constants"] = others
             print_table("calibrated with other constants", others)
     first = next(iter(found.values()))["calibrated"]
-    missed = [name for name, least in LIMITS.items() if first[name] < least]
-    for name, least in LIMITS.items():
-        print(
-            f"calibrated, {name}: {first[name]:.4f}, at least {least}: {'MISSED' if name in missed else 'ok'}"
-        )
-    if args.json:
-        print(json.dumps(found))
-    return 1 if missed else 0
+    bars = {name: at_least(first[name], least) for name, least in LIMITS.items()}
+    for name, bar in bars.items():
+        print_bar(f"calibrated, {name}", bar)
+    return finish(found, bars.values(), as_json=args.json)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ medians are compared.
 import argparse
 import importlib
 import importlib.util
-import json
 import statistics
 import time
 import warnings
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import talib
+from _table import Bar, at_least, at_most, parser_of, show
 
 from data.feature_engineer import engineer_features
 from utils.settings import PROJECT_ROOT
@@ -125,9 +125,9 @@ def measure(*, quick: bool) -> dict[str, dict[str, Any]]:
         },
         repeats,
     )
-    bars_out: dict[str, Any] = {
-        "features_to_talib_40": _bar(times["features"] / times["talib"], LIMIT_TO_TALIB),
-        "growth_10x_rows": _bar(times["features_10x"] / times["features"], LIMIT_GROWTH),
+    bars_out: dict[str, Bar] = {
+        "features_to_talib_40": at_most(times["features"] / times["talib"], LIMIT_TO_TALIB),
+        "growth_10x_rows": at_most(times["features_10x"] / times["features"], LIMIT_GROWTH),
     }
     notes: dict[str, Any] = {"source": str(AAPL.name) if AAPL.is_file() else "seeded", "bars": len(bars)}
     if importlib.util.find_spec("ta") is None:
@@ -136,20 +136,14 @@ def measure(*, quick: bool) -> dict[str, dict[str, Any]]:
         start = time.thread_time()
         ta_features(bars)
         times["ta"] = time.thread_time() - start
-        faster = times["ta"] / times["features"]
-        bars_out["times_faster_than_ta"] = {"value": faster, "limit": LIMIT_TA, "ok": faster >= LIMIT_TA}
+        bars_out["times_faster_than_ta"] = at_least(times["ta"] / times["features"], LIMIT_TA)
     milliseconds = {name: 1000.0 * value for name, value in times.items()}
     return {"bars": bars_out, "milliseconds": milliseconds, "notes": notes}
 
 
-def _bar(value: float, limit: float) -> dict[str, Any]:
-    return {"value": value, "limit": limit, "ok": value <= limit}
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(description="Time the features.")
-    parser.add_argument("--json", action="store_true", help="print one JSON object last")
+    parser = parser_of(__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
     return parser
 
@@ -157,16 +151,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the times; exit 1 when a limit is missed."""
     arguments = build_parser().parse_args(argv)
-    result = measure(quick=arguments.quick)
-    for name, value in result["milliseconds"].items():
-        print(f"{name:<14}{value:10.2f} ms")
-    for name, bar in result["bars"].items():
-        print(f"{name:<22}{bar['value']:8.2f}  limit {bar['limit']:g}  {'ok' if bar['ok'] else 'MISSED'}")
-    for name, note in result["notes"].items():
-        print(f"{name}: {note}")
-    if arguments.json:
-        print(json.dumps(result))
-    return 0 if all(bar["ok"] for bar in result["bars"].values()) else 1
+    return show(measure(quick=arguments.quick), as_json=arguments.json)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ knew which companies would last: skill does not profit from that directly, retur
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from _table import DIRECTORY, load_folder
+from _table import Bar, at_least, at_most, finish, load_folder, parser_of, symbols_in, within
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
@@ -42,9 +41,8 @@ N_GROUPS = 5
 
 
 def panel_of(directory: Path, horizon_bars: int, *, context: bool = False) -> Dataset:
-    """Return the panel through the last year that is scored; an index of volatility is no asset."""
-    symbols = sorted(path.stem for path in directory.glob("*.csv") if path.stem != "VIX")
-    panel = load_folder(directory, symbols)
+    """Return the panel through the last year that is scored."""
+    panel = load_folder(directory, symbols_in(directory))
     frames = {symbol: bars.frame.loc[:LAST] for symbol, bars in panel.items()}
     if not context:
         return build_dataset(frames, horizon_bars)
@@ -101,10 +99,10 @@ def measure(directory: Path, horizon_bars: int, *, leave_out: bool, context: boo
     ic = float(np.mean(list(by_symbol.values())))
     year = record["date"].dt.year
     slope = slope_of(record, over_drift=True)
-    found: dict[str, Any] = {
-        "ic": _bar(ic, ic >= LEAST_IC.get(horizon_bars, 0.0)),
-        "slope_over_drift": _bar(slope, SLOPE[0] <= slope <= SLOPE[1]),
-        "walk_forward_s": _bar(seconds, seconds <= LIMIT_S),
+    found: dict[str, Bar] = {
+        "ic": at_least(ic, LEAST_IC.get(horizon_bars, 0.0)),
+        "slope_over_drift": within(slope, SLOPE),
+        "walk_forward_s": at_most(seconds, LIMIT_S),
     }
     if leave_out:
         rows = []
@@ -113,7 +111,7 @@ def measure(directory: Path, horizon_bars: int, *, leave_out: bool, context: boo
             scored = walk(data, replace(config, leave_out=apart))
             rows.append(scored[scored["symbol"].isin(apart)])
         elsewhere = float(np.mean(list(information_coefficients(pd.concat(rows)).values())))
-        found["ic_left_out"] = _bar(elsewhere, elsewhere >= LEAST_IC.get(horizon_bars, ic) - LEAVE_OUT_LOSS)
+        found["ic_left_out"] = at_least(elsewhere, LEAST_IC.get(horizon_bars, ic) - LEAVE_OUT_LOSS)
     recent = information_coefficients(record[record["date"] >= RECENT])
     return {
         "bars": found,
@@ -133,24 +131,19 @@ def measure(directory: Path, horizon_bars: int, *, leave_out: bool, context: boo
     }
 
 
-def _bar(value: float, ok: bool) -> dict[str, Any]:  # noqa: FBT001
-    return {"value": round(value, 4), "ok": bool(ok)}
-
-
 def print_tables(found: dict[int, dict[str, Any]]) -> None:
     """Print the figures, and the years side by side."""
     console = Console()
     table = Table(title=f"Pooled recipe, {FIRST} to {LAST}, out of sample", title_justify="left")
-    for name in ("horizon", "measure", "value", "limit met"):
+    for name in ("horizon", "measure", "value", "limit", "met"):
         table.add_column(name)
     for horizon, one in found.items():
         for name, bar in one["bars"].items():
-            table.add_row(str(horizon), name, f"{bar['value']:.4f}", "yes" if bar["ok"] else "NO")
+            met = "ok" if bar["ok"] else "MISSED"
+            table.add_row(str(horizon), name, f"{bar['value']:.4f}", bar["limit"], met)
         for name, value in one["notes"].items():
             if isinstance(value, int | float):
-                table.add_row(
-                    str(horizon), name, f"{value:.4f}" if isinstance(value, float) else str(value), ""
-                )
+                table.add_row(str(horizon), name, f"{value:.4f}" if isinstance(value, float) else str(value))
     console.print(table)
     years = Table(title="Mean IC by year", title_justify="left")
     years.add_column("year")
@@ -165,27 +158,21 @@ def print_tables(found: dict[int, dict[str, Any]]) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_of(__doc__, reads_prices=True)
     parser.add_argument("--horizons", default="1,5", help="bars ahead, with commas")
     parser.add_argument("--leave-out", action="store_true", help="also forecast symbols that trained nothing")
     parser.add_argument("--context", action="store_true", help="with the optional features")
-    parser.add_argument("--json", action="store_true", help="print one JSON object last")
-    parser.add_argument("--directory", type=Path, default=DIRECTORY, help="folder of CSV files")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the skill; exit 1 when a limit is missed."""
     args = build_parser().parse_args(argv)
-    if not args.directory.is_dir():
-        print(f"no folder {args.directory}: name one of CSV files with --directory", file=sys.stderr)
-        return 2
     horizons = [int(text) for text in args.horizons.split(",")]
     found = {h: measure(args.directory, h, leave_out=args.leave_out, context=args.context) for h in horizons}
     print_tables(found)
-    if args.json:
-        print(json.dumps(found))
-    return 0 if all(bar["ok"] for one in found.values() for bar in one["bars"].values()) else 1
+    bars = (bar for one in found.values() for bar in one["bars"].values())
+    return finish(found, bars, as_json=args.json)
 
 
 if __name__ == "__main__":

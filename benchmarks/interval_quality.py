@@ -21,7 +21,6 @@ rows before 2006 (``--fit`` prints them anew); its few constants of calibration 
 """
 
 import argparse
-import json
 import sys
 import time
 import warnings
@@ -33,7 +32,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from _table import DIRECTORY, load_folder
+from _table import finish, load_folder, parser_of, symbols_in, within
 from arch import arch_model
 from numba import njit
 from rich.console import Console
@@ -87,7 +86,7 @@ class Series:
 
 def load(directory: Path) -> dict[str, Series]:
     """Return all tradable series through the last year that is scored."""
-    symbols = sorted(path.stem for path in directory.glob("*.csv") if path.stem not in NO_ASSETS)
+    symbols = symbols_in(directory, without=NO_ASSETS)
     found = {}
     for symbol, loaded in load_folder(directory, symbols, jobs=1).items():
         bars = loaded.frame.loc[: str(YEARS[-1])]
@@ -228,17 +227,17 @@ def measure(
     by_year = rows.groupby("year")["inside"].mean()
     gain = {name: 1.0 - by_symbol["loss_ours"] / by_symbol[f"loss_{name}"] for name in RIVALS}
     least = LEAST_SHARE if horizon == 1 else LEAST_SHARE_FAR
-    bars = {"coverage": _within(float(rows["inside"].mean()), POOLED)}
+    bars = {"coverage": within(float(rows["inside"].mean()), POOLED)}
     judged = [("symbol", by_symbol["inside"], BY_SYMBOL)]
     if len(by_symbol) >= LEAST_FOR_YEARS:
         judged.append(("year", by_year, BY_YEAR))
     for name, values, limits in judged:
-        bars[f"coverage_least_{name}"] = _within(float(values.min()), limits)
-        bars[f"coverage_most_{name}"] = _within(float(values.max()), limits)
+        bars[f"coverage_least_{name}"] = within(float(values.min()), limits)
+        bars[f"coverage_most_{name}"] = within(float(values.max()), limits)
     for name in RIVALS:
-        bars[f"share_better_than_{name}"] = _within(float((gain[name] > 0).mean()), (least, 1.0))
+        bars[f"share_better_than_{name}"] = within(float((gain[name] > 0).mean()), (least, 1.0))
     if horizon in LEAST_GAIN:
-        bars["gain_over_garch"] = _within(float(gain["garch"].mean()), (LEAST_GAIN[horizon], 1.0))
+        bars["gain_over_garch"] = within(float(gain["garch"].mean()), (LEAST_GAIN[horizon], 1.0))
     return {
         "bars": bars,
         "notes": {
@@ -323,10 +322,6 @@ def fit_weights(panel: Mapping[str, Series], horizon: int) -> FloatArray:
     return out
 
 
-def _within(value: float, limits: tuple[float, float]) -> dict[str, Any]:
-    return {"value": round(value, 4), "limits": limits, "ok": bool(limits[0] <= value <= limits[1])}
-
-
 def print_tables(found: Mapping[str, dict[str, Any]]) -> None:
     """Print the figures against their limits, and the years side by side."""
     console = Console()
@@ -335,9 +330,8 @@ def print_tables(found: Mapping[str, dict[str, Any]]) -> None:
         table.add_column(name)
     for horizon, one in found.items():
         for name, bar in one["bars"].items():
-            low, high = bar["limits"]
-            limits = f"{low:g} to {high:g}"
-            table.add_row(horizon, name, f"{bar['value']:.4f}", limits, "yes" if bar["ok"] else "NO")
+            met = "ok" if bar["ok"] else "MISSED"
+            table.add_row(horizon, name, f"{bar['value']:.4f}", bar["limit"], met)
         for name, value in one["notes"].items():
             if isinstance(value, int | float):
                 table.add_row(horizon, name, f"{value:.4f}" if isinstance(value, float) else str(value))
@@ -353,22 +347,17 @@ def print_tables(found: Mapping[str, dict[str, Any]]) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_of(__doc__, reads_prices=True)
     parser.add_argument("--horizons", default="1,5,20", help="bars ahead, with commas")
     parser.add_argument("--symbols", help="symbols to score, with commas; default: all of the folder")
     parser.add_argument("--quick", action="store_true", help=f"score {','.join(QUICK_SYMBOLS)} only")
     parser.add_argument("--fit", action="store_true", help="print the weights of the volatility, and stop")
-    parser.add_argument("--json", action="store_true", help="print one JSON object last")
-    parser.add_argument("--directory", type=Path, default=DIRECTORY, help="folder of CSV files")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the quality of the bands; exit 1 when a limit is missed."""
     args = build_parser().parse_args(argv)
-    if not args.directory.is_dir():
-        print(f"no folder {args.directory}: name one of CSV files with --directory", file=sys.stderr)
-        return 2
     panel = load(args.directory)
     if args.fit:
         for horizon in ANCHORS_BARS:
@@ -388,13 +377,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     took = speed_ms(panel.get(SPEED_SYMBOL, panel[wanted[0]]))
     found["any"] = {
-        "bars": {"bands_ms": _within(took, (0.0, LIMIT_MS))},
+        "bars": {"bands_ms": within(took, (0.0, LIMIT_MS))},
         "notes": far_coverage(panel, wanted),
     }
     print_tables(found)
-    if args.json:
-        print(json.dumps(found))
-    return 0 if all(bar["ok"] for one in found.values() for bar in one["bars"].values()) else 1
+    bars = (bar for one in found.values() for bar in one["bars"].values())
+    return finish(found, bars, as_json=args.json)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ apart in the notes. Memory is that of the whole process at its peak.
 """
 
 import argparse
-import json
 import resource
 import sys
 import time
@@ -17,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _table import DIRECTORY, load_folder
+from _table import at_most, load_folder, parser_of, show, symbols_in
 
 from data.target_engineering import build_dataset
 
@@ -37,8 +36,7 @@ def one_pass(directory: Path, symbols: Sequence[str]) -> tuple[float, float, int
 
 def measure(directory: Path, *, quick: bool) -> dict[str, Any]:
     """Take the times and compare them with their limits."""
-    # An index of volatility is no asset: 45 of the 46 series make the panel.
-    symbols = sorted(path.stem for path in directory.glob("*.csv") if path.stem != "VIX")
+    symbols = symbols_in(directory)
     once = one_pass(directory, symbols[:1])
     passes = [one_pass(directory, symbols) for _ in range(1 if quick else 3)]
     load_s, build_s, rows = min(passes, key=lambda one: one[0] + one[1])
@@ -47,8 +45,8 @@ def measure(directory: Path, *, quick: bool) -> dict[str, Any]:
     peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
     return {
         "bars": {
-            "panel_s": _bar(load_s + build_s, LIMIT_S),
-            "panel_peak_gib": _bar(peak_gib, LIMIT_GIB),
+            "panel_s": at_most(load_s + build_s, LIMIT_S),
+            "panel_peak_gib": at_most(peak_gib, LIMIT_GIB),
         },
         "notes": {
             "series": len(symbols),
@@ -61,35 +59,17 @@ def measure(directory: Path, *, quick: bool) -> dict[str, Any]:
     }
 
 
-def _bar(value: float, limit: float) -> dict[str, Any]:
-    return {"value": round(value, 4), "limit": limit, "ok": value <= limit}
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object last")
+    parser = parser_of(__doc__, reads_prices=True)
     parser.add_argument("--quick", action="store_true", help="one pass only")
-    parser.add_argument("--directory", type=Path, default=DIRECTORY, help="folder of CSV files")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the times; exit 1 when a limit is missed."""
     arguments = build_parser().parse_args(argv)
-    if not arguments.directory.is_dir():
-        print(f"skipped: there is no folder {arguments.directory.name} of prices")
-        if arguments.json:
-            print(json.dumps({"bars": {}, "notes": {"skipped": "no prices at hand"}}))
-        return 0
-    result = measure(arguments.directory, quick=arguments.quick)
-    for name, bar in result["bars"].items():
-        print(f"{name:<20}{bar['value']:8.3f}  limit {bar['limit']:g}  {'ok' if bar['ok'] else 'MISSED'}")
-    for name, note in result["notes"].items():
-        print(f"{name}: {note}")
-    if arguments.json:
-        print(json.dumps(result))
-    return 0 if all(bar["ok"] for bar in result["bars"].values()) else 1
+    return show(measure(arguments.directory, quick=arguments.quick), as_json=arguments.json)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ spared, nothing stopped early, nothing pruned.
 """
 
 import argparse
-import json
 import os
 import resource
 import subprocess
@@ -26,7 +25,7 @@ import lightgbm
 import numpy as np
 import optuna
 import xgboost
-from _table import DIRECTORY, load_folder
+from _table import Bar, at_least, at_most, finish, load_folder, parser_of, print_bar, seen, symbols_in
 from sklearn.model_selection import cross_val_score
 
 from data.data_splitter import PurgedTimeSeriesSplit
@@ -39,7 +38,7 @@ from utils.settings import PROJECT_ROOT
 SYMBOL, N_TRIALS, MANY = "AAPL", 30, 8
 # XGBoost's wrapper calls some parameters otherwise.
 WRAPPED = {"eta": "learning_rate", "alpha": "reg_alpha", "lambda": "reg_lambda"}
-Case = Callable[[argparse.Namespace], dict[str, Any]]
+Case = Callable[[argparse.Namespace], dict[str, Bar]]
 
 
 def rows_of(directory: Path) -> Rows:
@@ -75,7 +74,7 @@ def naive_search(name: str, rows: Rows, config: SearchConfig, seed: int) -> floa
     return float(study.best_value)
 
 
-def search_case(args: argparse.Namespace) -> dict[str, Any]:
+def search_case(args: argparse.Namespace) -> dict[str, Bar]:
     """Compare the two searches on the same rows."""
     rows, config = rows_of(args.directory), SearchConfig(n_trials=N_TRIALS)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -87,12 +86,12 @@ def search_case(args: argparse.Namespace) -> dict[str, Any]:
         warnings.simplefilter("ignore")  # about feature names that nobody gave
         naive = {name: naive_search(name, rows, config, seed=1) for name in config.models}
     naive_s = time.perf_counter() - start
-    found = {f"{n}_score_ratio": _at_most((ours[n].inner_rmse or np.inf) / naive[n], 1.001) for n in naive}
+    found = {f"{n}_score_ratio": at_most((ours[n].inner_rmse or np.inf) / naive[n], 1.001) for n in naive}
     return {
-        "search_times_faster": _at_least(naive_s / ours_s, 8.0),
+        "search_times_faster": at_least(naive_s / ours_s, 8.0),
         **found,
-        "search_s": _seen(ours_s),
-        "naive_s": _seen(naive_s),
+        "search_s": seen(ours_s),
+        "naive_s": seen(naive_s),
     }
 
 
@@ -117,26 +116,26 @@ def train(symbols: Sequence[str], directory: Path, *flags: str) -> tuple[float, 
     return seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 2**30
 
 
-def single_case(args: argparse.Namespace) -> dict[str, Any]:
+def single_case(args: argparse.Namespace) -> dict[str, Bar]:
     """Train one symbol with the default settings."""
     seconds, gib = train([SYMBOL], args.directory)
-    return {"single_s": _at_most(seconds, 90.0), "single_peak_gib": _at_most(gib, 1.5)}
+    return {"single_s": at_most(seconds, 90.0), "single_peak_gib": at_most(gib, 1.5)}
 
 
-def pooled_case(args: argparse.Namespace) -> dict[str, Any]:
+def pooled_case(args: argparse.Namespace) -> dict[str, Bar]:
     """Train one model of every series in the folder."""
-    symbols = sorted(path.stem for path in args.directory.glob("*.csv") if path.stem != "VIX")
+    symbols = symbols_in(args.directory)
     seconds, gib = train([SYMBOL], args.directory, "--universe", ",".join(symbols))
-    return {"pooled_s": _at_most(seconds, 300.0), "pooled_peak_gib": _seen(gib)}
+    return {"pooled_s": at_most(seconds, 300.0), "pooled_peak_gib": seen(gib)}
 
 
-def jobs_case(args: argparse.Namespace) -> dict[str, Any]:
+def jobs_case(args: argparse.Namespace) -> dict[str, Bar]:
     """Train several symbols in two processes, against half of the time one after the other."""
-    symbols = sorted(path.stem for path in args.directory.glob("*.csv") if path.stem != "VIX")[:MANY]
+    symbols = symbols_in(args.directory)[:MANY]
     one_by_one, _ = train(symbols, args.directory)
     side_by_side, gib = train(symbols, args.directory, "--jobs", "2")
     ratio = side_by_side / (one_by_one / 2)
-    return {"jobs_ratio": _at_most(ratio, 1.1), "jobs_s": _seen(side_by_side), "jobs_peak_gib": _seen(gib)}
+    return {"jobs_ratio": at_most(ratio, 1.1), "jobs_s": seen(side_by_side), "jobs_peak_gib": seen(gib)}
 
 
 CASES: dict[str, Case] = {
@@ -147,44 +146,22 @@ CASES: dict[str, Case] = {
 }
 
 
-def _at_most(value: float, limit: float) -> dict[str, Any]:
-    return {"value": round(value, 4), "limit": f"at most {limit:g}", "ok": value <= limit}
-
-
-def _at_least(value: float, limit: float) -> dict[str, Any]:
-    return {"value": round(value, 4), "limit": f"at least {limit:g}", "ok": value >= limit}
-
-
-def _seen(value: float) -> dict[str, Any]:
-    return {"value": round(value, 4), "limit": "", "ok": True}
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_of(__doc__, reads_prices=True)
     parser.add_argument("--only", default="search,single,pooled", help=f"of {','.join(CASES)}")
-    parser.add_argument("--json", action="store_true", help="print one JSON object last")
-    parser.add_argument("--directory", type=Path, default=DIRECTORY, help="folder of CSV files")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print each figure beside its limit; exit 1 when one is missed."""
     args = build_parser().parse_args(argv)
-    if not args.directory.is_dir():
-        print(f"no folder {args.directory}: name one of CSV files with --directory", file=sys.stderr)
-        return 2
-    found: dict[str, Any] = {}
+    found: dict[str, Bar] = {}
     for name in args.only.split(","):
         for measure, bar in CASES[name](args).items():
             found[measure] = bar
-            print(
-                f"{measure:22} {bar['value']:10.3f}  {bar['limit']:14} {'' if bar['ok'] else 'MISSED'}",
-                flush=True,
-            )
-    if args.json:
-        print(json.dumps(found))
-    return 0 if all(bar["ok"] for bar in found.values()) else 1
+            print_bar(measure, bar)
+    return finish(found, found.values(), as_json=args.json)
 
 
 if __name__ == "__main__":

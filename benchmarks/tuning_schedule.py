@@ -9,15 +9,13 @@ plant a feature with a rank correlation of .20 instead, where there is something
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from _table import DIRECTORY, load_folder
+from _table import finish, load_folder, parser_of
 from forecast_skill import information_coefficients
 from rich.console import Console
 from rich.table import Table
@@ -58,20 +56,15 @@ def measure(frames: Mapping[str, pd.DataFrame], horizon_bars: int) -> dict[str, 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_of(__doc__, reads_prices=True)
     parser.add_argument("--symbols", default=SYMBOLS, help="series of the folder, with commas")
     parser.add_argument("--bars", type=int, default=3_000, help="last bars of each")
-    parser.add_argument("--json", action="store_true", help="print one JSON object last")
-    parser.add_argument("--directory", type=Path, default=DIRECTORY, help="folder of CSV files")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print skill and time under each schedule."""
     args = build_parser().parse_args(argv)
-    if not args.directory.is_dir():
-        print(f"no folder {args.directory}: name one of CSV files with --directory", file=sys.stderr)
-        return 2
     panel = load_folder(args.directory, args.symbols.split(","))
     real = {symbol: bars.frame.iloc[-args.bars :] for symbol, bars in panel.items()}
     table = Table(
@@ -92,9 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
                 table.add_row(str(horizon), kind, name, *figures)
     Console(width=120).print(table)
-    if args.json:
-        print(json.dumps(found))
-    return 0
+    return finish(found, (), as_json=args.json)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ at 1 bp a side, and `costly` shows that at 8 bps the same forecasts, whose skill
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from _table import Bar, at_least, at_most, finish, parser_of, print_bar
 from joblib import Parallel, delayed
 from scipy.stats import norm, rankdata
 
@@ -43,10 +43,10 @@ CARRIERS = ("close_location", "volume_sma_ratio", "body_size", "volume_velocity_
 CHEAP = CostModel(commission_bps=0.5, slippage_bps=0.5)
 POOLED = frozenset({"pooled", "costly"})
 LIMITS = {
-    "null": ("at most", 0.05),
-    "single": ("at least", 0.85),
-    "pooled": ("at least", 0.90),
-    "costly": ("at most", 1.0),
+    "null": (at_most, 0.05),
+    "single": (at_least, 0.85),
+    "pooled": (at_least, 0.90),
+    "costly": (at_most, 1.0),
 }
 
 
@@ -146,7 +146,7 @@ def verdict_of(case: str, seed: int, n_trials: int, horizon_bars: int) -> dict[s
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Run every case and compare the shares of `edge` with their limits."""
-    bars: dict[str, Any] = {}
+    bars: dict[str, Bar] = {}
     runs: dict[str, Any] = {}
     for case in args.only.split(","):
         start = time.perf_counter()
@@ -156,30 +156,21 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         )
         share = float(np.mean([run["label"] == "edge" for run in found]))
         sense, limit = LIMITS[case]
-        ok = share <= limit if sense == "at most" else share >= limit
         mean_ic = float(np.mean([run["ic"] for run in found]))
         seconds = (time.perf_counter() - start) / args.runs
-        bars[case] = {
-            "value": share,
-            "sense": sense,
-            "limit": limit,
-            "ok": ok,
-            "ic": mean_ic,
-            "run_s": seconds,
-        }
+        bars[case] = sense(share, limit) | {"ic": mean_ic, "run_s": seconds}
         runs[case] = found
     return {"bars": bars, "runs": runs}
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--runs", type=int, default=100, help="simulated trainings of each case")
     parser.add_argument("--n-trials", type=int, default=3, help="trials of each library's search")
     parser.add_argument("--horizon", type=int, default=1, help="bars ahead")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--only", default="null,single,pooled", help="cases, with commas")
-    parser.add_argument("--json", action="store_true", help="print one JSON object last")
     return parser
 
 
@@ -189,13 +180,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = measure(args)
     print(f"{args.runs} trainings each, {N_BARS} bars, {args.horizon} bars ahead, {args.n_trials} trials")
     for case, bar in found["bars"].items():
-        print(
-            f"{case:8} edge in {bar['value']:6.1%}  ({bar['sense']} {bar['limit']:.0%}: "
-            f"{'ok' if bar['ok'] else 'MISSED'})  mean IC {bar['ic']:.4f}, {bar['run_s']:.1f} s each"
-        )
-    if args.json:
-        print(json.dumps(found))
-    return 0 if all(bar["ok"] for bar in found["bars"].values()) else 1
+        print_bar(f"{case}, share called an edge", bar)
+        print(f"    mean IC {bar['ic']:.4f}, {bar['run_s']:.1f} s each")
+    return finish(found, found["bars"].values(), as_json=args.json)
 
 
 if __name__ == "__main__":
