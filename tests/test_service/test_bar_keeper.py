@@ -136,7 +136,15 @@ def test_files_are_looked_at_again_and_the_same_content_keeps_its_name(tmp_path,
     first = keeper.get("AAPL")
     clock.now += LOOK_AGAIN
     assert keeper.ready("AAPL") is None
-    assert keeper.get("AAPL").content == first.content
+    again = keeper.get("AAPL")
+    assert again.content == first.content
+    assert again.bars.frame is first.bars.frame, "a file that has not changed is not parsed"
+    (tmp_path / "AAPL.csv").rename(tmp_path / "elsewhere")
+    clock.now += LOOK_AGAIN
+    assert keeper.get("AAPL").revision is None
+    (tmp_path / "elsewhere").rename(tmp_path / "AAPL.csv")
+    clock.now += LOOK_AGAIN
+    assert keeper.get("AAPL").revision == first.revision
     raw.iloc[:-1].to_csv(tmp_path / "AAPL.csv", index_label="Date")
     clock.now += LOOK_AGAIN
     assert keeper.get("AAPL").content != first.content
