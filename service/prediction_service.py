@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 # session is asked again: twice as late each time, and each time between half and one and a half of it.
 LOOK_AGAIN, RETRY, LONGEST_RETRY = timedelta(seconds=5), timedelta(seconds=30), timedelta(minutes=15)
 MOST_HELD, SERVED_LATELY, REFRESH_EVERY_S = 256, timedelta(days=5), 20.0
+NEVER = datetime.min.replace(tzinfo=UTC)
 # Which kind of model serves a fusion mode; every other mode is served by the boosters.
 KIND_OF_MODE = {"lstm_only": "lstm"}
 # Answers in memory (120 sessions take 45 KB), and decisions over whole histories (3 MB each).
@@ -160,7 +161,7 @@ class BarKeeper:
         held = self.ready(symbol) or self._refreshed(symbol)
         self._asked[symbol] = self._clock()
         while len(self._held) > MOST_HELD:
-            oldest = min(self._asked.copy().items(), key=lambda item: item[1])[0]
+            oldest = min(list(self._held), key=lambda name: self._asked.get(name, NEVER))
             for kept in (self._asked, self._held, self._flights):
                 kept.pop(oldest, None)
         return held

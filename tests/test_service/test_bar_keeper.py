@@ -198,3 +198,15 @@ def test_memory_is_bounded(source: LiveSource, clock: Moment, monkeypatch: pytes
         clock.now += timedelta(seconds=1)
         keeper.get(symbol)
     assert [keeper.ready(symbol) is not None for symbol in "ABCD"] == [True, False, True, True]
+
+
+def test_bars_that_a_refresh_brought_back_are_dropped_first(
+    source: LiveSource, clock: Moment, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("service.prediction_service.MOST_HELD", 2)
+    keeper = BarKeeper(source, None, clock)
+    keeper.get("A")
+    keeper._asked.clear()
+    keeper.get("B")
+    keeper.get("C")
+    assert [keeper.ready(symbol) is not None for symbol in "ABC"] == [False, True, True]
