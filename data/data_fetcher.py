@@ -231,12 +231,15 @@ class Held:
         From when on there may be newer ones, UTC.
     tries
         How often in a row there were none.
+    revision
+        That of the source's answer, where it has revisions; None after a failure.
     """
 
     bars: Bars
     content: tuple[str, bool]
     due: datetime
     tries: int = 0
+    revision: str | None = None
 
     def at(self, now: datetime, *, failed: bool = False) -> "Held":
         """Return these bars as of ``now``: stale if a session has closed since, or after a failure."""

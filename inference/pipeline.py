@@ -320,7 +320,8 @@ class GBMForecaster:
             realised[:-ahead] = close_log[ahead:] - close_log[:-ahead]
             centre = centre_log(ahead, expected, baseline, horizon_bars=self.horizon_bars)
             scale = volatility.scale_log(ahead)
-            band = calibrate_band(centre, scale, realised, horizon_bars=ahead, thresholds_log=thresholds)
+            asked = thresholds if ahead == self.horizon_bars else ()
+            band = calibrate_band(centre, scale, realised, horizon_bars=ahead, thresholds_log=asked)
             lower_log, upper_log = band.lower_z * scale, band.upper_z * scale
             if ahead != self.horizon_bars:
                 frame[f"lower_log_{ahead}"], frame[f"upper_log_{ahead}"] = lower_log, upper_log

@@ -199,6 +199,8 @@ class ModelRegistry:
         ModelCorruptError, ModelIncompatibleError
             If nothing usable was loaded before either.
         """
+        if kind not in self._kinds:
+            raise ModelMissingError(f"no {kind.upper()} model of {symbol} is served")
         for _ in range(READS - 1):
             try:
                 return self._get(symbol, self._kinds[kind])
@@ -245,12 +247,11 @@ class ModelRegistry:
         serving = linked_version(self._models_dir, symbol, kind.paths).folder
         found = []
         for folder in reversed(list_versions(self._models_dir, symbol, kind.paths)):
-            says: Mapping[str, Any] = {}
             try:
                 told = kind.describe(Linked(folder=folder))
                 says, damage = {} if told.warnings else told.metadata, "; ".join(told.warnings) or None
             except ModelError as error:
-                damage = str(error)
+                says, damage = {}, str(error)
             found.append(
                 ModelVersion(
                     model_version=folder.name,

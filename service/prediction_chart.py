@@ -224,13 +224,11 @@ def reasons_of(model: ServedModel, bars: pd.DataFrame, chart: Chart) -> dict[int
 
 def in_words(shares: pd.Series) -> str:
     """Name the features with the largest shares in a forecast, and the side that each speaks for."""
-    largest = shares.loc[shares.abs().sort_values(ascending=False, kind="stable").index[:STRONGEST]]
-    sides = {"a rise": largest[largest > 0.0], "a fall": largest[largest < 0.0]}
-    said = [
-        f"for {side}: {', '.join(FEATURE_WORDS.get(name, name) for name in found.index)}"
-        for side, found in sides.items()
-        if len(found)
-    ]
+    largest = sorted(shares.items(), key=lambda share: -abs(share[1]))[:STRONGEST]
+    rising = [FEATURE_WORDS.get(str(name), str(name)) for name, share in largest if share > 0.0]
+    falling = [FEATURE_WORDS.get(str(name), str(name)) for name, share in largest if share < 0.0]
+    sides = {"a rise": rising, "a fall": falling}
+    said = [f"for {side}: {', '.join(names)}" for side, names in sides.items() if names]
     return f"The model sees {'; '.join(said)}" if said else "The model sees nothing for either side"
 
 

@@ -16,7 +16,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from data.data_fetcher import BarSource, Held, ReadsThrough, fetch_stock_data
+from data.data_fetcher import BarSource, Held, ReadsThrough, RevisionedSource, fetch_stock_data
 from data.markets import calendar_for
 from data.schema import bars_hash, check_enough, normalise_symbol
 from inference.pipeline import Decisions, decide, path_ahead
@@ -35,7 +35,8 @@ from service.prediction_chart import (
     reasons_of,
 )
 from service.schemas import PredictionRequest, PredictionResult
-from utils.errors import AIStocksError, DataError, ModelMissingError, UpstreamError, UsageError
+from utils.errors import AIStocksError, DataError, UpstreamError, UsageError
+from utils.model_paths import GBM
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,9 @@ logger = logging.getLogger(__name__)
 # session is asked again: twice as late each time, and each time between half and one and a half of it.
 LOOK_AGAIN, RETRY, LONGEST_RETRY = timedelta(seconds=5), timedelta(seconds=30), timedelta(minutes=15)
 MOST_HELD, SERVED_LATELY, REFRESH_EVERY_S = 256, timedelta(days=5), 20.0
+NEVER = datetime.min.replace(tzinfo=UTC)
+# Which kind of model serves a fusion mode; every other mode is served by the boosters.
+KIND_OF_MODE = {"lstm_only": "lstm"}
 # Answers in memory (120 sessions take 45 KB), and decisions over whole histories (3 MB each).
 MOST_ANSWER_BYTES, MOST_DECISIONS = 64 << 20, 8
 
@@ -79,6 +83,7 @@ class ReadyAnswer:
     """The bytes of an answer, whose they are, and the model's version and the bars that they came from."""
 
     symbol: str
+    kind: str
     made_from: tuple[object, ...]
     body: bytes
 
@@ -94,12 +99,17 @@ def hold_bars(
         Where there are none from before.
     """
     try:
-        bars = fetch_stock_data(symbol, source=source, cache=cache, now=now)
-        held = Held(bars=bars, content=(bars_hash(bars.frame), bars.provenance.stale), due=now)
+        revision = source.revision(symbol) if isinstance(source, RevisionedSource) else None
+        if before is not None and revision is not None and before.revision == revision:
+            held = before.at(now)
+        else:
+            bars = fetch_stock_data(symbol, source=source, cache=cache, now=now)
+            content = (bars_hash(bars.frame), bars.provenance.stale)
+            held = Held(bars=bars, content=content, due=now, revision=revision)
     except (UpstreamError, DataError) as error:
         if before is None:
             raise
-        held = before.at(now, failed=True)
+        held = replace(before.at(now, failed=True), revision=None)
         logger.warning(
             "%s: serving on with bars up to %s: %s", symbol, held.bars.provenance.last_session, error
         )
@@ -151,7 +161,7 @@ class BarKeeper:
         held = self.ready(symbol) or self._refreshed(symbol)
         self._asked[symbol] = self._clock()
         while len(self._held) > MOST_HELD:
-            oldest = min(self._asked.copy().items(), key=lambda item: item[1])[0]
+            oldest = min(list(self._held), key=lambda name: self._asked.get(name, NEVER))
             for kept in (self._asked, self._held, self._flights):
                 kept.pop(oldest, None)
         return held
@@ -274,7 +284,7 @@ class PredictionService:
         ready = self._answers.get(request)
         if ready is None:
             return None
-        model, held = self._registry.current(ready.symbol), self._bars.ready(ready.symbol)
+        model, held = self._registry.current(ready.symbol, ready.kind), self._bars.ready(ready.symbol)
         if model is None or held is None or ready.made_from != _made_from(model, held):
             return None
         return ready.body
@@ -288,7 +298,9 @@ class PredictionService:
             ready = self._answers.get(request)
             if ready is None or ready.made_from != made_from:
                 body = self._drawn(request, symbol, model, held).wire_bytes()
-                ready = ReadyAnswer(symbol=symbol, made_from=made_from, body=body)
+                ready = ReadyAnswer(
+                    symbol=symbol, kind=kind_of_id(model.meta.id), made_from=made_from, body=body
+                )
                 self._answers.put(request, ready, len(body))
             return ready.body
 
@@ -350,21 +362,21 @@ class PredictionService:
     def _found(self, request: PredictionRequest) -> tuple[str, ServedModel, Held]:
         """Return what an answer is made from: the model first, so that no price is asked for in vain."""
         symbol, model_id = normalise_symbol(request.symbol), request.model_id
-        _check_served(symbol, request)
-        model = self._registry.get(symbol)
+        if request.data_interval not in {None, "1d"}:
+            raise UsageError(f"dataInterval {request.data_interval!a} is not served: leave it out or send 1d")
+        model = self._registry.get(symbol, KIND_OF_MODE.get(request.fusion.mode, GBM.name))
         if model_id and model_id != model.meta.id:
             other = self._registry.find(model_id)
-            raise UsageError(f"modelId {other.id} is a model of {other.symbol}, and symbol is {symbol}")
+            if other.symbol != symbol:
+                raise UsageError(f"modelId {other.id} is a model of {other.symbol}, and symbol is {symbol}")
+            model = self._registry.get(symbol, kind_of_id(model_id))
         return symbol, model, self._bars.get(symbol)
+
+
+def kind_of_id(model_id: str) -> str:
+    """Return the kind of model that an id ends in."""
+    return model_id.rpartition("-")[2]
 
 
 def _made_from(model: ServedModel, held: Held) -> tuple[object, ...]:
     return (model.folder, model.stamp, *held.content)
-
-
-def _check_served(symbol: str, request: PredictionRequest) -> None:
-    """Refuse what would otherwise be answered with something else than was asked for."""
-    if request.fusion.mode == "lstm_only":
-        raise ModelMissingError(f"no LSTM model for {symbol}: ask for fusion mode gbm_only or ensemble")
-    if request.data_interval not in {None, "1d"}:
-        raise UsageError(f"dataInterval {request.data_interval!a} is not served: leave it out or send 1d")

@@ -46,6 +46,10 @@ export interface ConfidenceFloors {
   sell: number;
 }
 
+/**
+ * Which trades are marked and named: those decided in a bull market (the close on or above the mean of the last
+ * 200 closes, itself included), in a bear market (below it). Positions stay those that were decided.
+ */
 export interface RegimeFilters {
   bull: boolean;
   bear: boolean;
@@ -200,7 +204,10 @@ export interface PredictionResult {
   predictedReturns: number[];
   /** Target weight decided at the close of each date; it earns from the next session on. */
   fusedPositions: number[];
-  /** One per date, or empty: probability that the price is higher (buy) or lower (sell) at the target horizon. */
+  /**
+   * One per date: probability that the return over the target horizon pays for a round trip upwards (buy) or
+   * downwards (sell), and the rest (hold). A third each where there is no forecast.
+   */
   classifierProbabilities: ClassProbabilities[];
   tradeMarkers: TradeMarker[];
   overlays: OverlaySeries[];

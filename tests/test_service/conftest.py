@@ -125,6 +125,8 @@ class FakeRegistry(ModelRegistry):
         return self.models.get(symbol)
 
     def get(self, symbol: str, kind: str = "gbm") -> ServedModel:
+        if kind != "gbm":
+            raise ModelMissingError(f"no {kind.upper()} model for {symbol}")
         if symbol not in self.models:
             raise ModelMissingError(f"no model for {symbol}: run `python -m training.train_gbm {symbol}`")
         return self.models[symbol]

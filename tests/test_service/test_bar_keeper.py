@@ -136,7 +136,15 @@ def test_files_are_looked_at_again_and_the_same_content_keeps_its_name(tmp_path,
     first = keeper.get("AAPL")
     clock.now += LOOK_AGAIN
     assert keeper.ready("AAPL") is None
-    assert keeper.get("AAPL").content == first.content
+    again = keeper.get("AAPL")
+    assert again.content == first.content
+    assert again.bars.frame is first.bars.frame, "a file that has not changed is not parsed"
+    (tmp_path / "AAPL.csv").rename(tmp_path / "elsewhere")
+    clock.now += LOOK_AGAIN
+    assert keeper.get("AAPL").revision is None
+    (tmp_path / "elsewhere").rename(tmp_path / "AAPL.csv")
+    clock.now += LOOK_AGAIN
+    assert keeper.get("AAPL").revision == first.revision
     raw.iloc[:-1].to_csv(tmp_path / "AAPL.csv", index_label="Date")
     clock.now += LOOK_AGAIN
     assert keeper.get("AAPL").content != first.content
@@ -190,3 +198,15 @@ def test_memory_is_bounded(source: LiveSource, clock: Moment, monkeypatch: pytes
         clock.now += timedelta(seconds=1)
         keeper.get(symbol)
     assert [keeper.ready(symbol) is not None for symbol in "ABCD"] == [True, False, True, True]
+
+
+def test_bars_that_a_refresh_brought_back_are_dropped_first(
+    source: LiveSource, clock: Moment, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("service.prediction_service.MOST_HELD", 2)
+    keeper = BarKeeper(source, None, clock)
+    keeper.get("A")
+    keeper._asked.clear()
+    keeper.get("B")
+    keeper.get("C")
+    assert [keeper.ready(symbol) is not None for symbol in "ABC"] == [False, True, True]
