@@ -29,13 +29,16 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from uvicorn.supervisors import Multiprocess
 
 from utils.errors import AIStocksError, UsageError
 from utils.settings import Settings, configure_logging, read_settings
+
+if TYPE_CHECKING:
+    from service.edge import EdgeRules
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +76,6 @@ def create_app(settings: Settings, listening: socket.socket | None = None) -> Ap
     from data.cache_manager import BarCache  # noqa: PLC0415
     from data.data_fetcher import fetch_stock_data, make_source  # noqa: PLC0415
     from service.api import Services, create_api  # noqa: PLC0415
-    from service.edge import EdgeRules  # noqa: PLC0415
     from service.ledger import ForecastLedger, track_record  # noqa: PLC0415
     from service.model_registry import ModelRegistry  # noqa: PLC0415
     from service.prediction_service import PredictionService  # noqa: PLC0415
@@ -108,14 +110,7 @@ def create_app(settings: Settings, listening: socket.socket | None = None) -> Ap
             origins=settings.origins,
             on_start=on_start,
             stopping=lambda: drain.should_exit,
-            rules=EdgeRules(
-                rate_per_s=settings.rate_per_s,
-                rate_burst=settings.rate_burst,
-                work_threads=settings.work_threads,
-                work_queue=settings.work_queue,
-                deadline_s=settings.deadline_s,
-                api_keys=tuple(key.get_secret_value() for key in settings.api_keys),
-            ),
+            rules=edge_rules(settings),
             gauges={
                 "models_loaded": ("Models in memory", registry.loaded_count),
                 "training_queue": ("Trainings that wait for a worker", training.waiting),
@@ -184,6 +179,20 @@ def refuse_new_connections(listening: socket.socket) -> None:
         listening.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
     except OSError as error:
         logger.warning("the last connections may be reset: %s", error)
+
+
+def edge_rules(settings: Settings) -> "EdgeRules":
+    """Return what a request may cost, as the settings have it."""
+    from service.edge import EdgeRules  # noqa: PLC0415
+
+    return EdgeRules(
+        rate_per_s=settings.rate_per_s,
+        rate_burst=settings.rate_burst,
+        work_threads=settings.work_threads,
+        work_queue=settings.work_queue,
+        deadline_s=settings.deadline_s,
+        api_keys=tuple(key.get_secret_value() for key in settings.api_keys),
+    )
 
 
 def settle_memory() -> None:

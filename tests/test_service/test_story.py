@@ -18,6 +18,7 @@ from data.markets import calendar_for
 from inference.load_gbm_models import load_bundle
 from inference.pipeline import GBMForecaster, decide
 from inference.position_sizing import make_sizer
+from service.backtest_service import BacktestRequest, backtest
 from utils.settings import Settings
 
 
@@ -129,3 +130,32 @@ def test_a_model_is_downloaded_deleted_and_brought_back(shop: TestClient):
     assert shop.post("/api/models/SIGNAL-gbm/restore").json()["id"] == "SIGNAL-gbm"
     assert shop.post("/api/models/SIGNAL-gbm/restore").status_code == 404
     assert predict(shop) == before
+
+
+def test_the_page_books_what_the_command_line_books(page: TestClient, tiny_bundle: Path, csv_dir: Path):
+    told = predict(page, daysOnChart=400)
+    body = {"prediction": told, "params": {"backtestWindow": 250, "enableForwardSim": True}}
+    answer = page.post("/api/backtest", json=body)
+    assert answer.status_code == 200, answer.text
+    result = answer.json()
+    request = BacktestRequest(start=pd.Timestamp(result["windowStart"]))
+    booked = backtest(load_bundle(tiny_bundle, "SIGNAL"), CsvSource(csv_dir), None, request).result
+    assert [point["date"] for point in result["equityCurve"]] == told["dates"][-250:]
+    np.testing.assert_allclose([point["equity"] for point in result["equityCurve"]], booked.daily["equity"])
+    hold = booked.benchmarks["buy_hold"].daily["equity"]
+    np.testing.assert_allclose([point["equity"] for point in result["buyHoldEquity"]], hold)
+    assert result["metrics"]["sharpeRatio"] == pytest.approx(booked.metrics["sharpe_ratio"].value)
+    assert result["metrics"]["totalTrades"] == booked.metrics["total_trades"].value
+    forward = page.post("/api/forward_sim", json=body).json()
+    assert forward == result["forwardSimulation"]
+    assert forward["source"] == "historical_holdout"
+
+
+def test_what_was_served_is_in_the_record(page: TestClient, tiny_bundle: Path):
+    told = predict(page, horizon=7)
+    record = page.get("/api/track-record/SIGNAL").json()
+    (row,) = (row for row in record["forecasts"] if row["horizonBars"] == 7)
+    assert (row["asOf"], row["targetSession"]) == (told["dates"][-1], told["forecast"]["dates"][-1])
+    assert row["forecastReturn"] == told["forecast"]["returns"][-1]
+    assert row["status"] == "open"
+    assert (tiny_bundle / "ai_stocks.sqlite").is_file()
