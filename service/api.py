@@ -34,12 +34,11 @@ from starlette.types import Scope
 from service.backtest_service import posted_backtest, posted_forward_sim
 from service.edge import (
     PROBLEM_TYPE,
-    DeadlineError,
     EdgeRules,
     Guard,
     Metrics,
     Observer,
-    OverloadError,
+    Shortcut,
     WorkPool,
     problem_bytes,
     unexpected_detail,
@@ -72,10 +71,12 @@ from utils.errors import (
     AIStocksError,
     ConflictError,
     DataError,
+    DeadlineError,
     GateRefusedError,
     JobMissingError,
     ModelError,
     ModelMissingError,
+    OverloadError,
     StorageError,
     UnknownSymbolError,
     UpstreamError,
@@ -213,6 +214,7 @@ def create_api(services: Services) -> FastAPI:
     api.add_exception_handler(RequestValidationError, _on_invalid)
     api.add_exception_handler(StarletteHTTPException, _on_http_error)
     # Added last is outermost: what the guard answers carries cross-origin headers too.
+    api.add_middleware(Shortcut, path="/api/predict", ready=services.predictions.ready_answer)
     api.add_middleware(Guard, rules=rules)
     api.add_middleware(
         CORSMiddleware,
@@ -393,10 +395,7 @@ def _price_routes(predictions: PredictionService, pool: WorkPool) -> APIRouter:
     @router.post("/api/predict", response_model=PredictionResult)
     async def predict(request: PredictionRequest) -> Response:
         """Return history, positions and forecast of one symbol."""
-        ready = predictions.cached_answer(request)
-        if ready is None:
-            ready = await pool.run(lambda: predictions.answer(request))
-        return json_response(ready)
+        return json_response(await pool.run(lambda: predictions.answer(request)))
 
     return router
 

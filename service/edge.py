@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, TypeVar
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from service.schemas import Problem
-from utils.errors import AIStocksError
+from utils.errors import AIStocksError, DeadlineError, OverloadError
 
 logger = logging.getLogger(__name__)
 
@@ -74,30 +74,11 @@ DEFAULT_HEADERS = (
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
-class OverloadError(AIStocksError):
-    """All workers are busy and the queue before them is full."""
-
-
-class DeadlineError(AIStocksError):
-    """An answer took longer than callers are kept waiting."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EdgeRules:
-    """What a request may cost, and who may write.
+    """What a request may cost, and who may write; `utils.settings.Settings` says more of what it sets here.
 
-    Attributes
-    ----------
-    body_bytes, large_body_bytes
-        Size of a body, and of one that holds a whole prediction.
-    body_s
-        Seconds within which a body has to arrive.
-    rate_per_s, rate_burst
-        Requests per second and client, and how many may come at once; a rate of 0 sets no limit.
-    work_threads, work_queue, deadline_s
-        Requests that compute at a time, that wait, and seconds after which a caller is told so.
-    api_keys
-        Keys that may write; without any, everybody may.
+    Bodies of ``large_body_bytes`` are for what holds a whole prediction; all have ``body_s`` to arrive.
     """
 
     body_bytes: int = 1 << 20
@@ -215,13 +196,7 @@ def key_refusal(scope: Scope, digests: Sequence[bytes]) -> int:
 
 
 class Metrics:
-    """The figures of one application, in a registry of their own.
-
-    Parameters
-    ----------
-    gauges
-        Further figures by name: what they say, and how to ask.
-    """
+    """The figures of one application in a registry of their own; ``gauges`` are further ones by name."""
 
     def __init__(self, gauges: Mapping[str, tuple[str, Callable[[], float]]]) -> None:
         self.registry = CollectorRegistry()
@@ -307,12 +282,7 @@ def announced_bytes(scope: Scope) -> int:
 class Observer:
     """Gives requests their id and answers their headers; logs and counts each.
 
-    Parameters
-    ----------
-    stopping
-        Whether callers are to leave.
-    static_paths
-        Paths without parameters, which are templates also where a request got no further than the guard.
+    Of a request that got no further than the guard, the route is known where it is one of ``static_paths``.
     """
 
     def __init__(
@@ -375,16 +345,13 @@ class Observer:
 
 def _log_request(method: str, route: str, status: int, taken_ms: float, request_id: str) -> None:
     if logger.isEnabledFor(logging.INFO):
-        fields = {
-            "method": method,
-            "route": route,
-            "status": status,
-            "duration_ms": round(taken_ms, 3),
-            "request_id": request_id,
-        }
-        logger.info(
-            "%s %s %d %.1f ms %s", method, route, status, taken_ms, request_id, extra={"fields": fields}
-        )
+        arguments = (method, route, status, taken_ms, request_id)
+        names = ("method", "route", "status", "duration_ms", "request_id")
+        # Not `logger.info`, which looks for its caller through all frames: a third of what a line costs.
+        line = "%s %s %d %.1f ms %s"
+        record = logger.makeRecord(logger.name, logging.INFO, __file__, 0, line, arguments, None)
+        record.fields = dict(zip(names, arguments, strict=True))
+        logger.handle(record)
 
 
 class Refusal(NamedTuple):
@@ -439,6 +406,36 @@ class Guard:
 
 def _too_large(most: int) -> Refusal:
     return Refusal(413, f"the body is larger than {most} bytes", CLOSE)
+
+
+class Shortcut:
+    """Sends an answer that is at hand; the framework's routing alone would take several times as long.
+
+    ``ready`` gets the whole body of a POST to ``path``, and returns None where the framework has to look at it.
+    """
+
+    def __init__(self, app: Application, *, path: str, ready: Callable[[bytes], bytes | None]) -> None:
+        self._app, self._path, self._ready = app, path, ready
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        if scope["type"] != "http" or scope["path"] != self._path or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        unread = [await receive()]
+        is_json = header(scope, b"content-type") == b"application/json"
+        whole = is_json and not unread[0].get("more_body")
+        body = self._ready(unread[0].get("body", b"")) if whole else None
+        if body is not None:
+            headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": body})
+            return
+
+        async def receive_again() -> Message:
+            return unread.pop() if unread else await receive()
+
+        await self._app(scope, receive_again, send)
 
 
 class _Exchange:

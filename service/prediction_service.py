@@ -15,6 +15,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Generic, TypeVar
 
 import numpy as np
+from pydantic import ValidationError
 
 from data.data_fetcher import BarSource, Held, ReadsThrough, RevisionedSource, fetch_stock_data
 from data.markets import calendar_for
@@ -278,6 +279,13 @@ class PredictionService:
             data_stale=bars.provenance.stale,
             data_source=bars.provenance.source,
         )
+
+    def ready_answer(self, body: bytes) -> bytes | None:
+        """Return `cached_answer` of a request that was not read yet; None also where it is no request."""
+        try:
+            return self.cached_answer(PredictionRequest.model_validate_json(body))
+        except ValidationError:
+            return None
 
     def cached_answer(self, request: PredictionRequest) -> bytes | None:
         """Return the bytes of an answer given before, while model and bars are still those; never waits."""

@@ -22,7 +22,6 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from data.schema import normalise_symbol
-from service.edge import OverloadError
 from service.schemas import (
     JobStatus,
     ModelType,
@@ -50,6 +49,7 @@ from utils.errors import (
     ConflictError,
     JobMissingError,
     ModelExistsError,
+    OverloadError,
     StorageError,
 )
 from utils.model_paths import symbol_dir, training_holder

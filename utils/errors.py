@@ -19,7 +19,9 @@
     │   ├── LockedError
     │   └── ModelExistsError
     ├── GateRefusedError             exit 7   ``--strict`` and the verdict is not ``edge``
-    └── StorageError                 exit 8   disk full, read-only, not writable
+    ├── StorageError                 exit 8   disk full, read-only, not writable
+    ├── OverloadError                         the service has more to compute than it takes on
+    └── DeadlineError                         an answer of the service takes too long
 
 ``training.reproduce`` ends with 10 when the training came out differently, and a training that is interrupted
 with 130, as shells have it; both raise nothing of this tree.
@@ -125,3 +127,11 @@ class StorageError(AIStocksError):
 def without_paths(text: str) -> str:
     """Return what may be shown to a stranger: of an absolute path the last part."""
     return _PATH.sub(r"\1", text)
+
+
+class OverloadError(AIStocksError):
+    """All workers of the service are busy, and the queue before them is full."""
+
+
+class DeadlineError(AIStocksError):
+    """An answer of the service took longer than callers are kept waiting."""

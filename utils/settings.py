@@ -138,7 +138,8 @@ class TextFormatter(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  the standard library's name
         """Return the record's line."""
-        record.message = record.message.translate(CONTROL_CHARACTERS)
+        if not record.message.isprintable():
+            record.message = record.message.translate(CONTROL_CHARACTERS)
         return super().formatMessage(record)
 
 

@@ -116,6 +116,7 @@ def served(
 
 class FakeRegistry(ModelRegistry):
     def __init__(self, *models: ServedModel) -> None:
+        super().__init__(Path("no-such-folder"))
         self.models = {model.meta.symbol: model for model in models}
 
     def list(self) -> tuple[Any, ...]:

@@ -407,6 +407,8 @@ ERRORS = [
     (errors.ModelExistsError, 409),
     (errors.GateRefusedError, 409),
     (errors.StorageError, 507),
+    (errors.OverloadError, 503),
+    (errors.DeadlineError, 504),
 ]
 
 
@@ -417,7 +419,7 @@ def test_each_error_has_its_status(
     source.answers["AAPL"] = error("cannot read /srv/secret/dir/AAPL.csv: try POST /api/training/start")
     response = client.get("/api/historical/AAPL")
     assert check_problem(response, status) == "cannot read AAPL.csv: try POST /api/training/start"
-    assert ("retry-after" in response.headers) == (error is errors.UpstreamError)
+    assert ("retry-after" in response.headers) == (error in {errors.UpstreamError, errors.OverloadError})
 
 
 def test_no_error_of_the_tree_is_forgotten() -> None:

@@ -22,23 +22,22 @@ from service import edge
 from service.api import Services, create_api
 from service.edge import (
     Application,
-    DeadlineError,
     EdgeRules,
     Guard,
     Message,
     Metrics,
     Observer,
-    OverloadError,
     RateLimit,
     Receive,
     Scope,
     Send,
+    Shortcut,
     WorkPool,
     client_of,
 )
 from tests.test_service.conftest import FakeSource
 from tests.test_service.test_api import check_problem
-from utils.errors import StorageError
+from utils.errors import DeadlineError, OverloadError, StorageError
 from utils.settings import JsonFormatter
 
 KEY, OTHER_KEY = "a-key-of-sixteen-or-more", "another-key-of-sixteen"
@@ -315,6 +314,39 @@ def test_fault_02_a_body_that_does_not_arrive_is_408() -> None:
     sent = call(Guard(reads_all, EdgeRules(body_s=0.05)), [b"x", 0.5, b"y"])
     assert sent[0]["status"] == 408
     assert "0.05 s" in detail_of(sent)
+
+
+@pytest.mark.parametrize(
+    ("chunks", "scope", "shortened"),
+    [
+        ([b"known"], {}, True),
+        ([b"other"], {}, False),
+        ([b"kno", b"wn"], {}, False),
+        ([b"known"], {"method": "PUT"}, False),
+        ([b"known"], {"path": "/api/backtest"}, False),
+        ([b"known"], {"headers": [(b"content-type", b"text/plain")]}, False),
+    ],
+)
+def test_only_a_known_body_is_answered_without_the_framework(
+    chunks: list[bytes | float], scope: dict[str, Any], shortened: bool
+) -> None:
+    ready = {b"known": b"at hand"}
+    shortcut = Shortcut(reads_all, path="/api/predict", ready=ready.get)
+    sent = call(shortcut, chunks, **{"headers": [(b"content-type", b"application/json")], **scope})
+    # The framework gets the body as it came.
+    assert sent[1]["body"] == (b"at hand" if shortened else b"%d" % 5)
+
+
+def test_the_shortcut_answers_what_the_route_answers(build: Build) -> None:
+    client = build()
+    for body in ({"symbol": "AAPL"}, {"symbol": "AAPL", "horizon": 7, "sequence_length": 60}):
+        first, second = (client.post("/api/predict", json=body) for _ in range(2))
+        assert first.content == second.content
+        assert first.headers["content-type"] == second.headers["content-type"]
+    assert count_of(client, method="POST", route="/api/predict", status="200") == 4.0
+    check_problem(
+        client.post("/api/predict", content=b"{", headers={"Content-Type": "application/json"}), 400
+    )
 
 
 def test_an_answer_that_has_begun_is_not_replaced() -> None:
