@@ -68,7 +68,7 @@ class Settings(BaseSettings):
     logs_dir: Path = PROJECT_ROOT / "training_logs"
     database_url: str = ""
     training_workers: Annotated[int, Field(ge=1, le=64)] = 1
-    training_hours: Annotated[float, Field(gt=0, le=720)] = 24.0
+    training_hours: Annotated[float, Field(gt=0, le=720, allow_inf_nan=False)] = 24.0
     allow_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(), validation_alias="PYTHON_API_ALLOW_ORIGINS"
     )
@@ -110,6 +110,7 @@ class Settings(BaseSettings):
             **places,
             "AI_STOCKS_SOURCE": self.source,
             "AI_STOCKS_LOG_LEVEL": self.log_level,
+            "AI_STOCKS_LOG_FORMAT": "text",
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
             "PYTHONUNBUFFERED": "1",
         }

@@ -436,7 +436,7 @@ def test_a_bug_of_the_service_fails_the_job_and_not_the_queue(
     service.open()
     job = ended(service, service.start(params()).id)
     assert "something broke in the service" in (job.error or "")
-    assert "planted" in caplog.text
+    wait_for(lambda: "planted" in caplog.text)
 
 
 def test_fault_24_a_stopped_service_leaves_no_process_and_says_interrupted(make: MakeService) -> None:
