@@ -39,6 +39,7 @@ from utils.settings import Settings, configure_logging, read_settings
 
 if TYPE_CHECKING:
     from service.edge import EdgeRules
+    from service.training_service import TrainingService
 
 logger = logging.getLogger(__name__)
 
@@ -79,17 +80,8 @@ def create_app(settings: Settings, listening: socket.socket | None = None) -> Ap
     from service.ledger import ForecastLedger, track_record  # noqa: PLC0415
     from service.model_registry import ModelRegistry  # noqa: PLC0415
     from service.prediction_service import PredictionService  # noqa: PLC0415
-    from service.training_service import TrainingService, trainer_command  # noqa: PLC0415
 
-    registry = ModelRegistry(settings.models_dir)
-    training = TrainingService(
-        models_dir=settings.models_dir,
-        database_url=settings.database,
-        command=functools.partial(trainer_command, source=settings.source),
-        environment=settings.child_environment(),
-        workers=settings.training_workers,
-        hours=settings.training_hours,
-    )
+    registry, training = ModelRegistry(settings.models_dir), training_service(settings)
     source = make_source(settings.source, cache_dir=settings.cache_dir)
     cache, ledger = BarCache(settings.cache_dir), ForecastLedger(settings.database)
     predictions = PredictionService(registry=registry, source=source, cache=cache, on_served=ledger.keep)
@@ -116,6 +108,20 @@ def create_app(settings: Settings, listening: socket.socket | None = None) -> Ap
                 "training_queue": ("Trainings that wait for a worker", training.waiting),
             },
         )
+    )
+
+
+def training_service(settings: Settings) -> "TrainingService":
+    """Return the service that runs trainings as commands on the same places and prices."""
+    from service.training_service import TrainingService, trainer_command  # noqa: PLC0415
+
+    return TrainingService(
+        models_dir=settings.models_dir,
+        database_url=settings.database,
+        command=functools.partial(trainer_command, source=settings.source),
+        environment=settings.child_environment(),
+        workers=settings.training_workers,
+        hours=settings.training_hours,
     )
 
 

@@ -32,6 +32,8 @@ ACTIVE: tuple[JobStatus, ...] = ("queued", "running")
 DATABASE_WAIT_S = 10.0
 # A trainer that is asked to end has so long before it is made to.
 GRACE_S, NICENESS = 5.0, 10
+CANCELLED = "cancelled: nothing was saved"
+TOO_LATE = "the model was saved before the training could be cancelled"
 CHUNK_BYTES, LINE_BYTES, MESSAGE_CHARS, TAIL_LINES, LOGS_AT_A_TIME = 1 << 16, 1 << 13, 1_000, 5, 50
 EVENTS_AT_A_TIME, KEPT_LOGS, KEPT_EVENTS, KEPT_JOBS = 1_000, 1_000, 12_000, 500
 
@@ -314,6 +316,37 @@ class Told:
         return found
 
 
+def ended(state: TrainingJob, status: JobStatus, words: str) -> TrainingJob:
+    """Return a job as it is after its end."""
+    seen: dict[str, Any] = {"status": status, "completed_at": now(), "current_step": status}
+    seen |= {"progress": 1.0} if status == "completed" else {}
+    return state.model_copy(update=seen | ({"error": words} if status == "failed" else {}))
+
+
+def outcome_of(code: int | None, reason: str | None, told: Told, *, saved: bool) -> tuple[JobStatus, str]:
+    """Return what became of a job, and say it."""
+    if code == 0:
+        return "completed", told.last_words or "completed"
+    if reason == CANCELLED:
+        return ("completed", TOO_LATE) if saved else ("cancelled", CANCELLED)
+    if reason is not None:
+        return "failed", reason
+    said = told.last_words or "; ".join(told.tail) or "it said nothing"
+    return "failed", f"the trainer {_how(code)}: {said}"
+
+
+def _how(code: int | None) -> str:
+    if code is None:
+        return "cannot be ended"
+    if code > 0:
+        return f"ended with exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return f"was killed by {name}{' (out of memory, or by somebody)' if name == 'SIGKILL' else ''}"
+
+
 class Lines:
     """Cuts bytes into lines; what goes beyond `LINE_BYTES` of one is thrown away."""
 
@@ -401,7 +434,9 @@ class TrainerProcess:
         # Once its parts are gone, the id may become that of another group.
         if not self._has_ended:
             end_group(self.pid, self._child.poll)
-            self._child.wait()
+            # What a broken disk or driver holds in the kernel, nothing ends: the queue goes on without it.
+            with suppress(subprocess.TimeoutExpired):
+                self._child.wait(GRACE_S)
             self._has_ended = True
 
     def close(self) -> None:

@@ -9,7 +9,6 @@ own, so that it can be ended with everything that it has started.
 import asyncio
 import logging
 import re
-import signal
 import sys
 import threading
 import time
@@ -31,6 +30,7 @@ from service.schemas import (
 )
 from service.training_jobs import (
     ACTIVE,
+    CANCELLED,
     DATABASE_WAIT_S,
     GRACE_S,
     JobStore,
@@ -40,8 +40,10 @@ from service.training_jobs import (
     birth,
     end_group,
     end_of,
+    ended,
     event_of,
     now,
+    outcome_of,
     wire_text,
 )
 from utils.errors import (
@@ -62,8 +64,6 @@ CANCEL_WAIT_S = 12.0
 MAX_QUEUED = 100
 INTERRUPTED = "interrupted: the service ended while it ran, start it again"
 STOPPED = "interrupted: the service was stopped while it ran, start it again"
-CANCELLED = "cancelled: nothing was saved"
-TOO_LATE = "the model was saved before the training could be cancelled"
 TERMINAL = frozenset({"completed", "failed", "cancelled"})
 
 _JOB_ID = re.compile(r"[0-9a-f]{32}")
@@ -83,41 +83,51 @@ class Trainer:
         Name of the link to what it saves.
     flags
         Fields of `TrainingParams` and the flags that take them.
+    arguments
+        What the command always has.
+    most_horizons
+        How many horizons it takes.
     """
 
     module: str
     artifact: str
     flags: Mapping[str, str]
+    arguments: tuple[str, ...] = ()
+    most_horizons: int = 1
 
 
+_SEED = {"base_seed": "--seed"}
+_HORIZON = {"target_horizons": "--target-horizon"}
 _NETWORK = {
     "epochs": "--epochs",
     "batch_size": "--batch-size",
+    "sequence_length": "--sequence-length",
     "loss": "--loss",
-    "base_seed": "--seed",
     "dropout": "--dropout",
     "learning_rate": "--learning-rate",
 }
 _BOOSTERS = {
-    "base_seed": "--seed",
     "n_trials": "--n-trials",
     "max_features": "--max-features",
-    "target_horizons": "--target-horizon",
     "use_lgb": "--no-lgb",
     "allow_cpu_fallback": "--allow-cpu-fallback",
 }
-_GBM = Trainer(module="training.train_gbm", artifact="gbm", flags=_BOOSTERS)
-_LSTM = Trainer(module="training.train_lstm", artifact="lstm", flags=_NETWORK)
-_ENSEMBLE = Trainer(module="training.train_ensemble", artifact="ensemble", flags=_NETWORK)
-TRAINERS: Mapping[ModelType, Trainer] = {
-    "gbm": _GBM,
-    "lstm": _LSTM,
-    "lstm_transformer": _LSTM,
-    "ensemble": _ENSEMBLE,
-    "stacking": _ENSEMBLE,
-}
 # Flags without a value, and the value of the field for which they are given.
 _SWITCHES = {"use_lgb": False, "allow_cpu_fallback": True}
+_LSTM = Trainer(module="training.train_lstm", artifact="lstm", flags=_SEED | _HORIZON | _NETWORK)
+TRAINERS: Mapping[ModelType, Trainer] = {
+    "gbm": Trainer(
+        module="training.train_gbm", artifact="gbm", flags=_SEED | _HORIZON | _BOOSTERS, most_horizons=4
+    ),
+    "lstm": _LSTM,
+    "lstm_transformer": _LSTM,
+    "ensemble": Trainer(
+        module="training.train_ensemble", artifact="ensemble", flags=_SEED, arguments=("--method", "simple")
+    ),
+    "stacking": Trainer(
+        module="training.train_ensemble", artifact="ensemble", flags=_SEED, arguments=("--method", "stacking")
+    ),
+}
 
 
 def trainer_of(params: TrainingParams) -> Trainer:
@@ -139,25 +149,31 @@ def trainer_command(params: TrainingParams, events: str, *, source: str) -> list
     """
     trainer = trainer_of(params)
     command = [sys.executable, "-m", trainer.module, params.symbol, "--source", source, "--events", events]
-    command += ["--overwrite"] * _overwrites(params)
-    for name, flag in trainer.flags.items():
-        value = getattr(params, name)
-        if value is None or name not in params.model_fields_set:
-            continue
+    command += [*trainer.arguments, *["--overwrite"] * _overwrites(params)]
+    for name, value in _given(params).items():
         if name in _SWITCHES:
-            command += [flag] * (value is _SWITCHES[name])
-        elif isinstance(value, list):
-            command += [flag, ",".join(map(str, value))] * bool(value)
-        else:
-            command += [flag, str(value)]
+            command += [trainer.flags[name]] * (value is _SWITCHES[name])
+        elif name in trainer.flags:
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            command += [trainer.flags[name], text]
     return command
 
 
 def unused_fields(params: TrainingParams) -> list[str]:
-    """Return the wire names of what the caller asked for and the trainer knows nothing of."""
-    known = {*trainer_of(params).flags, "symbol", "model_type", "overwrite", "overwrite_existing"}
-    names = [name for name in params.model_fields_set - known if getattr(params, name) is not None]
+    """Return the wire names of what the caller asked for and the trainer does not take."""
+    asked = {"symbol", "model_type", "overwrite", "overwrite_existing", *_given(params)}
+    names = [name for name in params.model_fields_set - asked if getattr(params, name) not in (None, {}, [])]
     return sorted(str(TrainingParams.model_fields[name].alias) for name in names)
+
+
+def _given(params: TrainingParams) -> dict[str, Any]:
+    """Return what the caller gave and the trainer takes, by field."""
+    trainer = trainer_of(params)
+    values = {name: getattr(params, name) for name in trainer.flags if name in params.model_fields_set}
+    horizons = params.target_horizons or []
+    if len(horizons) > trainer.most_horizons:
+        values.pop("target_horizons", None)
+    return {name: value for name, value in values.items() if value not in (None, [])}
 
 
 def _overwrites(params: TrainingParams) -> bool:
@@ -272,8 +288,8 @@ class TrainingService:
         """
         state = self._job(job_id).state
         if state.status == "queued":
-            ended = _ended(state, "cancelled", CANCELLED)
-            self._store.change(ended, [end_of(ended, CANCELLED)], was="queued")
+            cancelled = ended(state, "cancelled", CANCELLED)
+            self._store.change(cancelled, [end_of(cancelled, CANCELLED)], was="queued")
         self._store.note(job_id, cancel=True)
         until = time.monotonic() + CANCEL_WAIT_S
         while (state := self._job(job_id).state).status in ACTIVE and time.monotonic() < until:
@@ -414,7 +430,7 @@ class TrainingService:
             for kind, line in process.rest():
                 told.take(kind, line)
             saved = reason == CANCELLED and self._artifact(params) != before
-            return _outcome(process.returncode, reason, told, saved=saved)
+            return outcome_of(process.returncode, reason, told, saved=saved)
         finally:
             process.close()
 
@@ -455,43 +471,15 @@ class TrainingService:
         self, state: TrainingJob, status: JobStatus, words: str, events: Sequence[TrainingEvent] = ()
     ) -> None:
         """Write down how a job that ran has ended, however long the database takes for it."""
-        ended = _ended(state, status, words)
+        last = ended(state, status, words)
         level = logging.WARNING if status == "failed" else logging.INFO
-        logger.log(level, "training %s of %s: %s: %s", ended.id, ended.symbol, status, words)
+        logger.log(level, "training %s of %s: %s: %s", last.id, last.symbol, status, words)
         while True:
             try:
-                self._store.change(ended, [*events, end_of(ended, words)], was="running")
+                self._store.change(last, [*events, end_of(last, words)], was="running")
             except StorageError as error:
-                logger.warning("the end of job %s is not written yet: %s", ended.id, error)
+                logger.warning("the end of job %s is not written yet: %s", last.id, error)
                 if self._stop.wait(RETRY_S):
                     return
             else:
                 return
-
-
-def _ended(state: TrainingJob, status: JobStatus, words: str) -> TrainingJob:
-    seen: dict[str, Any] = {"status": status, "completed_at": now(), "current_step": status}
-    seen |= {"progress": 1.0} if status == "completed" else {}
-    return state.model_copy(update=seen | ({"error": words} if status == "failed" else {}))
-
-
-def _outcome(code: int | None, reason: str | None, told: Told, *, saved: bool) -> tuple[JobStatus, str]:
-    """Return what became of a job, and say it."""
-    if code == 0:
-        return "completed", told.last_words or "completed"
-    if reason == CANCELLED:
-        return ("completed", TOO_LATE) if saved else ("cancelled", CANCELLED)
-    if reason is not None:
-        return "failed", reason
-    said = told.last_words or "; ".join(told.tail) or "it said nothing"
-    return "failed", f"the trainer {_how(code or 0)}: {said}"
-
-
-def _how(code: int) -> str:
-    if code > 0:
-        return f"ended with exit code {code}"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = f"signal {-code}"
-    return f"was killed by {name}{' (out of memory, or by somebody)' if name == 'SIGKILL' else ''}"

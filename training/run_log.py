@@ -11,13 +11,9 @@ STATUS begins with one word:
 - ``FAILED``: the run ended in an error, which is named.
 """
 
-import json
 import logging
-import math
 import os
-import select
 import signal
-import stat
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +22,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 from pydantic.alias_generators import to_camel
 from rich.console import Console
@@ -36,7 +32,8 @@ from rich.table import Table
 
 from evaluation.report import training_report, write_report
 from training.trainer import OnEvent, Trained
-from utils.errors import AIStocksError, GateRefusedError, StorageError, UsageError
+from utils.errors import AIStocksError, GateRefusedError, StorageError
+from utils.settings import json_lines
 
 logger = logging.getLogger(__name__)
 
@@ -385,69 +382,27 @@ def event_lines(path: str | None) -> Iterator[OnEvent]:
 
     What a trainer tells are plain mappings with a ``type``: ``stage`` (``stage``, ``progress``), ``epoch``
     (``epoch``, ``total_epochs``, ``train_loss``, ``val_loss``, ``learning_rate``, ``directional_accuracy``,
-    ``variance_score``), ``log`` (``message``), ``fold``, and what `ending` returns. Figures that are not
-    finite are left out. A training whose listener closes its end of a pipe ends: nobody waits for it.
-
-    Parameters
-    ----------
-    path
-        A file, or a pipe such as ``/dev/fd/5``; None tells nobody.
-
-    Raises
-    ------
-    UsageError
-        If ``path`` cannot be written.
+    ``variance_score``, in this spelling or in that of the wire), ``log`` (``message``), ``fold``, and what
+    `ending` returns. A file or pipe that cannot be written is a `UsageError`; None tells nobody.
     """
     if path is None:
         yield lambda _event: None
         return
-    try:
-        # A pipe that nobody reads any more would be waited for without end.
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK, 0o644)
-    except OSError as error:
-        raise UsageError(f"--events {path}: cannot be written ({error.strerror})") from error
-    os.set_blocking(descriptor, True)
-    with os.fdopen(descriptor, "w", encoding="utf-8", buffering=1) as stream:
-        if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
-            threading.Thread(target=_end_with_listener, args=(descriptor,), daemon=True).start()
-        tell = _line_writer(stream)
+    with json_lines(path) as write:
+        progress = 0.0
+
+        def tell(event: Mapping[str, Any]) -> None:
+            nonlocal progress
+            if event["type"] == "fold":
+                names = (name for name in FOLD_COLUMNS if event.get(name) is not None)
+                words = ", ".join(f"{name} {_text(event[name])}" for name in names)
+                event = {"type": "log", "message": f"fold: {words}"}
+            progress = min(1.0, max(0.0, event.get("progress", progress)))
+            told = {"status": "running", "timestamp": datetime.now(UTC).isoformat(), **event}
+            write({to_camel(name): value for name, value in told.items()} | {"progress": progress})
+
         tell({"type": "started"})
         yield tell
-
-
-def _line_writer(stream: TextIO) -> OnEvent:
-    progress = 0.0
-
-    def tell(event: Mapping[str, Any]) -> None:
-        nonlocal progress
-        if event["type"] == "fold":
-            measures = (
-                f"{name} {_text(event[name])}" for name in FOLD_COLUMNS if event.get(name) is not None
-            )
-            event = {"type": "log", "message": f"fold: {', '.join(measures)}"}
-        progress = min(1.0, max(0.0, event.get("progress", progress)))
-        told = {
-            "status": "running",
-            "timestamp": datetime.now(UTC).isoformat(),
-            **event,
-            "progress": progress,
-        }
-        finite = {to_camel(k): v for k, v in told.items() if not isinstance(v, float) or math.isfinite(v)}
-        try:
-            stream.write(json.dumps(finite, default=str) + "\n")
-        except OSError as error:
-            logger.debug("nobody takes down the event %s: %s", event["type"], error)
-
-    return tell
-
-
-def _end_with_listener(descriptor: int) -> None:
-    """Wait until the other end of a pipe is closed, and end this process with all that it has started."""
-    watched = select.poll()
-    watched.register(descriptor, 0)
-    if watched.poll() and threading.main_thread().is_alive():
-        # Only who leads a group may end it: others are in that of a shell.
-        os.kill(-os.getpid() if os.getpgrp() == os.getpid() else os.getpid(), signal.SIGKILL)
 
 
 def ending(outcome: Outcome) -> dict[str, Any]:

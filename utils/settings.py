@@ -1,17 +1,26 @@
-"""Deployment settings and logging, both set up by entry points only.
+"""Deployment settings, logging, and lines for another program, all set up by entry points only.
 
 Algorithm parameters do not belong here: they are frozen dataclasses beside the code that uses them.
 """
 
 import json
 import logging
+import math
 import os
+import select
+import signal
+import stat
 import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from utils.errors import UsageError
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -68,7 +77,7 @@ class Settings(BaseSettings):
     logs_dir: Path = PROJECT_ROOT / "training_logs"
     database_url: str = ""
     training_workers: Annotated[int, Field(ge=1, le=64)] = 1
-    training_hours: Annotated[float, Field(gt=0, le=720)] = 24.0
+    training_hours: Annotated[float, Field(gt=0, le=720, allow_inf_nan=False)] = 24.0
     allow_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(), validation_alias="PYTHON_API_ALLOW_ORIGINS"
     )
@@ -110,6 +119,7 @@ class Settings(BaseSettings):
             **places,
             "AI_STOCKS_SOURCE": self.source,
             "AI_STOCKS_LOG_LEVEL": self.log_level,
+            "AI_STOCKS_LOG_FORMAT": "text",
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
             "PYTHONUNBUFFERED": "1",
         }
@@ -173,3 +183,50 @@ def configure_logging(level: str = "INFO", style: Literal["text", "json"] = "tex
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if style == "json" else TextFormatter(LOG_FORMAT))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+@contextmanager
+def json_lines(path: str) -> Iterator[Callable[[Mapping[str, object]], None]]:
+    """Write objects for another program, one a line; this process ends when nobody listens any more.
+
+    Figures that are not finite are left out, since they are no JSON.
+
+    Parameters
+    ----------
+    path
+        A file, or a pipe such as ``/dev/fd/5``.
+
+    Raises
+    ------
+    UsageError
+        If it cannot be written, or is a pipe that nobody reads.
+    """
+    try:
+        # A pipe without a reader would be waited for without end.
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK, 0o644)
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be written ({error.strerror}): name a file or an open pipe"
+        ) from error
+    os.set_blocking(descriptor, True)
+    with os.fdopen(descriptor, "w", encoding="utf-8", buffering=1) as stream:
+        if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+            threading.Thread(target=_end_with_listener, args=(descriptor,), daemon=True).start()
+
+        def write(content: Mapping[str, object]) -> None:
+            finite = {k: v for k, v in content.items() if not isinstance(v, float) or math.isfinite(v)}
+            try:
+                stream.write(json.dumps(finite, default=str) + "\n")
+            except OSError as error:
+                logging.getLogger(__name__).debug("nobody takes down %s: %s", content, error)
+
+        yield write
+
+
+def _end_with_listener(descriptor: int) -> None:
+    """Wait until the other end of a pipe is closed, and end this process with all that it has started."""
+    watched = select.poll()
+    watched.register(descriptor, 0)
+    if watched.poll() and threading.main_thread().is_alive():
+        # Only who leads a group may end it: others are in that of a shell.
+        os.kill(-os.getpid() if os.getpgrp() == os.getpid() else os.getpid(), signal.SIGKILL)
