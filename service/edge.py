@@ -411,7 +411,7 @@ def _too_large(most: int) -> Refusal:
 class Shortcut:
     """Sends an answer that is at hand; the framework's routing alone would take several times as long.
 
-    ``ready`` gets the whole body of a POST to ``path``, and returns None where the framework has to look at it.
+    ``ready`` gets the whole body of a POST to ``path``; None of it means that the framework has to look.
     """
 
     def __init__(self, app: Application, *, path: str, ready: Callable[[bytes], bytes | None]) -> None:

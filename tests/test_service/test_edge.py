@@ -63,11 +63,11 @@ def build(services: Services) -> Iterator[Build]:
 
 
 def test_fault_07_too_many_requests_are_429_with_retry_after(build: Build) -> None:
-    client = build(rules=EdgeRules(rate_per_s=0.5, rate_burst=3))
+    client = build(rules=EdgeRules(rate_per_s=0.02, rate_burst=3))
     assert [client.get("/api/models").status_code for _ in range(4)] == [200, 200, 200, 429]
     response = client.get("/api/models", headers={"Origin": "http://localhost:3000"})
     check_problem(response, 429)
-    assert response.headers["retry-after"] == "2"
+    assert 30 <= int(response.headers["retry-after"]) <= 50
     assert response.headers["access-control-allow-origin"] == "http://localhost:3000"
     # Whoever watches the service is always answered.
     assert client.get("/api/health").status_code == 200
