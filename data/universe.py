@@ -5,7 +5,7 @@ Named sets lie in ``universes.toml`` with the day and the rule of their selectio
 
 import logging
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date, datetime
@@ -21,7 +21,7 @@ from data.calendars import calendar_for, calendar_name
 from data.data_fetcher import BarSource, ReadsThrough, fetch_stock_data
 from data.data_validator import DataValidator
 from data.feature_engineer import engineer_features, feature_set_hash
-from data.schema import Bars, TableMeta, bars_hash, normalise_symbol
+from data.schema import Bars, TableMeta, bars_hash, check_enough, normalise_symbol
 from utils.errors import AIStocksError, DataError, UsageError
 
 logger = logging.getLogger(__name__)
@@ -285,3 +285,37 @@ def universe_mean(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     parts = [pd.Series(np.log(np.asarray(bars["Close"])), bars.index).diff() for bars in frames.values()]
     returns = pd.concat(parts, axis=1, sort=True)
     return pd.DataFrame({"Close": np.exp(returns.mean(axis=1).fillna(0.0).cumsum())})
+
+
+def fetch_usable(
+    symbols: Iterable[str], fetch: Callable[[str], Bars], *, at_least_bars: int, jobs: int
+) -> dict[str, Bars]:
+    """Fetch the symbols of a panel; what cannot be used is named in a warning and left out.
+
+    Parameters
+    ----------
+    symbols
+        The symbols.
+    fetch
+        Returns a symbol's bars, or raises.
+    at_least_bars
+        Bars that a symbol needs for a place in the panel.
+    jobs
+        How many are fetched at a time.
+    """
+
+    def usable(symbol: str) -> Bars | AIStocksError:
+        try:
+            bars = fetch(symbol)
+            check_enough(bars.frame, at_least_bars, f"a place in the panel of {symbol}")
+        except AIStocksError as error:
+            return error
+        return bars
+
+    names = sorted(symbols)
+    with ThreadPoolExecutor(max_workers=jobs) as pool:
+        found = dict(zip(names, pool.map(usable, names), strict=True))
+    for symbol, outcome in found.items():
+        if isinstance(outcome, AIStocksError):
+            logger.warning("%s is left out of the universe: %s", symbol, outcome)
+    return {symbol: bars for symbol, bars in found.items() if isinstance(bars, Bars)}

@@ -7,19 +7,17 @@
 """
 
 import argparse
-import json
 import logging
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from filelock import FileLock, Timeout
+import pandas as pd
 from joblib import Parallel, delayed
 from rich.console import Console
 
@@ -27,15 +25,17 @@ from data.cache_manager import BarCache
 from data.data_fetcher import fetch_stock_data, make_source
 from data.feature_engineer import MAX_WARMUP_BARS, get_feature_columns
 from data.schema import Bars, check_enough, normalise_symbol
-from data.target_engineering import DEFAULT_HORIZON_BARS, check_horizon
-from data.universe import findings, refuse_delisted, resolve_universe
-from inference.load_gbm_models import rollback, save_bundle
+from data.target_engineering import DEFAULT_HORIZON_BARS, Dataset, check_horizon
+from data.universe import fetch_usable, findings, refuse_delisted, resolve_universe
+from inference.artifact import library_versions
+from inference.load_gbm_models import LIBRARIES as VERSIONS_OF
+from inference.load_gbm_models import GBMBundle, PathModel, load_folder, save_bundle
 from training import run_log
 from training.gbm_search import DeviceChoice, SearchConfig, choose_device
 from training.libraries import LIBRARIES, catboost
-from training.recipe import RecipeConfig, TrainerConfig
+from training.recipe import FittedGBM, GBMRecipe, RecipeConfig, TrainerConfig, WalkConfig
 from training.run_log import Outcome, RunLog, fan_out, logged_run, outcome_of, publish_report, refused
-from training.trainer import MINIMUM_TEST_BARS, GBMTrainer, OnEvent, Trained
+from training.trainer import MINIMUM_TEST_BARS, OnEvent, Trained, Trainer, Walked
 from utils.errors import (
     AIStocksError,
     DataError,
@@ -45,7 +45,14 @@ from utils.errors import (
     StorageError,
     UsageError,
 )
-from utils.model_paths import current_version, gbm_link, symbol_dir
+from utils.model_paths import (
+    GBM,
+    ArtifactKind,
+    artifact_link,
+    current_version,
+    roll_back,
+    training_lock,
+)
 from utils.settings import Settings, configure_logging, read_settings
 
 logger = logging.getLogger(__name__)
@@ -56,12 +63,35 @@ MAX_SEED = 2**31 - 1
 MAX_HORIZONS = 4
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.train_gbm", description="Train, validate and save the boosters of symbols."
-    )
-    recipe, flag = RecipeConfig(), "store_true"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """What one kind of model adds to the common command line; it travels as ``args.program``.
+
+    Attributes
+    ----------
+    kind
+        What is trained.
+    check
+        Refuses what the flags cannot mean together, and what is not installed, before anything is fetched.
+    config, trainer
+        The configuration that the flags ask for, and a trainer with it for about so many rows.
+    save, load_folder
+        Save a bundle with its golden inputs; load one version, to see whether it can serve.
+    """
+
+    kind: ArtifactKind
+    check: Callable[[argparse.Namespace], None]
+    config: Callable[[argparse.Namespace], WalkConfig]
+    trainer: Callable[[Any, argparse.Namespace, int, OnEvent], Trainer[Any, Any]]
+    save: Callable[..., Path]
+    load_folder: Callable[[Path], object]
+
+
+def common_parser(program: Program, description: str) -> tuple[argparse.ArgumentParser, Any]:
+    """Return a parser with the flags that every kind of model has, and its group for those of the model."""
+    parser = argparse.ArgumentParser(prog=f"python -m {program.kind.trainer}", description=description)
+    parser.set_defaults(program=program)
+    flag = "store_true"
     parser.add_argument("symbols", nargs="+", metavar="SYMBOL")
     data = parser.add_argument_group("prices")
     data.add_argument("--source", help="yahoo, sample or csv:DIR (default: AI_STOCKS_SOURCE, or yahoo)")
@@ -69,8 +99,33 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--force-refresh", action=flag, help="fetch the whole history again")
     data.add_argument("--universe", metavar="NAME|A,B,C|FILE", help="train one pooled model on these, too")
     data.add_argument("--leave-symbol-out", action=flag, help="a symbol's pooled model never sees its rows")
-    data.add_argument("--include-sentiment", action=flag, help="not there yet: a usage error")
     model = parser.add_argument_group("model")
+    model.add_argument("--seed", type=at_least(1, MAX_SEED), default=RecipeConfig().seed)
+    run = parser.add_argument_group("run")
+    run.add_argument("--jobs", type=at_least(1), default=1, help="symbols trained, or read, at a time")
+    run.add_argument("--overwrite", action=flag, help="train although a bundle is there")
+    run.add_argument("--validate-only", action=flag, help="judge and report, save no model")
+    run.add_argument("--strict", action=flag, help="save nothing unless the verdict is edge (exit 7)")
+    run.add_argument("--rollback", action=flag, help="train nothing: the version before serves again")
+    run.add_argument("--json", action=flag, help="print the result as JSON on stdout")
+    return parser, model
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser, model = common_parser(
+        Program(
+            kind=GBM,
+            check=refuse_contradictions,
+            config=config_from,
+            trainer=trainer_for,
+            save=save_bundle,
+            load_folder=load_folder,
+        ),
+        "Train, validate and save the boosters of symbols.",
+    )
+    recipe, flag = RecipeConfig(), "store_true"
+    model.add_argument("--include-sentiment", action=flag, help="not there yet: a usage error")
     model.add_argument(
         "--target-horizon",
         type=horizons,
@@ -85,17 +140,11 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--models", type=models, metavar="xgb,lgb,cat", help="libraries (default: xgb,lgb)")
     model.add_argument("--no-lgb", action=flag, help="leave LightGBM out")
     model.add_argument("--max-features", type=at_least(1), default=recipe.max_features, help="features kept")
-    model.add_argument("--seed", type=at_least(1, MAX_SEED), default=recipe.seed)
-    run = parser.add_argument_group("run")
-    run.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where XGBoost trains")
-    run.add_argument("--require-gpu", action=flag, help="fail without a GPU (exit 9)")
-    run.add_argument("--allow-cpu-fallback", action=flag, help="--device cuda without a GPU: use the CPU")
-    run.add_argument("--jobs", type=at_least(1), default=1, help="symbols trained, or read, at a time")
-    run.add_argument("--overwrite", action=flag, help="train although a bundle is there")
-    run.add_argument("--validate-only", action=flag, help="judge and report, save no model")
-    run.add_argument("--strict", action=flag, help="save nothing unless the verdict is edge (exit 7)")
-    run.add_argument("--rollback", action=flag, help="train nothing: the version before serves again")
-    run.add_argument("--json", action=flag, help="print the result as JSON on stdout")
+    model.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="where XGBoost trains"
+    )
+    model.add_argument("--require-gpu", action=flag, help="fail without a GPU (exit 9)")
+    model.add_argument("--allow-cpu-fallback", action=flag, help="--device cuda without a GPU: use the CPU")
     return parser
 
 
@@ -181,6 +230,82 @@ def device_for(args: argparse.Namespace, n_rows: int) -> DeviceChoice:
     )
 
 
+class GBMTrainer(Trainer[FittedGBM, GBMBundle]):
+    """Trains boosters, see `Trainer`.
+
+    Parameters
+    ----------
+    config, on_event
+        See `Trainer`.
+    device
+        Where XGBoost trains, and why; by default what the configuration says.
+    """
+
+    kind = GBM
+    config: TrainerConfig
+
+    def __init__(
+        self, config: TrainerConfig, on_event: OnEvent | None = None, *, device: DeviceChoice | None = None
+    ) -> None:
+        if device is not None:
+            search = replace(config.recipe.search, device=device.device)
+            config = replace(config, recipe=replace(config.recipe, search=search))
+        super().__init__(config, on_event)
+        self._device_reason = "as the configuration says" if device is None else device.reason
+
+    def recipe(self, _dataset: Dataset) -> GBMRecipe:
+        """Return the boosters' recipe."""
+        return GBMRecipe(self.config.recipe)
+
+    def bundle_of(
+        self, walked: Walked[FittedGBM], symbol: str, record: pd.DataFrame, metadata: Mapping[str, Any]
+    ) -> GBMBundle:
+        """Return the final boosters with the symbol's calibration, and those of the further horizons."""
+        fitted, ensemble = walked.fitted, walked.fitted.for_symbol(symbol)
+        return GBMBundle(
+            symbol=symbol,
+            horizon_bars=self.config.horizon_bars,
+            ensemble=ensemble,
+            record=record,
+            metadata=metadata,
+            importance=dict(zip(ensemble.columns, map(float, fitted.selection.importance), strict=True)),
+            hyperparameters=fitted.hyperparameters,
+            path_models=tuple(
+                PathModel(
+                    horizon_bars=path.horizon_bars,
+                    ensemble=path.fitted.for_symbol(symbol),
+                    hyperparameters=path.fitted.hyperparameters,
+                )
+                for path in walked.paths
+            ),
+        )
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """Trials, versions and device, see `Trainer.facts`."""
+        search = self.config.recipe.search
+        names = [*VERSIONS_OF, *(["catboost"] if "cat" in search.models else [])]
+        return {
+            "n_trials": search.n_trials * len(search.models),
+            "versions": library_versions(names),
+            "device": search.device,
+            "device_reason": self._device_reason,
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """Leave out how many threads share the work: it changes no result."""
+        config = super().identity()
+        del config["recipe"]["search"]["threads"]
+        return config
+
+
+def trainer_for(
+    config: TrainerConfig, args: argparse.Namespace, n_rows: int, on_event: OnEvent
+) -> GBMTrainer:
+    """Return a trainer on the device that pays for so many rows."""
+    return GBMTrainer(config, on_event, device=device_for(args, n_rows))
+
+
 def fetch(symbol: str, args: argparse.Namespace, settings: Settings) -> Bars:
     """Return the symbol's prices from the source that was asked for."""
     source = make_source(args.source or settings.source, cache_dir=settings.cache_dir)
@@ -199,30 +324,9 @@ def cache_of(args: argparse.Namespace, settings: Settings) -> BarCache | None:
 
 def refuse_existing(symbol: str, args: argparse.Namespace, settings: Settings) -> None:
     """Refuse to replace a bundle without being told to."""
-    if gbm_link(settings.models_dir, symbol).exists() and not (args.overwrite or args.validate_only):
+    link = artifact_link(settings.models_dir, symbol, args.program.kind)
+    if link.exists() and not (args.overwrite or args.validate_only):
         raise ModelExistsError(f"{symbol} has a model already: add --overwrite to train it anew")
-
-
-@contextmanager
-def training_lock(models_dir: Path, symbol: str) -> Iterator[None]:
-    """Hold the symbol's training lock, which dies with the process; else `LockedError` names who holds it."""
-    folder = symbol_dir(models_dir, symbol)
-    holder = folder / ".training.pid"
-    lock = FileLock(folder / ".training.lock")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-        holder.write_text(str(os.getpid()))
-    except Timeout as error:
-        who = holder.read_text() if holder.is_file() else "unknown"
-        raise LockedError(f"{symbol} is being trained by process {who}: wait or stop it") from error
-    except OSError as error:
-        raise StorageError(f"cannot write the lock of {symbol}: {error.strerror}") from error
-    with lock:
-        try:
-            yield
-        finally:
-            holder.unlink(missing_ok=True)
 
 
 def train_symbol(symbol: str, args: argparse.Namespace, settings: Settings, on_event: OnEvent) -> Outcome:
@@ -233,7 +337,7 @@ def train_symbol(symbol: str, args: argparse.Namespace, settings: Settings, on_e
 
 
 def deliver(
-    trained: Trained, log: RunLog, args: argparse.Namespace, settings: Settings, on_event: OnEvent
+    trained: Trained[Any], log: RunLog, args: argparse.Namespace, settings: Settings, on_event: OnEvent
 ) -> Outcome:
     """Save what was trained unless the flags forbid it, and report it; see `outcome_of`."""
     log.conclude(trained)
@@ -243,11 +347,11 @@ def deliver(
         raise GateRefusedError(f"{symbol}: the verdict is {label} and --strict was given: nothing was saved")
     if not args.validate_only:
         on_event({"type": "stage", "stage": "saving", "progress": 0.97})
-        save_bundle(trained.bundle, settings.models_dir, golden_inputs=trained.golden_inputs)
+        args.program.save(trained.bundle, settings.models_dir, golden_inputs=trained.golden_inputs)
     report = publish_report(trained, settings.logs_dir)
-    saved_as = None if args.validate_only else gbm_link(settings.models_dir, symbol)
+    saved_as = artifact_link(settings.models_dir, symbol, args.program.kind)
     log.close()
-    return outcome_of(trained, log, saved_as=saved_as, report=report)
+    return outcome_of(trained, log, saved_as=None if args.validate_only else saved_as, report=report)
 
 
 def train_pooled(
@@ -269,7 +373,12 @@ def train_pooled(
             named.pop(symbol, None)
             outcomes[symbol] = refused(symbol, error)
     if named:
-        others = load_others(set(resolve_universe(args.universe)) - set(symbols), args, settings)
+        others = fetch_usable(
+            set(resolve_universe(args.universe)) - set(symbols),
+            lambda symbol: fetch(symbol, args, settings),
+            at_least_bars=MAX_WARMUP_BARS + max(args.target_horizon) + 1,
+            jobs=args.jobs,
+        )
         panel = dict(sorted({**others, **named}.items()))
         if len(panel) - args.leave_symbol_out < 2:
             raise DataError(
@@ -285,26 +394,6 @@ def train_pooled(
     return [outcomes[symbol] for symbol in symbols]
 
 
-def load_others(symbols: set[str], args: argparse.Namespace, settings: Settings) -> dict[str, Bars]:
-    """Fetch the rest of the universe; what cannot be used is named in a warning and left out."""
-    needed = MAX_WARMUP_BARS + max(args.target_horizon) + 1
-
-    def usable(symbol: str) -> Bars | AIStocksError:
-        try:
-            bars = fetch(symbol, args, settings)
-            check_enough(bars.frame, needed, f"a place in the panel of {symbol}")
-        except AIStocksError as error:
-            return error
-        return bars
-
-    with ThreadPoolExecutor(max_workers=args.jobs) as pool:
-        found = dict(zip(sorted(symbols), pool.map(usable, sorted(symbols)), strict=True))
-    for symbol, outcome in found.items():
-        if isinstance(outcome, AIStocksError):
-            logger.warning("%s is left out of the universe: %s", symbol, outcome)
-    return {symbol: bars for symbol, bars in found.items() if isinstance(bars, Bars)}
-
-
 def train_group(
     group: Mapping[str, Bars],
     panel: Mapping[str, Bars],
@@ -314,7 +403,8 @@ def train_group(
 ) -> dict[str, Outcome]:
     """Train one model on the panel; judge, save and report it for each symbol of the group."""
     left_out = tuple(group) if args.leave_symbol_out else ()
-    config = config_from(args)
+    program: Program = args.program
+    config = program.config(args)
     config = replace(config, recipe=replace(config.recipe, leave_out=left_out))
     facts = {"universe": args.universe, "symbols": " ".join(panel), **asdict(config)}
     outcomes: dict[str, Outcome] = {}
@@ -323,14 +413,16 @@ def train_group(
         for symbol in group:
             try:
                 held.enter_context(training_lock(settings.models_dir, symbol))
-                logs[symbol] = held.enter_context(logged_run(settings.logs_dir, symbol, facts))
+                logs[symbol] = held.enter_context(
+                    logged_run(settings.logs_dir, symbol, facts, program.kind.name)
+                )
             except (LockedError, StorageError) as error:
                 outcomes[symbol] = refused(symbol, error)
         if not logs:
             return outcomes
         n_rows = sum(len(bars.frame) - MAX_WARMUP_BARS for bars in panel.values())
         tell = fan_out(on_event, list(logs.values()))
-        trainer = GBMTrainer(config, tell, device=device_for(args, n_rows))
+        trainer = program.trainer(config, args, n_rows, tell)
         n_trials = trainer.register(panel, settings.models_dir / "trials.jsonl")
         walked = trainer.walk(panel, universe=Path(args.universe or "").name)
         for symbol, log in logs.items():
@@ -348,11 +440,12 @@ def train_group(
     return outcomes
 
 
-def roll_back(symbol: str, _args: argparse.Namespace, settings: Settings, _on_event: OnEvent) -> Outcome:
+def go_back(symbol: str, args: argparse.Namespace, settings: Settings, _on_event: OnEvent) -> Outcome:
     """Let the version before serve again; return which."""
     with training_lock(settings.models_dir, symbol):
-        before = current_version(settings.models_dir, symbol).name
-        now = rollback(settings.models_dir, symbol).name
+        program: Program = args.program
+        before = current_version(settings.models_dir, symbol, program.kind).name
+        now = roll_back(settings.models_dir, symbol, program.kind, program.load_folder).name
     return {"symbol": symbol, "model_version": now, "rolled_back_from": before}
 
 
@@ -360,7 +453,7 @@ def one(raw: str, args: argparse.Namespace, settings: Settings, on_event: OnEven
     """Train one symbol, or roll it back; whatever goes wrong is its outcome, for others are waiting."""
     try:
         symbol = normalise_symbol(raw)
-        return (roll_back if args.rollback else train_symbol)(symbol, args, settings, on_event)
+        return (go_back if args.rollback else train_symbol)(symbol, args, settings, on_event)
     except AIStocksError as error:
         return refused(raw, error)
     except Exception as error:
@@ -377,7 +470,7 @@ def in_worker(raw: str, args: argparse.Namespace, settings: Settings) -> Outcome
 
 def outcomes_of(args: argparse.Namespace, settings: Settings, console: Console) -> Iterator[Outcome]:
     """Yield the outcome of every symbol, in the order of the command line, as soon as it is there."""
-    refuse_contradictions(args)
+    args.program.check(args)
     symbols = list(dict.fromkeys(args.symbols))
     if args.universe:
         symbols = list(dict.fromkeys(normalise_symbol(raw) for raw in symbols))
@@ -395,26 +488,15 @@ def outcomes_of(args: argparse.Namespace, settings: Settings, console: Console) 
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Train the boosters of the symbols, see `run`."""
+    return run(build_parser().parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> int:
     """Train the symbols; return the exit code that `utils.errors` lists, of the first failure."""
-    args = build_parser().parse_args(argv)
     settings = read_settings()
     configure_logging("WARNING" if args.json else settings.log_level)
-    console = Console(stderr=args.json)
-    results: list[Outcome] = []
-    try:
-        with run_log.interruptible():
-            for outcome in outcomes_of(args, settings, console):
-                results.append(outcome)
-                run_log.show(outcome, console, in_full=not args.json)
-    except AIStocksError as error:
-        results.append({"error": str(error), "exit_code": error.exit_code})
-        run_log.show(results[-1], console, in_full=not args.json)
-    except KeyboardInterrupt:
-        sys.stderr.write(run_log.INTERRUPTED_LINE)
-        return run_log.INTERRUPTED
-    if args.json:
-        sys.stdout.write(json.dumps(results, allow_nan=False) + "\n")
-    return next((outcome["exit_code"] for outcome in results if "error" in outcome), 0)
+    return run_log.tell_all(lambda console: outcomes_of(args, settings, console), as_json=args.json)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@
     │   ├── LockedError
     │   └── ModelExistsError
     ├── GateRefusedError             exit 7   ``--strict`` and the verdict is not ``edge``
+    │   └── CollapsedError                    a network's signal does not vary, or has one sign
     └── StorageError                 exit 8   disk full, read-only, not writable
 
 ``training.reproduce`` ends with 10 when the training came out differently, and a training that is interrupted
@@ -104,6 +105,10 @@ class GateRefusedError(AIStocksError):
     """The verdict refuses the model under ``--strict``."""
 
     exit_code = 7
+
+
+class CollapsedError(GateRefusedError):
+    """A network answers the same to everything: there is nothing to judge, and nothing is saved."""
 
 
 class StorageError(AIStocksError):

@@ -65,6 +65,7 @@ class ArtifactKind:
 
 
 GBM = ArtifactKind(name="gbm", versions="versions", trainer="training.train_gbm")
+LSTM = ArtifactKind(name="lstm", versions="lstm_versions", trainer="training.train_lstm")
 
 
 class VersionPrunedError(ModelCorruptError):
@@ -303,6 +304,28 @@ def storage_errors(symbol: str) -> Iterator[None]:
             f"cannot write the model of {symbol}: {reason}; what served before still serves: "
             "make room or mend the permissions, and try again"
         ) from error
+
+
+@contextmanager
+def training_lock(models_dir: Path, symbol: str) -> Iterator[None]:
+    """Hold the symbol's training lock, which dies with the process; else `LockedError` names who holds it."""
+    folder = symbol_dir(models_dir, symbol)
+    holder = folder / ".training.pid"
+    lock = FileLock(folder / ".training.lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+        holder.write_text(str(os.getpid()))
+    except Timeout as error:
+        who = holder.read_text() if holder.is_file() else "unknown"
+        raise LockedError(f"{symbol} is being trained by process {who}: wait or stop it") from error
+    except OSError as error:
+        raise StorageError(f"cannot write the lock of {symbol}: {error.strerror}") from error
+    with lock:
+        try:
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
 
 
 @contextmanager

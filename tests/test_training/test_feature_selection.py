@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from training.gbm_search import SearchConfig, fit_boosters, tune
-from training.libraries import Rows
-from training.recipe import gain_importance, screen, screen_t_values, select_features
+from training.libraries import Rows, gain_importance, screen, screen_t_values, select_features
 
 CONFIG = SearchConfig(n_trials=3, max_rounds=40)
 
