@@ -178,27 +178,44 @@ def models(text: str) -> tuple[str, ...]:
     return names
 
 
+def refuse_common(args: argparse.Namespace) -> None:
+    """Raise `UsageError` where flags of every kind of model cannot be meant together."""
+    trains = ("universe", "validate_only", "strict", "overwrite", "force_refresh", "no_cache")
+    beside = next((name for name in trains if getattr(args, name)), "")
+    refuse(
+        {
+            f"--rollback trains nothing: leave --{beside.replace('_', '-')} out": args.rollback and beside,
+            "--universe names nothing: give a set, symbols or a file": args.universe == "",
+            "--leave-symbol-out needs the others: add --universe": args.leave_symbol_out
+            and not args.universe,
+            "--validate-only saves nothing: leave --overwrite out": args.validate_only and args.overwrite,
+        }
+    )
+
+
+def refuse(wrong: Mapping[str, object]) -> None:
+    """Raise `UsageError` with the first words whose condition holds."""
+    for words, holds in wrong.items():
+        if holds:
+            raise UsageError(words)
+
+
 def refuse_contradictions(args: argparse.Namespace) -> None:
     """Refuse flags that cannot be meant together, and what is not there, before anything is fetched.
 
     Raises `UsageError`, or `DeviceError` for a GPU that is not there.
     """
-    trains = ("universe", "validate_only", "strict", "tune", "overwrite", "force_refresh", "no_cache")
-    beside = next((name for name in trains if getattr(args, name)), "")
+    refuse_common(args)
     on_cpu = args.device == "cpu"
-    wrong = {
-        f"--rollback trains nothing: leave --{beside.replace('_', '-')} out": args.rollback and beside,
-        "--universe names nothing: give a set, symbols or a file": args.universe == "",
-        "--leave-symbol-out needs the others: add --universe": args.leave_symbol_out and not args.universe,
-        "--models and --no-lgb: name the libraries once": args.models and args.no_lgb,
-        "--tune --n-trials 0: a search needs trials": args.tune and args.n_trials == 0,
-        "--include-sentiment: no sentiment features are registered yet": args.include_sentiment,
-        "--validate-only saves nothing: leave --overwrite out": args.validate_only and args.overwrite,
-        "--device cpu leaves nothing to --allow-cpu-fallback": args.allow_cpu_fallback and on_cpu,
-    }
-    for words, holds in wrong.items():
-        if holds:
-            raise UsageError(words)
+    refuse(
+        {
+            "--rollback trains nothing: leave --tune out": args.rollback and args.tune,
+            "--models and --no-lgb: name the libraries once": args.models and args.no_lgb,
+            "--tune --n-trials 0: a search needs trials": args.tune and args.n_trials == 0,
+            "--include-sentiment: no sentiment features are registered yet": args.include_sentiment,
+            "--device cpu leaves nothing to --allow-cpu-fallback": args.allow_cpu_fallback and on_cpu,
+        }
+    )
     if "cat" in config_from(args).recipe.search.models:
         catboost()
     device_for(args, 0)

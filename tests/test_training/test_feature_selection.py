@@ -39,7 +39,7 @@ def test_a_planted_feature_is_found_and_selected_first():
 def test_selection_falls_back_to_gain_and_says_so(monkeypatch: pytest.MonkeyPatch):
     import xgboost
 
-    import training.recipe as module
+    import training.libraries as module
 
     def broken(model, prepared):
         raise xgboost.core.XGBoostError("no contributions")
