@@ -7,6 +7,7 @@ is carried over was chosen on still earlier rows. Everything else is redone in e
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +22,13 @@ from inference.ensemble import (
     Calibration,
     FloatArray,
     FloatMatrix,
+    IntArray,
     calibrate,
     calibrate_symbols,
     select_scaled,
     shrunk_weights,
 )
+from inference.load_lstm_model import windows_of
 from training.gbm_search import SearchConfig, Tuned, fit_boosters, tune
 from training.libraries import Rows, Selection, screen, select_features
 from utils.errors import DataError
@@ -33,6 +36,7 @@ from validation.walk_forward import RecipePrediction, WalkForwardConfig
 
 logger = logging.getLogger(__name__)
 
+Loss = Literal["huber", "mae", "balanced", "quantile"]
 DateArray = npt.NDArray[np.datetime64]
 
 # A symbol with so many rows trusts its own mean half, and that of the panel half: means of symbols differ by
@@ -120,6 +124,55 @@ class TrainerConfig(WalkConfig):
     """What a training run of boosters is decided by, see `WalkConfig`."""
 
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkConfig(RowsConfig):
+    """Parameters of the network's recipe; see also `RowsConfig`.
+
+    Attributes
+    ----------
+    loss
+        ``huber``, ``mae``; ``balanced``: Huber's, rises and falls weighing alike; ``quantile``: the pinball
+        loss of three quantiles, whose median is the forecast.
+    epochs, batch_size
+        Epochs at most, and rows of one step.
+    sequence_length
+        Bars that the network reads.
+    units, dense_units, dropout
+        Sizes of the two recurrent layers and of the dense one; share dropped behind each of the first.
+    learning_rate, warmup_epochs
+        Reached from a tenth in so many epochs; a cosine takes it back towards zero.
+    patience_epochs
+        Training stops when the validation loss has not improved for so many epochs.
+    validation_share
+        Share of the training sessions, the latest, that decide when to stop.
+    refit_every_folds
+        The network is fitted anew every so many folds, and for the final fit; calibration is redone in each.
+    feature_limit
+        Scaled features beyond this count as this much.
+    """
+
+    loss: Loss = "huber"
+    epochs: int = 50
+    batch_size: int = 512
+    sequence_length: int = 30
+    units: tuple[int, int] = (64, 32)
+    dense_units: int = 16
+    dropout: float = 0.3
+    learning_rate: float = 1e-3
+    warmup_epochs: int = 5
+    patience_epochs: int = 8
+    validation_share: float = 0.15
+    refit_every_folds: int = 3
+    feature_limit: float = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LSTMConfig(WalkConfig):
+    """What a training run of networks is decided by, see `WalkConfig`."""
+
+    recipe: NetworkConfig = field(default_factory=NetworkConfig)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -315,6 +368,13 @@ def sample_weights(train: Dataset, half_life_sessions: float) -> FloatArray:
     return np.asarray(0.5 ** (age / half_life_sessions), dtype=np.float64)
 
 
+def direction_weights(target: FloatMatrix) -> FloatMatrix:
+    """Return weights, (n,), by which rises and falls together weigh alike."""
+    rises = target[:, 0] > 0
+    share = float(np.clip(rises.mean(), 0.01, 0.99))
+    return np.where(rises, 0.5 / share, 0.5 / (1 - share)).astype(np.float32)
+
+
 def drift_by_symbol(train: Dataset, weights: FloatArray) -> tuple[dict[str, float], float]:
     """Return the weighted mean of the scaled target by symbol, and over all rows.
 
@@ -404,3 +464,30 @@ def evidence(
         return shrunk_weights(per_model, realised), pooled, dict.fromkeys(drifts, pooled)
     own = calibrate_symbols(pooled, raw, realised, session, symbol, drifts=drifts, horizon_bars=horizon_bars)
     return shrunk_weights(per_model, realised), pooled, own
+
+
+class Sequences:
+    """The features of all rows of a run, symbol after symbol, and the sequence that ends at each of them.
+
+    Parameters
+    ----------
+    dataset
+        The panel. Only features are kept: nothing here knows a target.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        order = np.lexsort((dataset.date, dataset.symbol_code))
+        self.features = dataset.features[order]
+        self._keys = _keys(dataset)[order]
+        codes = dataset.symbol_code[order]
+        self._starts = np.searchsorted(codes, codes, side="left")
+
+    def windows(self, rows: Dataset, length: int) -> IntArray:
+        """Return for each of ``rows`` the positions in `features` of its sequence, (n, length)."""
+        ends = np.searchsorted(self._keys, _keys(rows))
+        return windows_of(ends, self._starts[ends], length)
+
+
+def _keys(rows: Dataset) -> npt.NDArray[np.int64]:
+    days = rows.date.astype("datetime64[D]").astype(np.int64)
+    return np.asarray(rows.symbol_code.astype(np.int64) * 2**32 + days, dtype=np.int64)

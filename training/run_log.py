@@ -12,6 +12,7 @@ STATUS begins with one word:
 - ``FAILED``: the run ended in an error, which is named.
 """
 
+import argparse
 import json
 import logging
 import os
@@ -34,7 +35,8 @@ from rich.table import Table
 from evaluation.report import training_report, write_report
 from training.trainer import OnEvent, Trained
 from utils.errors import AIStocksError, CollapsedError, GateRefusedError, StorageError
-from utils.model_paths import GBM
+from utils.model_paths import GBM, artifact_link
+from utils.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -303,6 +305,24 @@ def outcome_of(
         "report": None if report is None else str(report),
         "log": None if log.path is None else str(log.path),
     }
+
+
+def deliver(
+    trained: Trained[Any], log: RunLog, args: argparse.Namespace, settings: Settings, on_event: OnEvent
+) -> Outcome:
+    """Save what was trained unless the flags forbid it, and report it; see `outcome_of`."""
+    log.conclude(trained)
+    label, symbol = trained.verdict.label, trained.bundle.symbol
+    if args.strict and label != "edge":
+        publish_report(trained, settings.logs_dir)
+        raise GateRefusedError(f"{symbol}: the verdict is {label} and --strict was given: nothing was saved")
+    if not args.validate_only:
+        on_event({"type": "stage", "stage": "saving", "progress": 0.97})
+        args.program.save(trained.bundle, settings.models_dir, golden_inputs=trained.golden_inputs)
+    report = publish_report(trained, settings.logs_dir)
+    saved_as = artifact_link(settings.models_dir, symbol, args.program.kind)
+    log.close()
+    return outcome_of(trained, log, saved_as=None if args.validate_only else saved_as, report=report)
 
 
 def refused(symbol: str, error: AIStocksError) -> Outcome:

@@ -34,12 +34,11 @@ from training import run_log
 from training.gbm_search import DeviceChoice, SearchConfig, choose_device
 from training.libraries import LIBRARIES, catboost
 from training.recipe import FittedGBM, GBMRecipe, RecipeConfig, TrainerConfig, WalkConfig
-from training.run_log import Outcome, RunLog, fan_out, logged_run, outcome_of, publish_report, refused
-from training.trainer import MINIMUM_TEST_BARS, OnEvent, Trained, Trainer, Walked
+from training.run_log import Outcome, RunLog, deliver, fan_out, logged_run, refused
+from training.trainer import MINIMUM_TEST_BARS, OnEvent, Trainer, Walked
 from utils.errors import (
     AIStocksError,
     DataError,
-    GateRefusedError,
     LockedError,
     ModelExistsError,
     StorageError,
@@ -53,7 +52,7 @@ from utils.model_paths import (
     roll_back,
     training_lock,
 )
-from utils.settings import Settings, configure_logging, read_settings
+from utils.settings import Settings, at_least, configure_logging, read_settings
 
 logger = logging.getLogger(__name__)
 
@@ -148,18 +147,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def at_least(lowest: int, highest: int = sys.maxsize) -> Callable[[str], int]:
-    """Return a reader of whole numbers of the command line within limits."""
-
-    def read(text: str) -> int:
-        if text.isdecimal() and lowest <= int(text) <= highest:
-            return int(text)
-        upper = "" if highest == sys.maxsize else f" and at most {highest}"
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {lowest}{upper}")
-
-    return read
-
-
 def horizons(text: str) -> tuple[int, ...]:
     """Read one horizon or several: first the one that decides, then the others, ascending."""
     read = at_least(1)
@@ -179,15 +166,15 @@ def models(text: str) -> tuple[str, ...]:
 
 
 def refuse_common(args: argparse.Namespace) -> None:
-    """Raise `UsageError` where flags of every kind of model cannot be meant together."""
-    trains = ("universe", "validate_only", "strict", "overwrite", "force_refresh", "no_cache")
-    beside = next((name for name in trains if getattr(args, name)), "")
+    """Refuse flags of every kind of model that cannot be meant together."""
+    trains = ("universe", "validate_only", "strict", "tune", "overwrite", "force_refresh", "no_cache")
+    beside = next((name for name in trains if getattr(args, name, None)), "")
+    alone = args.leave_symbol_out and not args.universe
     refuse(
         {
             f"--rollback trains nothing: leave --{beside.replace('_', '-')} out": args.rollback and beside,
             "--universe names nothing: give a set, symbols or a file": args.universe == "",
-            "--leave-symbol-out needs the others: add --universe": args.leave_symbol_out
-            and not args.universe,
+            "--leave-symbol-out needs the others: add --universe": alone,
             "--validate-only saves nothing: leave --overwrite out": args.validate_only and args.overwrite,
         }
     )
@@ -195,9 +182,8 @@ def refuse_common(args: argparse.Namespace) -> None:
 
 def refuse(wrong: Mapping[str, object]) -> None:
     """Raise `UsageError` with the first words whose condition holds."""
-    for words, holds in wrong.items():
-        if holds:
-            raise UsageError(words)
+    for words in (words for words, holds in wrong.items() if holds):
+        raise UsageError(words)
 
 
 def refuse_contradictions(args: argparse.Namespace) -> None:
@@ -209,7 +195,6 @@ def refuse_contradictions(args: argparse.Namespace) -> None:
     on_cpu = args.device == "cpu"
     refuse(
         {
-            "--rollback trains nothing: leave --tune out": args.rollback and args.tune,
             "--models and --no-lgb: name the libraries once": args.models and args.no_lgb,
             "--tune --n-trials 0: a search needs trials": args.tune and args.n_trials == 0,
             "--include-sentiment: no sentiment features are registered yet": args.include_sentiment,
@@ -351,24 +336,6 @@ def train_symbol(symbol: str, args: argparse.Namespace, settings: Settings, on_e
     refuse_existing(symbol, args, settings)
     bars = {symbol: fetch(symbol, args, settings)}
     return train_group(bars, bars, args, settings, on_event)[symbol]
-
-
-def deliver(
-    trained: Trained[Any], log: RunLog, args: argparse.Namespace, settings: Settings, on_event: OnEvent
-) -> Outcome:
-    """Save what was trained unless the flags forbid it, and report it; see `outcome_of`."""
-    log.conclude(trained)
-    label, symbol = trained.verdict.label, trained.bundle.symbol
-    if args.strict and label != "edge":
-        publish_report(trained, settings.logs_dir)
-        raise GateRefusedError(f"{symbol}: the verdict is {label} and --strict was given: nothing was saved")
-    if not args.validate_only:
-        on_event({"type": "stage", "stage": "saving", "progress": 0.97})
-        args.program.save(trained.bundle, settings.models_dir, golden_inputs=trained.golden_inputs)
-    report = publish_report(trained, settings.logs_dir)
-    saved_as = artifact_link(settings.models_dir, symbol, args.program.kind)
-    log.close()
-    return outcome_of(trained, log, saved_as=None if args.validate_only else saved_as, report=report)
 
 
 def train_pooled(

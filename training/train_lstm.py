@@ -1,4 +1,4 @@
-"""Train, validate and save the small network of one or more symbols; ``docs/training.md`` explains every flag.
+"""Train, validate and save the small network of symbols; ``docs/training.md`` explains every flag.
 
 ::
 
@@ -12,19 +12,18 @@ network is trained, and by nothing else in the product.
 
 import argparse
 import importlib.util
-import logging
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 from sklearn.preprocessing import RobustScaler
 
+from data.data_splitter import split_latest
 from data.target_engineering import DEFAULT_HORIZON_BARS, Dataset, check_horizon
 from inference.artifact import GOLDEN_ROWS, library_versions
 from inference.ensemble import Calibration, FloatArray, FloatMatrix, IntArray
@@ -37,12 +36,14 @@ from inference.load_lstm_model import (
     load_folder,
     save_bundle,
     scale_features,
-    windows_of,
 )
 from training.recipe import (
-    RowsConfig,
-    WalkConfig,
+    Loss,
+    LSTMConfig,
+    NetworkConfig,
+    Sequences,
     calibrated,
+    direction_weights,
     drift_by_symbol,
     evidence,
     sample_weights,
@@ -50,115 +51,30 @@ from training.recipe import (
     training_rows,
     without_symbols,
 )
-from training.train_gbm import Program, at_least, common_parser, refuse_common, run
+from training.train_gbm import Program, common_parser, refuse_common, run
 from training.trainer import OnEvent, Trainer, Walked
-from utils.errors import CollapsedError, InsufficientDataError, UsageError
+from utils.errors import CollapsedError, UsageError
 from utils.model_paths import LSTM
+from utils.settings import at_least, below
 from validation.walk_forward import RecipePrediction
+from validation.wfe_metrics import collapse_of
 
-logger = logging.getLogger(__name__)
-
-Loss = Literal["huber", "mae", "balanced", "quantile"]
-LOSSES: tuple[Loss, ...] = ("huber", "mae", "balanced", "quantile")
 QUANTILES = (0.1, 0.5, 0.9)
-# The signal is looked at every so many epochs. With a smaller deviation, in deviations of the target, or a
-# larger share of one sign about its own mean (which calibration takes off), it has collapsed.
-MONITOR_EPOCHS, MIN_SIGNAL_STD, MAX_ONE_SIDED = 5, 0.005, 0.9
+# Every so many epochs the signal is looked at, see `collapse_of`.
+MONITOR_EPOCHS = 5
 # Validation rows are forecast so many at a time.
 CHUNK_ROWS = 2_048
 MIN_INNER_ROWS = 100
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NetworkConfig(RowsConfig):
-    """Parameters of the network's recipe; see also `RowsConfig`.
-
-    Attributes
-    ----------
-    loss
-        ``huber``, ``mae``; ``balanced``: Huber's, rises and falls weighing alike; ``quantile``: the pinball
-        loss of `QUANTILES`, whose median is the forecast.
-    epochs, batch_size
-        Epochs at most, and rows of one step.
-    sequence_length
-        Bars that the network reads.
-    units, dense_units, dropout
-        Sizes of the two recurrent layers and of the dense one; share that is dropped behind each of the first.
-    learning_rate, warmup_epochs
-        Reached from a tenth in so many epochs; a cosine takes it back towards zero.
-    patience_epochs
-        Training stops when the validation loss has not improved for so many epochs.
-    validation_share
-        Share of the training sessions, the latest, that decide when to stop.
-    refit_every_folds
-        The network is fitted anew every so many folds, and for the final fit; calibration is redone in each.
-    feature_limit
-        Scaled features beyond this count as this much.
-    """
-
-    loss: Loss = "huber"
-    epochs: int = 50
-    batch_size: int = 512
-    sequence_length: int = 30
-    units: tuple[int, int] = (64, 32)
-    dense_units: int = 16
-    dropout: float = 0.3
-    learning_rate: float = 1e-3
-    warmup_epochs: int = 5
-    patience_epochs: int = 8
-    validation_share: float = 0.15
-    refit_every_folds: int = 3
-    feature_limit: float = 5.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LSTMConfig(WalkConfig):
-    """What a training run of networks is decided by, see `WalkConfig`."""
-
-    recipe: NetworkConfig = field(default_factory=NetworkConfig)
-
-
-class Sequences:
-    """The features of all rows of a run, symbol after symbol, and the sequence that ends at each of them.
-
-    Parameters
-    ----------
-    dataset
-        The panel. Only features are kept: nothing here knows a target.
-    """
-
-    def __init__(self, dataset: Dataset) -> None:
-        order = np.lexsort((dataset.date, dataset.symbol_code))
-        self.features = dataset.features[order]
-        self._keys = _keys(dataset)[order]
-        codes = dataset.symbol_code[order]
-        self._starts = np.searchsorted(codes, codes, side="left")
-
-    def windows(self, rows: Dataset, length: int) -> IntArray:
-        """Return for each of ``rows`` the positions in `features` of its sequence, (n, length)."""
-        ends = np.searchsorted(self._keys, _keys(rows))
-        return windows_of(ends, self._starts[ends], length)
-
-
-def _keys(rows: Dataset) -> npt.NDArray[np.int64]:
-    days = rows.date.astype("datetime64[D]").astype(np.int64)
-    return np.asarray(rows.symbol_code.astype(np.int64) * 2**32 + days, dtype=np.int64)
+# Smaller batches than asked for are taken where an epoch would have fewer steps.
+MIN_STEPS, MIN_BATCH_ROWS = 10, 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batches:
     """Sequences with their targets, as the network learns them.
 
-    Attributes
-    ----------
-    features
-        Scaled features of all rows, (m, p).
-    windows
-        Positions of each sequence, (n, length).
-    target
-        In deviations of the training target, (n, 1).
-    weight
-        Sample weights, (n,).
+    Scaled features of all rows, (m, p); positions of each sequence in them, (n, length); targets in deviations
+    of the training target, (n, 1); sample weights, (n,).
     """
 
     features: FloatMatrix
@@ -175,26 +91,6 @@ class Batches:
         return self.features[self.windows[index]], self.target[index], self.weight[index]
 
 
-def inner_split(rows: Dataset, share: float) -> tuple[IntArray, IntArray]:
-    """Return training rows, and the latest sessions as validation rows; no training label reaches into these.
-
-    Raises
-    ------
-    InsufficientDataError
-        When either would be empty, or nearly.
-    """
-    sessions, position = np.unique(rows.date, return_inverse=True)
-    start = int(len(sessions) * (1 - share))
-    later = position >= start
-    train = np.flatnonzero(~later & (rows.label_end < sessions[start]))
-    if min(len(train), int(later.sum())) < MIN_INNER_ROWS:
-        raise InsufficientDataError(
-            f"{len(rows)} training rows leave {len(train)} to train a network on and {int(later.sum())} to "
-            f"stop it by, {MIN_INNER_ROWS} of each are needed: give a longer history"
-        )
-    return train, np.flatnonzero(later)
-
-
 def learning_rate(epoch: int, config: NetworkConfig) -> float:
     """Return the rate of an epoch, counted from 0: linear warm-up from a tenth, then a cosine."""
     top, warm = config.learning_rate, config.warmup_epochs
@@ -203,50 +99,22 @@ def learning_rate(epoch: int, config: NetworkConfig) -> float:
     return top * 0.5 * (1 + float(np.cos(np.pi * (epoch - warm) / max(config.epochs - warm, 1))))
 
 
-def direction_weights(target: FloatMatrix) -> FloatMatrix:
-    """Return weights, (n,), by which rises and falls together weigh alike."""
-    rises = target[:, 0] > 0
-    share = float(np.clip(rises.mean(), 0.01, 0.99))
-    return np.where(rises, 0.5 / share, 0.5 / (1 - share)).astype(np.float32)
-
-
-def collapse_of(signal: FloatArray) -> str | None:
-    """Say in words how a signal has collapsed; None when it has not."""
-    spread = float(signal.std())
-    if not spread >= MIN_SIGNAL_STD:
-        return f"its signal deviates by {spread:.2g} of the target's deviation, less than {MIN_SIGNAL_STD}"
-    rising = float(np.mean(signal > signal.mean()))
-    if max(rising, 1 - rising) > MAX_ONE_SIDED:
-        return f"{max(rising, 1 - rising):.0%} of its signal lie on one side of its mean"
-    return None
-
-
 def require_tensorflow() -> None:
     """Raise `UsageError` where TensorFlow is not installed."""
     if importlib.util.find_spec("tensorflow") is None:
-        raise UsageError(
-            'networks are trained with TensorFlow, which is not installed: pip install ".[lstm]"'
-        )
+        raise UsageError('networks are trained with TensorFlow: pip install ".[lstm]"')
 
 
 class KerasNetwork:
-    """The Keras model: built once, set back to its seeded beginning for every fit, always on the CPU.
-
-    Parameters
-    ----------
-    config
-        See `NetworkConfig`.
-    n_features
-        Number of features.
-    """
+    """The Keras model: built once, set back to its seeded beginning for every fit, always on the CPU."""
 
     def __init__(self, config: NetworkConfig, n_features: int) -> None:
         require_tensorflow()
         import keras  # noqa: PLC0415 - a gigabyte, only for who trains a network
-        import tensorflow  # noqa: PLC0415
+        import tensorflow as tf  # noqa: PLC0415
 
-        self._keras, self._config = keras, config
-        self._cpu: Callable[[], Any] = lambda: tensorflow.device("CPU:0")
+        self._keras, self.config = keras, config
+        self._cpu: Callable[[], Any] = lambda: tf.device("CPU:0")
         with self._cpu():
             self.model = self._build(n_features)
             optimizer = keras.optimizers.Adam(config.learning_rate, clipnorm=1.0)
@@ -257,7 +125,7 @@ class KerasNetwork:
         self._beginning = [np.array(variable) for variable in self._state]
 
     def _build(self, n_features: int) -> Any:  # noqa: ANN401 - Keras is not typed
-        keras, config = self._keras, self._config
+        keras, config = self._keras, self.config
         seeds = iter(range(config.seed * 100, config.seed * 100 + 100))
 
         def drawn(units: int) -> dict[str, object]:
@@ -286,11 +154,11 @@ class KerasNetwork:
     def loss(self, target: Any, output: Any) -> Any:  # noqa: ANN401
         """Return the loss of each row, (n,)."""
         ops = self._keras.ops
-        if self._config.loss == "quantile":
+        if self.config.loss == "quantile":
             above = target - output
             levels = ops.convert_to_tensor(np.array([QUANTILES], dtype=np.float32))
             return ops.mean(ops.maximum(levels * above, (levels - 1) * above), axis=-1)
-        if self._config.loss == "mae":
+        if self.config.loss == "mae":
             return self._keras.losses.mean_absolute_error(target, output)
         return self._keras.losses.huber(target, output)
 
@@ -302,14 +170,16 @@ class KerasNetwork:
     def train_epoch(self, batches: Batches, rate: float, rng: np.random.Generator) -> float:
         """Go once through all sequences in a drawn order; return the mean loss."""
         order = rng.permutation(len(batches))
-        losses = {"loss": 0.0}
+        total = 0.0
         self.model.optimizer.learning_rate.assign(rate)
-        self.model.reset_metrics()
+        # An epoch of few large steps would end before the network has left its beginning.
+        size = min(self.config.batch_size, max(len(order) // MIN_STEPS, MIN_BATCH_ROWS))
         with self._cpu():
-            for start in range(0, len(order), self._config.batch_size):
-                inputs, target, weight = batches.take(order[start : start + self._config.batch_size])
-                losses = self.model.train_on_batch(inputs, target, sample_weight=weight, return_dict=True)
-        return float(losses["loss"])
+            for start in range(0, len(order), size):
+                inputs, target, weight = batches.take(order[start : start + size])
+                loss = self.model.train_on_batch(inputs, target, sample_weight=weight)
+                total += float(loss) * len(target)
+        return total / len(order)
 
     def look(self, batches: Batches) -> tuple[float, FloatArray]:
         """Return the weighted loss of sequences that are not learned, and the signal, (n,)."""
@@ -325,36 +195,14 @@ class KerasNetwork:
         """Return copies of the trained arrays, in the order of `ARRAYS`."""
         return [np.array(array, dtype=np.float32) for array in self.model.get_weights()]
 
-    def saved(self, weights: list[FloatMatrix]) -> bytes:
-        """Return the model with these weights as Keras saves it, without the loss: it loads by itself."""
+    def saved(self, network: Network) -> bytes:
+        """Return the model of a network as Keras saves it, without the loss: it loads by itself."""
         bare = self._keras.models.clone_model(self.model)
-        bare.set_weights(weights)
+        bare.set_weights([network.weights[name] for name in ARRAYS])
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "network.keras")
             bare.save(path)
             return path.read_bytes()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NetworkFit:
-    """A fitted network and how it went.
-
-    Attributes
-    ----------
-    network
-        As it is served, with a calibration that says nothing yet.
-    weights
-        Its arrays in the order of `ARRAYS`.
-    epochs
-        Figures of each epoch, as told.
-    best_epoch
-        The epoch, counted from 1, whose weights were kept.
-    """
-
-    network: Network
-    weights: list[FloatMatrix]
-    epochs: tuple[Mapping[str, Any], ...]
-    best_epoch: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -363,43 +211,49 @@ class FittedLSTM:
 
     Attributes
     ----------
-    fit
-        The network, which may have been fitted some folds ago.
+    network
+        The network, which may have been fitted some folds ago, with the calibration of the panel.
+    calibrations
+        Calibration by symbol; a symbol that is not in it takes the panel's.
     sequences
         Features of the rows that may be asked about.
-    calibration, calibrations
-        Of the panel, and by symbol.
+    epochs
+        Figures of each epoch of the fit, as told.
+    best_epoch
+        The epoch, counted from 1, whose weights were kept.
     keras
         The network as Keras saves it; empty but in the final fit.
     """
 
-    fit: NetworkFit
-    sequences: Sequences
-    calibration: Calibration
+    network: Network
     calibrations: Mapping[str, Calibration]
+    sequences: Sequences
+    epochs: tuple[Mapping[str, Any], ...]
+    best_epoch: int
     keras: bytes = b""
 
     @property
     def selected_features(self) -> tuple[str, ...]:
         """Names of the features: the network reads all."""
-        return self.fit.network.columns
+        return self.network.columns
 
     @property
     def notes(self) -> Mapping[str, object]:
         """What the fold table shows beside the metrics."""
-        found = {"slope": self.calibration.slope, "skill_lower": self.calibration.skill_lower}
-        return {**found, "epochs": len(self.fit.epochs), "best_epoch": self.fit.best_epoch}
+        own = self.network.calibration
+        ran = {"epochs": len(self.epochs), "best_epoch": self.best_epoch}
+        return {"slope": own.slope, "skill_lower": own.skill_lower, **ran}
 
     def for_symbol(self, symbol: str) -> Network:
         """Return the network with the calibration of one symbol."""
-        return replace(self.fit.network, calibration=self.calibrations.get(symbol, self.calibration))
+        pooled = self.network.calibration
+        return replace(self.network, calibration=self.calibrations.get(symbol, pooled))
 
     def predict(self, rows: Dataset) -> RecipePrediction:
         """Forecast rows that were not seen; see `validation.walk_forward.RecipePrediction`."""
-        network = self.fit.network
-        windows = self.sequences.windows(rows, network.sequence_length)
+        windows = self.sequences.windows(rows, self.network.sequence_length)
         used, place = np.unique(windows, return_inverse=True)
-        raw_scaled = network.raw_scaled(self.sequences.features[used], place.reshape(windows.shape))
+        raw_scaled = self.network.raw_scaled(self.sequences.features[used], place.reshape(windows.shape))
         by_symbol = [self.for_symbol(name).calibration for name in rows.symbols]
         return calibrated(rows, {MODEL: raw_scaled}, raw_scaled, by_symbol)
 
@@ -424,7 +278,7 @@ class LSTMRecipe:
         self._sequences = sequences
         self._tell: OnEvent = on_event or (lambda _event: None)
         self._keras: KerasNetwork | None = None
-        self._fit: NetworkFit | None = None
+        self._fitted: FittedLSTM | None = None
 
     def fit(self, train: Dataset, *, fold: int, earlier: pd.DataFrame, name: str | None = None) -> FittedLSTM:
         """Fit on ``train``; calibrate on ``earlier`` out-of-sample rows; see `training.recipe.GBMRecipe.fit`.
@@ -437,11 +291,12 @@ class LSTMRecipe:
         config = self.config
         train, earlier = without_symbols(train, earlier, config.leave_out)
         drifts, drift = drift_by_symbol(train, sample_weights(train, config.weight_half_life_sessions))
-        if self._fit is None or fold % config.refit_every_folds == 0:
-            self._fit = self._fit_network(train, drifts, name or f"fold {fold}")
+        if self._fitted is None or fold % config.refit_every_folds == 0:
+            self._fitted = self._fit_network(train, drifts, name or f"fold {fold}")
         horizon = train.horizon_bars
         _, pooled, own = evidence(earlier, (MODEL,), drift=drift, drifts=drifts, horizon_bars=horizon)
-        return FittedLSTM(fit=self._fit, sequences=self._sequences, calibration=pooled, calibrations=own)
+        network = replace(self._fitted.network, calibration=pooled)
+        return replace(self._fitted, network=network, calibrations=own)
 
     def fit_all(self, dataset: Dataset, record: pd.DataFrame) -> FittedLSTM:
         """Fit on every labelled row, calibrated on the whole walk-forward record."""
@@ -449,11 +304,13 @@ class LSTMRecipe:
         fitted = self.fit(labelled, fold=0, earlier=record, name="final fit")
         if self._keras is None:
             raise RuntimeError("a fit leaves its Keras model behind")
-        return replace(fitted, keras=self._keras.saved(fitted.fit.weights))
+        return replace(fitted, keras=self._keras.saved(fitted.network))
 
-    def _fit_network(self, train: Dataset, drifts: Mapping[str, float], name: str) -> NetworkFit:
+    def _fit_network(self, train: Dataset, drifts: Mapping[str, float], name: str) -> FittedLSTM:
         config = self.config
-        inner, later = inner_split(train, config.validation_share)
+        inner, later = split_latest(
+            train.date, train.label_end, config.validation_share, at_least_rows=MIN_INNER_ROWS
+        )
         scaler = RobustScaler().fit(some_rows(train.features[inner]))
         centre, scale = (part.astype(np.float32) for part in (scaler.center_, scaler.scale_))
         rows = training_rows(train, train.features, drifts, config)
@@ -479,37 +336,31 @@ class LSTMRecipe:
             weights=dict(zip(ARRAYS, weights, strict=True)),
             calibration=Calibration(drift=0.0, raw_mean=0.0, slope=0.0, skill_lower=0.0, n_rows=0),
         )
-        return NetworkFit(network=network, weights=weights, epochs=epochs, best_epoch=best)
+        return FittedLSTM(
+            network=network, calibrations={}, sequences=self._sequences, epochs=epochs, best_epoch=best
+        )
 
     def _run(
         self, batches: Batches, checked: Batches, name: str
     ) -> tuple[list[FloatMatrix], tuple[Mapping[str, Any], ...], int]:
-        """Train until the validation loss stops improving; return the best weights, all epochs, the best one."""
+        """Train until the validation loss stops falling; return the best weights, all epochs, the best."""
         config = self.config
         if self._keras is None:
             self._keras = KerasNetwork(config, batches.features.shape[1])
         keras = self._keras
         keras.begin()
         rng = np.random.default_rng(config.seed)
-        kept, best, lowest, told = keras.weights(), 0, np.inf, []
+        # What the warm-up leaves hardly differs from the zero that the network begins with: it would be the
+        # safest forecast of every series, and say nothing of any.
+        first = min(config.warmup_epochs, config.epochs - 1)
+        kept, best, lowest = keras.weights(), first, np.inf
+        told: list[Mapping[str, Any]] = []
         for epoch in range(config.epochs):
-            rate = learning_rate(epoch, config)
-            train_loss = keras.train_epoch(batches, rate, rng)
-            validation_loss, signal = keras.look(checked)
-            event = {
-                "type": "epoch",
-                "fit": name,
-                "epoch": epoch + 1,
-                "totalEpochs": config.epochs,
-                "trainLoss": train_loss,
-                "valLoss": validation_loss,
-                "learningRate": rate,
-                "directionalAccuracy": float(np.mean((signal > 0) == (checked.target[:, 0] > 0))),
-            }
+            event, signal = _one_epoch(keras, batches, checked, epoch, rng)
             told.append(event)
-            self._tell(event)
-            if validation_loss < lowest:
-                kept, best, lowest = keras.weights(), epoch + 1, validation_loss
+            self._tell({"type": "epoch", "fit": name, **event})
+            if epoch >= first and event["valLoss"] < lowest:
+                kept, best, lowest = keras.weights(), epoch + 1, event["valLoss"]
             self._refuse_collapse(signal, epoch + 1, name)
             if epoch + 1 - best >= config.patience_epochs:
                 break
@@ -517,12 +368,32 @@ class LSTMRecipe:
 
     def _refuse_collapse(self, signal: FloatArray, epoch: int, name: str) -> None:
         """End the run, every few epochs, when the network answers the same to everything."""
-        how = collapse_of(signal) if epoch % MONITOR_EPOCHS == 0 else None
+        # During the warm-up the signal is still leaving the zero that it begins with.
+        is_due = epoch % MONITOR_EPOCHS == 0 and epoch > self.config.warmup_epochs
+        how = collapse_of(signal) if is_due else None
         if how is not None:
             raise CollapsedError(
-                f"{name}: after {epoch} epochs the network has collapsed, {how}; nothing was saved: try another "
-                "--loss, --learning-rate or --seed, or more prices"
+                f"{name}: after {epoch} epochs the network has collapsed, {how}; nothing was saved: try "
+                "another --loss, --learning-rate or --seed, or more prices"
             )
+
+
+def _one_epoch(
+    keras: KerasNetwork, batches: Batches, checked: Batches, epoch: int, rng: np.random.Generator
+) -> tuple[dict[str, Any], FloatArray]:
+    """Train for an epoch; return its figures, and the signal of the validation rows."""
+    rate = learning_rate(epoch, keras.config)
+    train_loss = keras.train_epoch(batches, rate, rng)
+    validation_loss, signal = keras.look(checked)
+    figures = {
+        "epoch": epoch + 1,
+        "totalEpochs": keras.config.epochs,
+        "trainLoss": train_loss,
+        "valLoss": validation_loss,
+        "learningRate": rate,
+        "directionalAccuracy": float(np.mean((signal > 0) == (checked.target[:, 0] > 0))),
+    }
+    return figures, signal
 
 
 class LSTMTrainer(Trainer[FittedLSTM, LSTMBundle]):
@@ -543,7 +414,7 @@ class LSTMTrainer(Trainer[FittedLSTM, LSTMBundle]):
         self, walked: Walked[FittedLSTM], symbol: str, record: pd.DataFrame, metadata: Mapping[str, Any]
     ) -> LSTMBundle:
         """Return the final network with the symbol's calibration."""
-        fit = walked.fitted.fit
+        fit = walked.fitted
         return LSTMBundle(
             symbol=symbol,
             horizon_bars=self.config.horizon_bars,
@@ -579,9 +450,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser, model = common_parser(program, "Train, validate and save the network of symbols.")
     default = NetworkConfig()
     model.add_argument(
-        "--target-horizon", type=horizon, default=(DEFAULT_HORIZON_BARS,), metavar="BARS", help="bars ahead"
+        "--target-horizon",
+        type=lambda text: (at_least(1)(text),),
+        default=(DEFAULT_HORIZON_BARS,),
+        metavar="BARS",
+        help="bars ahead",
     )
-    model.add_argument("--loss", choices=LOSSES, default=default.loss)
+    model.add_argument("--loss", choices=get_args(Loss), default=default.loss)
     numbers = {
         "epochs": "epochs at most",
         "batch_size": "sequences of one step",
@@ -594,26 +469,6 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--dropout", type=below(0.9), default=default.dropout, help="share that is dropped")
     model.add_argument("--learning-rate", type=below(1.0), default=default.learning_rate)
     return parser
-
-
-def horizon(text: str) -> tuple[int, ...]:
-    """Read one horizon."""
-    return (at_least(1)(text),)
-
-
-def below(limit: float) -> Callable[[str], float]:
-    """Return a reader of numbers of the command line from 0 to below a limit."""
-
-    def read(text: str) -> float:
-        try:
-            number = float(text)
-        except ValueError:
-            number = -1.0
-        if 0 <= number < limit:
-            return number
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to below {limit}")
-
-    return read
 
 
 def check(args: argparse.Namespace) -> None:

@@ -1,10 +1,12 @@
-"""Deployment settings and logging, both set up by entry points only.
+"""Deployment settings, logging and numbers of a command line: what entry points alone deal with.
 
 Algorithm parameters do not belong here: they are frozen dataclasses beside the code that uses them.
 """
 
+import argparse
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -86,3 +88,30 @@ def configure_logging(level: str = "INFO") -> None:
         Name of a level of the standard library.
     """
     logging.basicConfig(level=level.upper(), format=LOG_FORMAT, stream=sys.stderr, force=True)
+
+
+def at_least(lowest: int, highest: int = sys.maxsize) -> Callable[[str], int]:
+    """Return a reader of whole numbers of the command line within limits."""
+
+    def read(text: str) -> int:
+        if text.isdecimal() and lowest <= int(text) <= highest:
+            return int(text)
+        upper = "" if highest == sys.maxsize else f" and at most {highest}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {lowest}{upper}")
+
+    return read
+
+
+def below(limit: float) -> Callable[[str], float]:
+    """Return a reader of numbers of the command line from 0 to below a limit."""
+
+    def read(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = -1.0
+        if 0 <= number < limit:
+            return number
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to below {limit}")
+
+    return read
