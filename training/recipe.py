@@ -162,7 +162,7 @@ class NetworkConfig(RowsConfig):
     dropout: float = 0.3
     learning_rate: float = 1e-3
     warmup_epochs: int = 5
-    patience_epochs: int = 8
+    patience_epochs: int = 5
     validation_share: float = 0.15
     refit_every_folds: int = 3
     feature_limit: float = 5.0

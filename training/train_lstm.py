@@ -73,8 +73,8 @@ MIN_STEPS, MIN_BATCH_ROWS = 10, 32
 class Batches:
     """Sequences with their targets, as the network learns them.
 
-    Scaled features of all rows, (m, p); positions of each sequence in them, (n, length); targets in deviations
-    of the training target, (n, 1); sample weights, (n,).
+    Scaled features of all rows, (m, p); positions of each sequence in them, (n, length); targets in
+    deviations of the training target, (n, 1); sample weights, (n,).
     """
 
     features: FloatMatrix
@@ -122,7 +122,7 @@ class KerasNetwork:
             self.model.compile(optimizer=optimizer, loss=self.loss, jit_compile=False)
             optimizer.build(self.model.trainable_variables)
             self._state = [*self.model.variables, *optimizer.variables]
-        self._beginning = [np.array(variable) for variable in self._state]
+        self._beginning = [variable.numpy().copy() for variable in self._state]
 
     def _build(self, n_features: int) -> Any:  # noqa: ANN401 - Keras is not typed
         keras, config = self._keras, self.config
@@ -187,7 +187,7 @@ class KerasNetwork:
         chunks = (index[start : start + CHUNK_ROWS] for start in range(0, len(index), CHUNK_ROWS))
         with self._cpu():
             outputs = np.concatenate([self.model.predict_on_batch(batches.take(c)[0]) for c in chunks])
-            losses = np.asarray(self.loss(batches.target, outputs))
+            losses = self.loss(batches.target, outputs).numpy()
         middle = outputs[:, outputs.shape[1] // 2].astype(np.float64)
         return float(np.average(losses, weights=batches.weight)), middle
 
@@ -197,7 +197,7 @@ class KerasNetwork:
 
     def saved(self, network: Network) -> bytes:
         """Return the model of a network as Keras saves it, without the loss: it loads by itself."""
-        bare = self._keras.models.clone_model(self.model)
+        bare = self._build(self.model.input_shape[-1])
         bare.set_weights([network.weights[name] for name in ARRAYS])
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "network.keras")
@@ -318,7 +318,7 @@ class LSTMRecipe:
         features = scale_features(self._sequences.features, centre, scale, config.feature_limit)
         windows = self._sequences.windows(train, config.sequence_length)
         target = (rows.target_scaled / target_scale).astype(np.float32)[:, np.newaxis]
-        weight = rows.weight.astype(np.float32)
+        weight = (rows.weight / rows.weight[inner].mean()).astype(np.float32)
         if config.loss == "balanced":
             weight = weight * direction_weights(target)
         batches, checked = (
