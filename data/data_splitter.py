@@ -171,6 +171,37 @@ def create_train_val_test_split(
     return Partition(train=train, validation=validation, test=test)
 
 
+def split_latest(
+    date: DateArray, label_end: DateArray, share: float, *, at_least_rows: int
+) -> tuple[IntArray, IntArray]:
+    """Set the latest sessions apart: return rows whose labels ended before these, and the rows of these.
+
+    Parameters
+    ----------
+    date, label_end
+        Session of each row, and the one at whose close its label is known, (n,).
+    share
+        Share of the sessions that is set apart.
+    at_least_rows
+        Rows that either side needs.
+
+    Raises
+    ------
+    InsufficientDataError
+        When a side has fewer.
+    """
+    sessions, position = np.unique(date, return_inverse=True)
+    start = min(int(len(sessions) * (1 - share)), len(sessions) - 1)
+    later = np.flatnonzero(position >= start)
+    earlier = np.flatnonzero((position < start) & (label_end < sessions[start]))
+    if min(len(earlier), len(later)) < at_least_rows:
+        raise InsufficientDataError(
+            f"{len(date)} training rows give {len(earlier)} to learn and {len(later)} to stop by, "
+            f"{at_least_rows} of each are needed: give a longer history"
+        )
+    return earlier, later
+
+
 class CombinatorialPurgedSplit:
     """Every choice of ``n_test_blocks`` out of ``n_blocks`` as the test, purged on both sides.
 

@@ -11,6 +11,7 @@ against accidents, not against somebody who may write into the folder.
 
 import argparse
 import hashlib
+import io
 import json
 import logging
 import lzma
@@ -22,13 +23,18 @@ import stat
 import struct
 import subprocess
 import sys
+import uuid
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
+from functools import cache
+from importlib import metadata as package_metadata
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
+import pandas as pd
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -39,6 +45,7 @@ from pydantic import (
     model_validator,
 )
 
+from data.feature_engineer import feature_set_hash, get_feature_columns
 from utils.errors import (
     AIStocksError,
     ModelCorruptError,
@@ -60,6 +67,12 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 VERIFY_WAIT_S = 300.0
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+COLUMNS, METADATA = "feature_columns.json", "training_metadata.json"
+HYPERPARAMETERS, RECORD = "hyperparameters.json", "oos_predictions.parquet"
+_NUMBERS = "predicted_log baseline_log raw_scaled realised_log sigma_log skill_lower"
+RECORD_COLUMNS = ("date", *_NUMBERS.split(), "fold", "trained_through")
+# Golden inputs that a bundle keeps; what a model says to them may differ by so much, in volatilities.
+GOLDEN_ROWS, GOLDEN_TOLERANCE = 8, 1e-5
 SEAL = re.compile(rb'\{"seal": "([0-9a-f]{64})",')
 # What reading bytes of any kind may raise; an unpickler raises nearly everything.
 DAMAGE: tuple[type[Exception], ...] = (
@@ -273,6 +286,86 @@ def read_version(folder: Path, kind: ArtifactKind, manifest_type: type[ManifestT
             raise corrupt(folder, f"{name} is not the file that was saved")
         contents[name] = content
     return Version(folder=folder, manifest=manifest, contents=contents)
+
+
+def document(version: Version[Any], name: str) -> dict[str, Any]:
+    """Return the content of a JSON file."""
+    with unusable(version.folder, name):
+        return dict(json.loads(version.contents[name]))
+
+
+@cache
+def expected_features() -> tuple[tuple[str, ...], str]:
+    """Return the columns and the hash of the feature set that is computed here; constant in a process.
+
+    Optional families are arguments to add here, to be read from the metadata by the caller.
+    """
+    return tuple(get_feature_columns()), feature_set_hash()
+
+
+def checked_metadata(version: Version[Any]) -> dict[str, Any]:
+    """Return the metadata, once they agree with the manifest and with the features computed here."""
+    folder, manifest = version.folder, version.manifest
+    with unusable(folder, METADATA):
+        metadata = document(version, METADATA)
+        promised = PromisedMetadata.model_validate(metadata)
+    named = (promised.symbol, promised.model_version, promised.data_hash)
+    if named != (manifest.symbol, manifest.model_version, manifest.data_hash):
+        raise corrupt(folder, f"{METADATA} speaks of another version than the manifest")
+    with unusable(folder, COLUMNS):
+        columns = ColumnNames.model_validate_json(version.contents[COLUMNS]).columns
+    known, expected_hash = expected_features()
+    if missing := [name for name in columns if name not in known]:
+        raise ModelIncompatibleError(
+            f"the model of {promised.symbol} needs features that are not computed any more, "
+            f"{', '.join(missing)}: train again with --overwrite"
+        )
+    if promised.feature_set_hash != expected_hash:
+        raise ModelIncompatibleError(
+            f"the features of {promised.symbol} are computed differently since bundle {folder.name} was "
+            "trained: train again with --overwrite"
+        )
+    return metadata
+
+
+def read_record(version: Version[Any], models: Iterable[str]) -> pd.DataFrame:
+    """Return the out-of-sample record: one row per session, with a column for each of ``models``."""
+    with unusable(version.folder, RECORD):
+        record = pd.read_parquet(io.BytesIO(version.contents[RECORD]))
+        needed = {*RECORD_COLUMNS, *(f"model_{name}" for name in models)}
+        if absent := sorted(needed - set(record.columns)):
+            raise corrupt(version.folder, f"{RECORD} lacks {', '.join(absent)}")
+        if record["date"].dtype.kind != "M" or not record["date"].is_unique:
+            raise corrupt(version.folder, f"{RECORD} does not hold one row per session")
+    return record
+
+
+def record_bytes(record: pd.DataFrame) -> bytes:
+    """Return a record as the content of its file; with checksums, or a flipped byte loads as a number."""
+    record.to_parquet(buffer := io.BytesIO(), write_page_checksum=True)
+    return buffer.getvalue()
+
+
+def new_version_id(created_at: datetime) -> str:
+    """Return an identifier that sorts by time and never collides."""
+    return f"{created_at:%Y%m%dT%H%M%S%f}-{uuid.uuid4().hex[:8]}"
+
+
+def library_versions(names: Iterable[str]) -> dict[str, str]:
+    """Return the installed versions of what a bundle depends on."""
+    return {name: package_metadata.version(name) for name in names}
+
+
+def refuse_skew(error: float, model_version: str, then: Mapping[str, str], names: Iterable[str]) -> None:
+    """Refuse a model whose golden outputs are off by more than `GOLDEN_TOLERANCE`; say what changed."""
+    if error <= GOLDEN_TOLERANCE:
+        return
+    here = library_versions(names)
+    changed = [f"{name} {then[name]} -> {here[name]}" for name in here if here[name] != then.get(name)]
+    raise ModelIncompatibleError(
+        f"bundle {model_version} forecasts differently here (by {error:.2g}; changed: "
+        f"{', '.join(changed) or 'no library'}): train again with --overwrite"
+    )
 
 
 def _read_plain(folder: Path, name: str) -> bytes:

@@ -8,45 +8,41 @@ import io
 import json
 import math
 import sys
-import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
-from functools import cache
-from importlib import metadata as package_metadata
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 import joblib
 import numpy as np
-import pandas as pd
 from lightgbm.basic import LightGBMError
 from pydantic import BaseModel, Field, model_validator
 from sklearn.preprocessing import RobustScaler
 
-from data.feature_engineer import feature_set_hash, get_feature_columns
 from inference import artifact
-from inference.artifact import Version, corrupt, unusable
-from inference.ensemble import Booster, BoosterEnsemble, Calibration, FloatArray, FloatMatrix
+from inference.artifact import (
+    COLUMNS,
+    GOLDEN_ROWS,
+    HYPERPARAMETERS,
+    METADATA,
+    RECORD,
+    Version,
+    checked_metadata,
+    corrupt,
+    document,
+    read_record,
+    unusable,
+)
+from inference.ensemble import Booster, BoosterEnsemble, Calibration, FloatArray, FloatMatrix, IntArray
+from inference.pipeline import Bundle
 from utils.errors import ModelIncompatibleError
-from utils.model_paths import GBM, Linked, linked_version, roll_back, serve, serve_linked
+from utils.model_paths import GBM, ArtifactKind, Linked, linked_version, roll_back, serve, serve_linked
 
 SCHEMA_VERSION = 2
 BOOSTER_LIBRARY = {"xgb": "xgboost", "lgb": "lightgbm", "cat": "catboost"}
-SCALER, RECORD = "scaler", "oos_predictions.parquet"
-COLUMNS, IMPORTANCE = "feature_columns.json", "feature_importance.json"
-HYPERPARAMETERS, METADATA = "hyperparameters.json", "training_metadata.json"
+SCALER, IMPORTANCE = "scaler", "feature_importance.json"
 SHARED_FILES = (RECORD, COLUMNS, IMPORTANCE, HYPERPARAMETERS, METADATA)
-_NUMBERS = "predicted_log baseline_log raw_scaled realised_log sigma_log skill_lower"
-RECORD_COLUMNS = ("date", *_NUMBERS.split(), "fold", "trained_through")
-GOLDEN_ROWS = 8
-GOLDEN_TOLERANCE = 1e-5
 LIBRARIES = ("xgboost", "lightgbm", "scikit-learn", "numpy", "pandas", "ta-lib")
-
-
-def new_version_id(created_at: datetime) -> str:
-    """Return an identifier that sorts by time and never collides."""
-    return f"{created_at:%Y%m%dT%H%M%S%f}-{uuid.uuid4().hex[:8]}"
 
 
 def model_file(name: str, path_horizon: int | None = None) -> str:
@@ -148,48 +144,65 @@ class PathModel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GBMBundle:
-    """A trained model with the out-of-sample record that vouches for it.
+class GBMBundle(Bundle):
+    """Boosters with the out-of-sample record that vouches for them.
 
     Attributes
     ----------
-    symbol
-        The symbol it was trained for.
-    horizon_bars
-        Number of bars that a forecast looks ahead; what is decided, judged and recorded looks so far.
     ensemble
         The final fit on all rows.
-    record
-        Walk-forward predictions: `RECORD_COLUMNS` and one ``model_<name>`` column per booster.
-    metadata
-        Content of ``training_metadata.json``.
-    importance
-        Mean absolute SHAP value by feature, normalised.
-    hyperparameters
-        Tuned parameters and rounds by booster.
     path_models
         Models of further horizons, for the forecast path alone; ascending.
-    path
-        Folder that it was loaded from; None before it is saved.
-    warnings
-        What was amiss while loading and did not prevent it.
+
+    Notes
+    -----
+    Importance is the mean absolute SHAP value; hyperparameters are tuned parameters and rounds by booster.
     """
 
-    symbol: str
-    horizon_bars: int
+    KIND: ClassVar[ArtifactKind] = GBM
+
     ensemble: BoosterEnsemble
-    record: pd.DataFrame
-    metadata: Mapping[str, Any]
-    importance: Mapping[str, float]
-    hyperparameters: Mapping[str, object]
     path_models: tuple[PathModel, ...] = ()
-    path: Path | None = None
-    warnings: tuple[str, ...] = ()
 
     @property
-    def model_version(self) -> str:
-        """Identifier of the saved version."""
-        return str(self.metadata["model_version"])
+    def models(self) -> tuple[str, ...]:
+        """Names of the boosters."""
+        return tuple(self.ensemble.models)
+
+    @property
+    def path_horizons(self) -> tuple[int, ...]:
+        """Horizons of the path models, ascending."""
+        return tuple(path.horizon_bars for path in self.path_models)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the features that `signal` takes, in its order."""
+        return self.ensemble.columns
+
+    @property
+    def calibration(self) -> Calibration:
+        """How far the final fit's signal may be believed."""
+        return self.ensemble.calibration
+
+    def signal(self, features: FloatMatrix, rows: IntArray) -> tuple[dict[str, FloatArray], FloatArray]:
+        """Return what the boosters, and all together, say at the given rows, see `Bundle.signal`."""
+        per_model = self.ensemble.per_model(features[rows])
+        return per_model, self.ensemble.combine(per_model)
+
+    def contributions(self, features: FloatMatrix) -> pd.DataFrame:
+        """Return the boosters' SHAP values, see `Bundle.contributions`."""
+        names = list(self.ensemble.selected_features)
+        return pd.DataFrame(self.ensemble.contributions(features), columns=names)
+
+    def further(self, features: FloatMatrix, rows: IntArray) -> Mapping[int, tuple[Calibration, FloatArray]]:
+        """Return calibration and signal of each path model, see `Bundle.further`."""
+        return {
+            path.horizon_bars: (
+                path.ensemble.calibration,
+                path.ensemble.combine(path.ensemble.per_model(features[rows])),
+            )
+            for path in self.path_models
+        }
 
 
 def save_bundle(bundle: GBMBundle, models_dir: Path, *, golden_inputs: FloatMatrix) -> Path:
@@ -226,7 +239,7 @@ def save_bundle(bundle: GBMBundle, models_dir: Path, *, golden_inputs: FloatMatr
         model_version=bundle.model_version,
         files=artifact.sha256_of(contents),
         models=cast("Any", models),
-        libraries=library_versions([*LIBRARIES, *(["catboost"] if "cat" in models else [])]),
+        libraries=artifact.library_versions([*LIBRARIES, *(["catboost"] if "cat" in models else [])]),
         data_hash=str(bundle.metadata["data_hash"]),
         golden_inputs=[[float(value) for value in row] for row in rows],
         golden_outputs=golden_outputs(bundle.ensemble, rows).tolist(),
@@ -261,10 +274,9 @@ def _contents(bundle: GBMBundle) -> dict[str, bytes]:
     for name, content in pickled.items():
         joblib.dump(content, buffer := io.BytesIO())
         contents[name] = buffer.getvalue()
-    bundle.record.to_parquet(buffer := io.BytesIO(), write_page_checksum=True)
-    contents[RECORD] = buffer.getvalue()
-    for name, document in documents.items():
-        contents[name] = json.dumps(document, indent=1, allow_nan=False).encode()
+    contents[RECORD] = artifact.record_bytes(bundle.record)
+    for name, content in documents.items():
+        contents[name] = json.dumps(content, indent=1, allow_nan=False).encode()
     return contents
 
 
@@ -279,11 +291,6 @@ def _fitted_document(ensemble: BoosterEnsemble, boosters: Mapping[str, object]) 
 def golden_outputs(ensemble: BoosterEnsemble, inputs: FloatMatrix) -> FloatArray:
     """Return raw forecasts of the golden rows, in units of volatility, (k,)."""
     return ensemble.combine(ensemble.per_model(inputs))
-
-
-def library_versions(names: Iterable[str] = LIBRARIES) -> dict[str, str]:
-    """Return the installed versions of what a bundle depends on."""
-    return {name: package_metadata.version(name) for name in names}
 
 
 def verify_in_fresh_process(folder: Path) -> None:
@@ -316,7 +323,7 @@ def describe_linked(linked: Linked) -> artifact.Description:
 
     def describe(folder: Path) -> artifact.Description:
         version = artifact.read_version(folder, GBM, GBMManifest)
-        return artifact.Description(metadata=_checked_metadata(version), models=version.manifest.models)
+        return artifact.Description(metadata=checked_metadata(version), models=version.manifest.models)
 
     description, warnings = serve_linked(linked, describe)
     return replace(description, warnings=warnings)
@@ -325,7 +332,7 @@ def describe_linked(linked: Linked) -> artifact.Description:
 def load_folder(folder: Path) -> GBMBundle:
     """Check one version's files against its manifest, which must vouch for all of them, then load them."""
     version = artifact.read_version(folder, GBM, GBMManifest)
-    metadata = _checked_metadata(version)
+    metadata = checked_metadata(version)
     names, fitted = _documents(version)
     ensemble = _ensemble(version, names, fitted)
     _check_golden(ensemble, version, version.manifest.golden_outputs)
@@ -333,47 +340,13 @@ def load_folder(folder: Path) -> GBMBundle:
         symbol=metadata["symbol"],
         horizon_bars=metadata["horizon_bars"],
         ensemble=ensemble,
-        record=_record(version),
+        record=read_record(version, version.manifest.models),
         metadata=metadata,
-        importance=_document(version, IMPORTANCE),
+        importance=document(version, IMPORTANCE),
         hyperparameters=fitted.boosters,
         path_models=tuple(_path_model(version, names, fitted, bars) for bars in sorted(fitted.path_models)),
         path=folder,
     )
-
-
-@cache
-def expected_features() -> tuple[tuple[str, ...], str]:
-    """Return the columns and the hash of the feature set that is computed here; constant in a process.
-
-    Optional families are arguments to add here, to be read from the metadata by the caller.
-    """
-    return tuple(get_feature_columns()), feature_set_hash()
-
-
-def _checked_metadata(version: Version[GBMManifest]) -> dict[str, Any]:
-    """Return the metadata, once they agree with the manifest and with the features computed here."""
-    folder, manifest = version.folder, version.manifest
-    with unusable(folder, METADATA):
-        metadata = _document(version, METADATA)
-        promised = artifact.PromisedMetadata.model_validate(metadata)
-    named = (promised.symbol, promised.model_version, promised.data_hash)
-    if named != (manifest.symbol, manifest.model_version, manifest.data_hash):
-        raise corrupt(folder, f"{METADATA} speaks of another version than the manifest")
-    with unusable(folder, COLUMNS):
-        columns = artifact.ColumnNames.model_validate_json(version.contents[COLUMNS]).columns
-    known, expected_hash = expected_features()
-    if missing := [name for name in columns if name not in known]:
-        raise ModelIncompatibleError(
-            f"the model of {promised.symbol} needs features that are not computed any more, "
-            f"{', '.join(missing)}: train again with --overwrite"
-        )
-    if promised.feature_set_hash != expected_hash:
-        raise ModelIncompatibleError(
-            f"the features of {promised.symbol} are computed differently since bundle {folder.name} was "
-            "trained: train again with --overwrite"
-        )
-    return metadata
 
 
 def _documents(version: Version[GBMManifest]) -> tuple[ColumnsDocument, FittedDocument]:
@@ -383,8 +356,8 @@ def _documents(version: Version[GBMManifest]) -> tuple[ColumnsDocument, FittedDo
         names = ColumnsDocument.model_validate_json(contents[COLUMNS])
     with unusable(folder, HYPERPARAMETERS):
         fitted = FittedDocument.model_validate_json(contents[HYPERPARAMETERS])
-    for name, document in ((COLUMNS, names), (HYPERPARAMETERS, fitted)):
-        if set(document.path_models) != set(manifest.path_golden_outputs):
+    for name, told in ((COLUMNS, names), (HYPERPARAMETERS, fitted)):
+        if set(told.path_models) != set(manifest.path_golden_outputs):
             raise corrupt(folder, f"{name} tells of other horizons than the manifest")
     return names, fitted
 
@@ -438,17 +411,6 @@ def _booster(version: Version[GBMManifest], name: str, pickled: str) -> Booster:
     return cast("Booster", model)
 
 
-def _record(version: Version[GBMManifest]) -> pd.DataFrame:
-    with unusable(version.folder, RECORD):
-        record = pd.read_parquet(io.BytesIO(version.contents[RECORD]))
-        needed = {*RECORD_COLUMNS, *(f"model_{name}" for name in version.manifest.models)}
-        if absent := sorted(needed - set(record.columns)):
-            raise corrupt(version.folder, f"{RECORD} lacks {', '.join(absent)}")
-        if record["date"].dtype.kind != "M" or not record["date"].is_unique:
-            raise corrupt(version.folder, f"{RECORD} does not hold one row per session")
-    return record
-
-
 def _check_golden(
     ensemble: BoosterEnsemble, version: Version[GBMManifest], expected: Sequence[float]
 ) -> None:
@@ -457,19 +419,7 @@ def _check_golden(
         inputs = np.asarray(manifest.golden_inputs, dtype=np.float32)
         outputs = golden_outputs(ensemble, inputs)
         error = float(np.max(np.abs(outputs - np.asarray(expected))))
-    if error <= GOLDEN_TOLERANCE:
-        return
-    here, then = library_versions(), manifest.libraries
-    changed = [f"{name} {then[name]} -> {here[name]}" for name in here if here[name] != then.get(name)]
-    raise ModelIncompatibleError(
-        f"bundle {manifest.model_version} forecasts differently here (by {error:.2g}; changed: "
-        f"{', '.join(changed) or 'no library'}): train again with --overwrite"
-    )
-
-
-def _document(version: Version[GBMManifest], name: str) -> dict[str, Any]:
-    with unusable(version.folder, name):
-        return dict(json.loads(version.contents[name]))
+    artifact.refuse_skew(error, manifest.model_version, manifest.libraries, LIBRARIES)
 
 
 def read_metadata(models_dir: Path, symbol: str) -> dict[str, Any]:

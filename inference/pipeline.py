@@ -4,8 +4,11 @@ Backtests, charts and the service all call `decide`. It has no memory: deciding 
 what deciding on all bars gives at t.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +18,7 @@ from data.feature_engineer import MAX_WARMUP_BARS, engineer_features
 from data.target_engineering import make_target, rescale_sigma
 from evaluation.accounting import DEFAULT_CAPITAL, CostModel
 from evaluation.advanced_backtester import AdvancedBacktester, BacktestReport
-from inference.ensemble import Calibration, FloatMatrix, IntArray
+from inference.ensemble import Calibration, FloatArray, FloatMatrix, IntArray
 from inference.intervals import (
     ANCHORS_BARS,
     ForecastPath,
@@ -24,11 +27,9 @@ from inference.intervals import (
     forecast_path,
     forecast_volatility,
 )
-from inference.load_gbm_models import GBMBundle
-from inference.position_sizing import Sizer, SizingInputs
+from inference.position_sizing import Sizer, SizingInputs, win_record
 from utils.errors import DataError, ModelIncompatibleError
-
-FloatArray = npt.NDArray[np.float64]
+from utils.model_paths import ArtifactKind
 
 FORECAST_COLUMNS = (
     "expected_return",
@@ -51,8 +52,6 @@ FORECAST_COLUMNS = (
     "upper_z",
 )
 FURTHER = "expected_log_h"
-# Imagined forecasts behind the win rate before any is resolved: half of them right, wins as large as losses.
-PRIOR_FORECASTS = 50.0
 # An outcome that lies further from the recorded one, in volatilities, was made by other prices; two series
 # agree by chance in one row of some twenty, so a disagreement is remembered for a while.
 OTHER_PRICES_SIGMA, OTHER_PRICES_MEMORY_BARS = 0.05, 20
@@ -61,6 +60,95 @@ OTHER_PRICES_SIGMA, OTHER_PRICES_MEMORY_BARS = 0.05, 20
 def further_column(bars: int) -> str:
     """Return the name of the column with the forecast log return over a further number of bars."""
     return f"{FURTHER}{bars}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bundle(ABC):
+    """A trained model of any kind with the out-of-sample record that vouches for it.
+
+    Attributes
+    ----------
+    symbol
+        The symbol it was trained for.
+    horizon_bars
+        Number of bars that a forecast looks ahead; what is decided, judged and recorded looks so far.
+    record
+        Walk-forward predictions: `inference.artifact.RECORD_COLUMNS`, and a ``model_<name>`` column for each
+        of `models`.
+    metadata
+        Content of ``training_metadata.json``.
+    importance
+        What each feature contributes to the final fit, normalised; empty where nobody measured it.
+    hyperparameters
+        How the final fit came about, as plain data.
+    path
+        Folder that it was loaded from; None before it is saved.
+    warnings
+        What was amiss while loading and did not prevent it.
+    """
+
+    KIND: ClassVar[ArtifactKind]
+
+    symbol: str
+    horizon_bars: int
+    record: pd.DataFrame
+    metadata: Mapping[str, Any]
+    importance: Mapping[str, float]
+    hyperparameters: Mapping[str, object]
+    path: Path | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def model_version(self) -> str:
+        """Identifier of the saved version."""
+        return str(self.metadata["model_version"])
+
+    @property
+    @abstractmethod
+    def models(self) -> tuple[str, ...]:
+        """Names of the models whose signals make up the bundle's."""
+
+    @property
+    @abstractmethod
+    def columns(self) -> tuple[str, ...]:
+        """Names of the features that `signal` takes, in its order."""
+
+    @property
+    @abstractmethod
+    def calibration(self) -> Calibration:
+        """How far the final fit's signal may be believed."""
+
+    @abstractmethod
+    def signal(self, features: FloatMatrix, rows: IntArray) -> tuple[dict[str, FloatArray], FloatArray]:
+        """Return the raw signal of the final fit, before calibration, in units of the h-day volatility.
+
+        Parameters
+        ----------
+        features
+            Unscaled `columns` of every bar, (n, p); NaN in the warm-up.
+        rows
+            Bars whose features are finite, (k,). What is said of a bar depends on rows up to it only.
+
+        Returns
+        -------
+        tuple
+            Each model's signal by name, and the one that they make together, (k,) each.
+        """
+
+    @property
+    def path_horizons(self) -> tuple[int, ...]:
+        """Further horizons that the forecast path passes through."""
+        return ()
+
+    def further(
+        self, _features: FloatMatrix, _rows: IntArray
+    ) -> Mapping[int, tuple[Calibration, FloatArray]]:
+        """Return the calibration and the raw signal of each of `path_horizons`, as `signal` does."""
+        return {}
+
+    def contributions(self, features: FloatMatrix) -> pd.DataFrame:
+        """Return SHAP values of the final fit, a column for each feature; none where they cannot be had."""
+        return pd.DataFrame(index=range(len(features)))
 
 
 class Forecaster(Protocol):
@@ -262,7 +350,7 @@ def backtest_decisions(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GBMForecaster:
+class BundleForecaster:
     """Forecasts of a bundle: its out-of-sample record where that reaches, the final model after it.
 
     Attributes
@@ -278,7 +366,7 @@ class GBMForecaster:
         after the record are the drift.
     """
 
-    bundle: GBMBundle
+    bundle: Bundle
     include_in_sample: bool = False
     as_lived: bool = False
 
@@ -288,8 +376,10 @@ class GBMForecaster:
         return self.bundle.horizon_bars
 
     def forecast(self, bars: pd.DataFrame) -> pd.DataFrame:
-        """Forecast every bar; see `FORECAST_COLUMNS` and one ``model_<name>`` column per booster.
+        """Forecast every bar; see `FORECAST_COLUMNS`.
 
+        Beside them are ``raw_scaled``, the signal before calibration in units of the h-day volatility, and
+        its parts, a ``model_<name>`` column for each of the bundle's models; NaN where there is no forecast.
         Returns are simple h-day returns; ``*_log`` columns are log returns over h bars. The band and the
         probabilities at t come from forecasts that were resolved by t.
         """
@@ -333,12 +423,11 @@ class GBMForecaster:
 
     def contributions(self, bars: pd.DataFrame, sessions: pd.DatetimeIndex) -> pd.DataFrame:
         """Return what each feature adds to the final model's raw forecasts, see `Explains`."""
-        ensemble, rows = self.bundle.ensemble, bars.index.get_indexer(sessions)
+        rows = bars.index.get_indexer(sessions)
         # No feature remembers more than its warm-up, within 1e-6.
         first = max(int(rows.min()) - MAX_WARMUP_BARS, 0)
         features = self._features(bars.iloc[first : int(rows.max()) + 1])[rows - first]
-        values = ensemble.contributions(features)
-        return pd.DataFrame(values, index=sessions, columns=list(ensemble.selected_features))
+        return self.bundle.contributions(features).set_axis(sessions)
 
     def _is_of_other_prices(self, index: pd.DatetimeIndex, realised_log: FloatArray) -> npt.NDArray[np.bool_]:
         """Tell which replayed forecasts were made from other prices, as far as each bar can know, (n,).
@@ -363,15 +452,15 @@ class GBMForecaster:
         frame["baseline_log"] = record["baseline_log"]
         frame["sigma_log"] = record["sigma_log"].fillna(pd.Series(sigma_log, index=index))
         frame["skill_lower"] = record["skill_lower"].fillna(0.0) if self._is_trusted else 0.0
-        for name in bundle.ensemble.models:
-            frame[f"model_{name}"] = record[f"model_{name}"]
+        for name in ("raw_scaled", *(f"model_{name}" for name in bundle.models)):
+            frame[name] = record[name]
         after = np.asarray(index > bundle.record["date"].max())
         frame["is_out_of_sample"] = record["predicted_log"].notna() | after
         wanted = after | (np.asarray(record["predicted_log"].isna()) if self.include_in_sample else False)
         # The record's last bar has no outcome over any horizon: no path model was trained on it.
-        ahead = np.asarray(index >= bundle.record["date"].max()) & bool(bundle.path_models)
-        for path in bundle.path_models:
-            frame[further_column(path.horizon_bars)] = np.nan
+        ahead = np.asarray(index >= bundle.record["date"].max()) & bool(bundle.path_horizons)
+        for bars_ahead in bundle.path_horizons:
+            frame[further_column(bars_ahead)] = np.nan
         if (wanted | ahead).any():
             features = self._features(bars)
             usable = np.isfinite(features).all(axis=1) & np.isfinite(frame["sigma_log"].to_numpy())
@@ -381,40 +470,38 @@ class GBMForecaster:
 
     def _features(self, bars: pd.DataFrame) -> FloatMatrix:
         """Return the columns that the model knows, by name, (n, p); NaN in the warm-up."""
-        ensemble, known = self.bundle.ensemble, engineer_features(bars)
-        missing = [name for name in ensemble.columns if name not in known.columns]
+        columns, known = self.bundle.columns, engineer_features(bars)
+        missing = [name for name in columns if name not in known.columns]
         if missing:
             raise ModelIncompatibleError(
                 f"the model of {self.bundle.symbol} needs features that are not computed any more, "
                 f"{', '.join(missing)}: train again with --overwrite"
             )
         # By name: a booster takes columns in another order without a word, and forecasts wrong.
-        return known[list(ensemble.columns)].to_numpy(dtype=np.float32)
+        return known[list(columns)].to_numpy(dtype=np.float32)
 
     def _fill_from_model(self, frame: pd.DataFrame, features: FloatMatrix, rows: IntArray) -> None:
         """Forecast the given rows with the final model."""
-        ensemble = self.bundle.ensemble
         if not len(rows):
             return
-        per_model = ensemble.per_model(features[rows])
+        per_model, raw_scaled = self.bundle.signal(features, rows)
         sigma = frame["sigma_log"].to_numpy()[rows]
-        calibration, where = self._trusted(ensemble.calibration), frame.index[rows]
-        frame.loc[where, "expected_log"] = calibration.apply(ensemble.combine(per_model)) * sigma
+        calibration, where = self._trusted(self.bundle.calibration), frame.index[rows]
+        frame.loc[where, "expected_log"] = calibration.apply(raw_scaled) * sigma
         frame.loc[where, "baseline_log"] = calibration.drift * sigma
         frame.loc[where, "skill_lower"] = calibration.skill_lower
+        frame.loc[where, "raw_scaled"] = raw_scaled
         for name, values in per_model.items():
             frame.loc[where, f"model_{name}"] = values
 
     def _fill_further(self, frame: pd.DataFrame, features: FloatMatrix, rows: IntArray) -> None:
-        """Forecast the given rows with the path models."""
+        """Forecast the given rows over the further horizons."""
         if not len(rows):
             return
         sigma = frame["sigma_log"].to_numpy()[rows]
-        for path in self.bundle.path_models:
-            ensemble, bars = path.ensemble, path.horizon_bars
-            raw_scaled = ensemble.combine(ensemble.per_model(features[rows]))
-            scaled = self._trusted(ensemble.calibration).apply(raw_scaled)
+        for bars, (calibration, raw_scaled) in self.bundle.further(features, rows).items():
             sigma_log = rescale_sigma(sigma, from_bars=self.horizon_bars, to_bars=bars)
+            scaled = self._trusted(calibration).apply(raw_scaled)
             frame.loc[frame.index[rows], further_column(bars)] = scaled * sigma_log
 
     @property
@@ -426,32 +513,4 @@ class GBMForecaster:
         return calibration if self._is_trusted else replace(calibration, slope=0.0, skill_lower=0.0)
 
 
-def win_record(
-    mean_log: FloatArray, realised_log: FloatArray, *, horizon_bars: int
-) -> tuple[FloatArray, FloatArray]:
-    """Follow how often the sign of the forecast was right, and what a win paid for a loss.
-
-    Parameters
-    ----------
-    mean_log, realised_log
-        Forecast at t and outcome from t to t + h, (n,); row t is used from row t + h on.
-    horizon_bars
-        The h above.
-
-    Returns
-    -------
-    tuple of arrays
-        Probability of a win and ratio of the mean win to the mean loss as known at t, (n,), starting from
-        `PRIOR_FORECASTS` even forecasts.
-    """
-    outcome = np.sign(mean_log) * realised_log
-    known = np.full(len(outcome), np.nan)
-    known[horizon_bars:] = outcome[: max(len(outcome) - horizon_bars, 0)]
-    known = np.nan_to_num(known)
-    wins, losses = np.cumsum(known > 0), np.cumsum(known < 0)
-    size = np.cumsum(np.abs(known)) / np.maximum(wins + losses, 1)
-    prior = PRIOR_FORECASTS / 2
-    mean_win = (np.cumsum(np.maximum(known, 0.0)) + prior * size) / (wins + prior)
-    mean_loss = (np.cumsum(np.maximum(-known, 0.0)) + prior * size) / (losses + prior)
-    ratio = np.divide(mean_win, mean_loss, out=np.ones_like(mean_win), where=mean_loss > 0)
-    return (wins + prior) / (wins + losses + PRIOR_FORECASTS), ratio
+GBMForecaster = BundleForecaster

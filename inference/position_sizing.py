@@ -41,6 +41,8 @@ from utils.errors import DataError, UsageError
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 Number = TypeVar("Number")
+# Imagined forecasts behind the win rate before any is resolved: half of them right, wins as large as losses.
+PRIOR_FORECASTS = 50.0
 
 
 # Of Kelly's fraction in what else one could have chosen, for the probability of overfitting.
@@ -411,3 +413,34 @@ def alternatives() -> list[RuleSizer]:
         for name, rules in PRESETS.items()
         for times in (BOLDNESS if rules.kelly_fraction else (1.0,))
     ]
+
+
+def win_record(
+    mean_log: FloatArray, realised_log: FloatArray, *, horizon_bars: int
+) -> tuple[FloatArray, FloatArray]:
+    """Follow how often the sign of the forecast was right, and what a win paid for a loss.
+
+    Parameters
+    ----------
+    mean_log, realised_log
+        Forecast at t and outcome from t to t + h, (n,); row t is used from row t + h on.
+    horizon_bars
+        The h above.
+
+    Returns
+    -------
+    tuple of arrays
+        Probability of a win and ratio of the mean win to the mean loss as known at t, (n,), starting from
+        `PRIOR_FORECASTS` even forecasts.
+    """
+    outcome = np.sign(mean_log) * realised_log
+    known = np.full(len(outcome), np.nan)
+    known[horizon_bars:] = outcome[: max(len(outcome) - horizon_bars, 0)]
+    known = np.nan_to_num(known)
+    wins, losses = np.cumsum(known > 0), np.cumsum(known < 0)
+    size = np.cumsum(np.abs(known)) / np.maximum(wins + losses, 1)
+    prior = PRIOR_FORECASTS / 2
+    mean_win = (np.cumsum(np.maximum(known, 0.0)) + prior * size) / (wins + prior)
+    mean_loss = (np.cumsum(np.maximum(-known, 0.0)) + prior * size) / (losses + prior)
+    ratio = np.divide(mean_win, mean_loss, out=np.ones_like(mean_win), where=mean_loss > 0)
+    return (wins + prior) / (wins + losses + PRIOR_FORECASTS), ratio

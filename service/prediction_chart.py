@@ -219,6 +219,8 @@ def reasons_of(model: ServedModel, bars: pd.DataFrame, chart: Chart) -> dict[int
         return {}
     used = "" if model.meta.verdict == "edge" else "; without a proven edge no position rests on it"
     shares = model.forecaster.contributions(bars, sessions[rows])
+    if shares.empty:
+        return {}
     return {row: f". {in_words(shares.iloc[k])}{used}" for k, row in enumerate(rows)}
 
 

@@ -5,14 +5,13 @@ is carried over was chosen on still earlier rows. Everything else is redone in e
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
-import lightgbm
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import xgboost
 from sklearn.preprocessing import RobustScaler
 
 from data.target_engineering import DEFAULT_HORIZON_BARS, Dataset
@@ -23,137 +22,21 @@ from inference.ensemble import (
     Calibration,
     FloatArray,
     FloatMatrix,
+    IntArray,
     calibrate,
     calibrate_symbols,
-    overlap_error,
     select_scaled,
-    shap_values,
     shrunk_weights,
 )
+from inference.load_lstm_model import windows_of
 from training.gbm_search import SearchConfig, Tuned, fit_boosters, tune
-from training.libraries import Rows
+from training.libraries import Rows, Selection, screen, select_features
 from utils.errors import DataError
 from validation.walk_forward import RecipePrediction, WalkForwardConfig
 
 logger = logging.getLogger(__name__)
 
-# Scaled features beyond this count as this much when they are screened.
-SCREEN_LIMIT = 3.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Selection:
-    """Which features are kept, and why.
-
-    Attributes
-    ----------
-    selected
-        Positions of the kept columns, ascending.
-    importance
-        Mean absolute SHAP value of every column, normalised to sum to one, (p,).
-    method
-        ``shap``, or ``gain`` where SHAP values could not be had.
-    """
-
-    selected: tuple[int, ...]
-    importance: FloatArray
-    method: str
-
-
-def screen(rows: Rows, least_t: float, share: float) -> tuple[int, ...]:
-    """Return the features that stand out alone, ascending; all of them where none does.
-
-    Each feature is tested by itself, as it is and as its distance from its middle (so that an even
-    relation counts), with products summed over the symbols of a session, and with the standard error of
-    labels that overlap. Where the strongest passes ``least_t``, the features with at least ``share`` of its
-    t-value are kept: with few independent rows, sixty columns of noise would drown it.
-
-    Parameters
-    ----------
-    rows
-        Training rows.
-    least_t
-        The t-value below which nothing stands out; infinite to keep all features always.
-    share
-        Share of the largest t-value that a kept feature has.
-    """
-    t_values = screen_t_values(rows)
-    strongest = float(t_values.max())
-    if strongest < least_t:
-        return tuple(range(len(t_values)))
-    return tuple(int(i) for i in np.flatnonzero(t_values >= share * strongest))
-
-
-def screen_t_values(rows: Rows) -> FloatArray:
-    """Return each feature's larger t-value, plain or as distance from the middle, (p,)."""
-    target = rows.target_scaled - np.average(rows.target_scaled, weights=rows.weight)
-    starts = np.flatnonzero(np.r_[True, rows.date[1:] != rows.date[:-1]])
-    found = np.zeros(rows.features.shape[1])
-    for column in range(len(found)):
-        plain = np.clip(rows.features[:, column].astype(np.float64), -SCREEN_LIMIT, SCREEN_LIMIT)
-        for values in (plain, np.abs(plain)):
-            product = (values - values.mean()) * target * rows.weight
-            by_session = np.add.reduceat(product, starts)
-            error = overlap_error(by_session, rows.horizon_bars)
-            if error > 0:
-                found[column] = max(found[column], abs(float(by_session.sum())) / error)
-    return found
-
-
-def select_features(
-    models: Mapping[str, Booster],
-    features: FloatMatrix,
-    *,
-    max_features: int,
-    seed: int,
-    sample_rows: int = 600,
-) -> Selection:
-    """Keep the ``max_features`` columns that move the boosters most.
-
-    Parameters
-    ----------
-    models
-        Boosters fitted on the training rows with all columns.
-    features
-        Scaled training rows, (n, p).
-    max_features
-        How many columns to keep.
-    seed
-        Draws the rows that SHAP values are computed on.
-    sample_rows
-        How many rows; the mean absolute value is stable from a few hundred on.
-    """
-    n_rows, n_columns = features.shape
-    index = np.sort(np.random.default_rng(seed).permutation(n_rows)[:sample_rows])
-    try:
-        parts = [np.abs(shap_values(model, features[index])).mean(axis=0) for model in models.values()]
-        method = "shap"
-    except (xgboost.core.XGBoostError, lightgbm.basic.LightGBMError) as error:
-        logger.warning("SHAP values failed (%s): features are selected by gain instead", error)
-        parts = [gain_importance(model, n_columns) for model in models.values()]
-        method = "gain"
-    importance = np.mean([_normalised(part) for part in parts], axis=0)
-    keep = np.argsort(-importance, kind="stable")[:max_features]
-    return Selection(selected=tuple(int(i) for i in np.sort(keep)), importance=importance, method=method)
-
-
-def gain_importance(model: Booster, n_columns: int) -> FloatArray:
-    """Return total gain by column, (p,)."""
-    if isinstance(model, xgboost.Booster):
-        gains = np.zeros(n_columns)
-        for name, gain in model.get_score(importance_type="total_gain").items():
-            gains[int(name.removeprefix("f"))] = gain
-        return gains
-    if isinstance(model, lightgbm.Booster):
-        return np.asarray(model.feature_importance("gain"), dtype=np.float64)
-    return np.asarray(model.get_feature_importance(), dtype=np.float64)
-
-
-def _normalised(values: FloatArray) -> FloatArray:
-    total = float(values.sum())
-    return values / total if total > 0 else np.full_like(values, 1.0 / len(values))
-
-
+Loss = Literal["huber", "mae", "balanced", "quantile"]
 DateArray = npt.NDArray[np.datetime64]
 
 # A symbol with so many rows trusts its own mean half, and that of the panel half: means of symbols differ by
@@ -162,20 +45,11 @@ HALF_TRUST_ROWS = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RecipeConfig:
-    """Parameters of the recipe.
+class RowsConfig:
+    """Which rows any recipe is fitted on, and towards what.
 
     Attributes
     ----------
-    search
-        How the boosters are searched.
-    tune_every_folds
-        Tuning is redone every so many folds (and for the final fit); a setting is carried over in between.
-        Screening and selection are redone in every fold.
-    screen_t, screen_share
-        Features of a single symbol are screened when one of them stands out, see `screen`.
-    max_features
-        How many features SHAP selection keeps.
     common_move_share
         Share of the session's mean target over the panel that is taken off the training targets: what all
         symbols do together is mostly noise to a model of each. Nothing is taken off a single symbol.
@@ -189,11 +63,6 @@ class RecipeConfig:
         Seed of everything that draws.
     """
 
-    search: SearchConfig = field(default_factory=SearchConfig)
-    tune_every_folds: int = 10
-    screen_t: float = 2.5
-    screen_share: float = 0.6
-    max_features: int = 40
     common_move_share: float = 0.5
     weight_half_life_sessions: float = 252.0 * 20
     target_limit_sigma: float = 4.0
@@ -202,8 +71,32 @@ class RecipeConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainerConfig:
-    """Everything that a training run is decided by; recorded in the bundle.
+class RecipeConfig(RowsConfig):
+    """Parameters of the boosters' recipe; see also `RowsConfig`.
+
+    Attributes
+    ----------
+    search
+        How the boosters are searched.
+    tune_every_folds
+        Tuning is redone every so many folds (and for the final fit); a setting is carried over in between.
+        Screening and selection are redone in every fold.
+    screen_t, screen_share
+        Features of a single symbol are screened when one of them stands out, see `screen`.
+    max_features
+        How many features SHAP selection keeps.
+    """
+
+    search: SearchConfig = field(default_factory=SearchConfig)
+    tune_every_folds: int = 10
+    screen_t: float = 2.5
+    screen_share: float = 0.6
+    max_features: int = 40
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WalkConfig:
+    """Everything that a training run of any kind of model is decided by; recorded in the bundle.
 
     Attributes
     ----------
@@ -212,7 +105,7 @@ class TrainerConfig:
     path_horizons_bars
         Further numbers of bars that the forecast path passes through; each gets a model of its own.
     recipe
-        What is fitted, see `RecipeConfig`.
+        What is fitted; each kind of model has its own.
     walk_forward
         How it is validated, see `WalkForwardConfig`.
     costs
@@ -221,9 +114,65 @@ class TrainerConfig:
 
     horizon_bars: int = DEFAULT_HORIZON_BARS
     path_horizons_bars: tuple[int, ...] = ()
-    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    recipe: RowsConfig
     walk_forward: WalkForwardConfig = field(default_factory=WalkForwardConfig)
     costs: CostModel = field(default_factory=CostModel)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerConfig(WalkConfig):
+    """What a training run of boosters is decided by, see `WalkConfig`."""
+
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkConfig(RowsConfig):
+    """Parameters of the network's recipe; see also `RowsConfig`.
+
+    Attributes
+    ----------
+    loss
+        ``huber``, ``mae``; ``balanced``: Huber's, rises and falls weighing alike; ``quantile``: the pinball
+        loss of three quantiles, whose median is the forecast.
+    epochs, batch_size
+        Epochs at most, and rows of one step.
+    sequence_length
+        Bars that the network reads.
+    units, dense_units, dropout
+        Sizes of the two recurrent layers and of the dense one; share dropped behind each of the first.
+    learning_rate, warmup_epochs
+        Reached from a tenth in so many epochs; a cosine takes it back towards zero.
+    patience_epochs
+        Training stops when the validation loss has not improved for so many epochs.
+    validation_share
+        Share of the training sessions, the latest, that decide when to stop.
+    refit_every_folds
+        The network is fitted anew every so many folds, and for the final fit; calibration is redone in each.
+    feature_limit
+        Scaled features beyond this count as this much.
+    """
+
+    loss: Loss = "huber"
+    epochs: int = 50
+    batch_size: int = 512
+    sequence_length: int = 30
+    units: tuple[int, int] = (64, 32)
+    dense_units: int = 16
+    dropout: float = 0.3
+    learning_rate: float = 1e-3
+    warmup_epochs: int = 5
+    patience_epochs: int = 5
+    validation_share: float = 0.15
+    refit_every_folds: int = 3
+    feature_limit: float = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LSTMConfig(WalkConfig):
+    """What a training run of networks is decided by, see `WalkConfig`."""
+
+    recipe: NetworkConfig = field(default_factory=NetworkConfig)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -277,21 +226,30 @@ class FittedGBM:
     def predict(self, rows: Dataset) -> RecipePrediction:
         """Forecast rows that were not seen; see `validation.walk_forward.RecipePrediction`."""
         per_model = self.ensemble.per_model(rows.features)
-        raw_scaled = self.ensemble.combine(per_model)
         by_symbol = [self.for_symbol(name).calibration for name in rows.symbols]
+        return calibrated(rows, per_model, self.ensemble.combine(per_model), by_symbol)
 
-        def by_row(values: list[float]) -> FloatArray:
-            return np.asarray(values, dtype=np.float64)[rows.symbol_code]
 
-        drift, slope = by_row([c.drift for c in by_symbol]), by_row([c.slope for c in by_symbol])
-        centre = by_row([c.raw_mean for c in by_symbol])
-        return RecipePrediction(
-            mean_log=(drift + slope * (raw_scaled - centre)) * rows.sigma_log,
-            baseline_log=drift * rows.sigma_log,
-            raw_scaled=raw_scaled,
-            per_model=per_model,
-            skill_lower=by_row([c.skill_lower for c in by_symbol]),
-        )
+def calibrated(
+    rows: Dataset,
+    per_model: Mapping[str, FloatArray],
+    raw_scaled: FloatArray,
+    by_symbol: Sequence[Calibration],
+) -> RecipePrediction:
+    """Return the forecasts of ``rows`` from their signal and the calibration of each of ``rows.symbols``."""
+
+    def by_row(values: list[float]) -> FloatArray:
+        return np.asarray(values, dtype=np.float64)[rows.symbol_code]
+
+    drift, slope = by_row([c.drift for c in by_symbol]), by_row([c.slope for c in by_symbol])
+    centre = by_row([c.raw_mean for c in by_symbol])
+    return RecipePrediction(
+        mean_log=(drift + slope * (raw_scaled - centre)) * rows.sigma_log,
+        baseline_log=drift * rows.sigma_log,
+        raw_scaled=raw_scaled,
+        per_model=per_model,
+        skill_lower=by_row([c.skill_lower for c in by_symbol]),
+    )
 
 
 class GBMRecipe:
@@ -306,6 +264,11 @@ class GBMRecipe:
     def __init__(self, config: RecipeConfig) -> None:
         self.config = config
         self.searches: list[Mapping[str, Tuned]] = []
+
+    @property
+    def trials(self) -> tuple[Mapping[str, object], ...]:
+        """Every trial of every search, as recorded."""
+        return tuple(trial for found in self.searches for tuned in found.values() for trial in tuned.trials)
 
     def fit(self, train: Dataset, *, fold: int, earlier: pd.DataFrame) -> FittedGBM:
         """Fit on ``train``; calibrate on ``earlier`` out-of-sample rows.
@@ -325,9 +288,9 @@ class GBMRecipe:
             When every symbol is left out.
         """
         config = self.config
-        train, earlier = _without(train, earlier, config.leave_out)
+        train, earlier = without_symbols(train, earlier, config.leave_out)
         drifts, drift = drift_by_symbol(train, sample_weights(train, config.weight_half_life_sessions))
-        scaler = RobustScaler().fit(_some_rows(train.features))
+        scaler = RobustScaler().fit(some_rows(train.features))
         columns = tuple(range(len(train.columns)))
         rows = training_rows(train, select_scaled(scaler, train.features, columns), drifts, config)
         # The rows of a panel are enough for all features; those of one symbol are not.
@@ -371,7 +334,10 @@ class GBMRecipe:
         return models, Selection(selected=selected, importance=importance, method=kept.method)
 
 
-def _without(train: Dataset, earlier: pd.DataFrame, symbols: tuple[str, ...]) -> tuple[Dataset, pd.DataFrame]:
+def without_symbols(
+    train: Dataset, earlier: pd.DataFrame, symbols: tuple[str, ...]
+) -> tuple[Dataset, pd.DataFrame]:
+    """Return training rows and earlier record without those of the given symbols."""
     if not symbols:
         return train, earlier
     kept = np.flatnonzero(~np.isin(np.asarray(train.symbols)[train.symbol_code], symbols))
@@ -390,7 +356,7 @@ def begin_with_others(data: Dataset, leave_out: tuple[str, ...]) -> Dataset:
     return data.take(np.flatnonzero(data.date >= data.date[others].min()))
 
 
-def _some_rows(features: FloatMatrix, at_most: int = 200_000) -> FloatMatrix:
+def some_rows(features: FloatMatrix, at_most: int = 200_000) -> FloatMatrix:
     """Return evenly spaced rows: quantiles need no more, and a large panel stays within its memory."""
     return features[:: 1 + len(features) // at_most]
 
@@ -400,6 +366,13 @@ def sample_weights(train: Dataset, half_life_sessions: float) -> FloatArray:
     sessions, position = np.unique(train.date, return_inverse=True)
     age = len(sessions) - 1 - position
     return np.asarray(0.5 ** (age / half_life_sessions), dtype=np.float64)
+
+
+def direction_weights(target: FloatMatrix) -> FloatMatrix:
+    """Return weights, (n,), by which rises and falls together weigh alike."""
+    rises = target[:, 0] > 0
+    share = float(np.clip(rises.mean(), 0.01, 0.99))
+    return np.where(rises, 0.5 / share, 0.5 / (1 - share)).astype(np.float32)
 
 
 def drift_by_symbol(train: Dataset, weights: FloatArray) -> tuple[dict[str, float], float]:
@@ -420,7 +393,7 @@ def drift_by_symbol(train: Dataset, weights: FloatArray) -> tuple[dict[str, floa
 
 
 def training_rows(
-    train: Dataset, scaled: FloatMatrix, drifts: Mapping[str, float], config: RecipeConfig
+    train: Dataset, scaled: FloatMatrix, drifts: Mapping[str, float], config: RowsConfig
 ) -> Rows:
     """Return the rows that the boosters are fitted on.
 
@@ -491,3 +464,30 @@ def evidence(
         return shrunk_weights(per_model, realised), pooled, dict.fromkeys(drifts, pooled)
     own = calibrate_symbols(pooled, raw, realised, session, symbol, drifts=drifts, horizon_bars=horizon_bars)
     return shrunk_weights(per_model, realised), pooled, own
+
+
+class Sequences:
+    """The features of all rows of a run, symbol after symbol, and the sequence that ends at each of them.
+
+    Parameters
+    ----------
+    dataset
+        The panel. Only features are kept: nothing here knows a target.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        order = np.lexsort((dataset.date, dataset.symbol_code))
+        self.features = dataset.features[order]
+        self._keys = _keys(dataset)[order]
+        codes = dataset.symbol_code[order]
+        self._starts = np.searchsorted(codes, codes, side="left")
+
+    def windows(self, rows: Dataset, length: int) -> IntArray:
+        """Return for each of ``rows`` the positions in `features` of its sequence, (n, length)."""
+        ends = np.searchsorted(self._keys, _keys(rows))
+        return windows_of(ends, self._starts[ends], length)
+
+
+def _keys(rows: Dataset) -> npt.NDArray[np.int64]:
+    days = rows.date.astype("datetime64[D]").astype(np.int64)
+    return np.asarray(rows.symbol_code.astype(np.int64) * 2**32 + days, dtype=np.int64)

@@ -30,12 +30,13 @@ from data.cache_manager import BarCache
 from data.data_fetcher import BarSource, fetch_stock_data, make_source
 from data.feature_engineer import feature_set_hash, get_feature_columns
 from data.schema import Bars
-from inference.artifact import read_manifest
-from inference.load_gbm_models import GBMBundle, GBMManifest, golden_outputs, library_versions, load_folder
+from inference.artifact import library_versions, read_manifest
+from inference.load_gbm_models import GBMBundle, GBMManifest, golden_outputs, load_folder
 from training.gbm_search import DeviceChoice, choose_device
 from training.recipe import TrainerConfig
 from training.run_log import progress_line
-from training.trainer import GBMTrainer, Trained
+from training.train_gbm import GBMTrainer
+from training.trainer import Trained
 from utils.errors import AIStocksError, ModelIncompatibleError, ModelMissingError, UsageError
 from utils.settings import Settings, configure_logging, read_settings
 
@@ -105,7 +106,7 @@ def bars_as_then(symbol: str, last_session: str, source: BarSource, cache: BarCa
 
 def train_again(
     bundle: GBMBundle, source: BarSource, cache: BarCache | None, console: Console
-) -> tuple[Trained, Mapping[str, str]]:
+) -> tuple[Trained[GBMBundle], Mapping[str, str]]:
     """Train on the recorded prices with the recorded recipe; also return the hash of the prices by symbol."""
     metadata, config = bundle.metadata, config_of(bundle.metadata["recipe"])
     universe = metadata.get("universe")
@@ -127,7 +128,9 @@ def device_as_then(config: TrainerConfig) -> DeviceChoice:
     return choose_device("cuda", 0, len(get_feature_columns()), allow_cpu_fallback=True)
 
 
-def compare(bundle: GBMBundle, again: Trained, hashes: Mapping[str, str], folder: Path) -> list[Finding]:
+def compare(
+    bundle: GBMBundle, again: Trained[GBMBundle], hashes: Mapping[str, str], folder: Path
+) -> list[Finding]:
     """Compare a bundle with what training it again gave."""
     then, now = bundle.metadata, again.bundle.metadata
     recorded = (

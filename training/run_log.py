@@ -7,16 +7,19 @@ STATUS begins with one word:
 
 - ``SUCCESS``: the verdict is ``edge``;
 - ``NO_EDGE``: it is ``no-edge`` or ``insufficient``;
-- ``COLLAPSED``: in half of the folds or more the signal hardly varied, whatever the verdict;
+- ``COLLAPSED``: in half of the folds or more the signal hardly varied, whatever the verdict; or a network's
+  did while it was trained, which ends the run and saves nothing;
 - ``FAILED``: the run ended in an error, which is named.
 """
 
+import argparse
+import json
 import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -32,8 +35,9 @@ from rich.table import Table
 
 from evaluation.report import training_report, write_report
 from training.trainer import OnEvent, Trained
-from utils.errors import AIStocksError, GateRefusedError, StorageError
-from utils.settings import json_lines
+from utils.errors import AIStocksError, CollapsedError, GateRefusedError, StorageError
+from utils.model_paths import GBM, artifact_link
+from utils.settings import Settings, json_lines
 
 logger = logging.getLogger(__name__)
 
@@ -69,15 +73,17 @@ class RunLog:
     Parameters
     ----------
     folder
-        Where it lies, as ``<SYMBOL>_gbm_<timestamp>.log``.
+        Where it lies, as ``<SYMBOL>_<kind>_<timestamp>.log``.
     symbol
         The symbol.
     config
         Everything that decides the run, nested; written flat.
+    kind
+        Name of the kind of model.
     """
 
-    def __init__(self, folder: Path, symbol: str, config: Mapping[str, Any]) -> None:
-        self.path: Path | None = folder / f"{symbol}_gbm_{datetime.now(UTC):%Y%m%dT%H%M%S%f}.log"
+    def __init__(self, folder: Path, symbol: str, config: Mapping[str, Any], kind: str = GBM.name) -> None:
+        self.path: Path | None = folder / f"{symbol}_{kind}_{datetime.now(UTC):%Y%m%dT%H%M%S%f}.log"
         self.status: Status | None = None
         self._is_closed = False
         self._folds: list[Mapping[str, Any]] = []
@@ -97,7 +103,7 @@ class RunLog:
         if text not in self._sections["WARNINGS"]:
             self._sections["WARNINGS"].append(text)
 
-    def conclude(self, trained: Trained) -> None:
+    def conclude(self, trained: Trained[Any]) -> None:
         """Take down what came out; the status follows from it."""
         metadata, verdict = trained.bundle.metadata, trained.verdict
         found = {
@@ -127,7 +133,8 @@ class RunLog:
         if isinstance(error, GateRefusedError) and self.status is not None:
             self._finish(self.status, (*self._sections["STATUS"][1:], f"refused: {said}"))
         else:
-            self._finish("FAILED", (f"{type(error).__name__}: {said}",))
+            status: Status = "COLLAPSED" if isinstance(error, CollapsedError) else "FAILED"
+            self._finish(status, (f"{type(error).__name__}: {said}",))
 
     def close(self) -> None:
         """Take down nothing more: what goes wrong later befalls another symbol of the run."""
@@ -158,7 +165,7 @@ class RunLog:
             self.path = None
 
 
-def status_of(trained: Trained) -> Status:
+def status_of(trained: Trained[Any]) -> Status:
     """Return the one word for a training that ran to its end."""
     collapsed = trained.walk_forward.summary.collapsed_folds
     if collapsed is not None and collapsed >= COLLAPSED_SHARE:
@@ -227,9 +234,11 @@ def interruptible() -> Iterator[None]:
 
 
 @contextmanager
-def logged_run(folder: Path, symbol: str, config: Mapping[str, Any]) -> Iterator[RunLog]:
+def logged_run(
+    folder: Path, symbol: str, config: Mapping[str, Any], kind: str = GBM.name
+) -> Iterator[RunLog]:
     """Keep the log of a run; warnings of the libraries go into it, and an error ends it as FAILED."""
-    log = RunLog(folder, symbol, config)
+    log = RunLog(folder, symbol, config, kind)
     handler = _IntoLog(log)
     logging.getLogger().addHandler(handler)
     try:
@@ -254,7 +263,7 @@ class _IntoLog(logging.Handler):
         self._log.warn(f"{record.name}: {record.getMessage()}")
 
 
-def publish_report(trained: Trained, folder: Path) -> Path | None:
+def publish_report(trained: Trained[Any], folder: Path) -> Path | None:
     """Write the HTML report into ``folder``; None, after a warning, where that cannot be done."""
     bundle = trained.bundle
     page = training_report(
@@ -267,7 +276,7 @@ def publish_report(trained: Trained, folder: Path) -> Path | None:
         findings=bundle.metadata["data"]["problems"],
     )
     try:
-        return write_report(page, folder / f"{bundle.symbol}_gbm_{bundle.model_version}.html")
+        return write_report(page, folder / f"{bundle.symbol}_{bundle.KIND.name}_{bundle.model_version}.html")
     except StorageError as error:
         logger.warning("no report of the training: %s", error)
         return None
@@ -280,7 +289,7 @@ def _text(value: object) -> str:
 
 
 def outcome_of(
-    trained: Trained, log: RunLog, *, saved_as: Path | None, report: Path | None
+    trained: Trained[Any], log: RunLog, *, saved_as: Path | None, report: Path | None
 ) -> dict[str, Any]:
     """Return the result of one symbol as plain data."""
     bundle, verdict = trained.bundle, trained.verdict
@@ -298,6 +307,24 @@ def outcome_of(
         "report": None if report is None else str(report),
         "log": None if log.path is None else str(log.path),
     }
+
+
+def deliver(
+    trained: Trained[Any], log: RunLog, args: argparse.Namespace, settings: Settings, on_event: OnEvent
+) -> Outcome:
+    """Save what was trained unless the flags forbid it, and report it; see `outcome_of`."""
+    log.conclude(trained)
+    label, symbol = trained.verdict.label, trained.bundle.symbol
+    if args.strict and label != "edge":
+        publish_report(trained, settings.logs_dir)
+        raise GateRefusedError(f"{symbol}: the verdict is {label} and --strict was given: nothing was saved")
+    if not args.validate_only:
+        on_event({"type": "stage", "stage": "saving", "progress": 0.97})
+        args.program.save(trained.bundle, settings.models_dir, golden_inputs=trained.golden_inputs)
+    report = publish_report(trained, settings.logs_dir)
+    saved_as = artifact_link(settings.models_dir, symbol, args.program.kind)
+    log.close()
+    return outcome_of(trained, log, saved_as=None if args.validate_only else saved_as, report=report)
 
 
 def refused(symbol: str, error: AIStocksError) -> Outcome:
@@ -337,6 +364,29 @@ def print_summary(console: Console, result: Mapping[str, Any]) -> None:
         console.print(f"  - {escape(reason)}", soft_wrap=True)
     for name in ("bundle", "report", "log"):
         console.print(f"{name}: {escape(str(result[name] or 'none'))}", soft_wrap=True)
+
+
+def tell_all(
+    train: Callable[[Console, OnEvent], Iterable[Outcome]], *, as_json: bool, events: str | None
+) -> int:
+    """Show every outcome as soon as it is there; return the exit code of the first failure."""
+    console = Console(stderr=as_json)
+    results: list[Outcome] = []
+    try:
+        with interruptible(), event_lines(events) as tell:
+            for outcome in train(console, tell):
+                results.append(outcome)
+                tell(ending(outcome))
+                show(outcome, console, in_full=not as_json)
+    except AIStocksError as error:
+        results.append({"error": str(error), "exit_code": error.exit_code})
+        show(results[-1], console, in_full=not as_json)
+    except KeyboardInterrupt:
+        sys.stderr.write(INTERRUPTED_LINE)
+        return INTERRUPTED
+    if as_json:
+        sys.stdout.write(json.dumps(results, allow_nan=False) + "\n")
+    return next((outcome["exit_code"] for outcome in results if "error" in outcome), 0)
 
 
 @contextmanager

@@ -7,16 +7,17 @@
 """
 
 import argparse
-import json
 import logging
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 from joblib import Parallel, delayed
 from rich.console import Console
 
@@ -26,25 +27,33 @@ from data.data_validator import findings
 from data.feature_engineer import MAX_WARMUP_BARS, get_feature_columns
 from data.markets import refuse_delisted, resolve_universe
 from data.schema import Bars, check_enough, normalise_symbol
-from data.target_engineering import DEFAULT_HORIZON_BARS, check_horizon
-from inference.load_gbm_models import rollback, save_bundle
+from data.target_engineering import DEFAULT_HORIZON_BARS, Dataset, check_horizon
+from inference.artifact import library_versions
+from inference.load_gbm_models import LIBRARIES as VERSIONS_OF
+from inference.load_gbm_models import GBMBundle, PathModel, load_folder, save_bundle
 from training import run_log
 from training.gbm_search import DeviceChoice, SearchConfig, choose_device
 from training.libraries import LIBRARIES, catboost
-from training.recipe import RecipeConfig, TrainerConfig
-from training.run_log import Outcome, RunLog, fan_out, logged_run, outcome_of, publish_report, refused
-from training.trainer import MINIMUM_TEST_BARS, GBMTrainer, OnEvent, Trained
+from training.recipe import FittedGBM, GBMRecipe, RecipeConfig, TrainerConfig, WalkConfig
+from training.run_log import Outcome, RunLog, deliver, fan_out, logged_run, refused
+from training.trainer import MINIMUM_TEST_BARS, OnEvent, Trainer, Walked
 from utils.errors import (
     AIStocksError,
     DataError,
-    GateRefusedError,
     LockedError,
     ModelExistsError,
     StorageError,
     UsageError,
 )
-from utils.model_paths import current_version, gbm_link, training_lock
-from utils.settings import Settings, configure_logging, read_settings
+from utils.model_paths import (
+    GBM,
+    ArtifactKind,
+    artifact_link,
+    current_version,
+    roll_back,
+    training_lock,
+)
+from utils.settings import Settings, at_least, configure_logging, read_settings
 
 logger = logging.getLogger(__name__)
 
@@ -54,12 +63,35 @@ MAX_SEED = 2**31 - 1
 MAX_HORIZONS = 4
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.train_gbm", description="Train, validate and save the boosters of symbols."
-    )
-    recipe, flag = RecipeConfig(), "store_true"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """What one kind of model adds to the common command line; it travels as ``args.program``.
+
+    Attributes
+    ----------
+    kind
+        What is trained.
+    check
+        Refuses what the flags cannot mean together, and what is not installed, before anything is fetched.
+    config, trainer
+        The configuration that the flags ask for, and a trainer with it for about so many rows.
+    save, load_folder
+        Save a bundle with its golden inputs; load one version, to see whether it can serve.
+    """
+
+    kind: ArtifactKind
+    check: Callable[[argparse.Namespace], None]
+    config: Callable[[argparse.Namespace], WalkConfig]
+    trainer: Callable[[Any, argparse.Namespace, int, OnEvent], Trainer[Any, Any]]
+    save: Callable[..., Path]
+    load_folder: Callable[[Path], object]
+
+
+def common_parser(program: Program, description: str) -> tuple[argparse.ArgumentParser, Any]:
+    """Return a parser with the flags that every kind of model has, and its group for those of the model."""
+    parser = argparse.ArgumentParser(prog=f"python -m {program.kind.trainer}", description=description)
+    parser.set_defaults(program=program)
+    flag = "store_true"
     parser.add_argument("symbols", nargs="+", metavar="SYMBOL")
     data = parser.add_argument_group("prices")
     data.add_argument("--source", help="yahoo, sample or csv:DIR (default: AI_STOCKS_SOURCE, or yahoo)")
@@ -67,8 +99,34 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--force-refresh", action=flag, help="fetch the whole history again")
     data.add_argument("--universe", metavar="NAME|A,B,C|FILE", help="train one pooled model on these, too")
     data.add_argument("--leave-symbol-out", action=flag, help="a symbol's pooled model never sees its rows")
-    data.add_argument("--include-sentiment", action=flag, help="not there yet: a usage error")
     model = parser.add_argument_group("model")
+    model.add_argument("--seed", type=at_least(1, MAX_SEED), default=RecipeConfig().seed)
+    run = parser.add_argument_group("run")
+    run.add_argument("--jobs", type=at_least(1), default=1, help="symbols trained, or read, at a time")
+    run.add_argument("--overwrite", action=flag, help="train although a bundle is there")
+    run.add_argument("--validate-only", action=flag, help="judge and report, save no model")
+    run.add_argument("--strict", action=flag, help="save nothing unless the verdict is edge (exit 7)")
+    run.add_argument("--rollback", action=flag, help="train nothing: the version before serves again")
+    run.add_argument("--json", action=flag, help="print the result as JSON on stdout")
+    run.add_argument("--events", metavar="FILE", help=run_log.EVENTS_HELP)
+    return parser, model
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser, model = common_parser(
+        Program(
+            kind=GBM,
+            check=refuse_contradictions,
+            config=config_from,
+            trainer=trainer_for,
+            save=save_bundle,
+            load_folder=load_folder,
+        ),
+        "Train, validate and save the boosters of symbols.",
+    )
+    recipe, flag = RecipeConfig(), "store_true"
+    model.add_argument("--include-sentiment", action=flag, help="not there yet: a usage error")
     model.add_argument(
         "--target-horizon",
         type=horizons,
@@ -83,31 +141,12 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--models", type=models, metavar="xgb,lgb,cat", help="libraries (default: xgb,lgb)")
     model.add_argument("--no-lgb", action=flag, help="leave LightGBM out")
     model.add_argument("--max-features", type=at_least(1), default=recipe.max_features, help="features kept")
-    model.add_argument("--seed", type=at_least(1, MAX_SEED), default=recipe.seed)
-    run = parser.add_argument_group("run")
-    run.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where XGBoost trains")
-    run.add_argument("--require-gpu", action=flag, help="fail without a GPU (exit 9)")
-    run.add_argument("--allow-cpu-fallback", action=flag, help="--device cuda without a GPU: use the CPU")
-    run.add_argument("--jobs", type=at_least(1), default=1, help="symbols trained, or read, at a time")
-    run.add_argument("--overwrite", action=flag, help="train although a bundle is there")
-    run.add_argument("--validate-only", action=flag, help="judge and report, save no model")
-    run.add_argument("--strict", action=flag, help="save nothing unless the verdict is edge (exit 7)")
-    run.add_argument("--rollback", action=flag, help="train nothing: the version before serves again")
-    run.add_argument("--json", action=flag, help="print the result as JSON on stdout")
-    run.add_argument("--events", metavar="FILE", help=run_log.EVENTS_HELP)
+    model.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="where XGBoost trains"
+    )
+    model.add_argument("--require-gpu", action=flag, help="fail without a GPU (exit 9)")
+    model.add_argument("--allow-cpu-fallback", action=flag, help="--device cuda without a GPU: use the CPU")
     return parser
-
-
-def at_least(lowest: int, highest: int = sys.maxsize) -> Callable[[str], int]:
-    """Return a reader of whole numbers of the command line within limits."""
-
-    def read(text: str) -> int:
-        if text.isdecimal() and lowest <= int(text) <= highest:
-            return int(text)
-        upper = "" if highest == sys.maxsize else f" and at most {highest}"
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {lowest}{upper}")
-
-    return read
 
 
 def horizons(text: str) -> tuple[int, ...]:
@@ -128,27 +167,42 @@ def models(text: str) -> tuple[str, ...]:
     return names
 
 
+def refuse_common(args: argparse.Namespace) -> None:
+    """Refuse flags of every kind of model that cannot be meant together."""
+    trains = ("universe", "validate_only", "strict", "tune", "overwrite", "force_refresh", "no_cache")
+    beside = next((name for name in trains if getattr(args, name, None)), "")
+    alone = args.leave_symbol_out and not args.universe
+    refuse(
+        {
+            f"--rollback trains nothing: leave --{beside.replace('_', '-')} out": args.rollback and beside,
+            "--universe names nothing: give a set, symbols or a file": args.universe == "",
+            "--leave-symbol-out needs the others: add --universe": alone,
+            "--validate-only saves nothing: leave --overwrite out": args.validate_only and args.overwrite,
+        }
+    )
+
+
+def refuse(wrong: Mapping[str, object]) -> None:
+    """Raise `UsageError` with the first words whose condition holds."""
+    for words in (words for words, holds in wrong.items() if holds):
+        raise UsageError(words)
+
+
 def refuse_contradictions(args: argparse.Namespace) -> None:
     """Refuse flags that cannot be meant together, and what is not there, before anything is fetched.
 
     Raises `UsageError`, or `DeviceError` for a GPU that is not there.
     """
-    trains = ("universe", "validate_only", "strict", "tune", "overwrite", "force_refresh", "no_cache")
-    beside = next((name for name in trains if getattr(args, name)), "")
+    refuse_common(args)
     on_cpu = args.device == "cpu"
-    wrong = {
-        f"--rollback trains nothing: leave --{beside.replace('_', '-')} out": args.rollback and beside,
-        "--universe names nothing: give a set, symbols or a file": args.universe == "",
-        "--leave-symbol-out needs the others: add --universe": args.leave_symbol_out and not args.universe,
-        "--models and --no-lgb: name the libraries once": args.models and args.no_lgb,
-        "--tune --n-trials 0: a search needs trials": args.tune and args.n_trials == 0,
-        "--include-sentiment: no sentiment features are registered yet": args.include_sentiment,
-        "--validate-only saves nothing: leave --overwrite out": args.validate_only and args.overwrite,
-        "--device cpu leaves nothing to --allow-cpu-fallback": args.allow_cpu_fallback and on_cpu,
-    }
-    for words, holds in wrong.items():
-        if holds:
-            raise UsageError(words)
+    refuse(
+        {
+            "--models and --no-lgb: name the libraries once": args.models and args.no_lgb,
+            "--tune --n-trials 0: a search needs trials": args.tune and args.n_trials == 0,
+            "--include-sentiment: no sentiment features are registered yet": args.include_sentiment,
+            "--device cpu leaves nothing to --allow-cpu-fallback": args.allow_cpu_fallback and on_cpu,
+        }
+    )
     if "cat" in config_from(args).recipe.search.models:
         catboost()
     device_for(args, 0)
@@ -180,6 +234,82 @@ def device_for(args: argparse.Namespace, n_rows: int) -> DeviceChoice:
     )
 
 
+class GBMTrainer(Trainer[FittedGBM, GBMBundle]):
+    """Trains boosters, see `Trainer`.
+
+    Parameters
+    ----------
+    config, on_event
+        See `Trainer`.
+    device
+        Where XGBoost trains, and why; by default what the configuration says.
+    """
+
+    kind = GBM
+    config: TrainerConfig
+
+    def __init__(
+        self, config: TrainerConfig, on_event: OnEvent | None = None, *, device: DeviceChoice | None = None
+    ) -> None:
+        if device is not None:
+            search = replace(config.recipe.search, device=device.device)
+            config = replace(config, recipe=replace(config.recipe, search=search))
+        super().__init__(config, on_event)
+        self._device_reason = "as the configuration says" if device is None else device.reason
+
+    def recipe(self, _dataset: Dataset) -> GBMRecipe:
+        """Return the boosters' recipe."""
+        return GBMRecipe(self.config.recipe)
+
+    def bundle_of(
+        self, walked: Walked[FittedGBM], symbol: str, record: pd.DataFrame, metadata: Mapping[str, Any]
+    ) -> GBMBundle:
+        """Return the final boosters with the symbol's calibration, and those of the further horizons."""
+        fitted, ensemble = walked.fitted, walked.fitted.for_symbol(symbol)
+        return GBMBundle(
+            symbol=symbol,
+            horizon_bars=self.config.horizon_bars,
+            ensemble=ensemble,
+            record=record,
+            metadata=metadata,
+            importance=dict(zip(ensemble.columns, map(float, fitted.selection.importance), strict=True)),
+            hyperparameters=fitted.hyperparameters,
+            path_models=tuple(
+                PathModel(
+                    horizon_bars=path.horizon_bars,
+                    ensemble=path.fitted.for_symbol(symbol),
+                    hyperparameters=path.fitted.hyperparameters,
+                )
+                for path in walked.paths
+            ),
+        )
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """Trials, versions and device, see `Trainer.facts`."""
+        search = self.config.recipe.search
+        names = [*VERSIONS_OF, *(["catboost"] if "cat" in search.models else [])]
+        return {
+            "n_trials": search.n_trials * len(search.models),
+            "versions": library_versions(names),
+            "device": search.device,
+            "device_reason": self._device_reason,
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """Leave out how many threads share the work: it changes no result."""
+        config = super().identity()
+        del config["recipe"]["search"]["threads"]
+        return config
+
+
+def trainer_for(
+    config: TrainerConfig, args: argparse.Namespace, n_rows: int, on_event: OnEvent
+) -> GBMTrainer:
+    """Return a trainer on the device that pays for so many rows."""
+    return GBMTrainer(config, on_event, device=device_for(args, n_rows))
+
+
 def fetch(symbol: str, args: argparse.Namespace, settings: Settings) -> Bars:
     """Return the symbol's prices from the source that was asked for."""
     source = make_source(args.source or settings.source, cache_dir=settings.cache_dir)
@@ -198,7 +328,8 @@ def cache_of(args: argparse.Namespace, settings: Settings) -> BarCache | None:
 
 def refuse_existing(symbol: str, args: argparse.Namespace, settings: Settings) -> None:
     """Refuse to replace a bundle without being told to."""
-    if gbm_link(settings.models_dir, symbol).exists() and not (args.overwrite or args.validate_only):
+    link = artifact_link(settings.models_dir, symbol, args.program.kind)
+    if link.exists() and not (args.overwrite or args.validate_only):
         raise ModelExistsError(f"{symbol} has a model already: add --overwrite to train it anew")
 
 
@@ -207,24 +338,6 @@ def train_symbol(symbol: str, args: argparse.Namespace, settings: Settings, on_e
     refuse_existing(symbol, args, settings)
     bars = {symbol: fetch(symbol, args, settings)}
     return train_group(bars, bars, args, settings, on_event)[symbol]
-
-
-def deliver(
-    trained: Trained, log: RunLog, args: argparse.Namespace, settings: Settings, on_event: OnEvent
-) -> Outcome:
-    """Save what was trained unless the flags forbid it, and report it; see `outcome_of`."""
-    log.conclude(trained)
-    label, symbol = trained.verdict.label, trained.bundle.symbol
-    if args.strict and label != "edge":
-        publish_report(trained, settings.logs_dir)
-        raise GateRefusedError(f"{symbol}: the verdict is {label} and --strict was given: nothing was saved")
-    if not args.validate_only:
-        on_event({"type": "stage", "stage": "saving", "progress": 0.97})
-        save_bundle(trained.bundle, settings.models_dir, golden_inputs=trained.golden_inputs)
-    report = publish_report(trained, settings.logs_dir)
-    saved_as = None if args.validate_only else gbm_link(settings.models_dir, symbol)
-    log.close()
-    return outcome_of(trained, log, saved_as=saved_as, report=report)
 
 
 def train_pooled(
@@ -286,7 +399,8 @@ def train_group(
 ) -> dict[str, Outcome]:
     """Train one model on the panel; judge, save and report it for each symbol of the group."""
     left_out = tuple(group) if args.leave_symbol_out else ()
-    config = config_from(args)
+    program: Program = args.program
+    config = program.config(args)
     config = replace(config, recipe=replace(config.recipe, leave_out=left_out))
     facts = {"universe": args.universe, "symbols": " ".join(panel), **asdict(config)}
     outcomes: dict[str, Outcome] = {}
@@ -295,14 +409,16 @@ def train_group(
         for symbol in group:
             try:
                 held.enter_context(training_lock(settings.models_dir, symbol))
-                logs[symbol] = held.enter_context(logged_run(settings.logs_dir, symbol, facts))
+                logs[symbol] = held.enter_context(
+                    logged_run(settings.logs_dir, symbol, facts, program.kind.name)
+                )
             except (LockedError, StorageError) as error:
                 outcomes[symbol] = refused(symbol, error)
         if not logs:
             return outcomes
         n_rows = sum(len(bars.frame) - MAX_WARMUP_BARS for bars in panel.values())
         tell = fan_out(on_event, list(logs.values()))
-        trainer = GBMTrainer(config, tell, device=device_for(args, n_rows))
+        trainer = program.trainer(config, args, n_rows, tell)
         n_trials = trainer.register(panel, settings.models_dir / "trials.jsonl")
         walked = trainer.walk(panel, universe=Path(args.universe or "").name)
         for symbol, log in logs.items():
@@ -320,11 +436,12 @@ def train_group(
     return outcomes
 
 
-def roll_back(symbol: str, _args: argparse.Namespace, settings: Settings, _on_event: OnEvent) -> Outcome:
+def go_back(symbol: str, args: argparse.Namespace, settings: Settings, _on_event: OnEvent) -> Outcome:
     """Let the version before serve again; return which."""
     with training_lock(settings.models_dir, symbol):
-        before = current_version(settings.models_dir, symbol).name
-        now = rollback(settings.models_dir, symbol).name
+        program: Program = args.program
+        before = current_version(settings.models_dir, symbol, program.kind).name
+        now = roll_back(settings.models_dir, symbol, program.kind, program.load_folder).name
     return {"symbol": symbol, "model_version": now, "rolled_back_from": before}
 
 
@@ -332,7 +449,7 @@ def one(raw: str, args: argparse.Namespace, settings: Settings, on_event: OnEven
     """Train one symbol, or roll it back; whatever goes wrong is its outcome, for others are waiting."""
     try:
         symbol = normalise_symbol(raw)
-        return (roll_back if args.rollback else train_symbol)(symbol, args, settings, on_event)
+        return (go_back if args.rollback else train_symbol)(symbol, args, settings, on_event)
     except AIStocksError as error:
         return refused(raw, error)
     except Exception as error:
@@ -351,7 +468,7 @@ def outcomes_of(
     args: argparse.Namespace, settings: Settings, console: Console, tell: OnEvent
 ) -> Iterator[Outcome]:
     """Yield the outcome of every symbol, in the order of the command line, as soon as it is there."""
-    refuse_contradictions(args)
+    args.program.check(args)
     symbols = list(dict.fromkeys(args.symbols))
     if args.universe:
         symbols = list(dict.fromkeys(normalise_symbol(raw) for raw in symbols))
@@ -369,27 +486,19 @@ def outcomes_of(
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Train the boosters of the symbols, see `run`."""
+    return run(build_parser().parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> int:
     """Train the symbols; return the exit code that `utils.errors` lists, of the first failure."""
-    args = build_parser().parse_args(argv)
     settings = read_settings()
     configure_logging("WARNING" if args.json else settings.log_level)
-    console = Console(stderr=args.json)
-    results: list[Outcome] = []
-    try:
-        with run_log.interruptible(), run_log.event_lines(args.events) as tell:
-            for outcome in outcomes_of(args, settings, console, tell):
-                results.append(outcome)
-                tell(run_log.ending(outcome))
-                run_log.show(outcome, console, in_full=not args.json)
-    except AIStocksError as error:
-        results.append({"error": str(error), "exit_code": error.exit_code})
-        run_log.show(results[-1], console, in_full=not args.json)
-    except KeyboardInterrupt:
-        sys.stderr.write(run_log.INTERRUPTED_LINE)
-        return run_log.INTERRUPTED
-    if args.json:
-        sys.stdout.write(json.dumps(results, allow_nan=False) + "\n")
-    return next((outcome["exit_code"] for outcome in results if "error" in outcome), 0)
+    return run_log.tell_all(
+        lambda console, tell: outcomes_of(args, settings, console, tell),
+        as_json=args.json,
+        events=args.events,
+    )
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
 import hashlib
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -17,37 +18,57 @@ from data.schema import Bars, bars_hash, check_enough
 from data.target_engineering import Dataset, build_dataset
 from evaluation.accounting import CostModel
 from evaluation.advanced_backtester import BacktestReport
-from evaluation.metrics import sharpe, spearman, values
+from evaluation.metrics import values
+from inference.artifact import GOLDEN_ROWS, new_version_id
 from inference.ensemble import FloatArray, FloatMatrix
-from inference.load_gbm_models import (
-    GOLDEN_ROWS,
-    LIBRARIES,
-    GBMBundle,
-    PathModel,
-    library_versions,
-    new_version_id,
-)
-from inference.pipeline import Decisions, GBMForecaster, backtest_decisions, decide
+from inference.pipeline import Bundle, BundleForecaster, Decisions, backtest_decisions, decide
 from inference.position_sizing import make_sizer
-from training.gbm_search import DeviceChoice
-from training.recipe import FittedGBM, GBMRecipe, TrainerConfig, begin_with_others
+from training.recipe import WalkConfig, begin_with_others
 from utils.errors import InsufficientDataError
+from utils.model_paths import ArtifactKind
 from validation.evidence import Run, count_trials, record_run
 from validation.gates import Verdict, judge, of_universe
-from validation.walk_forward import FoldResult, WalkForwardResult, WalkForwardValidator
+from validation.walk_forward import (
+    FittedRecipe,
+    FoldResult,
+    Recipe,
+    WalkForwardResult,
+    WalkForwardValidator,
+    fold_table,
+)
 
 MINIMUM_TEST_BARS = 252
 NOT_JUDGED_YET = {"label": "no-edge", "reasons": [], "evidence": {}}
 PATH_EVIDENCE = ("ic", "p_ic", "calibration_slope", "skill_over_drift", "n_rows")
 WALKED_AT = 0.9
 OnEvent = Callable[[Mapping[str, Any]], None]
+FittedT = TypeVar("FittedT", bound=FittedRecipe)
+FittedT_co = TypeVar("FittedT_co", bound=FittedRecipe, covariant=True)
+BundleT = TypeVar("BundleT", bound=Bundle)
+
+
+class FinalRecipe(Recipe, Protocol[FittedT_co]):
+    """A recipe that is validated, and then fitted on everything; see `validation.walk_forward.Recipe`."""
+
+    @property
+    def trials(self) -> tuple[Mapping[str, object], ...]:
+        """Every trial of every search so far; empty for a recipe that searches nothing."""
+        ...
+
+    def fit(self, train: Dataset, *, fold: int, earlier: pd.DataFrame) -> FittedT_co:
+        """Fit on rows before a fold."""
+        ...
+
+    def fit_all(self, dataset: Dataset, record: pd.DataFrame) -> FittedT_co:
+        """Fit on every labelled row, calibrated on the whole walk-forward record."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Trained:
+class Trained(Generic[BundleT]):
     """Outcome of a training run for one symbol, not saved yet."""
 
-    bundle: GBMBundle
+    bundle: BundleT
     walk_forward: WalkForwardResult
     verdict: Verdict
     backtest: BacktestReport
@@ -56,7 +77,7 @@ class Trained:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WalkedPath:
+class WalkedPath(Generic[FittedT]):
     """A further horizon, walked forward on its own target; its record is weighed, and not saved.
 
     Attributes
@@ -71,7 +92,7 @@ class WalkedPath:
 
     horizon_bars: int
     record: pd.DataFrame
-    fitted: FittedGBM
+    fitted: FittedT
 
     def figures(self, symbol: str) -> dict[str, float | int | bool | None]:
         """Return what the symbol's own out-of-sample rows say; None where undefined."""
@@ -82,7 +103,7 @@ class WalkedPath:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Walked:
+class Walked(Generic[FittedT]):
     """What all symbols of a run share: the rows, the walk-forward, the final fit.
 
     Attributes
@@ -111,40 +132,63 @@ class Walked:
     dataset: Dataset
     hashes: Mapping[str, str]
     result: WalkForwardResult
-    fitted: FittedGBM
+    fitted: FittedT
     trials: tuple[Mapping[str, object], ...]
     started: float
     universe: str = ""
-    paths: tuple[WalkedPath, ...] = ()
+    paths: tuple[WalkedPath[FittedT], ...] = ()
     returns: FloatArray | None = None
 
 
-class GBMTrainer:
-    """Runs the walk-forward, the final fit and the verdict.
+class Trainer(ABC, Generic[FittedT, BundleT]):
+    """Runs the walk-forward, the final fit and the verdict of one kind of model.
+
+    A kind says what is fitted (`recipe`), what is kept of it (`bundle_of`) and what is to be known about it
+    (`facts`); everything that makes its numbers honest is done here, and is the same for all kinds.
 
     Parameters
     ----------
     config
-        See `TrainerConfig`.
+        See `WalkConfig`.
     on_event
         Called with plain mappings as the run proceeds: ``{"type": "stage", "stage": ..., "progress": 0..1}``,
-        and ``{"type": "fold", ...}`` with the measures of each fold.
-    device
-        Where XGBoost trains, and why; by default what the configuration says.
+        and ``{"type": "fold", ...}`` with the measures of each fold; a kind may add events of its own.
     """
 
-    def __init__(
-        self, config: TrainerConfig, on_event: OnEvent | None = None, *, device: DeviceChoice | None = None
-    ) -> None:
-        if device is not None:
-            search = replace(config.recipe.search, device=device.device)
-            config = replace(config, recipe=replace(config.recipe, search=search))
+    kind: ClassVar[ArtifactKind]
+    # Rows of features that the golden outputs are made from.
+    golden_rows: int = GOLDEN_ROWS
+
+    def __init__(self, config: WalkConfig, on_event: OnEvent | None = None) -> None:
         self.config = config
-        self._device_reason = "as the configuration says" if device is None else device.reason
         self._tell: OnEvent = on_event or (lambda _event: None)
         self._begun = 0.0
 
-    def train(self, bars: Bars, *, trials_log: Path | None = None, problems: Sequence[str] = ()) -> Trained:
+    @abstractmethod
+    def recipe(self, dataset: Dataset) -> FinalRecipe[FittedT]:
+        """Return a recipe that was not fitted yet; ``dataset`` holds all rows that it will be asked about."""
+
+    @abstractmethod
+    def bundle_of(
+        self, walked: "Walked[FittedT]", symbol: str, record: pd.DataFrame, metadata: Mapping[str, Any]
+    ) -> BundleT:
+        """Return what is saved for one symbol: the final fit, with the symbol's own record and metadata."""
+
+    @property
+    @abstractmethod
+    def facts(self) -> Mapping[str, object]:
+        """What the metadata of this kind tell: ``n_trials``, ``versions``, ``device``, ``device_reason``."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return what of the configuration may change what is judged."""
+        config = asdict(self.config)
+        # Further horizons change nothing of what is judged.
+        del config["path_horizons_bars"]
+        return config
+
+    def train(
+        self, bars: Bars, *, trials_log: Path | None = None, problems: Sequence[str] = ()
+    ) -> "Trained[BundleT]":
         """Train one symbol on its own prices; see `walk` and `conclude`."""
         panel = {bars.symbol: bars}
         n_trials = self.register(panel, trials_log) if trials_log else 1
@@ -166,7 +210,7 @@ class GBMTrainer:
         longest = max((config.horizon_bars, *config.path_horizons_bars))
         return MAX_WARMUP_BARS + first_train + longest + MINIMUM_TEST_BARS
 
-    def walk(self, panel: Mapping[str, Bars], *, universe: str = "") -> Walked:
+    def walk(self, panel: Mapping[str, Bars], *, universe: str = "") -> Walked[FittedT]:
         """Walk the recipe forward over the panel, split by date, and fit it on all labelled rows.
 
         Further horizons come first, each on its own, so that the rows of one are in memory at a time.
@@ -184,31 +228,32 @@ class GBMTrainer:
         paths = tuple(self._walk_path(panel, bars_ahead) for bars_ahead in self.config.path_horizons_bars)
         self._begun = len(paths) / (len(paths) + 1)
         dataset, recipe, result, fitted = self.fit(panel)
-        trials = (tuned.trials for found in recipe.searches for tuned in found.values())
         walked = Walked(
             dataset=dataset,
             hashes={symbol: bars_hash(bars.frame) for symbol, bars in panel.items()},
             result=result,
             fitted=fitted,
-            trials=tuple(trial for part in trials for trial in part),
+            trials=recipe.trials,
             started=started,
             universe=universe,
             paths=paths,
         )
         return walked if len(panel) == 1 else replace(walked, returns=self._book_together(walked, panel))
 
-    def fit(self, panel: Mapping[str, Bars]) -> tuple[Dataset, GBMRecipe, WalkForwardResult, FittedGBM]:
+    def fit(
+        self, panel: Mapping[str, Bars]
+    ) -> tuple[Dataset, FinalRecipe[FittedT], WalkForwardResult, FittedT]:
         """Do `walk` for the one horizon that decides; nothing is booked."""
         self._stage("features", 0.0)
         frames = {symbol: bars.frame for symbol, bars in panel.items()}
         dataset = build_dataset(frames, self.config.horizon_bars)
         dataset = begin_with_others(dataset, self.config.recipe.leave_out)
-        recipe = GBMRecipe(self.config.recipe)
+        recipe = self.recipe(dataset)
         result = self._walk_forward(dataset, recipe)
         self._stage("final fit", WALKED_AT)
         return dataset, recipe, result, recipe.fit_all(dataset, result.record)
 
-    def _walk_path(self, panel: Mapping[str, Bars], horizon_bars: int) -> WalkedPath:
+    def _walk_path(self, panel: Mapping[str, Bars], horizon_bars: int) -> WalkedPath[FittedT]:
         """Walk a further horizon, which nobody judges: its folds are told to nobody."""
         ahead = self.config.path_horizons_bars
         place, share = ahead.index(horizon_bars), 1 / (len(ahead) + 1)
@@ -219,10 +264,10 @@ class GBMTrainer:
                 self._tell({**event, "stage": f"{horizon_bars} bars, {event['stage']}", "progress": progress})
 
         config = replace(self.config, horizon_bars=horizon_bars, path_horizons_bars=())
-        _dataset, _recipe, result, fitted = GBMTrainer(config, tell).fit(panel)
+        _dataset, _recipe, result, fitted = type(self)(config, tell).fit(panel)
         return WalkedPath(horizon_bars=horizon_bars, record=result.record, fitted=fitted)
 
-    def _book_together(self, walked: Walked, panel: Mapping[str, Bars]) -> FloatArray:
+    def _book_together(self, walked: Walked[FittedT], panel: Mapping[str, Bars]) -> FloatArray:
         """Book the decided positions of every symbol with two forecasts or more; see `Walked.returns`."""
         self._stage("positions of the universe", 0.92)
         # A position earns from the session after the one that decided it.
@@ -235,7 +280,7 @@ class GBMTrainer:
         both = (pd.DataFrame(returns).mean(axis=1) for returns in (strategies, benchmarks))
         return np.column_stack([np.asarray(returns, dtype=np.float64) for returns in both])
 
-    def judge_together(self, walked: Walked, *, n_trials: int = 1) -> Verdict | None:
+    def judge_together(self, walked: Walked[FittedT], *, n_trials: int = 1) -> Verdict | None:
         """Judge a panel as one: all forecasts, and the decided positions in equal parts; None for one symbol.
 
         ``n_trials`` counts the verdicts on the prices of the symbol that it is wanted for.
@@ -251,17 +296,17 @@ class GBMTrainer:
             n_trials=n_trials,
         )
 
-    def _book(self, bars: Bars, bundle: GBMBundle) -> BacktestReport:
+    def _book(self, bars: Bars, bundle: BundleT) -> BacktestReport:
         """Decide on every out-of-sample row with the skill that was known of then, and book it."""
         return backtest_decisions(self._decide(bars, bundle, as_lived=True), self.config.costs)
 
-    def _decide(self, bars: Bars, bundle: GBMBundle, *, as_lived: bool = False) -> Decisions:
-        forecaster = GBMForecaster(bundle=bundle, as_lived=as_lived)
+    def _decide(self, bars: Bars, bundle: BundleT, *, as_lived: bool = False) -> Decisions:
+        forecaster = BundleForecaster(bundle=bundle, as_lived=as_lived)
         return decide(bars.symbol, bars.frame, forecaster, make_sizer(), costs=self.config.costs)
 
     def conclude(
-        self, walked: Walked, bars: Bars, *, n_trials: int = 1, problems: Sequence[str] = ()
-    ) -> Trained:
+        self, walked: Walked[FittedT], bars: Bars, *, n_trials: int = 1, problems: Sequence[str] = ()
+    ) -> Trained[BundleT]:
         """Judge one symbol of the panel on its own rows, with its own calibration.
 
         Parameters
@@ -309,11 +354,11 @@ class GBMTrainer:
             verdict=verdict,
             backtest=backtest,
             trials=walked.trials,
-            golden_inputs=walked.dataset.features[own[-GOLDEN_ROWS:]],
+            golden_inputs=walked.dataset.features[own[-self.golden_rows :]],
         )
 
     def judge(
-        self, bars: Bars, bundle: GBMBundle, result: WalkForwardResult, *, n_trials: int = 1
+        self, bars: Bars, bundle: BundleT, result: WalkForwardResult, *, n_trials: int = 1
     ) -> tuple[Verdict, BacktestReport]:
         """Book the decided positions, and weigh the evidence of the symbol alone."""
         decisions = self._decide(bars, bundle, as_lived=True)
@@ -328,7 +373,7 @@ class GBMTrainer:
         )
         return one_session_later(verdict, decisions, self.config.costs), backtest
 
-    def _walk_forward(self, dataset: Dataset, recipe: GBMRecipe) -> WalkForwardResult:
+    def _walk_forward(self, dataset: Dataset, recipe: FinalRecipe[FittedT]) -> WalkForwardResult:
         validator = WalkForwardValidator(self.config.walk_forward)
         n_folds = validator.n_folds(dataset)
 
@@ -339,36 +384,17 @@ class GBMTrainer:
 
         return validator.run(dataset, recipe, on_fold=on_fold)
 
-    def _bundle(self, bars: Bars, walked: Walked) -> GBMBundle:
-        fitted, ensemble = walked.fitted, walked.fitted.for_symbol(bars.symbol)
+    def _bundle(self, bars: Bars, walked: Walked[FittedT]) -> BundleT:
         record = walked.result.record
         own = record[record["symbol"] == bars.symbol].reset_index(drop=True)
-        return GBMBundle(
-            symbol=bars.symbol,
-            horizon_bars=self.config.horizon_bars,
-            ensemble=ensemble,
-            record=own,
-            metadata=self._metadata(bars, walked, own),
-            importance={
-                ensemble.columns[i]: float(value) for i, value in enumerate(fitted.selection.importance)
-            },
-            hyperparameters=fitted.hyperparameters,
-            path_models=tuple(
-                PathModel(
-                    horizon_bars=path.horizon_bars,
-                    ensemble=path.fitted.for_symbol(bars.symbol),
-                    hyperparameters=path.fitted.hyperparameters,
-                )
-                for path in walked.paths
-            ),
-        )
+        return self.bundle_of(walked, bars.symbol, own, self._metadata(bars, walked, own))
 
-    def _metadata(self, bars: Bars, walked: Walked, record: pd.DataFrame) -> dict[str, Any]:
+    def _metadata(self, bars: Bars, walked: Walked[FittedT], record: pd.DataFrame) -> dict[str, Any]:
         created_at = datetime.now(UTC)
         config, dataset = self.config, walked.dataset
         return {
             "schema_version": 1,
-            "model_id": f"{bars.symbol}-gbm",
+            "model_id": f"{bars.symbol}-{self.kind.name}",
             "model_version": new_version_id(created_at),
             "symbol": bars.symbol,
             "created_at": created_at.isoformat(timespec="seconds"),
@@ -386,13 +412,8 @@ class GBMTrainer:
             "out_of_sample_from": f"{record['date'].min():%Y-%m-%d}",
             "seed": config.recipe.seed,
             "feature_set_hash": feature_set_hash(),
-            "n_trials": config.recipe.search.n_trials * len(config.recipe.search.models),
-            "versions": library_versions(
-                [*LIBRARIES, *(["catboost"] if "cat" in config.recipe.search.models else [])]
-            ),
             "recipe": asdict(config),
-            "device": config.recipe.search.device,
-            "device_reason": self._device_reason,
+            **self.facts,
             "summary": asdict(walked.result.summary),
             "verdict": NOT_JUDGED_YET,
             "folds": [fold.as_dict() for fold in walked.result.folds],
@@ -401,12 +422,7 @@ class GBMTrainer:
     def _run(self, bars: Bars, hashes: Mapping[str, str]) -> Run:
         """Return what identifies this run among all that looked at the symbol."""
         prices = hashes[bars.symbol] if len(hashes) == 1 else dict(hashes)
-        config = asdict(self.config)
-        # How many threads share the work changes no result.
-        del config["recipe"]["search"]["threads"]
-        # Further horizons change nothing of what is judged.
-        del config["path_horizons_bars"]
-        content = json.dumps([prices, feature_set_hash(), config], sort_keys=True)
+        content = json.dumps([prices, feature_set_hash(), self.identity()], sort_keys=True)
         return Run(
             symbol=bars.symbol,
             first_session=f"{bars.frame.index[0]:%Y-%m-%d}",
@@ -435,7 +451,7 @@ def one_session_later(verdict: Verdict, decisions: Decisions, costs: CostModel) 
     )
 
 
-def universe_facts(walked: Walked, *, left_out: Sequence[str]) -> dict[str, Any] | None:
+def universe_facts(walked: Walked[Any], *, left_out: Sequence[str]) -> dict[str, Any] | None:
     """Return what a bundle remembers of the other symbols of its panel; None where there were none."""
     if len(walked.hashes) == 1:
         return None
@@ -451,41 +467,6 @@ def universe_facts(walked: Walked, *, left_out: Sequence[str]) -> dict[str, Any]
         "left_out": list(left_out),
         "n_rows": len(data),
     }
-
-
-def fold_table(
-    result: WalkForwardResult, record: pd.DataFrame, backtest: BacktestReport
-) -> list[dict[str, Any]]:
-    """Return the folds as plain data, with what the symbol's own rows and positions did in each.
-
-    Parameters
-    ----------
-    result
-        The walk-forward; of a panel, its measures are those of all symbols together.
-    record
-        The symbol's rows of the walk-forward record.
-    backtest
-        The decided positions on these rows.
-
-    Returns
-    -------
-    list of dict
-        `FoldResult.as_dict` and: ``sharpe`` and ``sharpe_buy_hold`` after costs, annualised, and
-        ``symbol_ic``, the symbol's own information coefficient. None where undefined.
-    """
-    per_year = backtest.costs.periods_per_year
-    held, passive = (report.daily["net_return"] for report in (backtest, backtest.benchmarks["buy_hold"]))
-    table = []
-    for fold in result.folds:
-        own = record[(record["fold"] == fold.number) & record["realised_log"].notna()]
-        outcome = np.asarray(own["realised_log"] / own["sigma_log"], dtype=np.float64)
-        ic = spearman(np.asarray(own["raw_scaled"], dtype=np.float64), outcome).value
-        sharpes = {
-            name: sharpe(np.asarray(daily.loc[fold.test_start : fold.test_end]), per_year).value
-            for name, daily in (("sharpe", held), ("sharpe_buy_hold", passive))
-        }
-        table.append({**fold.as_dict(), **sharpes, "symbol_ic": ic})
-    return table
 
 
 def headline_metrics(backtest: BacktestReport) -> dict[str, float | None]:

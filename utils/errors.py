@@ -19,6 +19,7 @@
     │   ├── LockedError
     │   └── ModelExistsError
     ├── GateRefusedError             exit 7   ``--strict`` and the verdict is not ``edge``
+    │   └── CollapsedError                    a network's signal does not vary, or has one sign
     ├── StorageError                 exit 8   disk full, read-only, not writable
     ├── OverloadError                         the service has more to compute than it takes on
     └── DeadlineError                         an answer of the service takes too long
@@ -116,6 +117,10 @@ class GateRefusedError(AIStocksError):
     """The verdict refuses the model under ``--strict``."""
 
     exit_code = 7
+
+
+class CollapsedError(GateRefusedError):
+    """A network answers the same to everything: there is nothing to judge, and nothing is saved."""
 
 
 class StorageError(AIStocksError):

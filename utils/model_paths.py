@@ -70,6 +70,7 @@ class ArtifactKind:
 
 
 GBM = ArtifactKind(name="gbm", versions="versions", trainer="training.train_gbm")
+LSTM = ArtifactKind(name="lstm", versions="lstm_versions", trainer="training.train_lstm")
 
 
 class VersionPrunedError(ModelCorruptError):

@@ -1,8 +1,9 @@
-"""Deployment settings, logging, and lines for another program, all set up by entry points only.
+"""Deployment settings, logging, numbers of a command line and lines for another program: for entry points.
 
 Algorithm parameters do not belong here: they are frozen dataclasses beside the code that uses them.
 """
 
+import argparse
 import json
 import logging
 import math
@@ -230,3 +231,30 @@ def _end_with_listener(descriptor: int) -> None:
     if watched.poll() and threading.main_thread().is_alive():
         # Only who leads a group may end it: others are in that of a shell.
         os.kill(-os.getpid() if os.getpgrp() == os.getpid() else os.getpid(), signal.SIGKILL)
+
+
+def at_least(lowest: int, highest: int = sys.maxsize) -> Callable[[str], int]:
+    """Return a reader of whole numbers of the command line within limits."""
+
+    def read(text: str) -> int:
+        if text.isdecimal() and lowest <= int(text) <= highest:
+            return int(text)
+        upper = "" if highest == sys.maxsize else f" and at most {highest}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {lowest}{upper}")
+
+    return read
+
+
+def below(limit: float) -> Callable[[str], float]:
+    """Return a reader of numbers of the command line from 0 to below a limit."""
+
+    def read(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = -1.0
+        if 0 <= number < limit:
+            return number
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to below {limit}")
+
+    return read

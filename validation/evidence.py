@@ -28,6 +28,8 @@ IntArray = npt.NDArray[np.intp]
 
 # Fewer rows of a symbol than this say nothing about a rank correlation.
 MIN_ROWS_FOR_IC = 20
+# A signal that varies less, in deviations of the target, or has a larger share of one sign, has collapsed.
+MIN_SIGNAL_STD, MAX_ONE_SIDED = 0.005, 0.9
 MIN_SPREAD_FOR_SLOPE = 0.01
 MIN_RETURNS = 30
 
@@ -488,3 +490,17 @@ def _read_runs(path: Path) -> Iterator[Run]:
             yield Run(**json.loads(line))
         except (ValueError, TypeError):
             continue
+
+
+def collapse_of(signal: FloatArray) -> str | None:
+    """Say in words how a signal in deviations of the target has collapsed; None when it has not.
+
+    Its mean is nobody's forecast, since calibration takes it off: the share of one sign is counted about it.
+    """
+    spread = float(signal.std())
+    if not spread >= MIN_SIGNAL_STD:
+        return f"its signal deviates by {spread:.2g} of the target's deviation, less than {MIN_SIGNAL_STD}"
+    rising = float(np.mean(signal > signal.mean()))
+    if max(rising, 1 - rising) > MAX_ONE_SIDED:
+        return f"{max(rising, 1 - rising):.0%} of its signal lie on one side of its mean"
+    return None

@@ -7,7 +7,7 @@ session on gets exactly one forecast, made by a fit whose labels had all ended b
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +15,12 @@ import pandas as pd
 
 from data.data_splitter import Fold, WalkForwardSplit
 from data.target_engineering import Dataset
+from evaluation.advanced_backtester import BacktestReport
+from evaluation.metrics import sharpe, spearman
 from utils.errors import ModelError, UsageError
 from validation.evidence import (
+    MAX_ONE_SIDED,
+    MIN_SIGNAL_STD,
     FloatArray,
     IntArray,
     block_bootstrap_means,
@@ -172,7 +176,10 @@ class WalkForwardSummary:
 
 
 def summarise_folds(
-    folds: Sequence[FoldMeasures], *, min_signal_std: float = 0.005, max_one_sided: float = 0.9
+    folds: Sequence[FoldMeasures],
+    *,
+    min_signal_std: float = MIN_SIGNAL_STD,
+    max_one_sided: float = MAX_ONE_SIDED,
 ) -> WalkForwardSummary:
     """Summarise the folds of a walk-forward.
 
@@ -391,6 +398,41 @@ class WalkForwardValidator:
         tail = (1 - self.config.interval_level) / 2
         low, high = np.quantile(means, [tail, 1 - tail])
         return float(low), float(high)
+
+
+def fold_table(
+    result: WalkForwardResult, record: pd.DataFrame, backtest: BacktestReport
+) -> list[dict[str, Any]]:
+    """Return the folds as plain data, with what the symbol's own rows and positions did in each.
+
+    Parameters
+    ----------
+    result
+        The walk-forward; of a panel, its measures are those of all symbols together.
+    record
+        The symbol's rows of the walk-forward record.
+    backtest
+        The decided positions on these rows.
+
+    Returns
+    -------
+    list of dict
+        `FoldResult.as_dict` and: ``sharpe`` and ``sharpe_buy_hold`` after costs, annualised, and
+        ``symbol_ic``, the symbol's own information coefficient. None where undefined.
+    """
+    per_year = backtest.costs.periods_per_year
+    held, passive = (report.daily["net_return"] for report in (backtest, backtest.benchmarks["buy_hold"]))
+    table = []
+    for fold in result.folds:
+        own = record[(record["fold"] == fold.number) & record["realised_log"].notna()]
+        outcome = np.asarray(own["realised_log"] / own["sigma_log"], dtype=np.float64)
+        ic = spearman(np.asarray(own["raw_scaled"], dtype=np.float64), outcome).value
+        sharpes = {
+            name: sharpe(np.asarray(daily.loc[fold.test_start : fold.test_end]), per_year).value
+            for name, daily in (("sharpe", held), ("sharpe_buy_hold", passive))
+        }
+        table.append({**fold.as_dict(), **sharpes, "symbol_ic": ic})
+    return table
 
 
 class _Rows:

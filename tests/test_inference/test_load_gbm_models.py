@@ -26,12 +26,12 @@ from sklearn.preprocessing import RobustScaler
 from data.feature_engineer import feature_set_hash, get_feature_columns
 from inference import artifact
 from inference import load_gbm_models as store
+from inference.artifact import new_version_id
 from inference.ensemble import BoosterEnsemble, calibrate
 from inference.load_gbm_models import (
     GBMBundle,
     PathModel,
     load_bundle,
-    new_version_id,
     rollback,
     save_bundle,
 )
@@ -65,7 +65,7 @@ def make_bundle(symbol: str = "AAPL", seed: int = 0, names: tuple[str, ...] = ("
         calibration=calibrate(target, target, drift=0.1, horizon_bars=1),
     )
     dates = pd.bdate_range("2020-01-01", periods=5)
-    numbers = [*store.RECORD_COLUMNS[1:], *(f"model_{name}" for name in names)]
+    numbers = [*artifact.RECORD_COLUMNS[1:], *(f"model_{name}" for name in names)]
     record = pd.DataFrame({name: np.zeros(5) for name in numbers}).assign(date=dates)
     return GBMBundle(
         symbol=symbol,
@@ -438,7 +438,7 @@ def test_a_bundle_of_the_release_before_must_be_trained_again(models: Path):
 
 
 def test_columns_that_are_not_computed_any_more_are_named(models: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(store, "expected_features", lambda: (COLUMNS[2:], feature_set_hash()))
+    monkeypatch.setattr(artifact, "expected_features", lambda: (COLUMNS[2:], feature_set_hash()))
     for read in (load_bundle, store.read_metadata):
         with pytest.raises(ModelIncompatibleError, match=rf"{COLUMNS[0]}, {COLUMNS[1]}: train again with"):
             read(models, "AAPL")
@@ -447,7 +447,7 @@ def test_columns_that_are_not_computed_any_more_are_named(models: Path, monkeypa
 def test_features_that_are_computed_differently_must_be_trained_again(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(store, "expected_features", lambda: (COLUMNS, "another hash"))
+    monkeypatch.setattr(artifact, "expected_features", lambda: (COLUMNS, "another hash"))
     for read in (load_bundle, store.read_metadata):
         with pytest.raises(
             ModelIncompatibleError, match=r"computed differently .*train again with --overwrite"
@@ -489,7 +489,7 @@ def with_catboost(bundle: GBMBundle, monkeypatch: pytest.MonkeyPatch) -> GBMBund
     monkeypatch.setitem(sys.modules, "catboost", module)
     version = package_metadata.version
     monkeypatch.setattr(
-        store.package_metadata, "version", lambda name: "1.2" if name == "catboost" else version(name)
+        artifact.package_metadata, "version", lambda name: "1.2" if name == "catboost" else version(name)
     )
     models = {**bundle.ensemble.models, "cat": FakeCat()}
     ensemble = replace(bundle.ensemble, models=models, weights=dict.fromkeys(models, 1 / len(models)))
@@ -619,7 +619,9 @@ def test_other_library_versions_that_forecast_differently_are_named(
     real = store.golden_outputs
     monkeypatch.setattr(store, "golden_outputs", lambda *args: real(*args) + 0.5)
     monkeypatch.setattr(
-        store, "library_versions", lambda: {**dict.fromkeys(store.LIBRARIES, "0"), "xgboost": "2.0.3"}
+        artifact,
+        "library_versions",
+        lambda names: {**dict.fromkeys(store.LIBRARIES, "0"), "xgboost": "2.0.3"},
     )
     with pytest.raises(ModelIncompatibleError, match=r"xgboost .* -> 2\.0\.3"):
         load_bundle(models, "AAPL")
@@ -670,6 +672,7 @@ KILLED = textwrap.dedent(
     from pathlib import Path
     import test_load_gbm_models as case
     from inference import load_gbm_models as store
+from inference.artifact import new_version_id
     store.verify_in_fresh_process = lambda folder: None
     countdown = int(sys.argv[2])
     real = os.fsync

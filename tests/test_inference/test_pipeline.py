@@ -10,17 +10,17 @@ import pytest
 from data.feature_engineer import engineer_features
 from data.target_engineering import build_dataset, make_target
 from evaluation.accounting import CostModel
+from inference.artifact import new_version_id
 from inference.intervals import centre_log
-from inference.load_gbm_models import GBMBundle, PathModel, new_version_id
+from inference.load_gbm_models import GBMBundle, PathModel
 from inference.pipeline import (
     FORECAST_COLUMNS,
     GBMForecaster,
     backtest_decisions,
     decide,
     path_ahead,
-    win_record,
 )
-from inference.position_sizing import PRESETS, make_sizer
+from inference.position_sizing import PRESETS, make_sizer, win_record
 from training.gbm_search import SearchConfig
 from training.recipe import GBMRecipe, RecipeConfig
 from utils.errors import DataError, ModelIncompatibleError

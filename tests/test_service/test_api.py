@@ -406,6 +406,7 @@ ERRORS = [
     (errors.LockedError, 409),
     (errors.ModelExistsError, 409),
     (errors.GateRefusedError, 409),
+    (errors.CollapsedError, 409),
     (errors.StorageError, 507),
     (errors.OverloadError, 503),
     (errors.DeadlineError, 504),

@@ -16,7 +16,8 @@ from training import run_log
 from training.gbm_search import SearchConfig
 from training.recipe import RecipeConfig, TrainerConfig
 from training.run_log import SECTIONS, RunLog, fold_lines, logged_run, publish_report, show, status_of
-from training.trainer import GBMTrainer, Trained
+from training.train_gbm import GBMTrainer
+from training.trainer import Trained
 from utils.errors import DataError, GateRefusedError, UsageError
 
 CONFIG = {"horizon_bars": 1, "recipe": {"seed": 7, "search": {"models": ("xgb",)}}}

@@ -12,7 +12,8 @@ from data.schema import Bars, BarsReport, Provenance
 from evaluation.metrics import sharpe
 from training.gbm_search import DeviceChoice, SearchConfig
 from training.recipe import RecipeConfig, TrainerConfig
-from training.trainer import GBMTrainer, Trained, Walked
+from training.train_gbm import GBMTrainer
+from training.trainer import Trained, Walked
 from utils.errors import InsufficientDataError
 from validation.evidence import record_run
 

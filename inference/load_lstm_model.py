@@ -1,0 +1,454 @@
+"""The one owner of the network bundle's format; `inference.artifact` keeps its folder whole.
+
+The network is saved twice: as ``network.keras``, which Keras opens without further objects, and as plain
+arrays, which serving runs. Serving imports no TensorFlow, and unpickles nothing.
+"""
+
+import io
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numba import njit
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from scipy.special import expit
+
+from inference import artifact
+from inference.artifact import (
+    COLUMNS,
+    GOLDEN_ROWS,
+    HYPERPARAMETERS,
+    METADATA,
+    RECORD,
+    Version,
+    checked_metadata,
+    corrupt,
+    document,
+    unusable,
+)
+from inference.ensemble import Calibration, FloatArray, FloatMatrix, IntArray
+from inference.pipeline import Bundle
+from utils.model_paths import LSTM, ArtifactKind, Linked, serve, serve_linked
+
+SCHEMA_VERSION = 1
+KERAS, WEIGHTS, SCALER = "network.keras", "weights.npz", "scaler.json"
+FILES = (RECORD, COLUMNS, HYPERPARAMETERS, METADATA, KERAS, WEIGHTS, SCALER)
+LIBRARIES = ("numpy", "numba", "scipy", "pandas", "ta-lib")
+MODEL = "lstm"
+# Arrays of the two recurrent layers and the two dense ones, as Keras orders them.
+ARRAYS = (
+    *(f"{part}_{layer}" for layer in (1, 2) for part in ("kernel", "recurrent", "bias")),
+    *("dense", "dense_bias", "output", "output_bias"),
+)
+Weights = tuple[FloatMatrix, ...]
+# So many rows are forecast at a time: what they need stays within some 30 MB.
+BATCH_ROWS = 4_096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """A trained network as plain arrays: scale, run the recurrent layers, calibrate.
+
+    Attributes
+    ----------
+    columns
+        Names of the p features, in its order.
+    sequence_length
+        How many rows the network reads: the forecast row and those before it.
+    centre, scale, limit
+        A feature is read as ``(value - centre) / scale``, clipped to plus or minus ``limit``; (p,) each.
+    target_scale
+        What the network's output is multiplied with to be in units of the h-day volatility.
+    weights
+        `ARRAYS` by name, float32; of several outputs the middle one is the forecast.
+    calibration
+        How far the signal may be believed.
+    """
+
+    columns: tuple[str, ...]
+    sequence_length: int
+    centre: FloatMatrix
+    scale: FloatMatrix
+    limit: float
+    target_scale: float
+    weights: Mapping[str, FloatMatrix]
+    calibration: Calibration
+
+    def prepare(self, features: FloatMatrix) -> FloatMatrix:
+        """Scale and clip (m, p) features."""
+        if features.shape[1] != len(self.columns):
+            raise ValueError(f"got {features.shape[1]} features, the model knows {len(self.columns)}")
+        return scale_features(features, self.centre, self.scale, self.limit)
+
+    def raw_scaled(self, features: FloatMatrix, windows: IntArray) -> FloatArray:
+        """Return the signal of sequences of rows, in units of the h-day volatility, (n,).
+
+        Parameters
+        ----------
+        features
+            Unscaled and finite, (m, p).
+        windows
+            Rows of each sequence, oldest first, (n, sequence_length).
+        """
+        prepared = self.prepare(features)
+        arrays = tuple(self.weights[name] for name in ARRAYS)
+        if len(windows) == 1:
+            outputs = latest_output(prepared[windows[0]], arrays)[np.newaxis]
+        else:
+            projected = prepared @ arrays[0] + arrays[2]
+            starts = range(0, len(windows), BATCH_ROWS)
+            parts = [batch_outputs(projected, windows[i : i + BATCH_ROWS], arrays) for i in starts]
+            outputs = np.concatenate(parts) if parts else np.empty((0, 1), dtype=np.float32)
+        middle = outputs[:, outputs.shape[1] // 2]
+        return np.asarray(middle, dtype=np.float64) * self.target_scale
+
+
+def scale_features(
+    features: FloatMatrix, centre: FloatMatrix, scale: FloatMatrix, limit: float
+) -> FloatMatrix:
+    """Return ``(features - centre) / scale``, clipped to plus or minus ``limit``, float32."""
+    return np.asarray(np.clip((features - centre) / scale, -limit, limit), dtype=np.float32)
+
+
+def windows_of(ends: IntArray, starts: IntArray, length: int) -> IntArray:
+    """Return the rows of the sequences that end at ``ends``, oldest first, (n, length).
+
+    No sequence reads a row after its end. Where there are too few rows before it, the first one,
+    ``starts``, is read again.
+    """
+    back = np.arange(1 - length, 1)
+    return np.asarray(np.maximum(ends[:, np.newaxis] + back, starts[:, np.newaxis]), dtype=np.intp)
+
+
+def batch_outputs(
+    projected: FloatMatrix,
+    windows: IntArray,
+    weights: Weights,
+) -> FloatMatrix:
+    """Run the network over many sequences; ``projected`` is what the first kernel makes of each row."""
+    _, recurrent_1, _, kernel_2, recurrent_2, bias_2, dense, dense_bias, output, output_bias = weights
+    n_rows = len(windows)
+    hidden_1, cell_1 = (np.zeros((n_rows, len(recurrent_1)), dtype=np.float32) for _ in range(2))
+    hidden_2, cell_2 = (np.zeros((n_rows, len(recurrent_2)), dtype=np.float32) for _ in range(2))
+    for step in range(windows.shape[1]):
+        hidden_1, cell_1 = _gated(projected[windows[:, step]] + hidden_1 @ recurrent_1, cell_1)
+        hidden_2, cell_2 = _gated(hidden_1 @ kernel_2 + hidden_2 @ recurrent_2 + bias_2, cell_2)
+    rectified = np.maximum(hidden_2 @ dense + dense_bias, np.float32(0))
+    return np.asarray(rectified @ output + output_bias, dtype=np.float32)
+
+
+def _gated(sums: FloatMatrix, cell: FloatMatrix) -> tuple[FloatMatrix, FloatMatrix]:
+    """Return hidden state and cell after one step; the gates are in Keras's order: in, forget, cell, out."""
+    units = cell.shape[1]
+    gates = expit(sums)
+    cell = gates[:, units : 2 * units] * cell + gates[:, :units] * np.tanh(sums[:, 2 * units : 3 * units])
+    return gates[:, 3 * units :] * np.tanh(cell), cell
+
+
+@njit(cache=True, fastmath=True)
+def _step(sums: FloatMatrix, hidden: FloatMatrix, cell: FloatMatrix) -> None:
+    units = len(cell)
+    one, two = np.float32(1), np.float32(2)
+    for k in range(units):
+        entering = one / (one + np.exp(-sums[k]))
+        kept = one / (one + np.exp(-sums[units + k]))
+        fresh = two / (one + np.exp(-two * sums[2 * units + k])) - one
+        leaving = one / (one + np.exp(-sums[3 * units + k]))
+        cell[k] = kept * cell[k] + entering * fresh
+        hidden[k] = leaving * (two / (one + np.exp(-two * cell[k])) - one)
+
+
+@njit(cache=True, fastmath=True)
+def latest_output(
+    sequence: FloatMatrix,
+    weights: Weights,
+) -> FloatMatrix:
+    """Run the network over one prepared sequence, (length, p), as `batch_outputs` does over many."""
+    kernel_1, recurrent_1, bias_1, kernel_2, recurrent_2, bias_2, dense, dense_bias, output, output_bias = (
+        weights
+    )
+    projected = np.dot(sequence, kernel_1) + bias_1
+    hidden_1, cell_1 = np.zeros_like(recurrent_1[:, 0]), np.zeros_like(recurrent_1[:, 0])
+    hidden_2, cell_2 = np.zeros_like(recurrent_2[:, 0]), np.zeros_like(recurrent_2[:, 0])
+    for step in range(len(sequence)):
+        _step(projected[step] + np.dot(hidden_1, recurrent_1), hidden_1, cell_1)
+        _step(np.dot(hidden_1, kernel_2) + np.dot(hidden_2, recurrent_2) + bias_2, hidden_2, cell_2)
+    rectified = np.maximum(np.dot(hidden_2, dense) + dense_bias, np.float32(0))
+    return np.dot(rectified, output) + output_bias  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LSTMBundle(Bundle):
+    """A network with the out-of-sample record that vouches for it.
+
+    Attributes
+    ----------
+    network
+        The final fit.
+    keras
+        The same network as Keras saves it.
+    """
+
+    KIND: ClassVar[ArtifactKind] = LSTM
+
+    network: Network
+    keras: bytes
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The network is one model."""
+        return (MODEL,)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the features that `signal` takes, in its order."""
+        return self.network.columns
+
+    @property
+    def calibration(self) -> Calibration:
+        """How far the final fit's signal may be believed."""
+        return self.network.calibration
+
+    def signal(self, features: FloatMatrix, rows: IntArray) -> tuple[dict[str, FloatArray], FloatArray]:
+        """Return what the network says at the given rows, see `Bundle.signal`; it passes over gaps."""
+        length = self.network.sequence_length
+        kept = np.flatnonzero(np.isfinite(features).all(axis=1))
+        ends = np.searchsorted(kept, rows)
+        first = max(int(ends.min()) + 1 - length, 0)
+        windows = windows_of(ends - first, np.zeros_like(ends), length)
+        raw_scaled = self.network.raw_scaled(features[kept[first:]], windows)
+        return {MODEL: raw_scaled}, raw_scaled
+
+
+class LSTMManifest(artifact.Manifest):
+    """What a saved bundle promises about itself.
+
+    Attributes
+    ----------
+    libraries, data_hash
+        Versions that made it, and the hash of the bars that it was trained on.
+    golden_inputs, golden_outputs
+        Unscaled feature rows that follow each other, (m, p), and what the network said to the last of them.
+    """
+
+    SCHEMA: ClassVar[int] = SCHEMA_VERSION
+
+    libraries: dict[str, str]
+    data_hash: str
+    golden_inputs: list[list[float]] = Field(min_length=1)
+    golden_outputs: list[float]
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "LSTMManifest":
+        if absent := set(FILES) - set(self.files):
+            raise ValueError(f"{', '.join(sorted(absent))} is not listed")
+        if len({len(row) for row in self.golden_inputs}) != 1 or not self.golden_inputs[0]:
+            raise ValueError("the golden inputs are not a table")
+        if len(self.golden_outputs) != min(GOLDEN_ROWS, len(self.golden_inputs)):
+            raise ValueError("there is not one golden output for each of the last golden inputs")
+        return self
+
+
+class ScalerDocument(BaseModel):
+    """Content of ``scaler.json``, see `Network`."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    centre: tuple[float, ...] = Field(min_length=1)
+    scale: tuple[float, ...]
+    limit: float = Field(gt=0)
+    target_scale: float = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "ScalerDocument":
+        if len(self.scale) != len(self.centre) or min(self.scale) <= 0:
+            raise ValueError("there is not one positive scale for each centre")
+        return self
+
+
+class FittedDocument(BaseModel):
+    """Content of ``hyperparameters.json``: how the network came about, and how far it may be believed."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    sequence_length: int = Field(ge=1)
+    calibration: Calibration
+    fitted: dict[str, Any]
+
+
+def save_bundle(bundle: LSTMBundle, models_dir: Path, *, golden_inputs: FloatMatrix) -> Path:
+    """Write a bundle aside, verify it in a fresh process, and let it serve.
+
+    Parameters
+    ----------
+    bundle
+        The bundle; its metadata names the version.
+    models_dir
+        Root of the saved models.
+    golden_inputs
+        Unscaled feature rows of successive bars, (m, p); what the network says to the last of them is stored
+        and compared at every load.
+
+    Returns
+    -------
+    Path
+        Folder of the new version.
+
+    Raises
+    ------
+    StorageError, LockedError
+        See `inference.artifact.publish`; what served before still serves.
+    ModelCorruptError
+        If a fresh process cannot load what was written.
+    """
+    contents = _contents(bundle)
+    manifest = LSTMManifest(
+        schema_version=SCHEMA_VERSION,
+        kind=LSTM.name,
+        symbol=bundle.symbol,
+        model_version=bundle.model_version,
+        files=artifact.sha256_of(contents),
+        libraries=artifact.library_versions(LIBRARIES),
+        data_hash=str(bundle.metadata["data_hash"]),
+        golden_inputs=golden_inputs.astype(np.float64).tolist(),
+        golden_outputs=golden_outputs(bundle.network, golden_inputs).tolist(),
+    )
+    return artifact.publish(
+        models_dir, LSTM, manifest=manifest, contents=contents, verify=verify_in_fresh_process
+    )
+
+
+def _contents(bundle: LSTMBundle) -> dict[str, bytes]:
+    network = bundle.network
+    documents = {
+        COLUMNS: {"columns": network.columns, "selected": network.columns},
+        SCALER: {
+            "centre": network.centre.tolist(),
+            "scale": network.scale.tolist(),
+            "limit": network.limit,
+            "target_scale": network.target_scale,
+        },
+        HYPERPARAMETERS: {
+            "sequence_length": network.sequence_length,
+            "calibration": asdict(network.calibration),
+            "fitted": bundle.hyperparameters,
+        },
+        METADATA: bundle.metadata,
+    }
+    arrays: dict[str, Any] = {name: network.weights[name] for name in ARRAYS}
+    np.savez(buffer := io.BytesIO(), **arrays)
+    texts = {name: json.dumps(text, indent=1, allow_nan=False).encode() for name, text in documents.items()}
+    return {
+        **texts,
+        RECORD: artifact.record_bytes(bundle.record),
+        WEIGHTS: buffer.getvalue(),
+        KERAS: bundle.keras,
+    }
+
+
+def golden_outputs(network: Network, inputs: FloatMatrix) -> FloatArray:
+    """Return what the network says to the last `GOLDEN_ROWS` of successive rows, in units of volatility."""
+    ends = np.arange(len(inputs))[-GOLDEN_ROWS:]
+    return network.raw_scaled(inputs, windows_of(ends, np.zeros_like(ends), network.sequence_length))
+
+
+def verify_in_fresh_process(folder: Path) -> None:
+    """Load ``folder`` in a new interpreter."""
+    artifact.verify_in_fresh_process(folder, "inference.load_lstm_model")
+
+
+def load_bundle(models_dir: Path, symbol: str) -> LSTMBundle:
+    """Load the bundle that serves; an earlier version where it is damaged.
+
+    Raises
+    ------
+    ModelMissingError
+        If no network was trained for the symbol.
+    ModelCorruptError, ModelIncompatibleError
+        If no version can be used.
+    """
+    bundle, warnings = serve(models_dir, symbol, LSTM, load_folder)
+    return replace(bundle, warnings=warnings)
+
+
+def load_linked(linked: Linked) -> LSTMBundle:
+    """Load what a link names, see `load_bundle`; the link is not read again."""
+    bundle, warnings = serve_linked(linked, load_folder)
+    return replace(bundle, warnings=warnings)
+
+
+def describe_linked(linked: Linked) -> artifact.Description:
+    """Describe the version that `load_linked` would load: its files are checked."""
+
+    def describe(folder: Path) -> artifact.Description:
+        version = artifact.read_version(folder, LSTM, LSTMManifest)
+        return artifact.Description(metadata=checked_metadata(version), models=(MODEL,))
+
+    description, warnings = serve_linked(linked, describe)
+    return replace(description, warnings=warnings)
+
+
+def load_folder(folder: Path) -> LSTMBundle:
+    """Check one version's files against its manifest, which must vouch for all of them, then load them."""
+    version = artifact.read_version(folder, LSTM, LSTMManifest)
+    metadata = checked_metadata(version)
+    with unusable(folder, HYPERPARAMETERS):
+        fitted = FittedDocument.model_validate_json(version.contents[HYPERPARAMETERS])
+    network = _network(version, fitted)
+    _check_golden(network, version)
+    return LSTMBundle(
+        symbol=metadata["symbol"],
+        horizon_bars=metadata["horizon_bars"],
+        record=artifact.read_record(version, (MODEL,)),
+        metadata=metadata,
+        importance={},
+        hyperparameters=fitted.fitted,
+        network=network,
+        keras=version.contents[KERAS],
+        path=folder,
+    )
+
+
+def _network(version: Version[LSTMManifest], fitted: FittedDocument) -> Network:
+    folder = version.folder
+    columns = tuple(document(version, COLUMNS)["columns"])
+    with unusable(folder, SCALER):
+        scaler = ScalerDocument.model_validate_json(version.contents[SCALER])
+    with unusable(folder, WEIGHTS):
+        with np.load(io.BytesIO(version.contents[WEIGHTS]), allow_pickle=False) as stored:
+            weights = {name: np.ascontiguousarray(stored[name], dtype=np.float32) for name in ARRAYS}
+        if not all(np.isfinite(array).all() for array in weights.values()):
+            raise corrupt(folder, f"{WEIGHTS} holds numbers that are not finite")
+    if not len(columns) == len(scaler.centre) == len(weights["kernel_1"]):
+        raise corrupt(folder, f"{COLUMNS}, {SCALER} and {WEIGHTS} know different numbers of features")
+    return Network(
+        columns=columns,
+        sequence_length=fitted.sequence_length,
+        centre=np.asarray(scaler.centre, dtype=np.float32),
+        scale=np.asarray(scaler.scale, dtype=np.float32),
+        limit=scaler.limit,
+        target_scale=scaler.target_scale,
+        weights=weights,
+        calibration=fitted.calibration,
+    )
+
+
+def _check_golden(network: Network, version: Version[LSTMManifest]) -> None:
+    manifest = version.manifest
+    with unusable(version.folder, "what the network forecasts"):
+        outputs = golden_outputs(network, np.asarray(manifest.golden_inputs, dtype=np.float32))
+        error = float(np.max(np.abs(outputs - np.asarray(manifest.golden_outputs))))
+    artifact.refuse_skew(error, manifest.model_version, manifest.libraries, LIBRARIES)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Verify one saved version, see `inference.artifact.command_line`."""
+    return artifact.command_line(argv, "inference.load_lstm_model", load_folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
