@@ -780,6 +780,22 @@ def test_the_tables_hold_one_active_job_of_a_symbol_in_postgresql_too() -> None:
     assert "WHERE status IN ('queued', 'running')" in text
 
 
+def test_a_job_of_another_release_stops_nothing(make: MakeService, tmp_path: Path) -> None:
+    import sqlite3
+    from contextlib import closing
+
+    service = make("")
+    service.start(params("OLD"))
+    with closing(sqlite3.connect(tmp_path / "models" / "jobs.sqlite", isolation_level=None)) as database:
+        database.execute("UPDATE training_jobs SET params = '{}'")
+    service.open()
+    job = service.start(params("NEW"))
+    assert ended(service, job.id).status == "completed"
+    assert [job.symbol for job in service.list()] == ["NEW"]
+    with pytest.raises(ConflictError, match="OLD"):
+        service.start(params("OLD"))
+
+
 def test_two_folders_of_models_in_one_database_do_not_meet(make: MakeService, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'jobs.sqlite'}"
     one, other = (make(database_url=url, models_dir=tmp_path / name) for name in ("one", "other"))
