@@ -751,19 +751,21 @@ def test_the_end_of_a_job_waits_for_a_locked_database(
 ) -> None:
     import sqlite3
 
+    # Another one, which waits for the database as long as one does.
+    reader = make()
     monkeypatch.setattr(training_jobs, "DATABASE_WAIT_S", 0.05)
     monkeypatch.setattr(training_service, "RETRY_S", 0.05)
     service = make("time.sleep(0.3)")
+    job_id = reader.start(params()).id
     service.open()
-    job_id = service.start(params()).id
-    pid = running(service, job_id)
+    pid = running(reader, job_id)
     blocker = sqlite3.connect(tmp_path / "models" / "jobs.sqlite", isolation_level=None)
     blocker.execute("BEGIN EXCLUSIVE")
     wait_for(lambda: not is_alive(pid))
     time.sleep(0.3)
     blocker.execute("COMMIT")
     blocker.close()
-    assert ended(service, job_id).status == "completed"
+    assert ended(reader, job_id).status == "completed"
 
 
 def test_the_tables_hold_one_active_job_of_a_symbol_in_postgresql_too() -> None:
