@@ -1,5 +1,6 @@
 """What the queue of trainings stands on: the jobs in the database, and the process of the one that runs."""
 
+import logging
 import os
 import selectors
 import signal
@@ -27,6 +28,8 @@ from service.schemas import (
     TrainingParams,
 )
 from utils.errors import StorageError, UsageError, without_paths
+
+logger = logging.getLogger(__name__)
 
 ACTIVE: tuple[JobStatus, ...] = ("queued", "running")
 DATABASE_WAIT_S = 10.0
@@ -179,14 +182,8 @@ class JobStore:
             wanted = wanted.where(_JOBS.c.status == status)
         with self._transaction() as connection:
             found = connection.execute(wanted).mappings().all()
-        return [
-            StoredJob(
-                state=TrainingJob.model_validate_json(row["state"]),
-                params=TrainingParams.model_validate_json(row["params"]),
-                **{name: row[name] for name in ("pid", "born", "cancel")},
-            )
-            for row in found
-        ]
+        read = (_read(row) for row in found)
+        return [job for job in read if job is not None]
 
     def change(self, state: TrainingJob, events: Sequence[TrainingEvent], *, was: JobStatus) -> bool:
         """Replace what is told of a job and add to its history, unless its status is not ``was`` any more."""
@@ -224,6 +221,21 @@ class JobStore:
         # Log lines may come without end; of an epoch the page's chart wants every one.
         old_log = (_EVENTS.c.type == "log") & (number <= last - KEPT_LOGS)
         connection.execute(sql.delete(_EVENTS).where(of_job & (old_log | (number <= last - KEPT_EVENTS))))
+
+
+def _read(row: sql.RowMapping) -> StoredJob | None:
+    try:
+        return StoredJob(
+            state=TrainingJob.model_validate_json(row["state"]),
+            params=TrainingParams.model_validate_json(row["params"]),
+            pid=row["pid"],
+            born=row["born"],
+            cancel=row["cancel"],
+        )
+    except ValidationError:
+        # Written by another release; one such row must not stop the queue.
+        logger.warning("job %s is left out: this release cannot read it", row["id"])
+        return None
 
 
 def wire_text(wire: TrainingJob | TrainingParams | TrainingEvent) -> str:

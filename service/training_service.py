@@ -260,8 +260,9 @@ class TrainingService:
             model_type=params.model_type or "gbm",
             current_step="queued",
         )
-        while not self._store.add(state, params):
+        if not self._store.add(state, params):
             self._refuse_busy(symbol)
+            raise ConflictError(f"{symbol} had a training until just now: try again")
         return state
 
     def list(self) -> list[TrainingJob]:

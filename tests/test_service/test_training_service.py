@@ -1,7 +1,7 @@
 """Trainings that the service runs: the queue, the process of a job, its events, and what may go wrong."""
 
 import asyncio
-import importlib.util
+import importlib
 import json
 import os
 import re
@@ -387,7 +387,7 @@ def test_the_flags_are_those_of_the_trainer(kind: str) -> None:
         learningRate=1e-5,
     )
     command = trainer_command(wanted, "e", source="sample")
-    if importlib.util.find_spec(command[2]) is None:
+    if not ROOT.joinpath(*command[2].split(".")).with_suffix(".py").is_file():
         pytest.skip(f"{command[2]} is not there")
     args = importlib.import_module(command[2]).build_parser().parse_args(command[3:])
     assert (args.symbols, args.source, args.events, args.seed) == (["AAPL"], "sample", "e", 3)
@@ -751,19 +751,21 @@ def test_the_end_of_a_job_waits_for_a_locked_database(
 ) -> None:
     import sqlite3
 
+    # Another one, which waits for the database as long as one does.
+    reader = make()
     monkeypatch.setattr(training_jobs, "DATABASE_WAIT_S", 0.05)
     monkeypatch.setattr(training_service, "RETRY_S", 0.05)
     service = make("time.sleep(0.3)")
+    job_id = reader.start(params()).id
     service.open()
-    job_id = service.start(params()).id
-    pid = running(service, job_id)
+    pid = running(reader, job_id)
     blocker = sqlite3.connect(tmp_path / "models" / "jobs.sqlite", isolation_level=None)
     blocker.execute("BEGIN EXCLUSIVE")
     wait_for(lambda: not is_alive(pid))
     time.sleep(0.3)
     blocker.execute("COMMIT")
     blocker.close()
-    assert ended(service, job_id).status == "completed"
+    assert ended(reader, job_id).status == "completed"
 
 
 def test_the_tables_hold_one_active_job_of_a_symbol_in_postgresql_too() -> None:
@@ -778,6 +780,22 @@ def test_the_tables_hold_one_active_job_of_a_symbol_in_postgresql_too() -> None:
     )
     assert "CREATE UNIQUE INDEX training_jobs_one_at_a_time" in text
     assert "WHERE status IN ('queued', 'running')" in text
+
+
+def test_a_job_of_another_release_stops_nothing(make: MakeService, tmp_path: Path) -> None:
+    import sqlite3
+    from contextlib import closing
+
+    service = make("")
+    service.start(params("OLD"))
+    with closing(sqlite3.connect(tmp_path / "models" / "jobs.sqlite", isolation_level=None)) as database:
+        database.execute("UPDATE training_jobs SET params = '{}'")
+    service.open()
+    job = service.start(params("NEW"))
+    assert ended(service, job.id).status == "completed"
+    assert [job.symbol for job in service.list()] == ["NEW"]
+    with pytest.raises(ConflictError, match="OLD"):
+        service.start(params("OLD"))
 
 
 def test_two_folders_of_models_in_one_database_do_not_meet(make: MakeService, tmp_path: Path) -> None:
