@@ -16,6 +16,7 @@ made from, so that a split or a restated history does no harm. Of forecasts that
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import logging
@@ -239,6 +240,9 @@ class ForecastLedger:
             if not self._is_ready:
                 if self._file is not None:
                     self._file.parent.mkdir(parents=True, exist_ok=True)
+                # The second call finds what another process made at the same moment.
+                with contextlib.suppress(exc.DBAPIError):
+                    _METADATA.create_all(self._engine)
                 _METADATA.create_all(self._engine)
                 self._is_ready = True
             for _ in range(ATTEMPTS):
@@ -268,9 +272,8 @@ class ForecastLedger:
 
     def entries(self, symbol: str | None = None) -> list[Entry]:
         """Return the rows in the order of writing; raises `StorageError` when that cannot be done."""
-        wanted = sql.select(_ROWS).order_by(_ROWS.c.sequence)
-        if symbol is not None:
-            wanted = wanted.where(_ROWS.c.symbol == symbol)
+        mine = sql.true() if symbol is None else _ROWS.c.symbol == symbol
+        wanted = sql.select(_ROWS).where(mine).order_by(_ROWS.c.sequence)
         return [
             Entry(
                 sequence=row["sequence"],
@@ -488,10 +491,8 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_code
     if args.json:
         sys.stdout.write(json.dumps(rows, allow_nan=False) + "\n")
-    elif rows:
-        print_rows(Console(), rows)
     else:
-        Console().print("the ledger has no such rows")
+        print_rows(Console(), rows or [{"rows": "none"}])
     return 0
 
 

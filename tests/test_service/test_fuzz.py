@@ -14,11 +14,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis import Case, GenerationMode
 from schemathesis.schemas import APIOperation, BaseSchema
+from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from service.api import Services, create_api
 from service.edge import EdgeRules
 
 EXAMPLES = int(os.environ.get("AI_STOCKS_FUZZ_EXAMPLES", "12"))
+# Arrays of one length, days that ascend: what no schema can say of a prediction that is sent back.
+BEYOND_SCHEMAS = {"/api/backtest", "/api/forward_sim"}
 
 
 @pytest.fixture
@@ -49,7 +52,8 @@ def test_no_request_breaks_a_promise(fuzzed: BaseSchema, mode: GenerationMode) -
     def holds(case: Case) -> None:
         tried[case.operation.label] += 1
         case.body = without_python_names(case.body)
-        case.call_and_validate()
+        fits = case.operation.path not in BEYOND_SCHEMAS
+        case.call_and_validate(excluded_checks=[] if fits else [positive_data_acceptance])
 
     limits = settings(
         max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)

@@ -128,6 +128,23 @@ def test_many_threads_and_ledgers_write_one_chain(
     assert ledger.verify()[0] == 1 + 3 * 5
 
 
+def test_two_that_begin_at_once_make_one_table(
+    ledger: ForecastLedger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, create = [], module._METADATA.create_all
+
+    def late(engine: object) -> None:
+        made.append(engine)
+        if len(made) == 1:
+            create(engine)
+            raise module.exc.OperationalError("CREATE TABLE", {}, Exception("table already exists"))
+        create(engine)
+
+    monkeypatch.setattr(module._METADATA, "create_all", late)
+    assert ledger.record(told())
+    assert len(made) == 2
+
+
 def test_a_url_without_sense_is_refused_without_its_password() -> None:
     for url in ("nonsense", "nosuchbase://a:secret@b/c", "postgresql+nodriver://a:secret@b/c"):
         with pytest.raises(UsageError, match="AI_STOCKS_DATABASE_URL") as caught:
@@ -485,7 +502,7 @@ def shell(
 
 def test_the_command_line(shell: ForecastLedger, csv_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show"]) == 0
-    assert "no such rows" in capsys.readouterr().out
+    assert "none" in capsys.readouterr().out
     days = {"as_of": "1996-06-03", "target_session": "1996-06-10", "source": f"csv:{csv_dir.name}"}
     shell.record(told(symbol="NOISE", **days), now=datetime(1996, 6, 3, 23, tzinfo=UTC))
     shell.record(told(symbol="GONE", **days), now=datetime(1996, 6, 3, 23, tzinfo=UTC))
