@@ -115,13 +115,13 @@ class SessionCalendar:
         days = _days(index)
         last = min(days.max(), _day(self.known_to))
         inside = self._days[(self._days >= days.min()) & (self._days <= last)]
-        return _index(np.setdiff1d(inside, days))
+        return _index(inside[~_are_among(inside, np.sort(days))])
 
     def off_calendar(self, index: pd.DatetimeIndex) -> pd.DatetimeIndex:
         """Return the dates of ``index`` on which the exchange held no session, as far as is known."""
         days = _days(index)
         known = days[(days >= _day(self.known_from)) & (days <= _day(self.known_to))]
-        return _index(np.setdiff1d(known, self._days))
+        return _index(np.unique(known[~_are_among(known, self._days)]))
 
     def last_closed_session(self, now: datetime) -> pd.Timestamp:
         """Return the latest session whose close is at or before ``now``.
@@ -450,6 +450,14 @@ def _calendar(
         _days=days,
         _closes=closes,
     )
+
+
+def _are_among(days: NDArray[np.datetime64], ascending: NDArray[np.datetime64]) -> NDArray[np.bool_]:
+    """Whether each day is among ascending ones; numpy's set difference takes longer than all other checks."""
+    if not len(ascending):
+        return np.zeros(len(days), dtype=np.bool_)
+    place = np.minimum(np.searchsorted(ascending, days), len(ascending) - 1)
+    return np.asarray(ascending[place] == days)
 
 
 def _day(moment: pd.Timestamp) -> np.datetime64:

@@ -312,3 +312,14 @@ def test_a_universe_file_that_is_no_text_is_a_usage_error_and_a_byte_order_mark_
     marked = tmp_path / "marked.txt"
     marked.write_bytes("\ufeffAAPL\nMSFT\n".encode())
     assert resolve_universe(str(marked)) == ("AAPL", "MSFT")
+
+
+@settings(deadline=None, max_examples=60)
+@given(offsets=st.lists(st.integers(0, 400), max_size=120))
+def test_gaps_are_those_of_the_set_difference(offsets: list[int]):
+    """The slow oracle; dates may be doubled, in any order, and on days without a session."""
+    calendar = calendar_for("AAPL")
+    dates = pd.DatetimeIndex(pd.Timestamp("2024-01-01") + pd.to_timedelta(offsets, unit="D"))
+    inside = calendar.sessions(dates.min(), dates.max()) if len(dates) else dates
+    assert list(calendar.missing(dates)) == sorted(set(inside) - set(dates))
+    assert list(calendar.off_calendar(dates)) == sorted(set(dates) - set(inside))
