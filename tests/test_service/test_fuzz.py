@@ -19,7 +19,7 @@ from schemathesis.schemas import APIOperation, BaseSchema
 from service.api import Services, create_api
 from service.edge import WHOLE_PREDICTIONS, EdgeRules
 
-EXAMPLES = int(os.environ.get("AI_STOCKS_FUZZ_EXAMPLES", "12"))
+EXAMPLES = int(os.environ.get("AI_STOCKS_FUZZ_EXAMPLES", "5"))
 
 
 @pytest.fixture
