@@ -5,14 +5,15 @@ which status is written in `STATUS_OF` and nowhere else. Routes that compute do 
 those that only read a little are plain functions, which the framework runs in threads of its own: a long
 prediction never keeps the health check waiting.
 
-From the outside in: `service.edge.Observer`, cross-origin headers, `service.edge.Guard`, the routes.
+From the outside in: `service.edge.Observer`, cross-origin headers, `service.edge.Guard`,
+`service.edge.Shortcut`, the routes.
 """
 
 import asyncio
 import http
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from pydantic import ValidationError
 from pydantic.json_schema import models_json_schema
 from sse_starlette import EventSourceResponse
-from starlette.convertors import Convertor, register_url_convertor
+from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Scope
@@ -67,46 +68,32 @@ from service.schemas import (
     Wire,
 )
 from service.training_service import TrainingService
-from utils.errors import (
-    AIStocksError,
-    ConflictError,
-    DataError,
-    DeadlineError,
-    GateRefusedError,
-    JobMissingError,
-    ModelError,
-    ModelMissingError,
-    OverloadError,
-    StorageError,
-    UnknownSymbolError,
-    UpstreamError,
-    UsageError,
-    without_paths,
-)
+from utils import errors
+from utils.errors import AIStocksError, without_paths
 
 logger = logging.getLogger(__name__)
 
 VERSION = "0.1.0"
 # Seconds after which asking again may help.
-RETRY_AFTER_S: Mapping[type[AIStocksError], int] = {UpstreamError: 30, OverloadError: 2}
+RETRY_AFTER_S: Mapping[type[AIStocksError], int] = {errors.UpstreamError: 30, errors.OverloadError: 2}
 ERRORS_IN_DETAIL = 5
 # Longer than a stream of events sleeps.
 STREAM_END_S = 2.0
 
 # The nearest ancestor of an error decides.
 STATUS_OF: Mapping[type[AIStocksError], int] = {
-    UsageError: 422,
-    JobMissingError: 404,
-    UnknownSymbolError: 404,
-    UpstreamError: 503,
-    DataError: 422,
-    ModelMissingError: 404,
-    ModelError: 503,
-    ConflictError: 409,
-    GateRefusedError: 409,
-    StorageError: 507,
-    OverloadError: 503,
-    DeadlineError: 504,
+    errors.UsageError: 422,
+    errors.JobMissingError: 404,
+    errors.UnknownSymbolError: 404,
+    errors.UpstreamError: 503,
+    errors.DataError: 422,
+    errors.ModelMissingError: 404,
+    errors.ModelError: 503,
+    errors.ConflictError: 409,
+    errors.GateRefusedError: 409,
+    errors.StorageError: 507,
+    errors.OverloadError: 503,
+    errors.DeadlineError: 504,
     AIStocksError: 500,
 }
 
@@ -120,12 +107,6 @@ ERRORS_OF: Mapping[str, Sequence[str]] = {
 REF = "#/components/schemas/{model}"
 DOCS = Path(__file__).with_name("docs.html.j2")
 DOCS_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
-
-# Routes of the contract that nothing serves yet: what a caller can do instead.
-NOT_SERVED: Sequence[tuple[str, str, str]] = (
-    ("POST", "/api/models/train", "not served: use POST /api/training/start instead"),
-)
-
 
 Days = Annotated[int, Query(ge=1, le=MAX_CHART_BARS)]
 SymbolInPath = Annotated[str, PathParameter(json_schema_extra={"pattern": SYMBOL_PATTERN, "maxLength": 64})]
@@ -161,18 +142,10 @@ class Services:
     gauges: Mapping[str, tuple[str, Callable[[], float]]] = field(default_factory=dict)
 
 
-class TextConvertor(Convertor[str]):
+class TextConvertor(StringConvertor):
     """Matches anything, slashes and newlines included, so that the symbol's own check refuses it."""
 
     regex = r"(?s:.*)"
-
-    def convert(self, value: str) -> str:
-        """Return the text as it came."""
-        return value
-
-    def to_string(self, value: str) -> str:
-        """Return the text as it came."""
-        return value
 
 
 def create_api(services: Services) -> FastAPI:
@@ -180,12 +153,8 @@ def create_api(services: Services) -> FastAPI:
     register_url_convertor("text", TextConvertor())
     rules = services.rules
     pool = WorkPool(threads=rules.work_threads, queue=rules.work_queue, deadline_s=rules.deadline_s)
-    metrics = Metrics(
-        {
-            "work_pending": ("Requests that compute or wait to", lambda: float(pool.pending)),
-            **services.gauges,
-        }
-    )
+    pending = {"work_pending": ("Requests that compute or wait to", lambda: float(pool.pending))}
+    metrics = Metrics({**pending, **services.gauges})
     api = FastAPI(
         title="AI-Stocks",
         version=VERSION,
@@ -200,15 +169,6 @@ def create_api(services: Services) -> FastAPI:
     api.openapi = lambda: api.openapi_schema or document_errors(stock_openapi())  # type: ignore[method-assign]
     for router in _routers(services, pool):
         api.include_router(router)
-    for method, path, instead in NOT_SERVED:
-        api.add_api_route(
-            path,
-            _refuser(instead),
-            methods=[method],
-            status_code=501,
-            response_model=Problem,
-            openapi_extra={"parameters": _path_parameters(path)},
-        )
     _add_pages(api, metrics)
     api.add_exception_handler(AIStocksError, _on_our_error)
     api.add_exception_handler(RequestValidationError, _on_invalid)
@@ -224,7 +184,7 @@ def create_api(services: Services) -> FastAPI:
         expose_headers=["X-Request-ID", "Content-Disposition", "Retry-After"],
     )
     api.add_middleware(
-        Observer, metrics=metrics, stopping=services.stopping, static_paths=lambda: _static_paths(api)
+        Observer, metrics=metrics, stopping=services.stopping, known_paths=lambda: api.openapi()["paths"]
     )
     return api
 
@@ -274,15 +234,6 @@ def document_errors(schema: dict[str, Any]) -> dict[str, Any]:
                 if not status.startswith("2"):
                     response["content"] = problems
     return schema
-
-
-def _static_paths(api: FastAPI) -> frozenset[str]:
-    return frozenset({"/docs", "/metrics", *(path for path in api.openapi()["paths"] if "{" not in path)})
-
-
-def _path_parameters(path: str) -> list[dict[str, Any]]:
-    names = re.findall(r"{(\w+)", path)
-    return [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
 
 
 def _lifespan(services: Services, pool: WorkPool) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
@@ -335,8 +286,7 @@ def _model_routes(registry: ModelRegistry, pool: WorkPool) -> APIRouter:
     @router.get("/api/models", response_model=list[ModelMeta])
     def models() -> Response:
         """List the saved models."""
-        body = b"[" + b",".join(meta.wire_bytes() for meta in registry.list()) + b"]"
-        return json_response(body)
+        return answer_all(registry.list())
 
     @router.get("/api/models/{model_id}", response_model=ModelMeta)
     def model(model_id: str) -> Response:
@@ -362,8 +312,7 @@ def _model_routes(registry: ModelRegistry, pool: WorkPool) -> APIRouter:
     @router.get("/api/models/{model_id}/versions", response_model=list[ModelVersion])
     async def versions(model_id: str) -> Response:
         """List the kept versions of a model, the newest first."""
-        found = await pool.run(lambda: registry.versions(model_id))
-        return json_response(b"[" + b",".join(version.wire_bytes() for version in found) + b"]")
+        return await pool.run(lambda: answer_all(registry.versions(model_id)))
 
     @router.get(
         "/api/models/{model_id}/download",
@@ -388,7 +337,7 @@ def _price_routes(predictions: PredictionService, pool: WorkPool) -> APIRouter:
         return await pool.run(lambda: answer(predictions.history(symbol, days)))
 
     @router.get("/api/realtime/{symbol:text}", response_model=RealtimeQuote)
-    async def realtime(symbol: str) -> Response:
+    async def realtime(symbol: SymbolInPath) -> Response:
         """Return the last closed session; it says from when it is, and whether a later one has closed."""
         return await pool.run(lambda: answer(predictions.quote(symbol)))
 
@@ -408,11 +357,15 @@ def _training_routes(training: TrainingService) -> APIRouter:
         """Queue a training."""
         return answer(TrainingStarted(job_id=training.start(params).id))
 
+    @router.post("/api/models/train", status_code=501, response_model=Problem)
+    def train() -> None:
+        """Not served; the detail names what to use instead."""
+        raise HTTPException(501, "not served: use POST /api/training/start instead")
+
     @router.get("/api/training", response_model=list[TrainingJob])
     def jobs() -> Response:
         """List the trainings, newest first."""
-        body = b"[" + b",".join(job.wire_bytes() for job in training.list()) + b"]"
-        return Response(body, media_type="application/json")
+        return answer_all(training.list())
 
     @router.get("/api/training/{job_id}", response_model=TrainingJob)
     def job(job_id: str) -> Response:
@@ -480,17 +433,14 @@ def _judging_routes(services: Services, pool: WorkPool) -> APIRouter:
     return router
 
 
-def _refuser(instead: str) -> Callable[[], None]:
-    def not_served() -> None:
-        """Not served; the detail names what to use instead."""
-        raise HTTPException(501, instead)
-
-    return not_served
-
-
 def answer(model: Wire) -> Response:
     """Return the model's own JSON; the framework's encoder takes three to ten times as long."""
     return json_response(model.wire_bytes())
+
+
+def answer_all(models: Iterable[Wire]) -> Response:
+    """Return a list of models."""
+    return json_response(b"[" + b",".join(model.wire_bytes() for model in models) + b"]")
 
 
 def json_response(body: bytes) -> Response:
@@ -529,12 +479,12 @@ def _on_http_error(request: Request, error: Exception) -> Response:
 def _on_invalid(request: Request, error: Exception) -> Response:
     if not isinstance(error, RequestValidationError):
         raise error
-    errors = error.errors()
-    if any(one["type"] == "json_invalid" for one in errors):
+    wrong = error.errors()
+    if any(one["type"] == "json_invalid" for one in wrong):
         return problem(request.scope, 400, "the body is not valid JSON")
-    said = [_sentence(one) for one in errors[:ERRORS_IN_DETAIL]]
-    if len(errors) > ERRORS_IN_DETAIL:
-        said.append(f"and {len(errors) - ERRORS_IN_DETAIL} more")
+    said = [_sentence(one) for one in wrong[:ERRORS_IN_DETAIL]]
+    if len(wrong) > ERRORS_IN_DETAIL:
+        said.append(f"and {len(wrong) - ERRORS_IN_DETAIL} more")
     return problem(request.scope, 422, "; ".join(said))
 
 

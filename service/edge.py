@@ -18,7 +18,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -282,7 +282,7 @@ def announced_bytes(scope: Scope) -> int:
 class Observer:
     """Gives requests their id and answers their headers; logs and counts each.
 
-    Of a request that got no further than the guard, the route is known where it is one of ``static_paths``.
+    Of a request that got no further than the guard, the route is known where it is one of ``known_paths``.
     """
 
     def __init__(
@@ -291,10 +291,10 @@ class Observer:
         *,
         metrics: Metrics,
         stopping: Callable[[], bool],
-        static_paths: Callable[[], frozenset[str]],
+        known_paths: Callable[[], Iterable[str]],
     ) -> None:
         self._app, self._metrics, self._stopping = app, metrics, stopping
-        self._static_paths = static_paths
+        self._known_paths = known_paths
         self._statics: frozenset[str] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -338,7 +338,7 @@ class Observer:
         if isinstance(template, str):
             return template
         if self._statics is None:
-            self._statics = self._static_paths()
+            self._statics = frozenset(path for path in self._known_paths() if "{" not in path)
         path = scope["path"]
         return str(path) if path in self._statics else UNROUTED
 

@@ -18,7 +18,7 @@ from httpx2 import Response
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from service.api import NOT_SERVED, STATUS_OF, Services, create_api
+from service.api import STATUS_OF, Services, create_api
 from service.edge import LINGER_BYTES, EdgeRules
 from service.prediction_service import PredictionService
 from service.schemas import PredictionResult
@@ -115,14 +115,6 @@ def test_the_smallest_real_caller(client: TestClient) -> None:
 
 def test_a_symbol_without_a_model_names_the_command(client: TestClient) -> None:
     assert "python -m training.train_gbm MSFT" in check_problem(post(client, '{"symbol": "MSFT"}'), 404)
-
-
-@pytest.mark.parametrize(("method", "path", "instead"), NOT_SERVED)
-def test_routes_that_are_not_served_say_what_to_use(
-    client: TestClient, method: str, path: str, instead: str
-) -> None:
-    url = re.sub(r"\{[^}]*\}", "AAPL", path)
-    assert check_problem(client.request(method, url), 501) == instead
 
 
 def test_models_train_names_training_start(client: TestClient) -> None:

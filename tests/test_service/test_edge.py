@@ -465,7 +465,7 @@ def test_a_caller_that_leaves_is_counted(caplog: pytest.LogCaptureFixture) -> No
     async def gone(scope: Scope, receive: Receive, send: Send) -> None:
         raise RuntimeError("nobody listens")
 
-    observer = Observer(gone, metrics=metrics, stopping=lambda: False, static_paths=frozenset)
+    observer = Observer(gone, metrics=metrics, stopping=lambda: False, known_paths=frozenset)
     with pytest.raises(RuntimeError):
         call(observer, [b""])
     assert metrics.in_flight == 0
@@ -480,7 +480,7 @@ def test_the_edge_is_cheap() -> None:
         await send({"type": "http.response.body", "body": b"{}"})
 
     guard = Guard(ready, EdgeRules())
-    app = Observer(guard, metrics=Metrics({}), stopping=lambda: False, static_paths=frozenset)
+    app = Observer(guard, metrics=Metrics({}), stopping=lambda: False, known_paths=frozenset)
 
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": b"", "more_body": False}
