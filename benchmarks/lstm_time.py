@@ -56,7 +56,7 @@ def epochs(keras: KerasNetwork, batches: Batches, repeats: int) -> tuple[float, 
     inputs = batches.features[batches.windows]
 
     def ours() -> None:
-        keras.train_epoch(batches, 1e-4, rng)
+        keras.train_epoch(batches, keras.config.learning_rate, rng)
 
     def bare() -> None:
         keras.model.fit(inputs, batches.target, batch_size=BATCH, epochs=1, verbose=0)

@@ -189,3 +189,19 @@ def test_folds_without_outcomes_are_left_out():
     assert with_empty.consistency == 1.0
     assert without.feature_stability is None
     assert summarise_folds([empty]).consistency is None
+
+
+@pytest.mark.parametrize(
+    ("signal", "words"),
+    [
+        (np.random.default_rng(0).normal(0.4, 0.02, 500), None),
+        (np.full(500, 0.4), "deviates by"),
+        (np.random.default_rng(0).normal(0.0, 0.002, 500), "deviates by 0.00"),
+        (np.full(500, np.nan), "deviates by nan"),
+        (np.r_[np.full(490, -0.01), np.full(10, 3.0)], "98% of its signal"),
+    ],
+    ids=["alive, off zero", "constant", "nearly constant", "not a number", "one sign but for a few"],
+)
+def test_a_signal_that_has_collapsed_is_told(signal, words):
+    found = wfe.collapse_of(signal)
+    assert found is None if words is None else words in found
