@@ -308,6 +308,7 @@ def training_report(
     trials: Sequence[Mapping[str, Any]],
     summary: Mapping[str, float | None] | None = None,
     findings: Sequence[str] = (),
+    epochs: Sequence[Mapping[str, Any]] = (),
 ) -> Report:
     """Assemble the report of a training.
 
@@ -323,6 +324,8 @@ def training_report(
         Mean absolute SHAP value by feature in the final fit; every trial of the search, as recorded.
     summary, findings
         Measures across folds by name, and what the data validator had to say.
+    epochs
+        Of a network: figures of each epoch of the final fit, in the place of importance and trials.
     """
     known = record.dropna(subset=["realised_log", "predicted_log"]).sort_values("date").set_index("date")
     folds, horizon, verdict = metadata["folds"], metadata["horizon_bars"], metadata["verdict"]
@@ -341,13 +344,16 @@ def training_report(
     ics = (_floats([fold[name] for fold in folds]) for name in ("ic", "ic_low", "ic_high"))
     ic = words.on("ic", charts.fold_chart([fold["test_start"][:7] for fold in folds], *ics))
     periods = ({**fold, "period": f"{fold['test_start'][:7]} to {fold['test_end'][:7]}"} for fold in folds)
+    learned = [words.section("epochs", words.records("epochs", epochs))]
+    if not epochs:
+        looked = words.section("features", _importance(words, importance, folds))
+        learned = [looked, words.section("trials", words.records("trials", best))]
     sections = (
-        words.section("folds", ic, words.records("folds", periods)),
+        words.section("network_folds" if epochs else "folds", ic, words.records("folds", periods)),
         words.section("naive", *_skill(words, known, evidence, horizon)),
         *((words.section("paths", paths),) if further else ()),
         words.section("gates", *tables, bullets=verdict["reasons"]),
-        words.section("features", _importance(words, importance, folds)),
-        words.section("trials", words.records("trials", best)),
+        *learned,
         words.section("data", bullets=findings or words.table["no_findings"]),
         words.section("origin", _facts(words, provenance_of(metadata))),
     )

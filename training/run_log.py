@@ -274,6 +274,7 @@ def publish_report(trained: Trained[Any], folder: Path) -> Path | None:
         trials=trained.trials,
         summary=asdict(trained.walk_forward.summary),
         findings=bundle.metadata["data"]["problems"],
+        epochs=bundle.hyperparameters.get("epochs", ()),
     )
     try:
         return write_report(page, folder / f"{bundle.symbol}_{bundle.KIND.name}_{bundle.model_version}.html")

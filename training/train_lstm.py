@@ -14,7 +14,7 @@ import argparse
 import importlib.util
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -114,19 +114,19 @@ class KerasNetwork:
         import tensorflow as tf  # noqa: PLC0415
 
         self._keras, self.config = keras, config
-        self._cpu: Callable[[], Any] = lambda: tf.device("CPU:0")
-        with self._cpu():
-            self.model = self._build(n_features)
-            optimizer = keras.optimizers.Adam(config.learning_rate, clipnorm=1.0)
-            # XLA takes four times as long for these layers.
-            self.model.compile(optimizer=optimizer, loss=self.loss, jit_compile=False)
-            optimizer.build(self.model.trainable_variables)
-            self._state = [*self.model.variables, *optimizer.variables]
+        # TensorFlow would take all of a GPU's memory for a network that gains little from it.
+        tf.config.set_visible_devices([], "GPU")
+        self.model = self._build(n_features)
+        optimizer = keras.optimizers.Adam(config.learning_rate, clipnorm=1.0)
+        # XLA takes four times as long for these layers.
+        self.model.compile(optimizer=optimizer, loss=self.loss, jit_compile=False)
+        optimizer.build(self.model.trainable_variables)
+        self._state = [*self.model.variables, *optimizer.variables]
         self._beginning = [variable.numpy().copy() for variable in self._state]
 
     def _build(self, n_features: int) -> Any:  # noqa: ANN401 - Keras is not typed
         keras, config = self._keras, self.config
-        seeds = iter(range(config.seed * 100, config.seed * 100 + 100))
+        seeds = map(int, np.random.SeedSequence(config.seed).generate_state(16) >> 1)
 
         def drawn(units: int) -> dict[str, object]:
             return {"units": units, "kernel_initializer": keras.initializers.GlorotUniform(next(seeds))}
@@ -174,20 +174,18 @@ class KerasNetwork:
         self.model.optimizer.learning_rate.assign(rate)
         # An epoch of few large steps would end before the network has left its beginning.
         size = min(self.config.batch_size, max(len(order) // MIN_STEPS, MIN_BATCH_ROWS))
-        with self._cpu():
-            for start in range(0, len(order), size):
-                inputs, target, weight = batches.take(order[start : start + size])
-                loss = self.model.train_on_batch(inputs, target, sample_weight=weight)
-                total += float(loss) * len(target)
+        for start in range(0, len(order), size):
+            inputs, target, weight = batches.take(order[start : start + size])
+            loss = self.model.train_on_batch(inputs, target, sample_weight=weight)
+            total += float(loss) * len(target)
         return total / len(order)
 
     def look(self, batches: Batches) -> tuple[float, FloatArray]:
         """Return the weighted loss of sequences that are not learned, and the signal, (n,)."""
         index = np.arange(len(batches))
         chunks = (index[start : start + CHUNK_ROWS] for start in range(0, len(index), CHUNK_ROWS))
-        with self._cpu():
-            outputs = np.concatenate([self.model.predict_on_batch(batches.take(c)[0]) for c in chunks])
-            losses = self.loss(batches.target, outputs).numpy()
+        outputs = np.concatenate([self.model.predict_on_batch(batches.take(c)[0]) for c in chunks])
+        losses = self.loss(batches.target, outputs).numpy()
         middle = outputs[:, outputs.shape[1] // 2].astype(np.float64)
         return float(np.average(losses, weights=batches.weight)), middle
 

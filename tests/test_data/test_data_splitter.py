@@ -13,6 +13,7 @@ from data.data_splitter import (
     PurgedTimeSeriesSplit,
     WalkForwardSplit,
     create_train_val_test_split,
+    split_latest,
 )
 from utils.errors import DataError, InsufficientDataError, UsageError
 
@@ -303,3 +304,26 @@ def test_panels_that_would_leak_or_are_too_short_are_refused():
         split.folds(date, np.full(len(date), np.datetime64("NaT")), horizon_bars=5)
     with pytest.raises(UsageError, match="test_bars is 0"):
         WalkForwardSplit(test_bars=0)
+
+
+@QUICK
+@given(st.integers(30, 80), st.integers(1, 3), st.integers(1, 6), st.floats(0.05, 0.5))
+def test_the_latest_sessions_are_set_apart_and_no_earlier_label_reaches_into_them(
+    n_sessions: int, n_symbols: int, horizon: int, share: float
+):
+    days = np.datetime64("2020-01-01") + np.arange(n_sessions + horizon)
+    date = np.repeat(days[:n_sessions], n_symbols)
+    label_end = np.repeat(days[horizon:], n_symbols)
+    earlier, later = split_latest(date, label_end, share, at_least_rows=1)
+    first = date[later].min()
+    assert (label_end[earlier] < first).all()
+    assert set(later) == set(np.flatnonzero(date >= first))
+    assert len(np.unique(date[later])) == pytest.approx(share * n_sessions, abs=1.01)
+    left_out = np.setdiff1d(np.arange(len(date)), [*earlier, *later])
+    assert (label_end[left_out] >= first).all(), "a row was left out for nothing"
+
+
+def test_too_few_rows_to_set_any_apart_say_so():
+    days = np.datetime64("2020-01-01") + np.arange(50)
+    with pytest.raises(InsufficientDataError, match="38 to learn and 10 to stop by, 20 of each"):
+        split_latest(days[:-1], days[1:], 0.2, at_least_rows=20)

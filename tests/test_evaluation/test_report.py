@@ -243,6 +243,17 @@ def test_further_horizons_have_a_section_where_there_are_some(bars: pd.DataFrame
     assert all(figure in page for figure in ("0.031", "0.27", "1,721"))
 
 
+def test_a_network_shows_how_it_learned_in_the_place_of_trials(
+    bars: pd.DataFrame, training_page: str
+) -> None:
+    learned = {"trainLoss": 0.4321, "valLoss": 0.5678, "learningRate": 1e-3, "directionalAccuracy": 0.513}
+    inputs = {**training_inputs(bars), "importance": {}, "trials": ()}
+    page = render(training_report(symbol="AAPL", epochs=[{"epoch": 1, **learned}], **inputs))
+    for heading in ("How the network learned", "What was tried", "What the model looks at"):
+        assert (heading in page) == (heading == "How the network learned") != (heading in training_page)
+    assert all(figure in page for figure in ("0.4321", "0.5678", "51.3"))
+
+
 def test_other_data_give_another_page(bars: pd.DataFrame, honest_page: str) -> None:
     assert render(demo(bars.iloc[:-1])) != honest_page
 

@@ -672,7 +672,6 @@ KILLED = textwrap.dedent(
     from pathlib import Path
     import test_load_gbm_models as case
     from inference import load_gbm_models as store
-from inference.artifact import new_version_id
     store.verify_in_fresh_process = lambda folder: None
     countdown = int(sys.argv[2])
     real = os.fsync

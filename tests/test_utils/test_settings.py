@@ -1,5 +1,6 @@
 """Settings, the example that lists them, and the lines of the log."""
 
+import argparse
 import json
 import logging
 import os
@@ -9,7 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from utils.settings import PROJECT_ROOT, JsonFormatter, Settings, TextFormatter, read_settings
+from utils.settings import (
+    PROJECT_ROOT,
+    JsonFormatter,
+    Settings,
+    TextFormatter,
+    at_least,
+    below,
+    read_settings,
+)
 
 EXAMPLE = PROJECT_ROOT / ".env.example"
 KEY = "a-key-of-sixteen-or-more"
@@ -155,3 +164,17 @@ def test_a_command_of_the_project_works_on_the_same_places(tmp_path, monkeypatch
 def test_the_database_may_be_named(monkeypatch):
     monkeypatch.setenv("AI_STOCKS_DATABASE_URL", "postgresql+psycopg://host/name")
     assert Settings().database == "postgresql+psycopg://host/name"
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "9", "x", "²"])
+def test_a_whole_number_out_of_bounds_is_no_argument(text):
+    assert at_least(1, 8)("8") == 8
+    with pytest.raises(argparse.ArgumentTypeError, match="at least 1 and at most 8"):
+        at_least(1, 8)(text)
+
+
+@pytest.mark.parametrize("text", ["-0.1", "1", "nan", "inf", "x", ""])
+def test_a_number_out_of_bounds_is_no_argument(text):
+    assert below(1.0)("0.25") == 0.25
+    with pytest.raises(argparse.ArgumentTypeError, match="from 0 to below 1"):
+        below(1.0)(text)

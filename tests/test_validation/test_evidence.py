@@ -301,3 +301,19 @@ def test_a_torn_line_does_not_stop_the_count(tmp_path):
 def test_a_log_that_cannot_be_written_is_told(tmp_path):
     with pytest.raises(StorageError, match="log of trials"):
         record_run(tmp_path, RUN)
+
+
+@pytest.mark.parametrize(
+    ("signal", "words"),
+    [
+        (np.random.default_rng(0).normal(0.4, 0.02, 500), None),
+        (np.full(500, 0.4), "deviates by"),
+        (np.random.default_rng(0).normal(0.0, 0.002, 500), "deviates by 0.00"),
+        (np.full(500, np.nan), "deviates by nan"),
+        (np.r_[np.full(490, -0.01), np.full(10, 3.0)], "98% of its signal"),
+    ],
+    ids=["alive, off zero", "constant", "nearly constant", "not a number", "one sign but for a few"],
+)
+def test_a_signal_that_has_collapsed_is_told(signal, words):
+    found = evidence.collapse_of(signal)
+    assert found is None if words is None else words in found
