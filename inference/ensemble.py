@@ -1,22 +1,25 @@
-"""The fitted boosters as one forecaster of the volatility-scaled return: scale, predict, weigh, calibrate.
+"""Several models as one forecaster of the volatility-scaled return: scale, predict, weigh, calibrate.
 
 A `BoosterEnsemble` holds everything that a fold fits. The trainer makes one per fold and one for the bundle,
-so what is validated is what is served.
+so what is validated is what is served. A `SimpleEnsemble` joins models of different kinds by what their
+signals were worth before.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import lightgbm
 import numpy as np
 import numpy.typing as npt
 import xgboost
+from scipy.optimize import nnls
 from sklearn.preprocessing import RobustScaler
 
 FloatArray = npt.NDArray[np.float64]
 FloatMatrix = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.intp]
+BoolArray = npt.NDArray[np.bool_]
 # CatBoost's models, where they are installed, answer to `predict` like LightGBM's.
 Booster = xgboost.Booster | lightgbm.Booster | Any
 
@@ -304,3 +307,169 @@ def calibrate_symbols(
             each = replace(pooled, drift=drift)
         found[name] = each
     return found
+
+
+# What a member's opinion counts before anything is known of it.
+PRIOR = (("gbm", 0.7), ("lstm", 0.3))
+# Rows between the end of a label and its first use, so that "before" never rests on one close.
+EMBARGO_BARS = 1
+# Fewer known rows than this tell nothing about the spread of a signal.
+LEAST_ROWS = 126
+# A signal is made louder or quieter by so much at most; one that spreads less than this is a constant.
+MAX_LOUDER, CONSTANT = 10.0, 1e-9
+OUTCOME_LIMIT_SIGMA = 4.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SignalRows:
+    """What the members said of the same rows, what came, and from when on that may be used.
+
+    Attributes
+    ----------
+    signals
+        Raw signals in units of the h-day volatility, a column a member, (n, k); NaN where one has none.
+    outcome
+        What came, in the same units, (n,); NaN where not known yet.
+    is_out_of_sample
+        Rows that no member was fitted on, (n,); only these are learned from.
+    session, known_from
+        Number of the row's session, ascending, and the first session that may use its outcome, (n,).
+    horizon_bars
+        Length of the labels.
+    """
+
+    signals: FloatArray
+    outcome: FloatArray
+    is_out_of_sample: BoolArray
+    session: IntArray
+    known_from: IntArray
+    horizon_bars: int
+
+    def refreshes(self, usable: BoolArray, every: int) -> Iterator[tuple[IntArray, slice]]:
+        """Yield, for each stretch of ``every`` sessions, the usable rows known before it, and its own.
+
+        Stretches are counted from the first usable row, so that later rows move none of them.
+        """
+        learned = usable & self.is_out_of_sample & np.isfinite(self.outcome)
+        n, wanted = len(self.session), np.flatnonzero(usable & self.is_out_of_sample)
+        if not len(wanted):
+            yield wanted, slice(0, n)
+            return
+        first, begin = int(self.session[wanted[0]]), 0
+        for start in range(first, int(self.session[-1]) + 1, every):
+            end = int(np.searchsorted(self.session, start + every))
+            yield np.flatnonzero(learned & (self.known_from <= start)), slice(begin, end)
+            begin = end
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimpleEnsemble:
+    """Joins members' signals by weights that start at a prior and move by out-of-sample skill alone.
+
+    Every member speaks as loudly as the first one: each signal is brought to that one's spread, as known by
+    then, so that a weight is a share of what is said. The skills (information coefficients given the others)
+    have a normal prior around the prior weights times `typical_ic`, with `typical_ic` as its standard
+    deviation; the weights are the shares of their most likely values that are not negative. A member that
+    adds nothing gets exactly zero.
+
+    Attributes
+    ----------
+    prior
+        Weight by member, before anything is known.
+    typical_ic
+        Information coefficient that prices allow; .03 counts as much as some 1,100 independent rows.
+    refresh_sessions
+        Weights and calibration are renewed every so many sessions.
+    """
+
+    prior: Mapping[str, float] = field(default_factory=lambda: dict(PRIOR))
+    typical_ic: float = 0.03
+    refresh_sessions: int = 63
+
+    def weigh(self, rows: SignalRows, members: Sequence[str]) -> tuple[FloatArray, FloatArray]:
+        """Follow the weights over time; row t uses outcomes that were known before t.
+
+        Parameters
+        ----------
+        rows
+            Signals, a column for each of ``members``.
+        members
+            Their names, the one that sets the loudness first.
+
+        Returns
+        -------
+        tuple of arrays
+            Weights (n, k), zero for a member without a forecast, summing to one where there is any; and the
+            joined signal (n,), in the first member's units.
+        """
+        heard = np.isfinite(rows.signals)
+        weights, louder = np.zeros_like(rows.signals), np.ones_like(rows.signals)
+        prior = np.array([self.prior[name] for name in members])
+        for known, now in rows.refreshes(np.asarray(heard.all(axis=1)), self.refresh_sessions):
+            weights[now], louder[now] = self._learned(rows, known, prior)
+        # Where only members without weight have a forecast, it is theirs.
+        weights = np.where(heard, weights, 0.0)
+        alone = weights.sum(axis=1) <= 0
+        weights[alone] = np.where(heard[alone], prior, 0.0)
+        total = weights.sum(axis=1)
+        weights /= np.where(total > 0, total, 1.0)[:, np.newaxis]
+        joined = (weights * louder * np.where(heard, rows.signals, 0.0)).sum(axis=1)
+        return weights, np.where(total > 0, joined, np.nan)
+
+    def _learned(self, rows: SignalRows, known: IntArray, prior: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Return weights and loudness, (k,) each, from known rows."""
+        nothing = prior / prior.sum(), np.ones(len(prior))
+        if len(known) < LEAST_ROWS:
+            return nothing
+        signals, outcome = rows.signals[known], rows.outcome[known]
+        spread = signals.std(axis=0)
+        moves = np.flatnonzero(spread > CONSTANT)
+        outcome = np.clip(outcome - outcome.mean(), -OUTCOME_LIMIT_SIGMA, OUTCOME_LIMIT_SIGMA)
+        if not len(moves) or outcome.std() <= CONSTANT:
+            return nothing
+        standard = (signals[:, moves] - signals[:, moves].mean(axis=0)) / spread[moves]
+        skills = self._skills(standard, outcome / outcome.std(), rows, known, prior[moves])
+        weights, louder = np.zeros(len(prior)), np.ones(len(prior))
+        louder[moves] = np.clip(spread[moves[0]] / spread[moves], 1 / MAX_LOUDER, MAX_LOUDER)
+        weights[moves] = skills if skills.any() else prior[moves]
+        return weights / weights.sum(), louder
+
+    def _skills(
+        self, signals: FloatArray, outcome: FloatArray, rows: SignalRows, known: IntArray, prior: FloatArray
+    ) -> FloatArray:
+        """Return the most likely skills of standardised signals (m, k) that are not negative, (k,)."""
+        m, code = len(known), np.unique(rows.session[known], return_inverse=True)[1]
+        errors = [
+            overlap_error(np.bincount(code, weights=one * outcome).astype(np.float64), rows.horizon_bars) / m
+            for one in signals.T
+        ]
+        # Labels overlap and symbols move together: so many independent rows are these worth.
+        worth = 1.0 / max(float(np.mean(np.square(errors))), 1.0 / m)
+        trust = self.typical_ic**-2
+        precision = worth * (signals.T @ signals) / m + trust * np.eye(len(prior))
+        evidence = worth * (signals.T @ outcome) / m + trust * self.typical_ic * prior / prior.sum()
+        root = np.linalg.cholesky(precision)
+        return np.asarray(nnls(root.T, np.linalg.solve(root, evidence))[0], dtype=np.float64)
+
+    def calibrate(
+        self, rows: SignalRows, raw_scaled: FloatArray
+    ) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Follow `calibrate` over time; row t uses outcomes that were known before t.
+
+        Returns
+        -------
+        tuple of arrays
+            Slope, mean of the raw signal, and lower bound of the skill as of each row, (n,).
+        """
+        found = np.zeros((3, len(raw_scaled)))
+        for known, now in rows.refreshes(np.isfinite(raw_scaled), self.refresh_sessions):
+            code = np.unique(rows.session[known], return_inverse=True)[1]
+            one = calibrate(
+                raw_scaled[known],
+                rows.outcome[known],
+                drift=0.0,
+                horizon_bars=rows.horizon_bars,
+                session_code=code,
+            )
+            found[:, now] = np.array([one.slope, one.raw_mean, one.skill_lower])[:, np.newaxis]
+        return found[0], found[1], found[2]
