@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import pandas as pd
@@ -22,8 +22,8 @@ from inference import artifact
 from inference.artifact import Version, corrupt, unusable
 from inference.ensemble import EMBARGO_BARS, FloatArray, SignalRows, SimpleEnsemble
 from inference.load_gbm_models import METADATA, RECORD, GBMBundle
-from inference.pipeline import GBMForecaster, Member, with_bands
-from utils.errors import ModelIncompatibleError
+from inference.pipeline import Forecaster, GBMForecaster, with_bands
+from utils.errors import ModelIncompatibleError, ModelMissingError
 from utils.model_paths import ENSEMBLE, serve
 
 Method = Literal["simple", "stacking", "xgb-meta"]
@@ -138,6 +138,19 @@ class Stacked:
         if after.any():
             known[after] = self.meta.predict(meta_features(bars, signals)[after])
         return np.where(both & np.isfinite(known), known, simple)
+
+
+class Member(Forecaster, Protocol):
+    """A forecaster that can be joined with others: it also shows what its forecast is made from."""
+
+    def centre(self, bars: pd.DataFrame) -> pd.DataFrame:
+        """Return a frame indexed like ``bars``; row t is known at the close of t, NaN without a forecast.
+
+        Columns: ``raw_scaled`` (the uncalibrated signal, in units of the h-day volatility),
+        ``baseline_log``, ``sigma_log``, ``is_out_of_sample``, ``is_of_other_prices``, and those of
+        `FORECAST_COLUMNS` that `with_bands` does not add.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -410,6 +423,11 @@ def load_ensemble(models_dir: Path, symbol: str) -> EnsembleBundle:
     """
     bundle, warnings = serve(models_dir, symbol, ENSEMBLE, load_folder)
     return replace(bundle, warnings=warnings)
+
+
+def load_lstm(_models_dir: Path, symbol: str) -> GBMBundle:
+    """Load the network of a symbol."""
+    raise ModelMissingError(f"no LSTM for {symbol}: run `python -m training.train_lstm {symbol}`")
 
 
 def load_folder(folder: Path) -> EnsembleBundle:

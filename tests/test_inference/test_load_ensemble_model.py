@@ -8,8 +8,8 @@ import pytest
 
 from data.target_engineering import make_target
 from inference.ensemble import SimpleEnsemble
-from inference.load_ensemble_model import EnsembleForecaster, MetaModel, Stacked, meta_features
-from inference.pipeline import FORECAST_COLUMNS, Member, decide
+from inference.load_ensemble_model import EnsembleForecaster, Member, MetaModel, Stacked, meta_features
+from inference.pipeline import FORECAST_COLUMNS, decide
 from inference.position_sizing import make_sizer
 from utils.errors import ModelIncompatibleError
 
