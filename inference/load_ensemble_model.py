@@ -19,18 +19,17 @@ from pydantic import BaseModel, Field, FiniteFloat, model_validator
 
 from data.target_engineering import make_target
 from inference import artifact
-from inference.artifact import Version, corrupt, unusable
+from inference.artifact import GOLDEN_TOLERANCE, METADATA, RECORD, Version, corrupt, document, unusable
 from inference.ensemble import EMBARGO_BARS, FloatArray, SignalRows, SimpleEnsemble
-from inference.load_gbm_models import METADATA, RECORD, GBMBundle
-from inference.pipeline import Forecaster, GBMForecaster, with_bands
-from utils.errors import ModelIncompatibleError, ModelMissingError
+from inference.intervals import with_bands
+from inference.pipeline import Bundle, BundleForecaster, Forecaster
+from utils.errors import ModelIncompatibleError
 from utils.model_paths import ENSEMBLE, serve
 
 Method = Literal["simple", "stacking", "xgb-meta"]
 GBM_NAME, LSTM_NAME = "gbm", "lstm"
 ENSEMBLE_FILE, META_BOOSTER = "ensemble.json", "meta_model.ubj"
 RECORD_COLUMNS = ("date", "raw_scaled", "realised_log", "sigma_log", "weight_gbm", "weight_lstm")
-GOLDEN_TOLERANCE = 1e-5
 # Bars whose volatility is the storm or calm that a bar is compared with, and those of a trend.
 REGIME_BARS, TREND_BARS, LEAST_REGIME_BARS = 1260, 200, 60
 MAX_TREND = 3.0
@@ -344,16 +343,16 @@ class EnsembleBundle:
 
     def join(
         self,
-        gbm: GBMBundle,
-        lstm: GBMBundle,
+        gbm: Bundle,
+        lstm: Bundle,
         *,
         include_in_sample: bool = False,
         as_lived: bool = False,
     ) -> EnsembleForecaster:
-        """Return the forecaster of the members; the flags are those of `GBMForecaster`."""
+        """Return the forecaster of the members; the flags are those of `BundleForecaster`."""
         trusted = as_lived or self.metadata["verdict"]["label"] == "edge"
         members: dict[str, Member] = {
-            name: GBMForecaster(bundle=bundle, include_in_sample=include_in_sample, as_lived=as_lived)
+            name: BundleForecaster(bundle=bundle, include_in_sample=include_in_sample, as_lived=as_lived)
             for name, bundle in ((GBM_NAME, gbm), (LSTM_NAME, lstm))
         }
         return EnsembleForecaster(
@@ -368,14 +367,13 @@ def save_ensemble(bundle: EnsembleBundle, models_dir: Path) -> Path:
     """Write an ensemble aside, verify it in a fresh process, and let it serve; see `artifact.publish`."""
     meta = bundle.stacked.meta if bundle.stacked else None
     linear = None if meta is None else Linear.model_validate(asdict(replace(meta, booster=None)))
-    document = EnsembleDocument(
+    told = EnsembleDocument(
         method=bundle.method, members=dict(bundle.members), weights=bundle.weights, meta=linear
     )
-    bundle.record.to_parquet(buffer := io.BytesIO(), write_page_checksum=True)
     contents = {
-        ENSEMBLE_FILE: document.model_dump_json(indent=1).encode(),
+        ENSEMBLE_FILE: told.model_dump_json(indent=1).encode(),
         METADATA: json.dumps(bundle.metadata, indent=1, allow_nan=False).encode(),
-        RECORD: buffer.getvalue(),
+        RECORD: artifact.record_bytes(bundle.record),
     }
     golden = np.empty((0, 0))
     if meta is not None:
@@ -425,38 +423,33 @@ def load_ensemble(models_dir: Path, symbol: str) -> EnsembleBundle:
     return replace(bundle, warnings=warnings)
 
 
-def load_lstm(_models_dir: Path, symbol: str) -> GBMBundle:
-    """Load the network of a symbol."""
-    raise ModelMissingError(f"no LSTM for {symbol}: run `python -m training.train_lstm {symbol}`")
-
-
 def load_folder(folder: Path) -> EnsembleBundle:
     """Check one version's files against its manifest, then load them."""
     version = artifact.read_version(folder, ENSEMBLE, EnsembleManifest)
     manifest = version.manifest
     with unusable(folder, METADATA):
-        metadata = dict(json.loads(version.contents[METADATA]))
+        metadata = document(version, METADATA)
         promised = artifact.PromisedMetadata.model_validate(metadata)
     named = (promised.symbol, promised.model_version, promised.data_hash)
     if named != (manifest.symbol, manifest.model_version, manifest.data_hash):
         raise corrupt(folder, f"{METADATA} speaks of another version than the manifest")
     with unusable(folder, ENSEMBLE_FILE):
-        document = EnsembleDocument.model_validate_json(version.contents[ENSEMBLE_FILE])
-    record = _record(version, document)
+        told = EnsembleDocument.model_validate_json(version.contents[ENSEMBLE_FILE])
+    record = _record(version, told)
     return EnsembleBundle(
         symbol=promised.symbol,
         horizon_bars=promised.horizon_bars,
-        method=document.method,
-        members=document.members,
-        weights=document.weights,
+        method=told.method,
+        members=told.members,
+        weights=told.weights,
         record=record,
         metadata=metadata,
-        stacked=_stacked(version, document, record),
+        stacked=_stacked(version, told, record),
     )
 
 
-def _record(version: Version[EnsembleManifest], document: EnsembleDocument) -> pd.DataFrame:
-    needed = {*RECORD_COLUMNS, *(["stacked_scaled"] if document.meta else [])}
+def _record(version: Version[EnsembleManifest], told: EnsembleDocument) -> pd.DataFrame:
+    needed = {*RECORD_COLUMNS, *(["stacked_scaled"] if told.meta else [])}
     with unusable(version.folder, RECORD):
         record = pd.read_parquet(io.BytesIO(version.contents[RECORD]))
         if absent := sorted(needed - set(record.columns)):
@@ -467,15 +460,15 @@ def _record(version: Version[EnsembleManifest], document: EnsembleDocument) -> p
 
 
 def _stacked(
-    version: Version[EnsembleManifest], document: EnsembleDocument, record: pd.DataFrame
+    version: Version[EnsembleManifest], told: EnsembleDocument, record: pd.DataFrame
 ) -> Stacked | None:
-    if document.meta is None:
+    if told.meta is None:
         return None
     booster = None
     with unusable(version.folder, META_BOOSTER, xgboost.core.XGBoostError):
-        if document.method == "xgb-meta":
+        if told.method == "xgb-meta":
             booster = xgboost.Booster(model_file=bytearray(version.contents[META_BOOSTER]))
-        meta = MetaModel(method=document.method, booster=booster, **document.meta.model_dump())
+        meta = MetaModel(method=told.method, booster=booster, **told.meta.model_dump())
         inputs = np.asarray(version.manifest.golden_inputs, dtype=np.float64)
         error = np.abs(_golden_outputs(meta, inputs) - np.asarray(version.manifest.golden_outputs)).max()
     if not error <= GOLDEN_TOLERANCE:

@@ -35,6 +35,7 @@ from data.target_engineering import make_target
 from evaluation.accounting import CostModel
 from evaluation.metrics import spearman
 from evaluation.report import ensemble_report, write_report
+from inference.artifact import library_versions, new_version_id
 from inference.ensemble import OUTCOME_LIMIT_SIGMA, FloatArray, IntArray, SimpleEnsemble
 from inference.load_ensemble_model import (
     GBM_NAME,
@@ -45,15 +46,15 @@ from inference.load_ensemble_model import (
     MetaModel,
     Method,
     Stacked,
-    load_lstm,
     meta_features,
     save_ensemble,
 )
-from inference.load_gbm_models import GBMBundle, library_versions, load_bundle, new_version_id
-from inference.pipeline import GBMForecaster, backtest_decisions, decide
+from inference.load_gbm_models import load_bundle
+from inference.load_lstm_model import load_bundle as load_lstm
+from inference.pipeline import Bundle, BundleForecaster, backtest_decisions, decide
 from inference.position_sizing import make_sizer
 from training.run_log import Outcome, refused
-from training.train_gbm import MAX_SEED, at_least, fetch, training_lock
+from training.train_gbm import MAX_SEED, at_least, fetch
 from training.trainer import one_session_later
 from utils.errors import (
     AIStocksError,
@@ -61,7 +62,7 @@ from utils.errors import (
     InsufficientDataError,
     ModelExistsError,
 )
-from utils.model_paths import ENSEMBLE, artifact_link
+from utils.model_paths import ENSEMBLE, artifact_link, training_lock
 from utils.settings import Settings, configure_logging, read_settings
 from validation.gates import Verdict, judge
 from validation.overfitting import Run, count_trials, record_run
@@ -209,8 +210,8 @@ class EnsembleTrainer:
 
     def __init__(
         self,
-        gbm: GBMBundle,
-        lstm: GBMBundle,
+        gbm: Bundle,
+        lstm: Bundle,
         *,
         method: Method = "stacking",
         config: MetaConfig | None = None,
@@ -334,7 +335,7 @@ class EnsembleTrainer:
         records = {"ensemble": own}
         for name, bundle in self.members.items():
             alone = (
-                GBMForecaster(bundle=bundle, as_lived=True)
+                BundleForecaster(bundle=bundle, as_lived=True)
                 .centre(bars.frame)
                 .loc[sessions]
                 .reset_index(drop=True)
