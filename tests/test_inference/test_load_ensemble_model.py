@@ -1,17 +1,33 @@
 """Two models as one forecaster: what it knows at t, what it does without a member, what is saved of it."""
 
+import json
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from data.target_engineering import make_target
+from inference import artifact
+from inference import load_ensemble_model as store
+from inference.artifact import new_version_id
 from inference.ensemble import SimpleEnsemble
-from inference.load_ensemble_model import EnsembleForecaster, Member, MetaModel, Stacked, meta_features
+from inference.load_ensemble_model import (
+    EnsembleBundle,
+    EnsembleForecaster,
+    Member,
+    MetaModel,
+    Stacked,
+    load_ensemble,
+    load_folder,
+    meta_features,
+    save_ensemble,
+)
 from inference.pipeline import FORECAST_COLUMNS, decide
 from inference.position_sizing import make_sizer
-from utils.errors import ModelIncompatibleError
+from utils.errors import ModelCorruptError, ModelIncompatibleError, ModelMissingError
 
 HORIZON = 5
 N = 1_500
@@ -190,3 +206,101 @@ def test_regimes_are_known_at_the_bar(members, bars):
     both = whole.dropna()
     assert (both["agreed"].abs() <= both[["gbm", "lstm"]].abs().min(axis=1)).all()
     assert (both["agreed"] != 0).equals(both["gbm"] * both["lstm"] > 0)
+
+
+# What is saved.
+
+
+@pytest.fixture
+def bundle() -> EnsembleBundle:
+    n = 40
+    names = ("raw_scaled", "realised_log", "sigma_log", "weight_gbm", "weight_lstm", "stacked_scaled")
+    record = pd.DataFrame({name: np.linspace(0.1, 0.2, n) for name in names})
+    record.insert(0, "date", pd.bdate_range("2020-01-01", periods=n).as_unit("us"))
+    meta = MetaModel(
+        method="stacking", centre=(0.0,) * 5, scale=(0.1,) * 5, coefficients=(0.02, 0.01, 0.0, 0.03, 0.01)
+    )
+    return EnsembleBundle(
+        symbol="AAPL",
+        horizon_bars=HORIZON,
+        method="stacking",
+        members={"gbm": "g1", "lstm": "l1"},
+        weights=SimpleEnsemble(),
+        record=record,
+        metadata={
+            "symbol": "AAPL",
+            "horizon_bars": HORIZON,
+            "model_version": new_version_id(datetime.now(UTC)),
+            "data_hash": "0" * 64,
+            "feature_set_hash": "0" * 64,
+            "verdict": {"label": "no-edge"},
+        },
+        stacked=Stacked(said=record.set_index("date")["stacked_scaled"], meta=meta),
+    )
+
+
+def test_a_fresh_process_loads_what_was_saved(bundle, tmp_path: Path):
+    save_ensemble(bundle, tmp_path)
+    loaded = load_ensemble(tmp_path, "AAPL")
+    assert loaded.stacked is not None
+    assert loaded.stacked.meta == bundle.stacked.meta
+    pd.testing.assert_frame_equal(loaded.record, bundle.record)
+    assert loaded.model_version.endswith("+gbm:g1+lstm:l1")
+
+
+@pytest.fixture
+def saved(bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(store, "verify_in_fresh_process", lambda _folder: None)
+    first = replace(bundle, metadata={**bundle.metadata, "model_version": "20200101T000000-a"})
+    save_ensemble(first, tmp_path)
+    return save_ensemble(bundle, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["ensemble.json", "training_metadata.json", "oos_predictions.parquet"])
+def test_a_damaged_version_does_not_serve_and_the_one_before_does(saved: Path, tmp_path: Path, name: str):
+    content = bytearray((saved / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (saved / name).write_bytes(content)
+    with pytest.raises(ModelCorruptError, match=f"{name} is not the file that was saved"):
+        load_folder(saved)
+    loaded = load_ensemble(tmp_path, "AAPL")
+    assert loaded.metadata["model_version"] == "20200101T000000-a"
+    assert "serves instead" in loaded.warnings[0]
+
+
+def test_a_symbol_whose_models_were_not_joined_names_the_command(tmp_path: Path):
+    with pytest.raises(ModelMissingError, match=r"python -m training\.train_ensemble MSFT"):
+        load_ensemble(tmp_path, "MSFT")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"method": "simple"}, "belongs to every method but the simple one"),
+        ({"members": {"gbm": "g1"}}, "members are gbm and lstm"),
+        ({"meta": {"centre": [0.0], "scale": [1.0], "coefficients": [0.1]}}, "does not have 5 columns"),
+        ({"meta": {"centre": [0.0] * 5, "scale": [0.0] * 5, "coefficients": [0.1] * 5}}, "greater than 0"),
+        ({"meta": {"centre": [0.0] * 5, "scale": [1.0] * 5, "coefficients": [-0.1] * 5}}, "greater than or"),
+    ],
+)
+def test_a_document_that_makes_no_sense_is_refused(bundle, tmp_path: Path, monkeypatch, changes, words: str):
+    monkeypatch.setattr(store, "verify_in_fresh_process", lambda _folder: None)
+    real = artifact.sha256_of
+
+    def planted(contents: dict[str, bytes]) -> dict[str, str]:
+        told = json.loads(contents["ensemble.json"])
+        contents["ensemble.json"] = json.dumps({**told, **changes}).encode()
+        return real(contents)
+
+    monkeypatch.setattr(artifact, "sha256_of", planted)
+    folder = save_ensemble(bundle, tmp_path)
+    with pytest.raises(ModelCorruptError, match=words):
+        load_folder(folder)
+
+
+def test_a_meta_learner_that_says_something_else_here_is_refused(bundle, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(store, "verify_in_fresh_process", lambda _folder: None)
+    folder = save_ensemble(bundle, tmp_path)
+    monkeypatch.setattr(MetaModel, "predict", lambda _self, features: np.ones(len(features)))
+    with pytest.raises(ModelIncompatibleError, match="forecasts differently here"):
+        load_folder(folder)
