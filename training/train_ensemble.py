@@ -13,8 +13,9 @@ where it beats the simple ensemble on the rows that both scored.
 import argparse
 import hashlib
 import json
+import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,9 +25,6 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import xgboost
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from sklearn.linear_model import ElasticNet
 
 from data.data_splitter import WalkForwardSplit
@@ -53,29 +51,32 @@ from inference.load_gbm_models import load_bundle
 from inference.load_lstm_model import load_bundle as load_lstm
 from inference.pipeline import Bundle, BundleForecaster, backtest_decisions, decide
 from inference.position_sizing import make_sizer
-from training.run_log import Outcome, refused
-from training.train_gbm import MAX_SEED, at_least, fetch
-from training.trainer import one_session_later
+from training.run_log import Outcome, refused, tell_all
+from training.train_gbm import MAX_SEED, fetch
+from training.trainer import PATH_EVIDENCE, one_session_later
 from utils.errors import (
     AIStocksError,
     GateRefusedError,
     InsufficientDataError,
     ModelExistsError,
+    StorageError,
 )
 from utils.model_paths import ENSEMBLE, artifact_link, training_lock
-from utils.settings import Settings, configure_logging, read_settings
+from utils.settings import Settings, at_least, configure_logging, read_settings
 from validation.gates import Verdict, judge
 from validation.overfitting import Run, count_trials, record_run
 from validation.walk_forward import walk_rows
 from validation.wfe_metrics import ranks_better_p_value
 
+logger = logging.getLogger(__name__)
+
 MEMBERS = (GBM_NAME, LSTM_NAME)
 # A year of rows that both members forecast, below which joining them teaches nothing.
 LEAST_COMMON_ROWS = 252
-PART_EVIDENCE = ("ic", "p_ic", "calibration_slope", "skill_over_drift", "n_rows")
 # Few trees, flat and slow: there is little to learn, and nearly all of it is linear.
 TREES = {"max_depth": 2, "eta": 0.05, "min_child_weight": 100, "lambda": 10, "base_score": 0, "nthread": 1}
 N_TREES = 60
+COMPARED = ("ic", "simple_ic", "p_value")
 LIBRARIES = ("xgboost", "scikit-learn", "numpy", "pandas")
 
 
@@ -83,16 +84,8 @@ LIBRARIES = ("xgboost", "scikit-learn", "numpy", "pandas")
 class MetaConfig:
     """How a meta-learner is fitted, walked forward, and measured against the simple ensemble.
 
-    Attributes
-    ----------
-    alpha, l1_ratio
-        Penalty of the linear one on standardised columns.
-    max_p
-        Largest one-sided p-value of "it ranks no better than the simple ensemble".
-    walk_forward
-        The split: what it is fitted on and what it scores.
-    seed
-        Of the boosted one.
+    The linear one's penalty is on standardised columns. ``max_p`` is the largest one-sided p-value of "it
+    ranks no better than the simple ensemble". ``walk_forward`` splits what is learned from what is scored.
     """
 
     alpha: float = 0.01
@@ -112,10 +105,8 @@ class CommonRows:
     ----------
     features
         `meta_features` of them.
-    simple
-        What the simple ensemble said, in volatilities, (n,).
-    outcome
-        What came, in volatilities, (n,); NaN where not known yet.
+    simple, outcome
+        What the simple ensemble said, and what came (NaN where not known yet), in volatilities, (n,).
     date, label_end
         Session of the row, and the one at whose close its outcome is known (NaT where not yet), (n,).
     horizon_bars
@@ -176,10 +167,10 @@ def compare(method: Method, said: "pd.Series[float]", rows: CommonRows, config: 
         "is_kept": p_value is not None and p_value <= config.max_p,
     }
     ending = "it stands" if found["is_kept"] else "it does not win, and the simple ensemble stands"
+    told = {name: "undefined" if found[name] is None else f"{found[name]:.4g}" for name in COMPARED}
     found["words"] = (
         f"{method} against the simple ensemble on {scored.sum()} rows that it was not fitted on: IC "
-        f"{_text(found['ic'])} against {_text(found['simple_ic'])}, p {_text(p_value)} (at most "
-        f"{config.max_p:g}): {ending}"
+        f"{told['ic']} against {told['simple_ic']}, p {told['p_value']} (at most {config.max_p:g}): {ending}"
     )
     return found
 
@@ -274,14 +265,15 @@ class EnsembleTrainer:
 
     def _bundle(self, bars: Bars) -> EnsembleBundle:
         """Return the simple ensemble of the members, not judged yet."""
-        created_at, members = datetime.now(UTC), self.members
-        gbm = members[GBM_NAME].metadata
+        created_at, weights, gbm = datetime.now(UTC), SimpleEnsemble(), self.members[GBM_NAME]
+        versions = {name: one.model_version for name, one in self.members.items()}
+        trained_through = max(str(one.metadata["trained_through"]) for one in self.members.values())
         return EnsembleBundle(
             symbol=bars.symbol,
-            horizon_bars=members[GBM_NAME].horizon_bars,
+            horizon_bars=gbm.horizon_bars,
             method="simple",
-            members={name: one.model_version for name, one in members.items()},
-            weights=SimpleEnsemble(),
+            members=versions,
+            weights=weights,
             record=pd.DataFrame(),
             metadata={
                 "schema_version": 1,
@@ -289,7 +281,7 @@ class EnsembleTrainer:
                 "model_version": new_version_id(created_at),
                 "symbol": bars.symbol,
                 "created_at": created_at.isoformat(timespec="seconds"),
-                "horizon_bars": members[GBM_NAME].horizon_bars,
+                "horizon_bars": gbm.horizon_bars,
                 "source": bars.provenance.source,
                 "data_hash": bars_hash(bars.frame),
                 "data": {
@@ -298,16 +290,12 @@ class EnsembleTrainer:
                     "last_session": f"{bars.frame.index[-1]:%Y-%m-%d}",
                     "n_bars": len(bars.frame),
                 },
-                "trained_through": max(str(one.metadata["trained_through"]) for one in members.values()),
-                "feature_set_hash": gbm["feature_set_hash"],
+                "trained_through": trained_through,
+                "feature_set_hash": gbm.metadata["feature_set_hash"],
                 "seed": self.config.seed,
                 "versions": library_versions(LIBRARIES),
-                "members": {name: one.model_version for name, one in members.items()},
-                "recipe": {
-                    "asked": self.method,
-                    "meta": asdict(self.config),
-                    "weights": asdict(SimpleEnsemble()),
-                },
+                "members": versions,
+                "recipe": {"asked": self.method, "meta": asdict(self.config), "weights": asdict(weights)},
             },
         )
 
@@ -328,32 +316,22 @@ class EnsembleTrainer:
         self, bars: Bars, frame: pd.DataFrame, record: pd.DataFrame, compared: dict[str, Any] | None
     ) -> dict[str, Any]:
         """Return the parts beside the whole, all on the rows that both members forecast."""
-        h = self.members[GBM_NAME].horizon_bars
-        both = frame["model_gbm"].notna() & frame["model_lstm"].notna() & frame["is_out_of_sample"]
-        sessions = frame.index[both]
-        own = record[record["date"].isin(sessions)]
-        records = {"ensemble": own}
-        for name, bundle in self.members.items():
-            alone = (
-                BundleForecaster(bundle=bundle, as_lived=True)
-                .centre(bars.frame)
-                .loc[sessions]
-                .reset_index(drop=True)
-            )
-            said = own.reset_index(drop=True).assign(
-                raw_scaled=alone["raw_scaled"],
-                predicted_log=alone["expected_log"],
-                baseline_log=alone["baseline_log"],
-            )
-            records[name] = said
+        h, signals = self.members[GBM_NAME].horizon_bars, frame[[f"model_{name}" for name in MEMBERS]]
+        sessions = frame.index[signals.notna().all(axis=1) & frame["is_out_of_sample"]]
+        own = record[record["date"].isin(sessions)].reset_index(drop=True)
+        records, errors = {"ensemble": own}, {}
         known = own["realised_log"].notna().to_numpy()
-        errors = {name: _errors(one)[known] for name, one in records.items() if name in MEMBERS}
-        signals = np.asarray(frame.loc[both, ["model_gbm", "model_lstm"]], dtype=np.float64)
+        for name, bundle in self.members.items():
+            centre = BundleForecaster(bundle=bundle, as_lived=True).centre(bars.frame).loc[sessions]
+            alone = centre.rename(columns={"expected_log": "predicted_log"}).reset_index(drop=True)
+            records[name] = own.assign(**alone[["raw_scaled", "predicted_log", "baseline_log"]])
+            missed = (own["realised_log"] - alone["predicted_log"]) / own["sigma_log"]
+            errors[name] = np.asarray(missed[known], dtype=np.float64)
         weights = {name: float(frame[f"weight_{name}"].iloc[-1]) for name in MEMBERS}
         return {
             "table": [{"part": name, **figures_of(one, h)} for name, one in records.items()],
             "error_correlation": spearman(*errors.values()).value,
-            "signal_correlation": spearman(*signals.T).value,
+            "signal_correlation": spearman(*signals.loc[sessions].to_numpy(dtype=np.float64).T).value,
             "weights": weights,
             "compared": compared,
             "notes": [*weight_notes(weights, int(known.sum())), *([compared["words"]] if compared else [])],
@@ -390,23 +368,14 @@ def common_rows(frame: pd.DataFrame, bars: Bars, horizon_bars: int) -> CommonRow
 
 def record_of(frame: pd.DataFrame, bars: Bars, horizon_bars: int, stacked: Stacked | None) -> pd.DataFrame:
     """Return what the ensemble said out of sample, one row per session, ascending."""
+    columns = ["baseline_log", "raw_scaled", "sigma_log", "skill_lower"]
+    record = frame[[*columns, *(f"weight_{name}" for name in MEMBERS)]].copy()
+    record.insert(0, "date", pd.DatetimeIndex(frame.index).as_unit("us"))
     target = make_target(bars.frame, horizon_bars)
-    record = pd.DataFrame(
-        {
-            "date": frame.index.as_unit("us"),  # type: ignore[attr-defined]
-            "symbol": bars.symbol,
-            "predicted_log": frame["expected_log"].to_numpy(),
-            **{
-                name: frame[name].to_numpy()
-                for name in ("baseline_log", "raw_scaled", "sigma_log", "skill_lower")
-            },
-            **{f"weight_{name}": frame[f"weight_{name}"].to_numpy() for name in MEMBERS},
-            "realised_log": target["target_log"].to_numpy(),
-            "label_end": target["label_end"].to_numpy(),
-        }
-    )
+    record["symbol"], record["predicted_log"] = bars.symbol, frame["expected_log"]
+    record["realised_log"], record["label_end"] = target["target_log"], target["label_end"]
     if stacked is not None:
-        record["stacked_scaled"] = np.asarray(stacked.said.reindex(frame.index))
+        record["stacked_scaled"] = stacked.said.reindex(frame.index)
     return record[frame["is_out_of_sample"].to_numpy(dtype=bool)].reset_index(drop=True)
 
 
@@ -414,25 +383,17 @@ def figures_of(record: pd.DataFrame, horizon_bars: int) -> dict[str, Any]:
     """Return what a record alone says of one part; None where undefined."""
     nothing = np.empty(0)
     found = judge(record, horizon_bars=horizon_bars, strategy_return=nothing, benchmark_return=nothing)
-    return {name: found.evidence[name] for name in PART_EVIDENCE}
-
-
-def _errors(record: pd.DataFrame) -> FloatArray:
-    return np.asarray(
-        (record["realised_log"] - record["predicted_log"]) / record["sigma_log"], dtype=np.float64
-    )
+    return {name: found.evidence[name] for name in PATH_EVIDENCE}
 
 
 def weight_notes(weights: dict[str, float], n_rows: int) -> list[str]:
     """Say what the members count, and that one of them counts nothing."""
     told = ", ".join(f"{name} {weight:.2f}" for name, weight in weights.items())
-    notes = [f"weights by what {n_rows} out-of-sample forecasts were worth, from .70 and .30: {told}"]
-    notes += [
-        f"the weight of {name} is zero: on these forecasts it adds nothing to the other"
-        for name, weight in weights.items()
-        if weight == 0.0
+    zero = (name for name, weight in weights.items() if weight == 0.0)
+    return [
+        f"weights by what {n_rows} out-of-sample forecasts were worth, from .70 and .30: {told}",
+        *(f"the weight of {name} is zero: on these forecasts it adds nothing to the other" for name in zero),
     ]
-    return notes
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -469,28 +430,39 @@ def join_symbol(symbol: str, args: argparse.Namespace, settings: Settings) -> Ou
             first_session=f"{bars.frame.index[0]:%Y-%m-%d}",
             last_session=f"{bars.frame.index[-1]:%Y-%m-%d}",
             fingerprint=trainer.fingerprint(bars),
+            # Where a meta-learner is tried, two verdicts are there to choose from.
+            n_trials=1 if args.method == "simple" else 2,
         )
         trials = settings.models_dir / "trials.jsonl"
         n_trials = count_trials(trials, run)
         record_run(trials, run)
         bundle = trainer.train(bars, n_trials=n_trials)
-        page = ensemble_report(
-            symbol=symbol, metadata=bundle.metadata, record=bundle.record, findings=bars.report.problems()
-        )
-        name = f"{symbol}_ensemble_{bundle.metadata['model_version']}.html"
-        report = write_report(page, settings.logs_dir / name)
         label, saved = bundle.metadata["verdict"]["label"], None
+        report = publish(bundle, bars, settings.logs_dir)
         if args.strict and label != "edge":
-            raise GateRefusedError(
-                f"{symbol}: the verdict is {label} and --strict was given: nothing was saved"
-            )
+            raise GateRefusedError(f"{symbol}: the verdict is {label}, and --strict: nothing was saved")
         if not args.validate_only:
             save_ensemble(bundle, settings.models_dir)
             saved = artifact_link(settings.models_dir, symbol, ENSEMBLE)
     return outcome_of(bundle, args.method, saved_as=saved, report=report)
 
 
-def outcome_of(bundle: EnsembleBundle, asked: str, *, saved_as: Path | None, report: Path) -> Outcome:
+def publish(bundle: EnsembleBundle, bars: Bars, folder: Path) -> Path | None:
+    """Write the report into ``folder``; None, after a warning, where that cannot be done."""
+    findings = bars.report.problems()
+    page = ensemble_report(
+        symbol=bundle.symbol, metadata=bundle.metadata, record=bundle.record, findings=findings
+    )
+    try:
+        return write_report(
+            page, folder / f"{bundle.symbol}_ensemble_{bundle.metadata['model_version']}.html"
+        )
+    except StorageError as error:
+        logger.warning("no report of the ensemble: %s", error)
+        return None
+
+
+def outcome_of(bundle: EnsembleBundle, asked: str, *, saved_as: Path | None, report: Path | None) -> Outcome:
     """Return the result of one symbol as plain data."""
     verdict = bundle.metadata["verdict"]
     same = ("model_version", "members", "out_of_sample_from", "trained_through", "horizon_bars", "data_hash")
@@ -504,27 +476,17 @@ def outcome_of(bundle: EnsembleBundle, asked: str, *, saved_as: Path | None, rep
         "parts": bundle.metadata["parts"],
         **{name: bundle.metadata[name] for name in same},
         "bundle": None if saved_as is None else str(saved_as),
-        "report": str(report),
+        "report": None if report is None else str(report),
     }
 
 
-def print_outcome(console: Console, outcome: Outcome) -> None:
-    """Print the parts beside the whole, and the reasons of the verdict."""
-    title = f"{outcome['symbol']}: {outcome['verdict']}, members joined by {outcome['method']}"
-    table = Table(title=title, title_justify="left")
-    for head in ("", "IC", "p", "slope", "error below drift", "rows"):
-        table.add_column(head, justify="right" if head else "left")
-    for part in outcome["parts"]["table"]:
-        table.add_row(part["part"], *(_text(part[name]) for name in PART_EVIDENCE))
-    console.print(table)
-    for text in (*outcome["parts"]["notes"], *outcome["reasons"]):
-        console.print(f"  - {escape(text)}", soft_wrap=True)
-    for name in ("bundle", "report"):
-        console.print(f"{name}: {escape(str(outcome[name] or 'none'))}", soft_wrap=True)
-
-
-def _text(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.4g}"
+def outcomes_of(args: argparse.Namespace, settings: Settings) -> Iterator[Outcome]:
+    """Yield the outcome of every symbol, in the order of the command line."""
+    for raw in dict.fromkeys(args.symbols):
+        try:
+            yield join_symbol(normalise_symbol(raw), args, settings)
+        except AIStocksError as error:
+            yield refused(raw, error)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -532,19 +494,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     settings = read_settings()
     configure_logging("WARNING" if args.json else settings.log_level)
-    console, results = Console(), []
-    for raw in dict.fromkeys(args.symbols):
-        try:
-            outcome = join_symbol(normalise_symbol(raw), args, settings)
-        except AIStocksError as error:
-            outcome = refused(raw, error)
-            Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
-        results.append(outcome)
-        if "error" not in outcome and not args.json:
-            print_outcome(console, outcome)
-    if args.json:
-        sys.stdout.write(json.dumps(results, allow_nan=False) + "\n")
-    return next((int(outcome["exit_code"]) for outcome in results if "error" in outcome), 0)
+    return tell_all(lambda _console: outcomes_of(args, settings), as_json=args.json)
 
 
 if __name__ == "__main__":

@@ -229,8 +229,8 @@ def test_the_command_leaves_an_ensemble_a_report_and_one_json_on_stdout(places: 
     assert "weights by what" in capsys.readouterr().out
 
 
-def test_each_other_way_to_join_is_a_further_try_and_a_repetition_is_none(places: Path, capsys):
-    for method, tries in (("simple", 1), ("simple", 1), ("stacking", 2), ("simple", 2)):
+def test_a_meta_learner_beside_the_simple_one_is_two_tries_and_a_repetition_is_none(places: Path, capsys):
+    for method, tries in (("simple", 1), ("simple", 1), ("stacking", 3), ("simple", 3)):
         assert main(["NOISE", "--method", method, "--validate-only", "--json"]) == 0
         assert json.loads(capsys.readouterr().out)[0]["evidence"]["n_trials"] == tries
     assert not (places / "models" / "NOISE" / "ensemble").exists()
