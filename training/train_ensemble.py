@@ -76,7 +76,6 @@ LEAST_COMMON_ROWS = 252
 # Few trees, flat and slow: there is little to learn, and nearly all of it is linear.
 TREES = {"max_depth": 2, "eta": 0.05, "min_child_weight": 100, "lambda": 10, "base_score": 0, "nthread": 1}
 N_TREES = 60
-COMPARED = ("ic", "simple_ic", "p_value")
 LIBRARIES = ("xgboost", "scikit-learn", "numpy", "pandas")
 
 
@@ -167,7 +166,7 @@ def compare(method: Method, said: "pd.Series[float]", rows: CommonRows, config: 
         "is_kept": p_value is not None and p_value <= config.max_p,
     }
     ending = "it stands" if found["is_kept"] else "it does not win, and the simple ensemble stands"
-    told = {name: "undefined" if found[name] is None else f"{found[name]:.4g}" for name in COMPARED}
+    told = {name: "undefined" if one is None else f"{one:.4g}" for name, one in [*found.items()][1:]}
     found["words"] = (
         f"{method} against the simple ensemble on {scored.sum()} rows that it was not fitted on: IC "
         f"{told['ic']} against {told['simple_ic']}, p {told['p_value']} (at most {config.max_p:g}): {ending}"
