@@ -233,14 +233,13 @@ class EnsembleForecaster:
         seen = np.column_stack([~one["is_out_of_sample"].to_numpy(dtype=bool) for one in frames.values()])
         out_of_sample = heard.any(axis=1) & ~(heard & seen).any(axis=1)
         h, close_log = self.horizon_bars, np.log(np.asarray(bars["Close"], dtype=np.float64))
-        realised, row = np.full(len(bars), np.nan), np.arange(len(bars), dtype=np.intp)
+        realised = np.full(len(bars), np.nan)
         realised[:-h] = close_log[h:] - close_log[:-h]
         return SignalRows(
             signals=said,
             outcome=realised / frame["sigma_log"].to_numpy(),
             is_out_of_sample=out_of_sample & ~frame["is_of_other_prices"].to_numpy(dtype=bool),
-            session=row,
-            known_from=row + h + EMBARGO_BARS,
+            known_from=np.arange(len(bars), dtype=np.intp) + h + EMBARGO_BARS,
             horizon_bars=h,
         )
 

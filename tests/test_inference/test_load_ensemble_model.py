@@ -126,7 +126,7 @@ def test_weights_and_calibrations_that_peek_are_caught(members, bars, fault):
 
 def test_a_label_is_used_only_after_it_ended(members, bars):
     """What came at the last close moves nothing that was decided at it."""
-    forecaster = EnsembleForecaster(members=members, weights=SimpleEnsemble(refresh_sessions=1))
+    forecaster = EnsembleForecaster(members=members, weights=SimpleEnsemble(refresh_rows=1))
     whole = forecaster.centre(bars)
     later = bars.copy()
     later.iloc[-1, :4] *= 1.2
