@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 
 import joblib
 import numpy as np
+import pandas as pd
 from lightgbm.basic import LightGBMError
 from pydantic import BaseModel, Field, model_validator
 from sklearn.preprocessing import RobustScaler

@@ -51,9 +51,9 @@ from inference.load_gbm_models import load_bundle
 from inference.load_lstm_model import load_bundle as load_lstm
 from inference.pipeline import Bundle, BundleForecaster, backtest_decisions, decide
 from inference.position_sizing import make_sizer
-from training.run_log import Outcome, refused, tell_all
+from training.run_log import EVENTS_HELP, Outcome, refused, tell_all
 from training.train_gbm import MAX_SEED, fetch
-from training.trainer import PATH_EVIDENCE, one_session_later
+from training.trainer import PATH_EVIDENCE, OnEvent, one_session_later
 from utils.errors import (
     AIStocksError,
     GateRefusedError,
@@ -63,10 +63,9 @@ from utils.errors import (
 )
 from utils.model_paths import ENSEMBLE, artifact_link, training_lock
 from utils.settings import Settings, at_least, configure_logging, read_settings
+from validation.evidence import Run, count_trials, ranks_better_p_value, record_run
 from validation.gates import Verdict, judge
-from validation.overfitting import Run, count_trials, record_run
 from validation.walk_forward import walk_rows
-from validation.wfe_metrics import ranks_better_p_value
 
 logger = logging.getLogger(__name__)
 
@@ -176,8 +175,8 @@ def compare(method: Method, said: "pd.Series[float]", rows: CommonRows, config: 
 
 def winsorised(outcome: FloatArray) -> FloatArray:
     """Return outcomes without their mean, within `OUTCOME_LIMIT_SIGMA`, (n,)."""
-    limit = OUTCOME_LIMIT_SIGMA
-    return np.asarray(np.clip(outcome - outcome.mean(), -limit, limit), dtype=np.float64)
+    apart = outcome - outcome.mean()
+    return np.asarray(np.clip(apart, -OUTCOME_LIMIT_SIGMA, OUTCOME_LIMIT_SIGMA), dtype=np.float64)
 
 
 class EnsembleTrainer:
@@ -397,10 +396,8 @@ def weight_notes(weights: dict[str, float], n_rows: int) -> list[str]:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.train_ensemble",
-        description="Join boosters and network, and judge the whole.",
-    )
+    about = "Join boosters and network, and judge the whole."
+    parser = argparse.ArgumentParser(prog=f"python -m {ENSEMBLE.trainer}", description=about)
     add = parser.add_argument
     add("symbols", nargs="+", metavar="SYMBOL")
     add("--source", help="yahoo, sample or csv:DIR (default: AI_STOCKS_SOURCE, or yahoo)")
@@ -412,6 +409,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--validate-only", action="store_true", help="judge and report, save nothing")
     add("--strict", action="store_true", help="save nothing unless the verdict is edge (exit 7)")
     add("--json", action="store_true", help="print the result as JSON on stdout")
+    add("--events", metavar="FILE", help=EVENTS_HELP)
     return parser
 
 
@@ -463,7 +461,7 @@ def publish(bundle: EnsembleBundle, bars: Bars, folder: Path) -> Path | None:
 
 def outcome_of(bundle: EnsembleBundle, asked: str, *, saved_as: Path | None, report: Path | None) -> Outcome:
     """Return the result of one symbol as plain data."""
-    verdict = bundle.metadata["verdict"]
+    verdict, paths = bundle.metadata["verdict"], {"bundle": saved_as, "report": report}
     same = ("model_version", "members", "out_of_sample_from", "trained_through", "horizon_bars", "data_hash")
     return {
         "symbol": bundle.symbol,
@@ -474,14 +472,14 @@ def outcome_of(bundle: EnsembleBundle, asked: str, *, saved_as: Path | None, rep
         "evidence": verdict["evidence"],
         "parts": bundle.metadata["parts"],
         **{name: bundle.metadata[name] for name in same},
-        "bundle": None if saved_as is None else str(saved_as),
-        "report": None if report is None else str(report),
+        **{name: None if path is None else str(path) for name, path in paths.items()},
     }
 
 
-def outcomes_of(args: argparse.Namespace, settings: Settings) -> Iterator[Outcome]:
+def outcomes_of(args: argparse.Namespace, settings: Settings, tell: OnEvent) -> Iterator[Outcome]:
     """Yield the outcome of every symbol, in the order of the command line."""
     for raw in dict.fromkeys(args.symbols):
+        tell({"type": "stage", "stage": f"{raw}: joining boosters and LSTM", "progress": 0.0})
         try:
             yield join_symbol(normalise_symbol(raw), args, settings)
         except AIStocksError as error:
@@ -493,7 +491,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     settings = read_settings()
     configure_logging("WARNING" if args.json else settings.log_level)
-    return tell_all(lambda _console: outcomes_of(args, settings), as_json=args.json)
+    return tell_all(
+        lambda _console, tell: outcomes_of(args, settings, tell), as_json=args.json, events=args.events
+    )
 
 
 if __name__ == "__main__":

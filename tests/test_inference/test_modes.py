@@ -9,8 +9,8 @@ import pytest
 
 from inference.ensemble import SimpleEnsemble
 from inference.load_ensemble_model import EnsembleBundle, EnsembleForecaster
+from inference.modes import MODES, OLDER_MODES, Parts, forecaster_for, load_parts, mode_of
 from inference.pipeline import Bundle, BundleForecaster
-from service.model_registry import MODES, OLDER_MODES, Parts, forecaster_for, load_parts, mode_of
 from tests.test_service.conftest import bundle_of
 from utils.errors import ModelMissingError, UsageError
 
@@ -45,7 +45,8 @@ def test_the_ensemble_serves_where_its_members_are_those_it_was_judged_with(whol
     assert isinstance(chosen.forecaster, EnsembleForecaster)
     assert chosen.mode == "ensemble"
     assert chosen.notes == ("the weight of lstm is zero",)
-    assert chosen.model.model_version == "e1+gbm:g1+lstm:l1"
+    assert chosen.model_version == "e1+gbm:g1+lstm:l1"
+    assert (chosen.symbol, chosen.metadata["verdict"]["label"]) == ("AAPL", "edge")
     assert chosen.forecaster.distrusted_after is None
 
 
