@@ -33,7 +33,7 @@ from evaluation.charts import Cell, cell
 from evaluation.forward_simulator import CONFIDENCE, GRID_SEEDS
 from evaluation.metrics import reasons, values
 from evaluation.report import Banner, Block, Report, luck_section, words_of, write_report
-from inference.load_gbm_models import load_bundle
+from inference.modes import MODES, forecaster_for, load_parts
 from inference.position_sizing import DEFAULT_SIZING, PRESETS
 from service.backtest_service import (
     MODE,
@@ -46,7 +46,7 @@ from service.backtest_service import (
     notes_of,
     report_of,
 )
-from utils.errors import AIStocksError, ModelMissingError, StorageError, UsageError
+from utils.errors import AIStocksError, StorageError, UsageError
 from utils.settings import Settings, configure_logging, read_settings
 
 DEFAULT_DAYS = 250
@@ -95,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--start", type=session, help="first session, YYYY-MM-DD (default: first out of sample)")
     add("--end", type=session, help="last session, YYYY-MM-DD (default: last bar)")
     add("--source", help="yahoo, sample or csv:DIR (default: AI_STOCKS_SOURCE, or yahoo)")
-    add("--mode", choices=(MODE, "lstm_only", "ensemble"), default=MODE, help="which models forecast")
+    add("--mode", choices=MODES, default=MODE, help="which models forecast")
     add("--sizing", choices=sorted(PRESETS), default=DEFAULT_SIZING)
     add("--max-long", type=float, help="largest exposure, a fraction of equity")
     add("--max-short", type=float, help="largest short exposure, a positive fraction of equity")
@@ -163,15 +163,11 @@ def request_of(args: argparse.Namespace) -> BacktestRequest:
 def make(args: argparse.Namespace, settings: Settings) -> list[Outcome]:
     """Make every backtest that was asked for."""
     symbols, request = asked_symbols(args), request_of(args)
-    bundles = [load_bundle(settings.models_dir, symbol) for symbol in symbols]
-    if args.mode != MODE:
-        raise ModelMissingError(
-            f"--mode {args.mode} needs an LSTM of {symbols[0]}, and none was trained: write --mode {MODE}, "
-            "or leave it out, for the boosted trees alone"
-        )
+    parts = [load_parts(settings.models_dir, symbol, args.mode) for symbol in symbols]
+    chosen = [forecaster_for(args.mode, part, include_in_sample=args.in_sample) for part in parts]
     cache = None if args.no_cache else BarCache(settings.cache_dir)
     source = make_source(args.source or settings.source, cache_dir=settings.cache_dir)
-    return [backtest(bundle, source, cache, request) for bundle in bundles]
+    return [backtest(one, source, cache, request) for one in chosen]
 
 
 def summary_of(outcome: Outcome) -> dict[str, object]:
@@ -184,7 +180,7 @@ def summary_of(outcome: Outcome) -> dict[str, object]:
         "symbol": bundle.symbol,
         "start": f"{result.daily.index[0]:%Y-%m-%d}",
         "end": f"{result.daily.index[-1]:%Y-%m-%d}",
-        "mode": MODE,
+        "mode": bundle.mode,
         "sizing": outcome.history.sizing_id,
         "n_days": len(result.daily),
         "strategy_return": total,

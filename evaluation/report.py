@@ -360,6 +360,42 @@ def training_report(
     return _page(words, {"own": {**evidence, "trials": len(trials)}}, verdict, sections)
 
 
+def ensemble_report(
+    *, symbol: str, metadata: Mapping[str, Any], record: pd.DataFrame, findings: Sequence[str] = ()
+) -> Report:
+    """Assemble the report of an ensemble: its parts beside the whole.
+
+    Parameters
+    ----------
+    symbol, metadata
+        What was joined, and the bundle's metadata: ``verdict``, ``parts``, horizon, provenance are shown.
+    record
+        ``date``, a ``weight_`` column for each member, and what `training_report` needs.
+    findings
+        What the data validator had to say.
+    """
+    known = record.dropna(subset=["realised_log", "predicted_log"]).set_index("date")
+    parts, verdict, horizon = metadata["parts"], metadata["verdict"], metadata["horizon_bars"]
+    rows = f"Out of sample, {_span(known.index)}, {len(known):,} forecasts"
+    fills = {"rows": f"{rows}.", "horizon": horizon, "tries": verdict["evidence"].get("n_trials", 1)}
+    fills |= {"symbol": symbol, "subtitle": f"{rows} of the return over {horizon} sessions"}
+    fills |= {name: cell(parts[f"{name}_correlation"], "num").text for name in ("error", "signal")}
+    words = words_of("ensemble", fills)
+    labels = words.table["members"].items()
+    curves = {label: (role, _floats(record[f"weight_{name}"])) for name, (label, role) in labels}
+    weights = charts.curve_chart(pd.DatetimeIndex(record["date"]), curves, span="full", form="pct")
+    gates = words.records("gates", verdict["gates"]), _evidence(words, verdict["evidence"])
+    sections = (
+        words.section("parts", words.records("parts", parts["table"]), bullets=parts["notes"]),
+        words.section("weights", words.on("weights", weights)),
+        words.section("naive", *_skill(words, known, verdict["evidence"], horizon)),
+        words.section("gates", *gates, bullets=verdict["reasons"]),
+        words.section("data", bullets=findings or words.table["no_findings"]),
+        words.section("origin", _facts(words, provenance_of(metadata))),
+    )
+    return _page(words, {"own": {**verdict["evidence"], **parts["weights"]}}, verdict, sections)
+
+
 def _skill(words: Words, known: pd.DataFrame, evidence: Mapping[str, Any], horizon: int) -> list[Block]:
     came, model, drift = (_floats(known[f"{name}_log"]) for name in ("realised", "predicted", "baseline"))
     # Prices that never move leave the drift no error.

@@ -1,22 +1,26 @@
-"""The fitted boosters as one forecaster of the volatility-scaled return: scale, predict, weigh, calibrate.
+"""Several models as one forecaster of the volatility-scaled return: scale, predict, weigh, calibrate.
 
 A `BoosterEnsemble` holds everything that a fold fits. The trainer makes one per fold and one for the bundle,
-so what is validated is what is served.
+so what is validated is what is served. A `SimpleEnsemble` joins models of different kinds by what their
+signals were worth before.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import lightgbm
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import xgboost
+from scipy.optimize import nnls
 from sklearn.preprocessing import RobustScaler
 
 FloatArray = npt.NDArray[np.float64]
 FloatMatrix = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.intp]
+BoolArray = npt.NDArray[np.bool_]
 # CatBoost's models, where they are installed, answer to `predict` like LightGBM's.
 Booster = xgboost.Booster | lightgbm.Booster | Any
 
@@ -304,3 +308,160 @@ def calibrate_symbols(
             each = replace(pooled, drift=drift)
         found[name] = each
     return found
+
+
+# What a member's opinion counts before anything is known of it.
+PRIOR = (("gbm", 0.7), ("lstm", 0.3))
+# Rows between the end of a label and its first use, so that "before" never rests on one close.
+EMBARGO_BARS = 1
+# Fewer known rows than this tell nothing.
+LEAST_ROWS = 126
+# A signal's spread is that of about so many rows: every fit of a model speaks with another voice.
+SPREAD_ROWS, LEAST_SPREAD_ROWS = 252, 63
+# A signal is made louder or quieter by so much at most; one that spreads less than this says nothing.
+MAX_LOUDER, CONSTANT = 10.0, 1e-9
+# Signals and outcomes beyond so many spreads count as this many where skill is learned.
+OUTCOME_LIMIT_SIGMA = 4.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SignalRows:
+    """What the members said of one symbol, session by session, what came, and when that was known.
+
+    Attributes
+    ----------
+    signals
+        Raw signals in units of the h-day volatility, a column a member, (n, k); NaN where one has none.
+    outcome
+        What came, in the same units, (n,); NaN where not known yet.
+    is_out_of_sample
+        Rows that no member was fitted on, (n,); only these are learned from.
+    known_from
+        First row that may use each row's outcome, (n,).
+    horizon_bars
+        Length of the labels.
+    """
+
+    signals: FloatArray
+    outcome: FloatArray
+    is_out_of_sample: BoolArray
+    known_from: IntArray
+    horizon_bars: int
+
+    def refreshes(self, usable: BoolArray, every: int) -> Iterator[tuple[IntArray, slice]]:
+        """Yield, for each stretch of ``every`` rows, the usable rows known before it, and its own.
+
+        Stretches are counted from the first usable row, so that later rows move none of them.
+        """
+        wanted = usable & self.is_out_of_sample
+        learned = wanted & np.isfinite(self.outcome)
+        n, begin = len(wanted), 0
+        for start in range(int(np.argmax(wanted)) if wanted.any() else n, n, every):
+            yield np.flatnonzero(learned & (self.known_from <= start)), slice(begin, start + every)
+            begin = start + every
+        if begin == 0:
+            yield np.empty(0, dtype=np.intp), slice(0, n)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimpleEnsemble:
+    """Joins members' signals by weights that start at a prior and move by out-of-sample skill alone.
+
+    Every member speaks as loudly as the first one: each signal is brought to that one's spread, as known by
+    then, so that a weight is a share of what is said. The skills (information coefficients given the others)
+    have a normal prior around the prior weights times `typical_ic`, with `typical_ic` as its standard
+    deviation; the weights are the shares of their most likely values that are not negative. A member that
+    adds nothing gets exactly zero.
+
+    Attributes
+    ----------
+    prior
+        Weight by member, before anything is known.
+    typical_ic
+        Information coefficient that prices allow; .03 counts as much as some 1,100 independent rows.
+    refresh_rows
+        Weights and calibration are renewed every so many sessions.
+    """
+
+    prior: Mapping[str, float] = field(default_factory=lambda: dict(PRIOR))
+    typical_ic: float = 0.03
+    refresh_rows: int = 63
+
+    def weigh(self, rows: SignalRows, members: Sequence[str]) -> tuple[FloatArray, FloatArray]:
+        """Follow the weights over time; row t uses outcomes that were known before t.
+
+        Parameters
+        ----------
+        rows
+            Signals, a column for each of ``members``.
+        members
+            Their names, the one that sets the loudness first.
+
+        Returns
+        -------
+        tuple of arrays
+            Weights (n, k), zero for a member without a forecast, summing to one where there is any; and the
+            joined signal (n,), in the units of the first member that has one.
+        """
+        spread = spread_of(rows.signals)
+        heard = np.isfinite(rows.signals) & ~(spread <= CONSTANT)
+        standard = np.where(heard, rows.signals, np.nan) / spread
+        prior = np.array([self.prior[name] for name in members])
+        weights = np.zeros_like(standard)
+        for known, now in rows.refreshes(np.isfinite(standard.sum(axis=1)), self.refresh_rows):
+            weights[now] = self._learned(standard[known], rows.outcome[known], prior, rows.horizon_bars)
+        # Where only members without weight have a forecast, it is theirs.
+        weights = np.where(heard, weights, 0.0)
+        alone = weights.sum(axis=1) <= 0
+        weights[alone] = np.where(heard[alone], prior, 0.0)
+        total = weights.sum(axis=1)
+        weights /= np.where(total > 0, total, 1.0)[:, np.newaxis]
+        first = spread[np.arange(len(spread)), np.argmax(heard, axis=1)]
+        louder = np.clip(first[:, np.newaxis] / np.where(heard, spread, 1.0), 1 / MAX_LOUDER, MAX_LOUDER)
+        joined = (weights * np.nan_to_num(louder, nan=1.0) * np.where(heard, rows.signals, 0.0)).sum(axis=1)
+        return weights, np.where(total > 0, joined, np.nan)
+
+    def _learned(
+        self, standard: FloatArray, outcome: FloatArray, prior: FloatArray, horizon_bars: int
+    ) -> FloatArray:
+        """Return the weights that known rows call for: signals in their spreads (m, k), what came (m,)."""
+        n_rows, share = len(outcome), np.asarray(prior / prior.sum(), dtype=np.float64)
+        if n_rows < LEAST_ROWS or outcome.std() <= CONSTANT:
+            return share
+        limit = OUTCOME_LIMIT_SIGMA
+        came = np.asarray(np.clip(outcome - outcome.mean(), -limit, limit), dtype=np.float64)
+        came /= came.std()
+        said = np.asarray(np.clip(standard - standard.mean(axis=0), -limit, limit), dtype=np.float64)
+        scores = said * came[:, np.newaxis]
+        errors = [overlap_error(np.ascontiguousarray(one), horizon_bars) / n_rows for one in scores.T]
+        # Labels overlap: so many independent rows are these worth.
+        worth = 1.0 / max(float(np.mean(np.square(errors))), 1.0 / n_rows)
+        trust = self.typical_ic**-2
+        precision = worth * (said.T @ said) / n_rows + trust * np.eye(len(prior))
+        root = np.linalg.cholesky(precision)
+        wanted = worth * scores.mean(axis=0) + trust * self.typical_ic * share
+        skills = np.asarray(nnls(root.T, np.linalg.solve(root, wanted))[0], dtype=np.float64)
+        return np.asarray(skills / skills.sum() if skills.any() else share, dtype=np.float64)
+
+    def calibrate(
+        self, rows: SignalRows, raw_scaled: FloatArray
+    ) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Follow `calibrate` over time; row t uses outcomes that were known before t.
+
+        Returns
+        -------
+        tuple of arrays
+            Slope, mean of the raw signal, and lower bound of the skill as of each row, (n,).
+        """
+        found = np.zeros((3, len(raw_scaled)))
+        for known, now in rows.refreshes(np.isfinite(raw_scaled), self.refresh_rows):
+            said, came = raw_scaled[known], rows.outcome[known]
+            one = calibrate(said, came, drift=0.0, horizon_bars=rows.horizon_bars)
+            found[:, now] = np.array([one.slope, one.raw_mean, one.skill_lower])[:, np.newaxis]
+        return found[0], found[1], found[2]
+
+
+def spread_of(signals: FloatArray) -> FloatArray:
+    """Return how far each signal has been from zero lately, as known then, (n, k); NaN where unknown."""
+    squares = pd.DataFrame(signals**2).ewm(span=SPREAD_ROWS, min_periods=LEAST_SPREAD_ROWS).mean()
+    return np.asarray(np.sqrt(squares), dtype=np.float64)

@@ -25,6 +25,8 @@ from numba import njit
 from scipy.special import stdtr, stdtrit
 
 from data.indicators import MIN_SIGMA_LOG, bar_moves
+from evaluation.accounting import CostModel
+from inference.position_sizing import win_record
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -382,3 +384,42 @@ def forecast_path(
         lower=last_close * np.exp(centre + lower),
         upper=last_close * np.exp(centre + upper),
     )
+
+
+def with_bands(frame: pd.DataFrame, bars: pd.DataFrame, horizon_bars: int) -> pd.DataFrame:
+    """Add to a centre what follows from it: the band, probabilities, simple returns and the win record.
+
+    Parameters
+    ----------
+    frame
+        Indexed like ``bars``: ``expected_log``, ``baseline_log``, ``sigma_log``; NaN without a forecast.
+    bars
+        Adjusted OHLCV; what is added at t comes from forecasts that were resolved by t.
+    horizon_bars
+        Number of bars that a forecast looks ahead.
+    """
+    volatility, close_log = forecast_volatility(bars), np.log(np.asarray(bars["Close"], dtype=np.float64))
+    expected, baseline = frame["expected_log"].to_numpy(), frame["baseline_log"].to_numpy()
+    sigma_log, round_trip = frame["sigma_log"].to_numpy(), 2.0 * CostModel().one_way_rate
+    thresholds = (0.0, float(np.log1p(round_trip)), float(np.log1p(-round_trip)))
+    for ahead in sorted({*ANCHORS_BARS, horizon_bars}):
+        realised = np.full(len(frame), np.nan)
+        realised[:-ahead] = close_log[ahead:] - close_log[:-ahead]
+        centre = centre_log(ahead, expected, baseline, horizon_bars=horizon_bars)
+        scale = volatility.scale_log(ahead)
+        asked = thresholds if ahead == horizon_bars else ()
+        band = calibrate_band(centre, scale, realised, horizon_bars=ahead, thresholds_log=asked)
+        lower_log, upper_log = band.lower_z * scale, band.upper_z * scale
+        if ahead != horizon_bars:
+            frame[f"lower_log_{ahead}"], frame[f"upper_log_{ahead}"] = lower_log, upper_log
+            continue
+        frame["lower_z"], frame["upper_z"] = lower_log / sigma_log, upper_log / sigma_log
+        frame["lower"], frame["upper"] = np.expm1(expected + lower_log), np.expm1(expected + upper_log)
+        frame["prob_up"], frame["prob_gain"] = band.above[0], band.above[1]
+        frame["prob_loss"] = 1.0 - band.above[2]
+        frame["p_win"], frame["payoff_ratio"] = win_record(expected, realised, horizon_bars=ahead)
+    # The mean of a log-normal variable lies above its median; sizing wants the mean.
+    frame["expected_return"] = np.expm1(expected + sigma_log**2 / 2)
+    frame["baseline_return"] = np.expm1(baseline + sigma_log**2 / 2)
+    frame["sigma"] = sigma_log
+    return frame

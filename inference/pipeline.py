@@ -19,15 +19,8 @@ from data.target_engineering import make_target, rescale_sigma
 from evaluation.accounting import DEFAULT_CAPITAL, CostModel
 from evaluation.advanced_backtester import AdvancedBacktester, BacktestReport
 from inference.ensemble import Calibration, FloatArray, FloatMatrix, IntArray
-from inference.intervals import (
-    ANCHORS_BARS,
-    ForecastPath,
-    calibrate_band,
-    centre_log,
-    forecast_path,
-    forecast_volatility,
-)
-from inference.position_sizing import Sizer, SizingInputs, win_record
+from inference.intervals import ANCHORS_BARS, ForecastPath, forecast_path, with_bands
+from inference.position_sizing import Sizer, SizingInputs
 from utils.errors import DataError, ModelIncompatibleError
 from utils.model_paths import ArtifactKind
 
@@ -383,43 +376,16 @@ class BundleForecaster:
         Returns are simple h-day returns; ``*_log`` columns are log returns over h bars. The band and the
         probabilities at t come from forecasts that were resolved by t.
         """
+        return with_bands(self.centre(bars), bars, self.horizon_bars)
+
+    def centre(self, bars: pd.DataFrame) -> pd.DataFrame:
+        """Return centre, scale and skill of every bar's forecast, and its raw signal."""
         target = make_target(bars, self.horizon_bars)
         realised_log = np.asarray(target["target_log"], dtype=np.float64)
         frame = self._centre(bars, np.asarray(target["sigma_log"], dtype=np.float64))
         frame["is_of_other_prices"] = self._is_of_other_prices(pd.DatetimeIndex(bars.index), realised_log)
         frame["is_out_of_sample"] &= ~frame["is_of_other_prices"]
-        mean_log, sigma_log = frame["expected_log"].to_numpy(), frame["sigma_log"].to_numpy()
-        self._add_bands(frame, bars)
-        # The mean of a log-normal variable lies above its median; sizing wants the mean.
-        frame["expected_return"] = np.expm1(mean_log + sigma_log**2 / 2)
-        frame["baseline_return"] = np.expm1(frame["baseline_log"].to_numpy() + sigma_log**2 / 2)
-        frame["sigma"] = sigma_log
-        frame["p_win"], frame["payoff_ratio"] = win_record(
-            mean_log, realised_log, horizon_bars=self.horizon_bars
-        )
         return frame
-
-    def _add_bands(self, frame: pd.DataFrame, bars: pd.DataFrame) -> None:
-        """Add the band and the probability of a rise, and the edges of the horizons that a path needs."""
-        volatility, close_log = forecast_volatility(bars), np.log(np.asarray(bars["Close"], dtype=np.float64))
-        expected, baseline = frame["expected_log"].to_numpy(), frame["baseline_log"].to_numpy()
-        sigma_log, round_trip = frame["sigma_log"].to_numpy(), 2.0 * CostModel().one_way_rate
-        thresholds = (0.0, float(np.log1p(round_trip)), float(np.log1p(-round_trip)))
-        for ahead in sorted({*ANCHORS_BARS, self.horizon_bars}):
-            realised = np.full(len(frame), np.nan)
-            realised[:-ahead] = close_log[ahead:] - close_log[:-ahead]
-            centre = centre_log(ahead, expected, baseline, horizon_bars=self.horizon_bars)
-            scale = volatility.scale_log(ahead)
-            asked = thresholds if ahead == self.horizon_bars else ()
-            band = calibrate_band(centre, scale, realised, horizon_bars=ahead, thresholds_log=asked)
-            lower_log, upper_log = band.lower_z * scale, band.upper_z * scale
-            if ahead != self.horizon_bars:
-                frame[f"lower_log_{ahead}"], frame[f"upper_log_{ahead}"] = lower_log, upper_log
-                continue
-            frame["lower_z"], frame["upper_z"] = lower_log / sigma_log, upper_log / sigma_log
-            frame["lower"], frame["upper"] = np.expm1(expected + lower_log), np.expm1(expected + upper_log)
-            frame["prob_up"], frame["prob_gain"] = band.above[0], band.above[1]
-            frame["prob_loss"] = 1.0 - band.above[2]
 
     def contributions(self, bars: pd.DataFrame, sessions: pd.DatetimeIndex) -> pd.DataFrame:
         """Return what each feature adds to the final model's raw forecasts, see `Explains`."""

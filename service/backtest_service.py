@@ -20,8 +20,8 @@ from evaluation.advanced_backtester import AdvancedBacktester, BacktestReport, b
 from evaluation.forward_simulator import Book, Evidence, ForwardSimulator, IntArray
 from evaluation.metrics import Measured, calibration_metrics, values
 from evaluation.report import Report, backtest_report, luck_section, provenance_of
-from inference.load_gbm_models import GBMBundle
-from inference.pipeline import Decisions, GBMForecaster, backtest_decisions, decide
+from inference.modes import Chosen
+from inference.pipeline import Decisions, backtest_decisions, decide
 from inference.position_sizing import (
     DEFAULT_SIZING,
     PRESETS,
@@ -37,6 +37,7 @@ from validation import gates
 
 AnyWire = TypeVar("AnyWire", bound=wire.Wire)
 MODE = "gbm_only"
+MODELS = {"gbm_only": "boosted trees", "lstm_only": "LSTM", "ensemble": "boosted trees and LSTM"}
 # Bar by bar and all at once must agree to rounding.
 SAME = 1e-12
 SIZED_BY = ("expected_return", "baseline_return", "sigma", "p_win", "payoff_ratio", "skill_lower")
@@ -104,7 +105,7 @@ class Outcome:
     request: BacktestRequest
     result: BacktestReport
     history: Decisions
-    bundle: GBMBundle
+    bundle: Chosen
     bars: Bars
     evidence: Evidence
 
@@ -121,9 +122,7 @@ class Lived(NamedTuple):
     gap: float
 
 
-def backtest(
-    bundle: GBMBundle, source: BarSource, cache: BarCache | None, request: BacktestRequest
-) -> Outcome:
+def backtest(bundle: Chosen, source: BarSource, cache: BarCache | None, request: BacktestRequest) -> Outcome:
     """Decide on every bar, book the window that was asked for, and weigh what came.
 
     Raises
@@ -133,9 +132,8 @@ def backtest(
     """
     symbol, sizer, costs = bundle.symbol, request.sizer, request.costs
     bars = fetch_stock_data(symbol, source=source, cache=cache)
-    forecaster = GBMForecaster(bundle=bundle, include_in_sample=request.include_in_sample)
     # What is decided does not depend on the window: the window is cut from the decisions on all bars.
-    history = decide(symbol, bars.frame, forecaster, sizer, costs=costs)
+    history = decide(symbol, bars.frame, bundle.forecaster, sizer, costs=costs)
     history = replace(history, frame=history.frame.loc[: request.end])
     window = replace(history, frame=history.frame.loc[request.start :])
     if window.frame.empty or (window.out_of_sample_from is None and not request.include_in_sample):
@@ -224,7 +222,7 @@ def live(outcome: Outcome, days: int) -> Lived:
     request, judged = outcome.request, outcome.result.daily
     if not 1 <= days < len(judged):
         raise UsageError(f"--days must be 1 to {len(judged) - 1}, the window less its first row, got {days}")
-    forecaster = GBMForecaster(bundle=outcome.bundle, include_in_sample=request.include_in_sample)
+    forecaster = outcome.bundle.forecaster
     sizer, costs, capital = request.sizer, request.costs, request.capital
 
     def decided(known: pd.DataFrame) -> float:
@@ -246,7 +244,7 @@ def notes_of(outcome: Outcome) -> list[str]:
     """Return what must be known beside the figures, in words."""
     trained, judged = outcome.bundle.metadata, outcome.bars.provenance.source
     findings = replace(outcome.history, frame=outcome.forecasts).findings
-    notes = [*outcome.result.notes, *outcome.bars.report.problems(), *findings]
+    notes = [*outcome.result.notes, *outcome.bundle.notes, *outcome.bars.report.problems(), *findings]
     if trained["source"] != judged:
         notes.append(
             f"the model was trained and judged on {trained['source']} prices through "
@@ -265,7 +263,7 @@ def report_of(outcome: Outcome) -> Report:
         "Judged on": f"{bars.provenance.source}, last session {bars.provenance.last_session:%Y-%m-%d}",
         "Judged on, sha256": bars_hash(bars.frame),
         "Sizing": outcome.history.sizing_id,
-        "Models": "boosted trees (gbm_only)",
+        "Models": f"{MODELS[outcome.bundle.mode]} ({outcome.bundle.mode})",
     }
     return backtest_report(
         outcome.result,

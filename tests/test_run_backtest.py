@@ -266,13 +266,18 @@ def test_the_borrow_fee_is_charged(places: Path, capsys):
     assert dear["strategy_return"] < free["strategy_return"]
 
 
-@pytest.mark.parametrize("mode", ["lstm_only", "ensemble"])
-def test_a_mode_without_its_model_says_what_is_missing(places: Path, capsys, mode: str):
-    assert main(["--symbol", "SIGNAL", "--mode", mode]) == 5
-    shown = capsys.readouterr().err
-    assert "LSTM of SIGNAL" in shown
-    assert "--mode gbm_only" in shown
+def test_the_network_alone_says_what_is_missing(places: Path, capsys):
+    assert main(["--symbol", "SIGNAL", "--mode", "lstm_only"]) == 5
+    assert "python -m training.train_lstm SIGNAL" in " ".join(capsys.readouterr().err.split())
     assert not places.exists()
+
+
+def test_an_ensemble_without_a_network_is_the_boosters_and_says_so(places: Path, capsys):
+    alone, joined = (run(capsys, "--symbol", "SIGNAL", "--mode", mode) for mode in ("gbm_only", "ensemble"))
+    assert joined["strategy_return"] == alone["strategy_return"]
+    assert joined["mode"] == "gbm_only"
+    assert [note for note in joined["notes"] if "the boosters forecast alone" in note]
+    assert "the boosters forecast alone" in Path(joined["report"]).read_text()
 
 
 @pytest.mark.parametrize(

@@ -340,7 +340,7 @@ def show(outcome: Outcome, console: Console, *, in_full: bool) -> None:
     elif in_full and "rolled_back_from" in outcome:
         console.print("{symbol}: {model_version} serves, instead of {rolled_back_from}".format(**outcome))
     elif in_full:
-        print_summary(console, outcome)
+        (print_parts if "parts" in outcome else print_summary)(console, outcome)
 
 
 def print_summary(console: Console, result: Mapping[str, Any]) -> None:
@@ -364,6 +364,22 @@ def print_summary(console: Console, result: Mapping[str, Any]) -> None:
     for reason in result["reasons"]:
         console.print(f"  - {escape(reason)}", soft_wrap=True)
     for name in ("bundle", "report", "log"):
+        console.print(f"{name}: {escape(str(result[name] or 'none'))}", soft_wrap=True)
+
+
+def print_parts(console: Console, result: Mapping[str, Any]) -> None:
+    """Print the result of joining a symbol's models: the parts beside the whole, and why it is so."""
+    title = f"{result['symbol']}: {result['verdict']}, models joined by {result['method']}"
+    table = Table("", title=title, title_justify="left")
+    columns = [name for name in result["parts"]["table"][0] if name != "part"]
+    for name in columns:
+        table.add_column(name.replace("_", " "), justify="right")
+    for part in result["parts"]["table"]:
+        table.add_row(part["part"], *(_text(part[name]) for name in columns))
+    console.print(table)
+    for text in (*result["parts"]["notes"], *result["reasons"]):
+        console.print(f"  - {escape(text)}", soft_wrap=True)
+    for name in ("bundle", "report"):
         console.print(f"{name}: {escape(str(result[name] or 'none'))}", soft_wrap=True)
 
 

@@ -71,6 +71,7 @@ class ArtifactKind:
 
 GBM = ArtifactKind(name="gbm", versions="versions", trainer="training.train_gbm")
 LSTM = ArtifactKind(name="lstm", versions="lstm_versions", trainer="training.train_lstm")
+ENSEMBLE = ArtifactKind(name="ensemble", versions="ensemble_versions", trainer="training.train_ensemble")
 
 
 class VersionPrunedError(ModelCorruptError):

@@ -161,6 +161,24 @@ def rank_among_past(values: FloatArray) -> FloatArray:
     return ranks
 
 
+def ranks_better_p_value(
+    signal: FloatArray, rival: FloatArray, outcome: FloatArray, horizon_bars: int
+) -> float | None:
+    """Return the one-sided p-value of "the signal goes with the outcome no better than its rival does".
+
+    Both are ranked among their own past, see `rank_among_past`; see `block_bootstrap_p_value` for the rest.
+
+    Parameters
+    ----------
+    signal, rival, outcome
+        Two signals and what came, winsorised, on the same rows in order of time, finite, (n,).
+    horizon_bars
+        How far an outcome overlaps with later ones.
+    """
+    ahead = rank_among_past(signal) - rank_among_past(rival)
+    return block_bootstrap_p_value(ahead * (outcome - outcome.mean()), horizon_bars)
+
+
 def skill(forecast: FloatArray, reference: FloatArray, outcome: FloatArray) -> float | None:
     """Return the share of the reference's squared error that the forecast saves; None if it has none."""
     saved = ratio(float(np.sum((outcome - forecast) ** 2)), float(np.sum((outcome - reference) ** 2)))

@@ -435,6 +435,47 @@ def fold_table(
     return table
 
 
+def walk_rows(
+    fit: Callable[[IntArray], Callable[[IntArray], FloatArray]],
+    date: npt.NDArray[np.datetime64],
+    label_end: npt.NDArray[np.datetime64],
+    split: WalkForwardSplit,
+    *,
+    horizon_bars: int,
+) -> FloatArray:
+    """Walk anything forward over rows, one level up from what made them: no row is scored by a fit on it.
+
+    Parameters
+    ----------
+    fit
+        Takes the rows to learn from, and returns what forecasts the rows that it is given.
+    date, label_end, split, horizon_bars
+        See `WalkForwardSplit.folds`.
+
+    Returns
+    -------
+    array of shape (n,)
+        Forecasts; NaN before the first fold.
+
+    Raises
+    ------
+    InsufficientDataError
+        If there is no session left to score.
+    ModelError
+        If a label of the rows to learn from ends in or after the rows to be scored.
+    """
+    said = np.full(len(date), np.nan)
+    for fold in split.folds(date, label_end, horizon_bars=horizon_bars):
+        first = date[fold.test_idx].min()
+        if reaching := int((~(label_end[fold.train_idx] < first)).sum()):
+            raise ModelError(
+                f"fold {fold.number}: {reaching} labels to learn from end in or after the rows that are "
+                f"scored, from {first} on: purge them"
+            )
+        said[fold.test_idx] = fit(fold.train_idx)(fold.test_idx)
+    return said
+
+
 class _Rows:
     """The resolved rows of a fold as arrays, in units of the volatility known at the time."""
 

@@ -16,6 +16,7 @@ from evaluation.report import (
     Report,
     Section,
     backtest_report,
+    ensemble_report,
     provenance_of,
     render,
     training_report,
@@ -575,3 +576,23 @@ def test_the_reliability_chart_tells_calibrated_from_overconfident() -> None:
 )
 def test_cells(value: object, form: str, text: str) -> None:
     assert charts.cell(value, form).text == text
+
+
+def test_an_ensemble_is_shown_with_its_parts(bars: pd.DataFrame) -> None:
+    inputs = training_inputs(bars)
+    record = inputs["record"].assign(weight_gbm=0.6, weight_lstm=0.4)  # type: ignore[attr-defined]
+    part = {"ic": 0.02, "p_ic": None, "calibration_slope": 0.7, "skill_over_drift": 0.001, "n_rows": 900}
+    parts = {
+        "table": [{"part": name, **part} for name in ("ensemble", "gbm", HOSTILE)],
+        "error_correlation": 0.99,
+        "signal_correlation": 0.31,
+        "weights": {"gbm": 0.6, "lstm": 0.4},
+        "notes": [f"the weight of lstm is zero {HOSTILE}"],
+    }
+    metadata = {**inputs["metadata"], "parts": parts}  # type: ignore[dict-item]
+    html = render(ensemble_report(symbol="AAPL", metadata=metadata, record=record))
+    assert outside_resources(html) == []
+    assert "<script" not in html
+    text = "".join(Page(html).text)
+    for words in ("The parts beside the whole", "0.31", "the weight of lstm is zero", "Weight over time"):
+        assert words in text

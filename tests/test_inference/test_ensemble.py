@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import lightgbm
 import numpy as np
 import pytest
@@ -5,7 +7,10 @@ import xgboost
 from sklearn.preprocessing import RobustScaler
 
 from inference.ensemble import (
+    EMBARGO_BARS,
     BoosterEnsemble,
+    SignalRows,
+    SimpleEnsemble,
     calibrate,
     overlap_error,
     predict_booster,
@@ -117,3 +122,99 @@ def test_overlapping_sums_of_a_slow_signal_count_once_per_horizon_and_those_of_a
     assert slow == pytest.approx(np.sqrt(5), rel=0.1)
     quick = overlapping * rng.normal(size=len(overlapping))
     assert overlap_error(quick, 5) / overlap_error(quick, 1) == pytest.approx(1.0, rel=0.1)
+
+
+def rows_of(*skills: float, n: int = 4_000, horizon_bars: int = 1, seed: int = 0, spread=(0.05, 0.2)):
+    """Return rows whose members know so much of what came, each with its own spread."""
+    rng = np.random.default_rng(seed)
+    daily = rng.normal(size=n + horizon_bars)
+    came = np.array([daily[t + 1 : t + 1 + horizon_bars].sum() for t in range(n)]) / np.sqrt(horizon_bars)
+    signals = [
+        scale * (skill * came + np.sqrt(1 - skill**2) * rng.normal(size=n))
+        for skill, scale in zip(skills, spread, strict=True)
+    ]
+    came[n - horizon_bars :] = np.nan
+    return SignalRows(
+        signals=np.column_stack(signals),
+        outcome=came,
+        is_out_of_sample=np.ones(n, dtype=bool),
+        known_from=np.arange(n) + horizon_bars + EMBARGO_BARS,
+        horizon_bars=horizon_bars,
+    )
+
+
+MEMBERS = ("gbm", "lstm")
+
+
+def last_weight(rows: SignalRows) -> float:
+    """Return the last weight of the second member."""
+    return float(SimpleEnsemble().weigh(rows, MEMBERS)[0][-1, 1])
+
+
+@pytest.mark.parametrize("horizon_bars", [1, 5])
+def test_weights_begin_at_the_prior_and_move_towards_skill(horizon_bars: int):
+    rows = rows_of(0.03, 0.12, horizon_bars=horizon_bars)
+    weights, _ = SimpleEnsemble().weigh(rows, MEMBERS)
+    np.testing.assert_allclose(weights[:190], [[0.7, 0.3]] * 190)
+    assert weights[-1, 1] > 0.5
+    np.testing.assert_allclose(weights.sum(axis=1), 1.0)
+    assert (weights >= 0).all()
+
+
+def test_noise_is_hardly_listened_to_and_what_misleads_not_at_all():
+    noise = [last_weight(rows_of(0.1, 0.0, n=10_000, seed=seed)) for seed in range(4)]
+    assert np.mean(noise) < 0.1
+    assert max(last_weight(rows_of(0.1, -0.1, seed=seed)) for seed in range(3)) == 0.0
+
+
+def test_where_nobody_helps_the_prior_stands():
+    weights, _ = SimpleEnsemble().weigh(rows_of(-0.3, -0.3), MEMBERS)
+    np.testing.assert_allclose(weights[-1], [0.7, 0.3])
+
+
+def test_a_louder_member_is_not_listened_to_more():
+    quiet, loud = rows_of(0.1, 0.1, spread=(0.05, 0.05)), rows_of(0.1, 0.1, spread=(0.05, 0.4))
+    first, second = (SimpleEnsemble().weigh(rows, MEMBERS) for rows in (quiet, loud))
+    np.testing.assert_allclose(first[0], second[0], atol=1e-9)
+    np.testing.assert_allclose(first[1][100:], second[1][100:], atol=1e-9)
+
+
+def test_a_member_that_says_nothing_leaves_the_other_as_it_is():
+    rows = rows_of(0.1, 0.1)
+    for silence in (np.nan, 0.0):
+        muted = replace(rows, signals=rows.signals * [1.0, silence])
+        weights, joined = SimpleEnsemble().weigh(muted, MEMBERS)
+        np.testing.assert_array_equal(joined[100:], rows.signals[100:, 0])
+        np.testing.assert_array_equal(weights[100:, 1], 0.0)
+
+
+def test_rows_that_a_member_was_fitted_on_teach_nothing():
+    rows = rows_of(0.03, 0.5)
+    seen = replace(rows, is_out_of_sample=np.arange(4_000) >= 3_900)
+    weights, _ = SimpleEnsemble().weigh(seen, MEMBERS)
+    np.testing.assert_allclose(weights[-1], [0.7, 0.3])
+
+
+def test_outcomes_of_the_future_change_nothing_before_them():
+    rows = rows_of(0.05, 0.1, n=800)
+    changed = rows.outcome.copy()
+    changed[600:] = -changed[600:]
+    ensemble = SimpleEnsemble(refresh_rows=1)
+    first, second = (ensemble.weigh(each, MEMBERS) for each in (rows, replace(rows, outcome=changed)))
+    # The outcome of row 600 is known at the close of row 601 and used from the row after it.
+    np.testing.assert_array_equal(first[0][:602], second[0][:602])
+    assert not np.array_equal(first[0][602], second[0][602])
+    early, late = (ensemble.calibrate(each, first[1])[0] for each in (rows, replace(rows, outcome=changed)))
+    np.testing.assert_array_equal(early[:602], late[:602])
+    assert early[602] != late[602]
+
+
+def test_the_joined_signal_is_calibrated_as_any_other():
+    rows = rows_of(0.1, 0.1)
+    _, joined = SimpleEnsemble().weigh(rows, MEMBERS)
+    slope, mean, lower = SimpleEnsemble().calibrate(rows, joined)
+    start = 63 * (3_999 // 63) - EMBARGO_BARS
+    alone = calibrate(joined[:start], rows.outcome[:start], drift=0.0, horizon_bars=1)
+    assert (slope[-1], mean[-1], lower[-1]) == pytest.approx(
+        (alone.slope, alone.raw_mean, alone.skill_lower), rel=1e-2
+    )

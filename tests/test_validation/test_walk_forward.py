@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from scipy.stats import spearmanr
 
+from data.data_splitter import WalkForwardSplit
 from data.target_engineering import Dataset
 from utils.errors import InsufficientDataError, ModelError, UsageError
 from validation.walk_forward import (
@@ -18,6 +19,7 @@ from validation.walk_forward import (
     WalkForwardResult,
     WalkForwardValidator,
     summarise_folds,
+    walk_rows,
 )
 
 QUICK = WalkForwardConfig(test_bars=200, min_train_bars=300, n_resamples=200)
@@ -275,3 +277,23 @@ def test_folds_without_outcomes_are_left_out():
     assert with_empty.consistency == 1.0
     assert without.feature_stability is None
     assert summarise_folds([empty]).consistency is None
+
+
+def test_rows_are_walked_like_a_naive_loop_would():
+    date = np.asarray(pd.bdate_range("2020-01-01", periods=200), dtype="datetime64[D]")
+    label_end = np.append(date[2:], [np.datetime64("NaT")] * 2)
+    values = np.random.default_rng(0).normal(size=200)
+    split = WalkForwardSplit(test_bars=30, min_train_bars=60, lag_bars=1, embargo_bars=0)
+    said = walk_rows(
+        lambda learned: lambda scored: np.full(len(scored), values[learned].mean()),
+        date,
+        label_end,
+        split,
+        horizon_bars=2,
+    )
+    first = int(np.flatnonzero(np.isfinite(said))[0])
+    assert np.isfinite(said[first:]).all()
+    for start in range(first, 200, 30):
+        # The label of row t ends at t + 2, which lies before the first row that is scored.
+        naive = values[: start - 2].mean()
+        np.testing.assert_allclose(said[start : start + 30], naive)

@@ -1,0 +1,500 @@
+"""Join the boosters and the network of one or more symbols, judge what they say together, and save it.
+
+::
+
+    python -m training.train_ensemble AAPL --source sample
+    python -m training.train_ensemble AAPL --method xgb-meta --overwrite
+
+Members are never fitted here: all that is learned from is what their bundles said out of sample. A
+meta-learner is walked forward over that, so that it never scores a row that it was fitted on, and stands only
+where it beats the simple ensemble on the rows that both scored.
+"""
+
+import argparse
+import hashlib
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import xgboost
+from sklearn.linear_model import ElasticNet
+
+from data.data_splitter import WalkForwardSplit
+from data.schema import Bars, bars_hash, normalise_symbol
+from data.target_engineering import make_target
+from evaluation.accounting import CostModel
+from evaluation.metrics import spearman
+from evaluation.report import ensemble_report, write_report
+from inference.artifact import library_versions, new_version_id
+from inference.ensemble import OUTCOME_LIMIT_SIGMA, FloatArray, IntArray, SimpleEnsemble
+from inference.load_ensemble_model import (
+    GBM_NAME,
+    LSTM_NAME,
+    META_COLUMNS,
+    EnsembleBundle,
+    EnsembleForecaster,
+    MetaModel,
+    Method,
+    Stacked,
+    meta_features,
+    save_ensemble,
+)
+from inference.load_gbm_models import load_bundle
+from inference.load_lstm_model import load_bundle as load_lstm
+from inference.pipeline import Bundle, BundleForecaster, backtest_decisions, decide
+from inference.position_sizing import make_sizer
+from training.run_log import EVENTS_HELP, Outcome, refused, tell_all
+from training.train_gbm import MAX_SEED, fetch
+from training.trainer import PATH_EVIDENCE, OnEvent, one_session_later
+from utils.errors import (
+    AIStocksError,
+    GateRefusedError,
+    InsufficientDataError,
+    ModelExistsError,
+    StorageError,
+)
+from utils.model_paths import ENSEMBLE, artifact_link, training_lock
+from utils.settings import Settings, at_least, configure_logging, read_settings
+from validation.evidence import Run, count_trials, ranks_better_p_value, record_run
+from validation.gates import Verdict, judge
+from validation.walk_forward import walk_rows
+
+logger = logging.getLogger(__name__)
+
+MEMBERS = (GBM_NAME, LSTM_NAME)
+# A year of rows that both members forecast, below which joining them teaches nothing.
+LEAST_COMMON_ROWS = 252
+# Few trees, flat and slow: there is little to learn, and nearly all of it is linear.
+TREES = {"max_depth": 2, "eta": 0.05, "min_child_weight": 100, "lambda": 10, "base_score": 0, "nthread": 1}
+N_TREES = 60
+LIBRARIES = ("xgboost", "scikit-learn", "numpy", "pandas")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetaConfig:
+    """How a meta-learner is fitted, walked forward, and measured against the simple ensemble.
+
+    The linear one's penalty is on standardised columns. ``max_p`` is the largest one-sided p-value of "it
+    ranks no better than the simple ensemble". ``walk_forward`` splits what is learned from what is scored.
+    """
+
+    alpha: float = 0.01
+    l1_ratio: float = 0.5
+    max_p: float = 0.05
+    walk_forward: WalkForwardSplit = field(
+        default_factory=lambda: WalkForwardSplit(test_bars=126, min_train_bars=504)
+    )
+    seed: int = 7
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommonRows:
+    """The rows that both members forecast out of sample, ascending.
+
+    Attributes
+    ----------
+    features
+        `meta_features` of them.
+    simple, outcome
+        What the simple ensemble said, and what came (NaN where not known yet), in volatilities, (n,).
+    date, label_end
+        Session of the row, and the one at whose close its outcome is known (NaT where not yet), (n,).
+    horizon_bars
+        Length of the labels.
+    """
+
+    features: pd.DataFrame
+    simple: FloatArray
+    outcome: FloatArray
+    date: npt.NDArray[np.datetime64]
+    label_end: npt.NDArray[np.datetime64]
+    horizon_bars: int
+
+
+def fit_meta(method: Method, features: pd.DataFrame, outcome: FloatArray, config: MetaConfig) -> MetaModel:
+    """Fit a meta-learner on rows with a known outcome (in volatilities, (n,))."""
+    known = features[list(META_COLUMNS[method])].to_numpy(dtype=np.float64)
+    centre, scale = known.mean(axis=0), known.std(axis=0)
+    scale[scale <= 1e-12] = 1.0
+    standard = (known - centre) / scale
+    target = winsorised(outcome)
+    found = MetaModel(method=method, centre=tuple(centre.tolist()), scale=tuple(scale.tolist()))
+    if method == "stacking":
+        linear = ElasticNet(alpha=config.alpha, l1_ratio=config.l1_ratio, positive=True).fit(standard, target)
+        return replace(found, coefficients=tuple(map(float, linear.coef_)))
+    data = xgboost.DMatrix(standard.astype(np.float32), target)
+    return replace(
+        found, booster=xgboost.train({**TREES, "seed": config.seed}, data, num_boost_round=N_TREES)
+    )
+
+
+def walk_meta(method: Method, rows: CommonRows, config: MetaConfig) -> "pd.Series[float]":
+    """Walk a meta-learner forward; return what it said by session, see `walk_rows`."""
+
+    def fit(learned: IntArray) -> Callable[[IntArray], FloatArray]:
+        meta = fit_meta(method, rows.features.iloc[learned], rows.outcome[learned], config)
+        return lambda scored: meta.predict(rows.features.iloc[scored])
+
+    said = walk_rows(fit, rows.date, rows.label_end, config.walk_forward, horizon_bars=rows.horizon_bars)
+    return pd.Series(said, index=rows.features.index).dropna()
+
+
+def compare(method: Method, said: "pd.Series[float]", rows: CommonRows, config: MetaConfig) -> dict[str, Any]:
+    """Measure a meta-learner against the simple ensemble on the rows that both scored, as plain data.
+
+    ``is_kept`` tells whether the meta-learner stands; a figure is None where it cannot be told.
+    """
+    scored = np.isin(rows.features.index, said.index) & np.isfinite(rows.outcome)
+    stacked = np.asarray(said.reindex(rows.features.index[scored]), dtype=np.float64)
+    simple, outcome = rows.simple[scored], winsorised(rows.outcome[scored])
+    p_value = ranks_better_p_value(stacked, simple, outcome, rows.horizon_bars)
+    found: dict[str, Any] = {
+        "method": method,
+        "ic": spearman(stacked, outcome).value,
+        "simple_ic": spearman(simple, outcome).value,
+        "p_value": p_value,
+        "n_rows": int(scored.sum()),
+        "is_kept": p_value is not None and p_value <= config.max_p,
+    }
+    ending = "it stands" if found["is_kept"] else "it does not win, and the simple ensemble stands"
+    told = {name: "undefined" if one is None else f"{one:.4g}" for name, one in [*found.items()][1:]}
+    found["words"] = (
+        f"{method} against the simple ensemble on {scored.sum()} rows that it was not fitted on: IC "
+        f"{told['ic']} against {told['simple_ic']}, p {told['p_value']} (at most {config.max_p:g}): {ending}"
+    )
+    return found
+
+
+def winsorised(outcome: FloatArray) -> FloatArray:
+    """Return outcomes without their mean, within `OUTCOME_LIMIT_SIGMA`, (n,)."""
+    apart = outcome - outcome.mean()
+    return np.asarray(np.clip(apart, -OUTCOME_LIMIT_SIGMA, OUTCOME_LIMIT_SIGMA), dtype=np.float64)
+
+
+class EnsembleTrainer:
+    """Joins two bundles of one symbol, walks a meta-learner over what they said, and judges the result.
+
+    Parameters
+    ----------
+    gbm, lstm
+        The members.
+    method
+        What is tried; ``simple`` tries nothing beyond the simple ensemble.
+    config, costs
+        Of the meta-learner, and of the positions that the verdict judges.
+
+    Raises
+    ------
+    ModelIncompatibleError
+        If the members look ahead different numbers of bars.
+    """
+
+    def __init__(
+        self,
+        gbm: Bundle,
+        lstm: Bundle,
+        *,
+        method: Method = "stacking",
+        config: MetaConfig | None = None,
+        costs: CostModel | None = None,
+    ) -> None:
+        self.members = {GBM_NAME: gbm, LSTM_NAME: lstm}
+        self.method = method
+        self.config = config or MetaConfig()
+        self.costs = costs or CostModel()
+
+    def fingerprint(self, bars: Bars) -> str:
+        """Return the hash of all that decides the outcome; members that were only saved anew are the same."""
+        said = {
+            name: hashlib.sha256(np.asarray(one.record["raw_scaled"]).tobytes()).hexdigest()
+            for name, one in self.members.items()
+        }
+        content = [bars_hash(bars.frame), said, self.method, asdict(self.config), asdict(SimpleEnsemble())]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def train(self, bars: Bars, *, n_trials: int = 1) -> EnsembleBundle:
+        """Join, compare and judge; nothing is saved.
+
+        Parameters
+        ----------
+        bars
+            The symbol's prices, those that the members were trained on, and later ones.
+        n_trials
+            Looks at these prices so far, this one counted.
+
+        Raises
+        ------
+        InsufficientDataError
+            If the members share less than a year of out-of-sample forecasts of these prices.
+        """
+        plain = self._bundle(bars)
+        frame = self._join(plain).centre(bars.frame)
+        rows = common_rows(frame, bars, plain.horizon_bars)
+        bundle, compared = plain, None
+        if self.method != "simple":
+            said = walk_meta(self.method, rows, self.config)
+            compared = compare(self.method, said, rows, self.config)
+            if compared["is_kept"]:
+                known = np.isfinite(rows.outcome)
+                meta = fit_meta(self.method, rows.features[known], rows.outcome[known], self.config)
+                bundle = replace(plain, method=self.method, stacked=Stacked(said=said, meta=meta))
+                frame = self._join(bundle).centre(bars.frame)
+        record = record_of(frame, bars, plain.horizon_bars, bundle.stacked)
+        verdict = self._judge(bundle, bars, record, n_trials)
+        metadata = {
+            **plain.metadata,
+            "method": bundle.method,
+            "out_of_sample_from": f"{record['date'].iloc[0]:%Y-%m-%d}",
+            "verdict": verdict.as_dict(),
+            "parts": self._parts(bars, frame, record, compared),
+        }
+        return replace(bundle, record=record, metadata=metadata)
+
+    def _join(self, bundle: EnsembleBundle) -> EnsembleForecaster:
+        return bundle.join(self.members[GBM_NAME], self.members[LSTM_NAME], as_lived=True)
+
+    def _bundle(self, bars: Bars) -> EnsembleBundle:
+        """Return the simple ensemble of the members, not judged yet."""
+        created_at, weights, gbm = datetime.now(UTC), SimpleEnsemble(), self.members[GBM_NAME]
+        versions = {name: one.model_version for name, one in self.members.items()}
+        trained_through = max(str(one.metadata["trained_through"]) for one in self.members.values())
+        return EnsembleBundle(
+            symbol=bars.symbol,
+            horizon_bars=gbm.horizon_bars,
+            method="simple",
+            members=versions,
+            weights=weights,
+            record=pd.DataFrame(),
+            metadata={
+                "schema_version": 1,
+                "model_id": f"{bars.symbol}-ensemble",
+                "model_version": new_version_id(created_at),
+                "symbol": bars.symbol,
+                "created_at": created_at.isoformat(timespec="seconds"),
+                "horizon_bars": gbm.horizon_bars,
+                "source": bars.provenance.source,
+                "data_hash": bars_hash(bars.frame),
+                "data": {
+                    "hash": bars_hash(bars.frame),
+                    "first_session": f"{bars.frame.index[0]:%Y-%m-%d}",
+                    "last_session": f"{bars.frame.index[-1]:%Y-%m-%d}",
+                    "n_bars": len(bars.frame),
+                },
+                "trained_through": trained_through,
+                "feature_set_hash": gbm.metadata["feature_set_hash"],
+                "seed": self.config.seed,
+                "versions": library_versions(LIBRARIES),
+                "members": versions,
+                "recipe": {"asked": self.method, "meta": asdict(self.config), "weights": asdict(weights)},
+            },
+        )
+
+    def _judge(self, bundle: EnsembleBundle, bars: Bars, record: pd.DataFrame, n_trials: int) -> Verdict:
+        """Book the decided positions as they would have been lived, and weigh the evidence."""
+        decisions = decide(bars.symbol, bars.frame, self._join(bundle), make_sizer(), costs=self.costs)
+        backtest = backtest_decisions(decisions, self.costs)
+        verdict = judge(
+            record,
+            horizon_bars=bundle.horizon_bars,
+            strategy_return=backtest.daily["net_return"].to_numpy(),
+            benchmark_return=backtest.benchmarks["exposure_matched"].daily["net_return"].to_numpy(),
+            n_trials=n_trials,
+        )
+        return one_session_later(verdict, decisions, self.costs)
+
+    def _parts(
+        self, bars: Bars, frame: pd.DataFrame, record: pd.DataFrame, compared: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        """Return the parts beside the whole, all on the rows that both members forecast."""
+        h, signals = self.members[GBM_NAME].horizon_bars, frame[[f"model_{name}" for name in MEMBERS]]
+        sessions = frame.index[signals.notna().all(axis=1) & frame["is_out_of_sample"]]
+        own = record[record["date"].isin(sessions)].reset_index(drop=True)
+        records, errors = {"ensemble": own}, {}
+        known = own["realised_log"].notna().to_numpy()
+        for name, bundle in self.members.items():
+            centre = BundleForecaster(bundle=bundle, as_lived=True).centre(bars.frame).loc[sessions]
+            alone = centre.rename(columns={"expected_log": "predicted_log"}).reset_index(drop=True)
+            records[name] = own.assign(**alone[["raw_scaled", "predicted_log", "baseline_log"]])
+            missed = (own["realised_log"] - alone["predicted_log"]) / own["sigma_log"]
+            errors[name] = np.asarray(missed[known], dtype=np.float64)
+        weights = {name: float(frame[f"weight_{name}"].iloc[-1]) for name in MEMBERS}
+        return {
+            "table": [{"part": name, **figures_of(one, h)} for name, one in records.items()],
+            "error_correlation": spearman(*errors.values()).value,
+            "signal_correlation": spearman(*signals.loc[sessions].to_numpy(dtype=np.float64).T).value,
+            "weights": weights,
+            "compared": compared,
+            "notes": [*weight_notes(weights, int(known.sum())), *([compared["words"]] if compared else [])],
+        }
+
+
+def common_rows(frame: pd.DataFrame, bars: Bars, horizon_bars: int) -> CommonRows:
+    """Return the rows that both members forecast out of sample, from the centre of their ensemble.
+
+    Raises
+    ------
+    InsufficientDataError
+        If they are less than a year.
+    """
+    signals = {name: np.asarray(frame[f"model_{name}"], dtype=np.float64) for name in MEMBERS}
+    both = np.isfinite(np.column_stack(list(signals.values()))).all(axis=1)
+    rows = both & frame["is_out_of_sample"].to_numpy(dtype=bool)
+    if rows.sum() < LEAST_COMMON_ROWS:
+        raise InsufficientDataError(
+            f"the boosters and the LSTM of {bars.symbol} share {int(rows.sum())} out-of-sample forecasts of "
+            f"these prices, {LEAST_COMMON_ROWS} (a year) are needed: train both on the same prices"
+        )
+    target = make_target(bars.frame, horizon_bars)[rows]
+    sigma_log = frame.loc[rows, "sigma_log"]
+    return CommonRows(
+        features=meta_features(bars.frame, signals)[rows],
+        simple=np.asarray(frame.loc[rows, "raw_scaled"], dtype=np.float64),
+        outcome=np.asarray(target["target_log"] / sigma_log, dtype=np.float64),
+        date=np.asarray(target.index, dtype="datetime64[D]"),
+        label_end=np.asarray(target["label_end"], dtype="datetime64[D]"),
+        horizon_bars=horizon_bars,
+    )
+
+
+def record_of(frame: pd.DataFrame, bars: Bars, horizon_bars: int, stacked: Stacked | None) -> pd.DataFrame:
+    """Return what the ensemble said out of sample, one row per session, ascending."""
+    columns = ["baseline_log", "raw_scaled", "sigma_log", "skill_lower"]
+    record = frame[[*columns, *(f"weight_{name}" for name in MEMBERS)]].copy()
+    record.insert(0, "date", pd.DatetimeIndex(frame.index).as_unit("us"))
+    target = make_target(bars.frame, horizon_bars)
+    record["symbol"], record["predicted_log"] = bars.symbol, frame["expected_log"]
+    record["realised_log"], record["label_end"] = target["target_log"], target["label_end"]
+    if stacked is not None:
+        record["stacked_scaled"] = stacked.said.reindex(frame.index)
+    return record[frame["is_out_of_sample"].to_numpy(dtype=bool)].reset_index(drop=True)
+
+
+def figures_of(record: pd.DataFrame, horizon_bars: int) -> dict[str, Any]:
+    """Return what a record alone says of one part; None where undefined."""
+    nothing = np.empty(0)
+    found = judge(record, horizon_bars=horizon_bars, strategy_return=nothing, benchmark_return=nothing)
+    return {name: found.evidence[name] for name in PATH_EVIDENCE}
+
+
+def weight_notes(weights: dict[str, float], n_rows: int) -> list[str]:
+    """Say what the members count, and that one of them counts nothing."""
+    told = ", ".join(f"{name} {weight:.2f}" for name, weight in weights.items())
+    zero = (name for name, weight in weights.items() if weight == 0.0)
+    return [
+        f"weights by what {n_rows} out-of-sample forecasts were worth, from .70 and .30: {told}",
+        *(f"the weight of {name} is zero: on these forecasts it adds nothing to the other" for name in zero),
+    ]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    about = "Join boosters and network, and judge the whole."
+    parser = argparse.ArgumentParser(prog=f"python -m {ENSEMBLE.trainer}", description=about)
+    add = parser.add_argument
+    add("symbols", nargs="+", metavar="SYMBOL")
+    add("--source", help="yahoo, sample or csv:DIR (default: AI_STOCKS_SOURCE, or yahoo)")
+    add("--no-cache", action="store_true", help="neither read nor write cached prices")
+    add("--force-refresh", action="store_true", help="fetch the whole history again")
+    add("--method", choices=get_args(Method), default="stacking", help="what is tried (default: stacking)")
+    add("--seed", type=at_least(1, MAX_SEED), default=MetaConfig().seed)
+    add("--overwrite", action="store_true", help="join anew although an ensemble is there")
+    add("--validate-only", action="store_true", help="judge and report, save nothing")
+    add("--strict", action="store_true", help="save nothing unless the verdict is edge (exit 7)")
+    add("--json", action="store_true", help="print the result as JSON on stdout")
+    add("--events", metavar="FILE", help=EVENTS_HELP)
+    return parser
+
+
+def join_symbol(symbol: str, args: argparse.Namespace, settings: Settings) -> Outcome:
+    """Load both members, join, judge, save and report; return the result as plain data."""
+    exists = artifact_link(settings.models_dir, symbol, ENSEMBLE).exists()
+    if exists and not (args.overwrite or args.validate_only):
+        raise ModelExistsError(f"{symbol} has an ensemble already: add --overwrite to join it anew")
+    gbm, lstm = load_bundle(settings.models_dir, symbol), load_lstm(settings.models_dir, symbol)
+    bars = fetch(symbol, args, settings)
+    with training_lock(settings.models_dir, symbol):
+        trainer = EnsembleTrainer(gbm, lstm, method=args.method, config=MetaConfig(seed=args.seed))
+        run = Run(
+            symbol=symbol,
+            first_session=f"{bars.frame.index[0]:%Y-%m-%d}",
+            last_session=f"{bars.frame.index[-1]:%Y-%m-%d}",
+            fingerprint=trainer.fingerprint(bars),
+            # Where a meta-learner is tried, two verdicts are there to choose from.
+            n_trials=1 if args.method == "simple" else 2,
+        )
+        trials = settings.models_dir / "trials.jsonl"
+        n_trials = count_trials(trials, run)
+        record_run(trials, run)
+        bundle = trainer.train(bars, n_trials=n_trials)
+        label, saved = bundle.metadata["verdict"]["label"], None
+        report = publish(bundle, bars, settings.logs_dir)
+        if args.strict and label != "edge":
+            raise GateRefusedError(f"{symbol}: the verdict is {label}, and --strict: nothing was saved")
+        if not args.validate_only:
+            save_ensemble(bundle, settings.models_dir)
+            saved = artifact_link(settings.models_dir, symbol, ENSEMBLE)
+    return outcome_of(bundle, args.method, saved_as=saved, report=report)
+
+
+def publish(bundle: EnsembleBundle, bars: Bars, folder: Path) -> Path | None:
+    """Write the report into ``folder``; None, after a warning, where that cannot be done."""
+    findings = bars.report.problems()
+    page = ensemble_report(
+        symbol=bundle.symbol, metadata=bundle.metadata, record=bundle.record, findings=findings
+    )
+    try:
+        return write_report(
+            page, folder / f"{bundle.symbol}_ensemble_{bundle.metadata['model_version']}.html"
+        )
+    except StorageError as error:
+        logger.warning("no report of the ensemble: %s", error)
+        return None
+
+
+def outcome_of(bundle: EnsembleBundle, asked: str, *, saved_as: Path | None, report: Path | None) -> Outcome:
+    """Return the result of one symbol as plain data."""
+    verdict, paths = bundle.metadata["verdict"], {"bundle": saved_as, "report": report}
+    same = ("model_version", "members", "out_of_sample_from", "trained_through", "horizon_bars", "data_hash")
+    return {
+        "symbol": bundle.symbol,
+        "asked": asked,
+        "method": bundle.method,
+        "verdict": verdict["label"],
+        "reasons": verdict["reasons"],
+        "evidence": verdict["evidence"],
+        "parts": bundle.metadata["parts"],
+        **{name: bundle.metadata[name] for name in same},
+        **{name: None if path is None else str(path) for name, path in paths.items()},
+    }
+
+
+def outcomes_of(args: argparse.Namespace, settings: Settings, tell: OnEvent) -> Iterator[Outcome]:
+    """Yield the outcome of every symbol, in the order of the command line."""
+    for raw in dict.fromkeys(args.symbols):
+        tell({"type": "stage", "stage": f"{raw}: joining boosters and LSTM", "progress": 0.0})
+        try:
+            yield join_symbol(normalise_symbol(raw), args, settings)
+        except AIStocksError as error:
+            yield refused(raw, error)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Join the symbols' models; return the exit code that `utils.errors` lists, of the first failure."""
+    args = build_parser().parse_args(argv)
+    settings = read_settings()
+    configure_logging("WARNING" if args.json else settings.log_level)
+    return tell_all(
+        lambda _console, tell: outcomes_of(args, settings, tell), as_json=args.json, events=args.events
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
