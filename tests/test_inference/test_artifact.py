@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -578,3 +579,20 @@ def test_a_link_out_of_the_folder_is_refused_wherever_it_stands(root: Path, tmp_
     (home / TEXT.versions).symlink_to(elsewhere_)
     with pytest.raises(ModelCorruptError):
         serve(root, "AAPL", TEXT, load)
+
+
+@pytest.mark.parametrize(
+    ("returncode", "said", "is_well"),
+    [(0, artifact.VERIFIED, True), (-6, artifact.VERIFIED, True), (0, "", False), (5, "", False)],
+    ids=["well", "aborts while libraries are torn down", "silent", "refused"],
+)
+def test_a_version_is_verified_by_what_the_fresh_process_says(
+    monkeypatch, tmp_path, returncode, said, is_well
+):
+    def run(command: list[str], **_options: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, returncode, said, "terminate called")
+
+    monkeypatch.setattr(artifact.subprocess, "run", run)
+    found = nullcontext() if is_well else pytest.raises(ModelCorruptError, match="terminate called")
+    with found:
+        artifact.verify_in_fresh_process(tmp_path, "inference.load_gbm_models")
