@@ -539,7 +539,7 @@ def test_a_link_that_dangles_or_loops_is_served_around(models: Path, target: str
 def test_the_command_line_verifies_one_version(models: Path, capsys: pytest.CaptureFixture[str]):
     folder = current_version(models, "AAPL")
     assert store.main([str(folder)]) == 0
-    assert capsys.readouterr() == ("", "")
+    assert capsys.readouterr() == (f"{artifact.VERIFIED}\n", "")
     (folder / "scaler.joblib").write_bytes(b"")
     assert store.main([str(folder)]) == 5
     assert "scaler.joblib is not the file that was saved" in capsys.readouterr().err
