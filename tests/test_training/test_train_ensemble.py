@@ -86,7 +86,8 @@ def test_a_network_of_noise_is_hardly_listened_to_and_one_that_is_wrong_not_at_a
         skill: EnsembleTrainer(gbm, network_like(gbm, skill=skill), method="simple").train(bars["SIGNAL"])
         for skill in (0.0, -0.15)
     }
-    assert found[0.0].metadata["parts"]["weights"]["lstm"] < 0.12
+    # A thousand rows move it half of the way from .3 to nothing.
+    assert found[0.0].metadata["parts"]["weights"]["lstm"] < 0.2
     wrong = found[-0.15].metadata["parts"]
     assert wrong["weights"] == {"gbm": 1.0, "lstm": 0.0}
     assert any("the weight of lstm is zero" in note for note in wrong["notes"])
