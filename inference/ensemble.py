@@ -1,18 +1,23 @@
 """The fitted boosters as one forecaster of the volatility-scaled return: scale, predict, weigh, calibrate.
 
 A `BoosterEnsemble` holds everything that a fold fits. The trainer makes one per fold and one for the bundle,
-so what is validated is what is served.
+so what is validated is what is served. What every kind of model offers to a forecaster is a `Bundle`.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import lightgbm
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import xgboost
 from sklearn.preprocessing import RobustScaler
+
+from utils.model_paths import ArtifactKind
 
 FloatArray = npt.NDArray[np.float64]
 FloatMatrix = npt.NDArray[np.float32]
@@ -60,6 +65,95 @@ class Calibration:
     def apply(self, raw_scaled: FloatArray) -> FloatArray:
         """Return the calibrated forecast, in units of the h-day volatility, shape (n,)."""
         return self.drift + self.slope * (raw_scaled - self.raw_mean)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bundle(ABC):
+    """A trained model of any kind with the out-of-sample record that vouches for it.
+
+    Attributes
+    ----------
+    symbol
+        The symbol it was trained for.
+    horizon_bars
+        Number of bars that a forecast looks ahead; what is decided, judged and recorded looks so far.
+    record
+        Walk-forward predictions: `inference.artifact.RECORD_COLUMNS`, and a ``model_<name>`` column for each
+        of `models`.
+    metadata
+        Content of ``training_metadata.json``.
+    importance
+        What each feature contributes to the final fit, normalised; empty where nobody measured it.
+    hyperparameters
+        How the final fit came about, as plain data.
+    path
+        Folder that it was loaded from; None before it is saved.
+    warnings
+        What was amiss while loading and did not prevent it.
+    """
+
+    KIND: ClassVar[ArtifactKind]
+
+    symbol: str
+    horizon_bars: int
+    record: pd.DataFrame
+    metadata: Mapping[str, Any]
+    importance: Mapping[str, float]
+    hyperparameters: Mapping[str, object]
+    path: Path | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def model_version(self) -> str:
+        """Identifier of the saved version."""
+        return str(self.metadata["model_version"])
+
+    @property
+    @abstractmethod
+    def models(self) -> tuple[str, ...]:
+        """Names of the models whose signals make up the bundle's."""
+
+    @property
+    @abstractmethod
+    def columns(self) -> tuple[str, ...]:
+        """Names of the features that `signal` takes, in its order."""
+
+    @property
+    @abstractmethod
+    def calibration(self) -> Calibration:
+        """How far the final fit's signal may be believed."""
+
+    @abstractmethod
+    def signal(self, features: FloatMatrix, rows: IntArray) -> tuple[dict[str, FloatArray], FloatArray]:
+        """Return the raw signal of the final fit, before calibration, in units of the h-day volatility.
+
+        Parameters
+        ----------
+        features
+            Unscaled `columns` of every bar, (n, p); NaN in the warm-up.
+        rows
+            Bars whose features are finite, (k,). What is said of a bar depends on rows up to it only.
+
+        Returns
+        -------
+        tuple
+            Each model's signal by name, and the one that they make together, (k,) each.
+        """
+
+    @property
+    def path_horizons(self) -> tuple[int, ...]:
+        """Further horizons that the forecast path passes through."""
+        return ()
+
+    def further(
+        self, _features: FloatMatrix, _rows: IntArray
+    ) -> Mapping[int, tuple[Calibration, FloatArray]]:
+        """Return the calibration and the raw signal of each of `path_horizons`, as `signal` does."""
+        return {}
+
+    def contributions(self, features: FloatMatrix) -> pd.DataFrame:
+        """Return SHAP values of the final fit, a column for each feature; none where they cannot be had."""
+        return pd.DataFrame(index=range(len(features)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ import io
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast
@@ -34,8 +34,15 @@ from inference.artifact import (
     read_record,
     unusable,
 )
-from inference.ensemble import Booster, BoosterEnsemble, Calibration, FloatArray, FloatMatrix, IntArray
-from inference.pipeline import Bundle
+from inference.ensemble import (
+    Booster,
+    BoosterEnsemble,
+    Bundle,
+    Calibration,
+    FloatArray,
+    FloatMatrix,
+    IntArray,
+)
 from utils.errors import ModelIncompatibleError
 from utils.model_paths import GBM, ArtifactKind, Linked, linked_version, roll_back, serve, serve_linked
 
@@ -240,7 +247,7 @@ def save_bundle(bundle: GBMBundle, models_dir: Path, *, golden_inputs: FloatMatr
         model_version=bundle.model_version,
         files=artifact.sha256_of(contents),
         models=cast("Any", models),
-        libraries=artifact.library_versions([*LIBRARIES, *(["catboost"] if "cat" in models else [])]),
+        libraries=versions_of(models),
         data_hash=str(bundle.metadata["data_hash"]),
         golden_inputs=[[float(value) for value in row] for row in rows],
         golden_outputs=golden_outputs(bundle.ensemble, rows).tolist(),
@@ -251,6 +258,11 @@ def save_bundle(bundle: GBMBundle, models_dir: Path, *, golden_inputs: FloatMatr
     return artifact.publish(
         models_dir, GBM, manifest=manifest, contents=contents, verify=verify_in_fresh_process
     )
+
+
+def versions_of(models: Iterable[str]) -> dict[str, str]:
+    """Return the installed versions of what boosters with these names depend on."""
+    return artifact.library_versions([*LIBRARIES, *(["catboost"] if "cat" in models else [])])
 
 
 def _contents(bundle: GBMBundle) -> dict[str, bytes]:

@@ -30,8 +30,7 @@ from inference.artifact import (
     document,
     unusable,
 )
-from inference.ensemble import Calibration, FloatArray, FloatMatrix, IntArray
-from inference.pipeline import Bundle
+from inference.ensemble import Bundle, Calibration, FloatArray, FloatMatrix, IntArray
 from utils.model_paths import LSTM, ArtifactKind, Linked, serve, serve_linked
 
 SCHEMA_VERSION = 1

@@ -4,11 +4,8 @@ Backtests, charts and the service all call `decide`. It has no memory: deciding 
 what deciding on all bars gives at t.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +15,7 @@ from data.feature_engineer import MAX_WARMUP_BARS, engineer_features
 from data.target_engineering import make_target, rescale_sigma
 from evaluation.accounting import DEFAULT_CAPITAL, CostModel
 from evaluation.advanced_backtester import AdvancedBacktester, BacktestReport
-from inference.ensemble import Calibration, FloatArray, FloatMatrix, IntArray
+from inference.ensemble import Bundle, Calibration, FloatArray, FloatMatrix, IntArray
 from inference.intervals import (
     ANCHORS_BARS,
     ForecastPath,
@@ -29,7 +26,6 @@ from inference.intervals import (
 )
 from inference.position_sizing import Sizer, SizingInputs, win_record
 from utils.errors import DataError, ModelIncompatibleError
-from utils.model_paths import ArtifactKind
 
 FORECAST_COLUMNS = (
     "expected_return",
@@ -60,95 +56,6 @@ OTHER_PRICES_SIGMA, OTHER_PRICES_MEMORY_BARS = 0.05, 20
 def further_column(bars: int) -> str:
     """Return the name of the column with the forecast log return over a further number of bars."""
     return f"{FURTHER}{bars}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bundle(ABC):
-    """A trained model of any kind with the out-of-sample record that vouches for it.
-
-    Attributes
-    ----------
-    symbol
-        The symbol it was trained for.
-    horizon_bars
-        Number of bars that a forecast looks ahead; what is decided, judged and recorded looks so far.
-    record
-        Walk-forward predictions: `inference.artifact.RECORD_COLUMNS`, and a ``model_<name>`` column for each
-        of `models`.
-    metadata
-        Content of ``training_metadata.json``.
-    importance
-        What each feature contributes to the final fit, normalised; empty where nobody measured it.
-    hyperparameters
-        How the final fit came about, as plain data.
-    path
-        Folder that it was loaded from; None before it is saved.
-    warnings
-        What was amiss while loading and did not prevent it.
-    """
-
-    KIND: ClassVar[ArtifactKind]
-
-    symbol: str
-    horizon_bars: int
-    record: pd.DataFrame
-    metadata: Mapping[str, Any]
-    importance: Mapping[str, float]
-    hyperparameters: Mapping[str, object]
-    path: Path | None = None
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def model_version(self) -> str:
-        """Identifier of the saved version."""
-        return str(self.metadata["model_version"])
-
-    @property
-    @abstractmethod
-    def models(self) -> tuple[str, ...]:
-        """Names of the models whose signals make up the bundle's."""
-
-    @property
-    @abstractmethod
-    def columns(self) -> tuple[str, ...]:
-        """Names of the features that `signal` takes, in its order."""
-
-    @property
-    @abstractmethod
-    def calibration(self) -> Calibration:
-        """How far the final fit's signal may be believed."""
-
-    @abstractmethod
-    def signal(self, features: FloatMatrix, rows: IntArray) -> tuple[dict[str, FloatArray], FloatArray]:
-        """Return the raw signal of the final fit, before calibration, in units of the h-day volatility.
-
-        Parameters
-        ----------
-        features
-            Unscaled `columns` of every bar, (n, p); NaN in the warm-up.
-        rows
-            Bars whose features are finite, (k,). What is said of a bar depends on rows up to it only.
-
-        Returns
-        -------
-        tuple
-            Each model's signal by name, and the one that they make together, (k,) each.
-        """
-
-    @property
-    def path_horizons(self) -> tuple[int, ...]:
-        """Further horizons that the forecast path passes through."""
-        return ()
-
-    def further(
-        self, _features: FloatMatrix, _rows: IntArray
-    ) -> Mapping[int, tuple[Calibration, FloatArray]]:
-        """Return the calibration and the raw signal of each of `path_horizons`, as `signal` does."""
-        return {}
-
-    def contributions(self, features: FloatMatrix) -> pd.DataFrame:
-        """Return SHAP values of the final fit, a column for each feature; none where they cannot be had."""
-        return pd.DataFrame(index=range(len(features)))
 
 
 class Forecaster(Protocol):

@@ -20,8 +20,8 @@ from evaluation.accounting import CostModel
 from evaluation.advanced_backtester import BacktestReport
 from evaluation.metrics import values
 from inference.artifact import GOLDEN_ROWS, new_version_id
-from inference.ensemble import FloatArray, FloatMatrix
-from inference.pipeline import Bundle, BundleForecaster, Decisions, backtest_decisions, decide
+from inference.ensemble import Bundle, FloatArray, FloatMatrix
+from inference.pipeline import BundleForecaster, Decisions, backtest_decisions, decide
 from inference.position_sizing import make_sizer
 from training.recipe import WalkConfig, begin_with_others
 from utils.errors import InsufficientDataError
