@@ -5,7 +5,7 @@ label ended before the block began (purge), with a further distance where featur
 where many symbols share a session, are split by session, never by row.
 """
 
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from itertools import combinations
 from math import comb
@@ -14,11 +14,12 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from utils.errors import DataError, InsufficientDataError, UsageError
+from utils.errors import DataError, InsufficientDataError, ModelError, UsageError
 
 IntArray = npt.NDArray[np.intp]
 BoolArray = npt.NDArray[np.bool_]
 DateArray = npt.NDArray[np.datetime64]
+FloatArray = npt.NDArray[np.float64]
 
 MAX_COMBINATIONS = 10_000
 
@@ -428,3 +429,44 @@ def _check_at_least(least: int, splitter: object, *names: str) -> None:
         value = getattr(splitter, name)
         if value is not None and value < least:
             raise UsageError(f"{name} is {value}, it must be at least {least}")
+
+
+def walk_rows(
+    fit: Callable[[IntArray], Callable[[IntArray], FloatArray]],
+    date: DateArray,
+    label_end: DateArray,
+    split: WalkForwardSplit,
+    *,
+    horizon_bars: int,
+) -> FloatArray:
+    """Walk anything forward over rows, one level up from what made them: no row is scored by a fit on it.
+
+    Parameters
+    ----------
+    fit
+        Takes the rows to learn from, and returns what forecasts the rows that it is given.
+    date, label_end, split, horizon_bars
+        See `WalkForwardSplit.folds`.
+
+    Returns
+    -------
+    array of shape (n,)
+        Forecasts; NaN before the first fold.
+
+    Raises
+    ------
+    InsufficientDataError
+        If there is no session left to score.
+    ModelError
+        If a label of the rows to learn from ends in or after the rows to be scored.
+    """
+    said = np.full(len(date), np.nan)
+    for fold in split.folds(date, label_end, horizon_bars=horizon_bars):
+        first = date[fold.test_idx].min()
+        if reaching := int((~(label_end[fold.train_idx] < first)).sum()):
+            raise ModelError(
+                f"fold {fold.number}: {reaching} labels to learn from end in or after the rows that are "
+                f"scored, from {first} on: purge them"
+            )
+        said[fold.test_idx] = fit(fold.train_idx)(fold.test_idx)
+    return said

@@ -27,7 +27,7 @@ import pandas as pd
 import xgboost
 from sklearn.linear_model import ElasticNet
 
-from data.data_splitter import WalkForwardSplit
+from data.data_splitter import WalkForwardSplit, walk_rows
 from data.schema import Bars, bars_hash, normalise_symbol
 from data.target_engineering import make_target
 from evaluation.accounting import CostModel
@@ -63,9 +63,8 @@ from utils.errors import (
 )
 from utils.model_paths import ENSEMBLE, artifact_link, training_lock
 from utils.settings import Settings, at_least, configure_logging, read_settings
-from validation.evidence import Run, count_trials, ranks_better_p_value, record_run
-from validation.gates import Verdict, judge
-from validation.walk_forward import walk_rows
+from validation.evidence import Run, count_trials, record_run
+from validation.gates import Verdict, judge, ranks_better_p_value
 
 logger = logging.getLogger(__name__)
 

@@ -56,7 +56,7 @@ from training.trainer import OnEvent, Trainer, Walked
 from utils.errors import CollapsedError, UsageError
 from utils.model_paths import LSTM
 from utils.settings import at_least, below
-from validation.evidence import collapse_of
+from validation.gates import collapse_of
 from validation.walk_forward import RecipePrediction
 
 QUANTILES = (0.1, 0.5, 0.9)

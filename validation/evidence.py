@@ -161,24 +161,6 @@ def rank_among_past(values: FloatArray) -> FloatArray:
     return ranks
 
 
-def ranks_better_p_value(
-    signal: FloatArray, rival: FloatArray, outcome: FloatArray, horizon_bars: int
-) -> float | None:
-    """Return the one-sided p-value of "the signal goes with the outcome no better than its rival does".
-
-    Both are ranked among their own past, see `rank_among_past`; see `block_bootstrap_p_value` for the rest.
-
-    Parameters
-    ----------
-    signal, rival, outcome
-        Two signals and what came, winsorised, on the same rows in order of time, finite, (n,).
-    horizon_bars
-        How far an outcome overlaps with later ones.
-    """
-    ahead = rank_among_past(signal) - rank_among_past(rival)
-    return block_bootstrap_p_value(ahead * (outcome - outcome.mean()), horizon_bars)
-
-
 def skill(forecast: FloatArray, reference: FloatArray, outcome: FloatArray) -> float | None:
     """Return the share of the reference's squared error that the forecast saves; None if it has none."""
     saved = ratio(float(np.sum((outcome - forecast) ** 2)), float(np.sum((outcome - reference) ** 2)))
@@ -508,17 +490,3 @@ def _read_runs(path: Path) -> Iterator[Run]:
             yield Run(**json.loads(line))
         except (ValueError, TypeError):
             continue
-
-
-def collapse_of(signal: FloatArray) -> str | None:
-    """Say in words how a signal in deviations of the target has collapsed; None when it has not.
-
-    Its mean is nobody's forecast, since calibration takes it off: the share of one sign is counted about it.
-    """
-    spread = float(signal.std())
-    if not spread >= MIN_SIGNAL_STD:
-        return f"its signal deviates by {spread:.2g} of the target's deviation, less than {MIN_SIGNAL_STD}"
-    rising = float(np.mean(signal > signal.mean()))
-    if max(rising, 1 - rising) > MAX_ONE_SIDED:
-        return f"{max(rising, 1 - rising):.0%} of its signal lie on one side of its mean"
-    return None

@@ -38,7 +38,9 @@ from evaluation.forward_simulator import MIN_BARS
 from evaluation.metrics import Measured
 from utils.errors import DataError
 from validation.evidence import (
+    MAX_ONE_SIDED,
     MIN_RETURNS,
+    MIN_SIGNAL_STD,
     FloatArray,
     IntArray,
     block_bootstrap_p_value,
@@ -456,3 +458,35 @@ def measured_overfitting(tried: FloatArray) -> Measured:
     if len(tried) < MIN_BARS:
         return Measured(None, "fraction", f"needs {MIN_BARS} returns, has {len(tried)}")
     return Measured(probability_of_backtest_overfitting(tried), "fraction")
+
+
+def ranks_better_p_value(
+    signal: FloatArray, rival: FloatArray, outcome: FloatArray, horizon_bars: int
+) -> float | None:
+    """Return the one-sided p-value of "the signal goes with the outcome no better than its rival does".
+
+    Both are ranked among their own past, see `rank_among_past`; see `block_bootstrap_p_value` for the rest.
+
+    Parameters
+    ----------
+    signal, rival, outcome
+        Two signals and what came, winsorised, on the same rows in order of time, finite, (n,).
+    horizon_bars
+        How far an outcome overlaps with later ones.
+    """
+    ahead = rank_among_past(signal) - rank_among_past(rival)
+    return block_bootstrap_p_value(ahead * (outcome - outcome.mean()), horizon_bars)
+
+
+def collapse_of(signal: FloatArray) -> str | None:
+    """Say in words how a signal in deviations of the target has collapsed; None when it has not.
+
+    Its mean is nobody's forecast, since calibration takes it off: the share of one sign is counted about it.
+    """
+    spread = float(signal.std())
+    if not spread >= MIN_SIGNAL_STD:
+        return f"its signal deviates by {spread:.2g} of the target's deviation, less than {MIN_SIGNAL_STD}"
+    rising = float(np.mean(signal > signal.mean()))
+    if max(rising, 1 - rising) > MAX_ONE_SIDED:
+        return f"{max(rising, 1 - rising):.0%} of its signal lie on one side of its mean"
+    return None

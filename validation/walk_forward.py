@@ -403,22 +403,11 @@ class WalkForwardValidator:
 def fold_table(
     result: WalkForwardResult, record: pd.DataFrame, backtest: BacktestReport
 ) -> list[dict[str, Any]]:
-    """Return the folds as plain data, with what the symbol's own rows and positions did in each.
+    """Return `FoldResult.as_dict` of each fold, with what the symbol's own rows and positions did in it.
 
-    Parameters
-    ----------
-    result
-        The walk-forward; of a panel, its measures are those of all symbols together.
-    record
-        The symbol's rows of the walk-forward record.
-    backtest
-        The decided positions on these rows.
-
-    Returns
-    -------
-    list of dict
-        `FoldResult.as_dict` and: ``sharpe`` and ``sharpe_buy_hold`` after costs, annualised, and
-        ``symbol_ic``, the symbol's own information coefficient. None where undefined.
+    ``record`` holds the symbol's rows, ``backtest`` the positions decided on them. Added are ``sharpe`` and
+    ``sharpe_buy_hold`` after costs, annualised, and ``symbol_ic``, the symbol's own information coefficient;
+    None where undefined. The other measures of a panel are those of all symbols together.
     """
     per_year = backtest.costs.periods_per_year
     held, passive = (report.daily["net_return"] for report in (backtest, backtest.benchmarks["buy_hold"]))
@@ -433,47 +422,6 @@ def fold_table(
         }
         table.append({**fold.as_dict(), **sharpes, "symbol_ic": ic})
     return table
-
-
-def walk_rows(
-    fit: Callable[[IntArray], Callable[[IntArray], FloatArray]],
-    date: npt.NDArray[np.datetime64],
-    label_end: npt.NDArray[np.datetime64],
-    split: WalkForwardSplit,
-    *,
-    horizon_bars: int,
-) -> FloatArray:
-    """Walk anything forward over rows, one level up from what made them: no row is scored by a fit on it.
-
-    Parameters
-    ----------
-    fit
-        Takes the rows to learn from, and returns what forecasts the rows that it is given.
-    date, label_end, split, horizon_bars
-        See `WalkForwardSplit.folds`.
-
-    Returns
-    -------
-    array of shape (n,)
-        Forecasts; NaN before the first fold.
-
-    Raises
-    ------
-    InsufficientDataError
-        If there is no session left to score.
-    ModelError
-        If a label of the rows to learn from ends in or after the rows to be scored.
-    """
-    said = np.full(len(date), np.nan)
-    for fold in split.folds(date, label_end, horizon_bars=horizon_bars):
-        first = date[fold.test_idx].min()
-        if reaching := int((~(label_end[fold.train_idx] < first)).sum()):
-            raise ModelError(
-                f"fold {fold.number}: {reaching} labels to learn from end in or after the rows that are "
-                f"scored, from {first} on: purge them"
-            )
-        said[fold.test_idx] = fit(fold.train_idx)(fold.test_idx)
-    return said
 
 
 class _Rows:

@@ -26,6 +26,7 @@ from validation.evidence import (
     record_run,
     sharpe_moments,
 )
+from validation.gates import collapse_of, ranks_better_p_value
 
 
 def moving_sums(rng, n, window=5):
@@ -315,7 +316,7 @@ def test_a_log_that_cannot_be_written_is_told(tmp_path):
     ids=["alive, off zero", "constant", "nearly constant", "not a number", "one sign but for a few"],
 )
 def test_a_signal_that_has_collapsed_is_told(signal, words):
-    found = evidence.collapse_of(signal)
+    found = collapse_of(signal)
     assert found is None if words is None else words in found
 
 
@@ -323,19 +324,15 @@ def test_the_better_of_two_signals_is_found_and_equals_cannot_be_told_apart():
     rng = np.random.default_rng(5)
     outcome = rng.normal(size=2_500)
     good, poor = 0.15 * outcome + rng.normal(size=2_500), rng.normal(size=2_500)
-    better, worse = (
-        evidence.ranks_better_p_value(*pair, outcome, 1) for pair in ((good, poor), (poor, good))
-    )
+    better, worse = (ranks_better_p_value(*pair, outcome, 1) for pair in ((good, poor), (poor, good)))
     assert better is not None
     assert worse is not None
     assert better < 0.01
     assert worse > 0.95
-    assert evidence.ranks_better_p_value(good, 3 * good, outcome, 1) is None
+    assert ranks_better_p_value(good, 3 * good, outcome, 1) is None
 
 
 def test_neither_of_two_signals_of_noise_is_often_called_the_better():
     rng = np.random.default_rng(6)
-    found = [
-        evidence.ranks_better_p_value(*rng.normal(size=(2, 800)), rng.normal(size=800), 1) for _ in range(60)
-    ]
+    found = [ranks_better_p_value(*rng.normal(size=(2, 800)), rng.normal(size=800), 1) for _ in range(60)]
     assert np.mean([p is not None and p <= 0.05 for p in found]) <= 0.12

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from scipy.stats import spearmanr
 
-from data.data_splitter import WalkForwardSplit
+from data.data_splitter import WalkForwardSplit, walk_rows
 from data.target_engineering import Dataset
 from utils.errors import InsufficientDataError, ModelError, UsageError
 from validation.walk_forward import (
@@ -19,7 +19,6 @@ from validation.walk_forward import (
     WalkForwardResult,
     WalkForwardValidator,
     summarise_folds,
-    walk_rows,
 )
 
 QUICK = WalkForwardConfig(test_bars=200, min_train_bars=300, n_resamples=200)
