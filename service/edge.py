@@ -82,7 +82,7 @@ class EdgeRules:
     """
 
     body_bytes: int = 1 << 20
-    large_body_bytes: int = 8 << 20
+    large_body_bytes: int = 16 << 20
     body_s: float = 20.0
     rate_per_s: float = 100.0
     rate_burst: int = 500

@@ -297,7 +297,7 @@ def detail_of(sent: list[dict[str, Any]]) -> str:
 
 @pytest.mark.parametrize(
     ("path", "most"),
-    [("/api/predict", 1 << 20), ("/api/backtest", 8 << 20), ("/api/forward_sim", 8 << 20)],
+    [("/api/predict", 1 << 20), ("/api/backtest", 16 << 20), ("/api/forward_sim", 16 << 20)],
 )
 def test_fault_02_bodies_are_bounded_by_route(path: str, most: int) -> None:
     guard = Guard(reads_all, EdgeRules())
