@@ -246,14 +246,14 @@ def test_the_same_seed_trains_the_same_network(trained, make_planted):
 @with_tensorflow
 def test_later_bars_change_nothing_of_earlier_forecasts(make_planted):
     """Everything after a session is made up anew: scaler, target, network and calibration must not notice."""
-    bars = make_planted(n=1_250, seed=1, ic=0.4)
+    bars = make_planted(n=1_300, seed=1, ic=0.4)
     other = bars.copy()
     rng = np.random.default_rng(3)
     moved = np.exp(np.cumsum(rng.normal(0, 0.05, size=150)))
     for name in ("Open", "High", "Low", "Close"):
         other.iloc[-150:, other.columns.get_loc(name)] *= moved
     other.iloc[-150:, other.columns.get_loc("Volume")] *= 7
-    split = WalkForwardConfig(test_bars=150, min_train_bars=650)
+    split = WalkForwardConfig(test_bars=150, min_train_bars=700)
     config = replace(QUICK, recipe=replace(SMALL, epochs=4), walk_forward=split)
     records = [LSTMTrainer(config).walk({"TEST": as_bars(frame)}).result.record for frame in (bars, other)]
     before = [record[record["date"] < bars.index[-150]] for record in records]
