@@ -8,7 +8,7 @@ import io
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast
@@ -240,7 +240,7 @@ def save_bundle(bundle: GBMBundle, models_dir: Path, *, golden_inputs: FloatMatr
         model_version=bundle.model_version,
         files=artifact.sha256_of(contents),
         models=cast("Any", models),
-        libraries=artifact.library_versions([*LIBRARIES, *(["catboost"] if "cat" in models else [])]),
+        libraries=versions_of(models),
         data_hash=str(bundle.metadata["data_hash"]),
         golden_inputs=[[float(value) for value in row] for row in rows],
         golden_outputs=golden_outputs(bundle.ensemble, rows).tolist(),
@@ -251,6 +251,11 @@ def save_bundle(bundle: GBMBundle, models_dir: Path, *, golden_inputs: FloatMatr
     return artifact.publish(
         models_dir, GBM, manifest=manifest, contents=contents, verify=verify_in_fresh_process
     )
+
+
+def versions_of(models: Iterable[str]) -> dict[str, str]:
+    """Return the installed versions of what boosters with these names depend on."""
+    return artifact.library_versions([*LIBRARIES, *(["catboost"] if "cat" in models else [])])
 
 
 def _contents(bundle: GBMBundle) -> dict[str, bytes]:

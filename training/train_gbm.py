@@ -28,9 +28,7 @@ from data.feature_engineer import MAX_WARMUP_BARS, get_feature_columns
 from data.markets import refuse_delisted, resolve_universe
 from data.schema import Bars, check_enough, normalise_symbol
 from data.target_engineering import DEFAULT_HORIZON_BARS, Dataset, check_horizon
-from inference.artifact import library_versions
-from inference.load_gbm_models import LIBRARIES as VERSIONS_OF
-from inference.load_gbm_models import GBMBundle, PathModel, load_folder, save_bundle
+from inference.load_gbm_models import GBMBundle, PathModel, load_folder, save_bundle, versions_of
 from training import run_log
 from training.gbm_search import DeviceChoice, SearchConfig, choose_device
 from training.libraries import LIBRARIES, catboost
@@ -119,7 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
             kind=GBM,
             check=refuse_contradictions,
             config=config_from,
-            trainer=trainer_for,
+            trainer=lambda config, args, n, tell: GBMTrainer(config, tell, device=device_for(args, n)),
             save=save_bundle,
             load_folder=load_folder,
         ),
@@ -288,10 +286,9 @@ class GBMTrainer(Trainer[FittedGBM, GBMBundle]):
     def facts(self) -> dict[str, object]:
         """Trials, versions and device, see `Trainer.facts`."""
         search = self.config.recipe.search
-        names = [*VERSIONS_OF, *(["catboost"] if "cat" in search.models else [])]
         return {
             "n_trials": search.n_trials * len(search.models),
-            "versions": library_versions(names),
+            "versions": versions_of(search.models),
             "device": search.device,
             "device_reason": self._device_reason,
         }
@@ -301,13 +298,6 @@ class GBMTrainer(Trainer[FittedGBM, GBMBundle]):
         config = super().identity()
         del config["recipe"]["search"]["threads"]
         return config
-
-
-def trainer_for(
-    config: TrainerConfig, args: argparse.Namespace, n_rows: int, on_event: OnEvent
-) -> GBMTrainer:
-    """Return a trainer on the device that pays for so many rows."""
-    return GBMTrainer(config, on_event, device=device_for(args, n_rows))
 
 
 def fetch(symbol: str, args: argparse.Namespace, settings: Settings) -> Bars:
@@ -494,11 +484,11 @@ def run(args: argparse.Namespace) -> int:
     """Train the symbols; return the exit code that `utils.errors` lists, of the first failure."""
     settings = read_settings()
     configure_logging("WARNING" if args.json else settings.log_level)
-    return run_log.tell_all(
-        lambda console, tell: outcomes_of(args, settings, console, tell),
-        as_json=args.json,
-        events=args.events,
-    )
+
+    def train(console: Console, tell: OnEvent) -> Iterator[Outcome]:
+        return outcomes_of(args, settings, console, tell)
+
+    return run_log.tell_all(train, as_json=args.json, events=args.events)
 
 
 if __name__ == "__main__":
