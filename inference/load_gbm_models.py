@@ -240,7 +240,7 @@ def save_bundle(bundle: GBMBundle, models_dir: Path, *, golden_inputs: FloatMatr
         model_version=bundle.model_version,
         files=artifact.sha256_of(contents),
         models=cast("Any", models),
-        libraries=artifact.library_versions([*LIBRARIES, *(["catboost"] if "cat" in models else [])]),
+        libraries=versions_of(models),
         data_hash=str(bundle.metadata["data_hash"]),
         golden_inputs=[[float(value) for value in row] for row in rows],
         golden_outputs=golden_outputs(bundle.ensemble, rows).tolist(),

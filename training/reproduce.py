@@ -38,6 +38,7 @@ from training.run_log import progress_line
 from training.train_gbm import GBMTrainer
 from training.trainer import Trained
 from utils.errors import AIStocksError, ModelIncompatibleError, ModelMissingError, UsageError
+from utils.model_paths import LSTM
 from utils.settings import Settings, configure_logging, read_settings
 
 logger = logging.getLogger(__name__)
@@ -237,6 +238,8 @@ def reproduce(args: argparse.Namespace, settings: Settings, console: Console) ->
     folder = args.bundle.resolve()
     if not folder.is_dir():
         raise ModelMissingError(f"there is no bundle at {args.bundle}: name saved_models/SYMBOL/gbm")
+    if folder.resolve().parent.name == LSTM.versions:
+        raise UsageError("this is a network: boosters alone are trained again here, give a gbm folder")
     bundle = load_folder(folder)
     source = source_of(args.source, settings, str(bundle.metadata["source"]))
     cache = None if args.no_cache else BarCache(settings.cache_dir)

@@ -149,3 +149,10 @@ def test_errors_name_the_remedy(prices, tiny_bundle, capsys, monkeypatch):
 def test_the_parser_knows_its_flags():
     args = build_parser().parse_args(["saved_models/AAPL/gbm", "--source", "sample", "--no-cache", "--json"])
     assert args.bundle == Path("saved_models/AAPL/gbm")
+
+
+def test_a_network_is_not_what_it_trains_again(tmp_path, capsys):
+    (tmp_path / "AAPL" / "lstm_versions" / "one").mkdir(parents=True)
+    (tmp_path / "AAPL" / "lstm").symlink_to("lstm_versions/one")
+    assert main([str(tmp_path / "AAPL" / "lstm")]) == 2
+    assert "boosters alone" in capsys.readouterr().err
