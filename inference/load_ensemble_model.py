@@ -19,12 +19,20 @@ from pydantic import BaseModel, Field, FiniteFloat, model_validator
 
 from data.target_engineering import make_target
 from inference import artifact
-from inference.artifact import GOLDEN_TOLERANCE, METADATA, RECORD, Version, corrupt, document, unusable
+from inference.artifact import (
+    GOLDEN_TOLERANCE,
+    METADATA,
+    RECORD,
+    Version,
+    corrupt,
+    promised_metadata,
+    unusable,
+)
 from inference.ensemble import EMBARGO_BARS, FloatArray, SignalRows, SimpleEnsemble
 from inference.intervals import with_bands
 from inference.pipeline import Bundle, BundleForecaster, Forecaster
 from utils.errors import ModelIncompatibleError
-from utils.model_paths import ENSEMBLE, serve
+from utils.model_paths import ENSEMBLE, Linked, serve, serve_linked
 
 Method = Literal["simple", "stacking", "xgb-meta"]
 GBM_NAME, LSTM_NAME = "gbm", "lstm"
@@ -335,6 +343,11 @@ class EnsembleBundle:
     warnings: tuple[str, ...] = ()
 
     @property
+    def models(self) -> tuple[str, ...]:
+        """Names of its members."""
+        return tuple(self.members)
+
+    @property
     def model_version(self) -> str:
         """Identifier of the saved version, and of those of its members."""
         parts = "+".join(f"{name}:{version}" for name, version in self.members.items())
@@ -422,16 +435,28 @@ def load_ensemble(models_dir: Path, symbol: str) -> EnsembleBundle:
     return replace(bundle, warnings=warnings)
 
 
+def load_linked(linked: Linked) -> EnsembleBundle:
+    """Load what a link names, see `load_ensemble`; the link is not read again."""
+    bundle, warnings = serve_linked(linked, load_folder)
+    return replace(bundle, warnings=warnings)
+
+
+def describe_linked(linked: Linked) -> artifact.Description:
+    """Describe the version that `load_linked` would load: its files are checked."""
+
+    def describe(folder: Path) -> artifact.Description:
+        version = artifact.read_version(folder, ENSEMBLE, EnsembleManifest)
+        metadata, _ = promised_metadata(version)
+        return artifact.Description(metadata=metadata, models=(GBM_NAME, LSTM_NAME))
+
+    description, warnings = serve_linked(linked, describe)
+    return replace(description, warnings=warnings)
+
+
 def load_folder(folder: Path) -> EnsembleBundle:
     """Check one version's files against its manifest, then load them."""
     version = artifact.read_version(folder, ENSEMBLE, EnsembleManifest)
-    manifest = version.manifest
-    with unusable(folder, METADATA):
-        metadata = document(version, METADATA)
-        promised = artifact.PromisedMetadata.model_validate(metadata)
-    named = (promised.symbol, promised.model_version, promised.data_hash)
-    if named != (manifest.symbol, manifest.model_version, manifest.data_hash):
-        raise corrupt(folder, f"{METADATA} speaks of another version than the manifest")
+    metadata, promised = promised_metadata(version)
     with unusable(folder, ENSEMBLE_FILE):
         told = EnsembleDocument.model_validate_json(version.contents[ENSEMBLE_FILE])
     record = _record(version, told)
