@@ -37,7 +37,7 @@ from utils.model_paths import ENSEMBLE, Linked, serve, serve_linked
 Method = Literal["simple", "stacking", "xgb-meta"]
 GBM_NAME, LSTM_NAME = "gbm", "lstm"
 ENSEMBLE_FILE, META_BOOSTER = "ensemble.json", "meta_model.ubj"
-RECORD_COLUMNS = ("date", "raw_scaled", "realised_log", "sigma_log", "weight_gbm", "weight_lstm")
+RECORD_COLUMNS = ("date", "raw_scaled", "predicted_log", "realised_log", "sigma_log")
 # Bars whose volatility is the storm or calm that a bar is compared with, and those of a trend.
 REGIME_BARS, TREND_BARS, LEAST_REGIME_BARS = 1260, 200, 60
 MAX_TREND = 3.0
