@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
@@ -30,7 +30,7 @@ from inference.artifact import (
 )
 from inference.ensemble import EMBARGO_BARS, FloatArray, SignalRows, SimpleEnsemble
 from inference.intervals import with_bands
-from inference.pipeline import Bundle, BundleForecaster, Forecaster
+from inference.pipeline import Bundle, BundleForecaster, Member
 from utils.errors import ModelIncompatibleError
 from utils.model_paths import ENSEMBLE, Linked, serve, serve_linked
 
@@ -145,19 +145,6 @@ class Stacked:
         if after.any():
             known[after] = self.meta.predict(meta_features(bars, signals)[after])
         return np.where(both & np.isfinite(known), known, simple)
-
-
-class Member(Forecaster, Protocol):
-    """A forecaster that can be joined with others: it also shows what its forecast is made from."""
-
-    def centre(self, bars: pd.DataFrame) -> pd.DataFrame:
-        """Return a frame indexed like ``bars``; row t is known at the close of t, NaN without a forecast.
-
-        Columns: ``raw_scaled`` (the uncalibrated signal, in units of the h-day volatility),
-        ``baseline_log``, ``sigma_log``, ``is_out_of_sample``, ``is_of_other_prices``, and those of
-        `FORECAST_COLUMNS` that `with_bands` does not add.
-        """
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from inference.load_ensemble_model import GBM_NAME, LSTM_NAME, EnsembleBundle, Member, load_ensemble
+from inference.load_ensemble_model import GBM_NAME, LSTM_NAME, EnsembleBundle, load_ensemble
 from inference.load_gbm_models import load_bundle
 from inference.load_lstm_model import load_bundle as load_lstm
-from inference.pipeline import Bundle, BundleForecaster
+from inference.pipeline import Bundle, BundleForecaster, Member
 from utils.errors import ModelError, ModelMissingError, UsageError
 from utils.model_paths import ENSEMBLE, GBM, LSTM, ArtifactKind
 

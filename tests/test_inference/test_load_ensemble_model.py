@@ -17,7 +17,6 @@ from inference.ensemble import SimpleEnsemble
 from inference.load_ensemble_model import (
     EnsembleBundle,
     EnsembleForecaster,
-    Member,
     MetaModel,
     Stacked,
     load_ensemble,
@@ -25,7 +24,7 @@ from inference.load_ensemble_model import (
     meta_features,
     save_ensemble,
 )
-from inference.pipeline import FORECAST_COLUMNS, decide
+from inference.pipeline import FORECAST_COLUMNS, Member, decide
 from inference.position_sizing import make_sizer
 from utils.errors import ModelCorruptError, ModelIncompatibleError, ModelMissingError
 
