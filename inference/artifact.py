@@ -304,8 +304,8 @@ def expected_features() -> tuple[tuple[str, ...], str]:
     return tuple(get_feature_columns()), feature_set_hash()
 
 
-def checked_metadata(version: Version[Any]) -> dict[str, Any]:
-    """Return the metadata, once they agree with the manifest and with the features computed here."""
+def promised_metadata(version: Version[Any]) -> tuple[dict[str, Any], PromisedMetadata]:
+    """Return the metadata, once they agree with the manifest, and what serving rests on of them."""
     folder, manifest = version.folder, version.manifest
     with unusable(folder, METADATA):
         metadata = document(version, METADATA)
@@ -313,6 +313,13 @@ def checked_metadata(version: Version[Any]) -> dict[str, Any]:
     named = (promised.symbol, promised.model_version, promised.data_hash)
     if named != (manifest.symbol, manifest.model_version, manifest.data_hash):
         raise corrupt(folder, f"{METADATA} speaks of another version than the manifest")
+    return metadata, promised
+
+
+def checked_metadata(version: Version[Any]) -> dict[str, Any]:
+    """Return the metadata, once they agree with the manifest and with the features computed here."""
+    folder = version.folder
+    metadata, promised = promised_metadata(version)
     with unusable(folder, COLUMNS):
         columns = ColumnNames.model_validate_json(version.contents[COLUMNS]).columns
     known, expected_hash = expected_features()

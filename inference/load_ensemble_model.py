@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
@@ -19,17 +19,25 @@ from pydantic import BaseModel, Field, FiniteFloat, model_validator
 
 from data.target_engineering import make_target
 from inference import artifact
-from inference.artifact import GOLDEN_TOLERANCE, METADATA, RECORD, Version, corrupt, document, unusable
+from inference.artifact import (
+    GOLDEN_TOLERANCE,
+    METADATA,
+    RECORD,
+    Version,
+    corrupt,
+    promised_metadata,
+    unusable,
+)
 from inference.ensemble import EMBARGO_BARS, FloatArray, SignalRows, SimpleEnsemble
 from inference.intervals import with_bands
-from inference.pipeline import Bundle, BundleForecaster, Forecaster
+from inference.pipeline import Bundle, BundleForecaster, Member
 from utils.errors import ModelIncompatibleError
-from utils.model_paths import ENSEMBLE, serve
+from utils.model_paths import ENSEMBLE, Linked, serve, serve_linked
 
 Method = Literal["simple", "stacking", "xgb-meta"]
 GBM_NAME, LSTM_NAME = "gbm", "lstm"
 ENSEMBLE_FILE, META_BOOSTER = "ensemble.json", "meta_model.ubj"
-RECORD_COLUMNS = ("date", "raw_scaled", "realised_log", "sigma_log", "weight_gbm", "weight_lstm")
+RECORD_COLUMNS = ("date", "raw_scaled", "predicted_log", "realised_log", "sigma_log")
 # Bars whose volatility is the storm or calm that a bar is compared with, and those of a trend.
 REGIME_BARS, TREND_BARS, LEAST_REGIME_BARS = 1260, 200, 60
 MAX_TREND = 3.0
@@ -137,19 +145,6 @@ class Stacked:
         if after.any():
             known[after] = self.meta.predict(meta_features(bars, signals)[after])
         return np.where(both & np.isfinite(known), known, simple)
-
-
-class Member(Forecaster, Protocol):
-    """A forecaster that can be joined with others: it also shows what its forecast is made from."""
-
-    def centre(self, bars: pd.DataFrame) -> pd.DataFrame:
-        """Return a frame indexed like ``bars``; row t is known at the close of t, NaN without a forecast.
-
-        Columns: ``raw_scaled`` (the uncalibrated signal, in units of the h-day volatility),
-        ``baseline_log``, ``sigma_log``, ``is_out_of_sample``, ``is_of_other_prices``, and those of
-        `FORECAST_COLUMNS` that `with_bands` does not add.
-        """
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -335,6 +330,11 @@ class EnsembleBundle:
     warnings: tuple[str, ...] = ()
 
     @property
+    def models(self) -> tuple[str, ...]:
+        """Names of its members."""
+        return tuple(self.members)
+
+    @property
     def model_version(self) -> str:
         """Identifier of the saved version, and of those of its members."""
         parts = "+".join(f"{name}:{version}" for name, version in self.members.items())
@@ -422,16 +422,28 @@ def load_ensemble(models_dir: Path, symbol: str) -> EnsembleBundle:
     return replace(bundle, warnings=warnings)
 
 
+def load_linked(linked: Linked) -> EnsembleBundle:
+    """Load what a link names, see `load_ensemble`; the link is not read again."""
+    bundle, warnings = serve_linked(linked, load_folder)
+    return replace(bundle, warnings=warnings)
+
+
+def describe_linked(linked: Linked) -> artifact.Description:
+    """Describe the version that `load_linked` would load: its files are checked."""
+
+    def describe(folder: Path) -> artifact.Description:
+        version = artifact.read_version(folder, ENSEMBLE, EnsembleManifest)
+        metadata, _ = promised_metadata(version)
+        return artifact.Description(metadata=metadata, models=(GBM_NAME, LSTM_NAME))
+
+    description, warnings = serve_linked(linked, describe)
+    return replace(description, warnings=warnings)
+
+
 def load_folder(folder: Path) -> EnsembleBundle:
     """Check one version's files against its manifest, then load them."""
     version = artifact.read_version(folder, ENSEMBLE, EnsembleManifest)
-    manifest = version.manifest
-    with unusable(folder, METADATA):
-        metadata = document(version, METADATA)
-        promised = artifact.PromisedMetadata.model_validate(metadata)
-    named = (promised.symbol, promised.model_version, promised.data_hash)
-    if named != (manifest.symbol, manifest.model_version, manifest.data_hash):
-        raise corrupt(folder, f"{METADATA} speaks of another version than the manifest")
+    metadata, promised = promised_metadata(version)
     with unusable(folder, ENSEMBLE_FILE):
         told = EnsembleDocument.model_validate_json(version.contents[ENSEMBLE_FILE])
     record = _record(version, told)

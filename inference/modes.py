@@ -3,16 +3,23 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from inference.load_ensemble_model import GBM_NAME, LSTM_NAME, EnsembleBundle, Member, load_ensemble
+from inference.load_ensemble_model import GBM_NAME, LSTM_NAME, EnsembleBundle, load_ensemble
 from inference.load_gbm_models import load_bundle
 from inference.load_lstm_model import load_bundle as load_lstm
-from inference.pipeline import Bundle, BundleForecaster
+from inference.pipeline import Bundle, BundleForecaster, Member
 from utils.errors import ModelError, ModelMissingError, UsageError
-from utils.model_paths import ENSEMBLE
+from utils.model_paths import ENSEMBLE, GBM, LSTM, ArtifactKind
 
-MODES = ("gbm_only", "lstm_only", "ensemble")
+Mode = Literal["gbm_only", "lstm_only", "ensemble"]
+# What each mode is made from: never without the first, and named after the last.
+PARTS: Mapping[Mode, tuple[ArtifactKind, ...]] = {
+    "gbm_only": (GBM,),
+    "lstm_only": (LSTM,),
+    "ensemble": (GBM, LSTM, ENSEMBLE),
+}
+MODES = tuple(PARTS)
 # Names of an earlier release, each the best ensemble that there is.
 OLDER_MODES = ("classifier", "weighted", "hybrid", "regressor")
 
@@ -46,7 +53,7 @@ class Chosen:
 
     forecaster: Member
     model: Bundle | EnsembleBundle
-    mode: str
+    mode: Mode
     notes: tuple[str, ...] = ()
 
     @property
@@ -65,11 +72,14 @@ class Chosen:
         return self.model.model_version
 
 
-def mode_of(name: str) -> str:
+def mode_of(name: str) -> Mode:
     """Return the mode that a name stands for; `UsageError` where it stands for none."""
-    if name not in (*MODES, *OLDER_MODES):
-        raise UsageError(f"unknown mode {name[:40]!r}: write {', '.join(MODES)}")
-    return name if name in MODES else "ensemble"
+    if name in OLDER_MODES:
+        return "ensemble"
+    for mode in MODES:
+        if mode == name:
+            return mode
+    raise UsageError(f"unknown mode {name[:40]!r}: write {', '.join(MODES)}")
 
 
 def load_parts(models_dir: Path, symbol: str, mode: str) -> Parts:
@@ -106,19 +116,19 @@ def forecaster_for(mode: str, parts: Parts, *, include_in_sample: bool = False) 
     """
     wanted = mode_of(mode)
 
-    def alone(bundle: Bundle | None, name: str, *notes: str) -> Chosen:
+    def alone(bundle: Bundle | None, mode: Mode, *notes: str) -> Chosen:
         if bundle is None:
-            raise ModelMissingError(f"no {name} model of {parts.symbol} was loaded: train one")
+            raise ModelMissingError(f"{mode} needs a model of {parts.symbol} that was not loaded: train one")
         forecaster = BundleForecaster(bundle=bundle, include_in_sample=include_in_sample)
-        return Chosen(forecaster=forecaster, model=bundle, mode=f"{name}_only", notes=notes)
+        return Chosen(forecaster=forecaster, model=bundle, mode=mode, notes=notes)
 
     if wanted == "lstm_only":
-        return alone(parts.lstm, LSTM_NAME)
+        return alone(parts.lstm, wanted)
     if wanted == "gbm_only":
-        return alone(parts.gbm, GBM_NAME)
+        return alone(parts.gbm, wanted)
     reason = why_not_joined(parts)
     if reason or parts.gbm is None or parts.lstm is None or parts.ensemble is None:
-        return alone(parts.gbm, GBM_NAME, f"{reason}; the boosters forecast alone")
+        return alone(parts.gbm, "gbm_only", f"{reason}; the boosters forecast alone")
     return Chosen(
         forecaster=parts.ensemble.join(parts.gbm, parts.lstm, include_in_sample=include_in_sample),
         model=parts.ensemble,

@@ -165,6 +165,18 @@ class Forecaster(Protocol):
         ...
 
 
+class Member(Forecaster, Protocol):
+    """A forecaster that can be joined with others: it also shows what its forecast is made from."""
+
+    def centre(self, bars: pd.DataFrame) -> pd.DataFrame:
+        """Return a frame indexed like ``bars``; row t is known at the close of t, NaN without a forecast.
+
+        Columns: ``raw_scaled`` (the uncalibrated signal, in units of the h-day volatility), and those of
+        `FORECAST_COLUMNS` that `with_bands` does not add.
+        """
+        ...
+
+
 @runtime_checkable
 class Explains(Protocol):
     """A forecaster that can say what its forecast is made from."""

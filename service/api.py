@@ -44,7 +44,8 @@ from service.edge import (
     problem_bytes,
     unexpected_detail,
 )
-from service.model_registry import ModelRegistry, is_finite_number
+from service.model_registry import ModelRegistry
+from service.prediction_chart import is_finite_number
 from service.prediction_service import PredictionService
 from service.schemas import (
     MAX_CHART_BARS,

@@ -31,7 +31,7 @@ from inference.position_sizing import (
     make_sizer,
 )
 from service import schemas as wire
-from service.model_registry import wire_metrics
+from service.prediction_chart import wire_metrics
 from utils.errors import AIStocksError, DataError, UsageError
 from validation import gates
 

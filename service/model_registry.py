@@ -7,8 +7,8 @@
 
 Listing checks the files that would serve and unpickles nothing. Loading happens at the first question for a
 symbol and again when its link moves or its manifest changes; what was loaded before serves on until the new
-one has passed its checks, and longer when it fails them. Each question reads the link once, and the list
-describes what a prediction would come from.
+one has passed its checks, and longer when it fails them. An ensemble holds no copy of its members: it is
+joined from what serves of each, and from nothing else than the versions that it was judged with.
 """
 
 import argparse
@@ -22,17 +22,18 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard, cast
-
-from pydantic import ValidationError
+from typing import Any
 
 from data.schema import normalise_symbol
 from inference import artifact
+from inference import load_ensemble_model as joint
+from inference import load_gbm_models as gbm
+from inference import load_lstm_model as lstm
 from inference.artifact import MANIFEST, Description, Manifest
-from inference.ensemble import MODEL_NAMES
-from inference.load_gbm_models import GBMManifest, describe_linked, load_folder, load_linked
-from inference.pipeline import Forecaster, GBMForecaster
-from service.schemas import BacktestMetrics, ModelMeta, ModelVersion
+from inference.modes import PARTS, Mode, Parts, forecaster_for
+from inference.pipeline import Forecaster
+from service.prediction_chart import model_meta
+from service.schemas import ModelMeta, ModelVersion
 from utils.errors import (
     AIStocksError,
     ModelCorruptError,
@@ -42,7 +43,9 @@ from utils.errors import (
     UsageError,
 )
 from utils.model_paths import (
+    ENSEMBLE,
     GBM,
+    LSTM,
     READS,
     ArtifactKind,
     Linked,
@@ -59,10 +62,6 @@ from utils.settings import configure_logging, read_settings
 
 logger = logging.getLogger(__name__)
 
-REQUIRED_METRICS = tuple(name for name, field in BacktestMetrics.model_fields.items() if field.is_required())
-# A daily forecast of boosters reads one row of features.
-SEQUENCE_LENGTH = 1
-MAX_NUMBER = sys.float_info.max
 LOOK_EVERY_S = 1.0
 LISTED = {"id", "symbol", "model_version", "trained_through", "verdict", "data_source"}
 # Archives of one version are equal to the last byte.
@@ -79,10 +78,6 @@ class ModelKind:
         Where it lies, with the kind's name; and what its versions promise.
     load, describe, check
         Load what a link names; describe it without unpickling; load one folder, before rolling back to it.
-    forecaster
-        Makes of a loaded bundle what `inference.pipeline.decide` takes.
-    members
-        Number of models behind a forecast of a loaded bundle.
     """
 
     paths: ArtifactKind
@@ -90,53 +85,75 @@ class ModelKind:
     load: Callable[[Linked], Any]
     describe: Callable[[Linked], Description]
     check: Callable[[Path], object]
-    forecaster: Callable[[Any], Forecaster]
-    members: Callable[[Any], int]
+
+    @property
+    def mode(self) -> Mode:
+        """The fusion mode that it serves; its parts are `inference.modes.PARTS`."""
+        return next(mode for mode, parts in PARTS.items() if parts[-1].name == self.paths.name)
 
 
-KINDS: tuple[ModelKind, ...] = (
-    ModelKind(
-        paths=GBM,
-        manifest=GBMManifest,
-        load=load_linked,
-        describe=describe_linked,
-        check=load_folder,
-        forecaster=lambda bundle: GBMForecaster(bundle=bundle),
-        members=lambda bundle: len(bundle.ensemble.models),
-    ),
+def _kind(paths: ArtifactKind, manifest: type[Manifest], *how: Callable[[Any], Any]) -> ModelKind:
+    load, describe, check = how
+    return ModelKind(paths=paths, manifest=manifest, load=load, describe=describe, check=check)
+
+
+KINDS = (
+    _kind(GBM, gbm.GBMManifest, gbm.load_linked, gbm.describe_linked, gbm.load_folder),
+    _kind(LSTM, lstm.LSTMManifest, lstm.load_linked, lstm.describe_linked, lstm.load_folder),
+    _kind(ENSEMBLE, joint.EnsembleManifest, joint.load_linked, joint.describe_linked, joint.load_folder),
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServedModel:
-    """One loaded model; never changed, only replaced, so an answer comes from one version.
+class LoadedModel:
+    """One loaded version; never changed, only replaced, so an answer comes from one version.
 
     Attributes
     ----------
-    meta
-        What the list of models says about it.
+    meta, warnings
+        What the list of models says about it, and what was amiss while loading, in words.
     bundle
         What was loaded: has ``metadata``, ``record``, ``warnings`` and ``model_version``, whatever its kind.
-    forecaster
-        The bundle as `inference.pipeline.decide` takes it.
-    folder
-        What the symbol's link pointed to when it was loaded, or when a newer version failed to load.
-    warnings
-        What was amiss while loading, in words.
-    stamp
-        When the manifest in ``folder`` was written, in nanoseconds; 0 where there is none.
+    folder, stamp
+        What the symbol's link pointed to when it was loaded, or when a newer version failed to load, and when
+        the manifest there was written, in nanoseconds; 0 where there is none.
     """
 
     meta: ModelMeta
     bundle: Any
-    forecaster: Forecaster
     folder: Path
     warnings: tuple[str, ...]
     stamp: int = 0
 
+    @property
+    def place(self) -> "PlaceId":
+        """What it was loaded from."""
+        return self.folder, self.stamp
+
     def is_of(self, place: "Place") -> bool:
         """Whether this is what ``place`` names."""
-        return (self.folder, self.stamp) == (place.linked.folder, place.stamp)
+        return self.place == place.id
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel(LoadedModel):
+    """What answers: a version, what `inference.pipeline.decide` takes of it, and all that it rests on.
+
+    Attributes
+    ----------
+    forecaster
+        Of the version, or of an ensemble and its members.
+    made_from
+        Where each part of its kind was loaded from; None for one that is not saved, `UNUSABLE` for one that
+        could not be loaded, which is tried again at every question.
+    """
+
+    forecaster: Forecaster
+    made_from: "tuple[PlaceId | None, ...]" = ()
+
+
+PlaceId = tuple[Path, int]
+UNUSABLE: PlaceId = (Path(), -1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +162,11 @@ class Place:
 
     linked: Linked
     stamp: int
+
+    @property
+    def id(self) -> PlaceId:
+        """The folder and the stamp."""
+        return self.linked.folder, self.stamp
 
 
 class ModelRegistry:
@@ -162,6 +184,7 @@ class ModelRegistry:
         self._models_dir = models_dir
         self._kinds = {kind.paths.name: kind for kind in kinds}
         self._locks: dict[str, threading.Lock] = {}
+        self._loaded: dict[str, LoadedModel] = {}
         self._served: dict[str, ServedModel] = {}
         self._looked: dict[str, float] = {}
         self._metas: dict[str, tuple[Place, ModelMeta]] = {}
@@ -180,7 +203,7 @@ class ModelRegistry:
 
     def loaded_count(self) -> int:
         """Return how many models are in memory."""
-        return len(self._served)
+        return len(self._loaded)
 
     def find(self, model_id: str) -> ModelMeta:
         """Return one saved model's description; `ModelMissingError` if none has that id."""
@@ -190,7 +213,9 @@ class ModelRegistry:
         raise _no_model(model_id)
 
     def get(self, symbol: str, kind: str = GBM.name) -> ServedModel:
-        """Return the model that a symbol's link names; the one before while another thread loads that.
+        """Return what answers for a kind: its version that serves, or that before while another thread loads.
+
+        Where an ensemble cannot be joined, the boosters alone are returned, and the warnings say why.
 
         Raises
         ------
@@ -201,26 +226,34 @@ class ModelRegistry:
         """
         if kind not in self._kinds:
             raise ModelMissingError(f"no {kind.upper()} model of {symbol} is served")
-        for _ in range(READS - 1):
+        wanted, found, amiss = self._kinds[kind], dict[str, LoadedModel](), ""
+        first, *_ = parts = [part.name for part in PARTS[wanted.mode]]
+        places: list[PlaceId | None] = []
+        for name in parts:
             try:
-                return self._get(symbol, self._kinds[kind])
-            except VersionPrunedError:
-                # Replaced or deleted between the reading of the link and that of its files.
-                continue
-        return self._get(symbol, self._kinds[kind])
+                found[name] = self._part(symbol, self._kinds[name])
+                places.append(found[name].place)
+            except ModelError as error:
+                if name == first:
+                    raise
+                places.append(None if isinstance(error, ModelMissingError) else UNUSABLE)
+                amiss = amiss or str(error)
+        key, made_from = _id(symbol, kind), tuple(places)
+        served = self._served.get(key)
+        if served is None or served.made_from != made_from:
+            served = self._served[key] = _joined(symbol, wanted, found, amiss, made_from)
+        return served
 
     def current(self, symbol: str, kind: str = GBM.name) -> ServedModel | None:
-        """Return the loaded model while its link names it, else None; never waits, and loads nothing.
+        """Return what answers while the links name what it rests on, else None; never waits, loads nothing.
 
-        The link is read at most once in `LOOK_EVERY_S`.
+        The links are read at most once in `LOOK_EVERY_S`.
         """
         key, now = _id(symbol, kind), time.monotonic()
         served = self._served.get(key)
         if served is not None and now - self._looked.get(key, -LOOK_EVERY_S) >= LOOK_EVERY_S:
-            try:
-                if not served.is_of(self._place(symbol, self._kinds[kind])):
-                    return None
-            except ModelError:
+            parts = PARTS[self._kinds[kind].mode]
+            if served.made_from != tuple(self._place_id(symbol, part.name) for part in parts):
                 return None
             self._looked[key] = now
         return served
@@ -274,7 +307,7 @@ class ModelRegistry:
         """Move a model to the trash; answers under way are finished. See `utils.model_paths.discard`."""
         symbol, kind = self._of(model_id)
         discard(self._models_dir, symbol, kind.paths)
-        self._served.pop(_id(symbol, kind.paths.name), None)
+        self._forget(symbol, kind)
 
     def restore(self, model_id: str) -> ModelMeta:
         """Undo the last deletion of a model; raises as `utils.model_paths.restore`."""
@@ -295,49 +328,62 @@ class ModelRegistry:
         except OSError:
             return Place(linked=linked, stamp=0)
 
-    def _get(self, symbol: str, kind: ModelKind) -> ServedModel:
+    def _place_id(self, symbol: str, name: str) -> PlaceId | None:
+        try:
+            return self._place(symbol, self._kinds[name]).id
+        except ModelError:
+            return None
+
+    def _forget(self, symbol: str, kind: ModelKind) -> None:
+        self._loaded.pop(_id(symbol, kind.paths.name), None)
+        for other in self._kinds:
+            self._served.pop(_id(symbol, other), None)
+
+    def _part(self, symbol: str, kind: ModelKind) -> LoadedModel:
+        for _ in range(READS - 1):
+            try:
+                return self._part_now(symbol, kind)
+            except VersionPrunedError:
+                # Replaced or deleted between the reading of the link and that of its files.
+                continue
+        return self._part_now(symbol, kind)
+
+    def _part_now(self, symbol: str, kind: ModelKind) -> LoadedModel:
         key = _id(symbol, kind.paths.name)
         try:
             place = self._place(symbol, kind)
         except ModelMissingError:
-            self._served.pop(key, None)
+            self._forget(symbol, kind)
             raise
-        served, lock = self._served.get(key), self._locks.setdefault(key, threading.Lock())
-        if served is not None and served.is_of(place):
-            return served
-        if not lock.acquire(blocking=served is None) and served is not None:
-            return served
+        loaded, lock = self._loaded.get(key), self._locks.setdefault(key, threading.Lock())
+        if loaded is not None and loaded.is_of(place):
+            return loaded
+        if not lock.acquire(blocking=loaded is None) and loaded is not None:
+            return loaded
         try:
-            served = self._served.get(key)
-            if served is None or not served.is_of(place):
-                served = self._served[key] = self._loaded(key, kind, place, served)
-            return served
+            loaded = self._loaded.get(key)
+            if loaded is None or not loaded.is_of(place):
+                loaded = self._loaded[key] = self._load(key, kind, place, loaded)
+            return loaded
         finally:
             lock.release()
 
-    def _loaded(self, key: str, kind: ModelKind, place: Place, before: ServedModel | None) -> ServedModel:
+    def _load(self, key: str, kind: ModelKind, place: Place, before: LoadedModel | None) -> LoadedModel:
         try:
             bundle = self._bundle(key, kind, place)
-            size, warnings = kind.members(bundle), bundle.warnings
+            size, warnings = len(bundle.models), bundle.warnings
             meta = model_meta(bundle.metadata, ensemble_size=size, warnings=warnings)
         except ModelError as error:
             if before is None or isinstance(error, VersionPrunedError):
                 raise
             message = f"{error}; version {before.bundle.model_version} serves on"
             logger.warning(message)
-            size, warnings = before.meta.ensemble_size, (*before.bundle.warnings, message)
-            meta = model_meta(before.bundle.metadata, ensemble_size=size, warnings=warnings)
             # Remembering the place keeps every request from trying it again; the next version has its own.
-            bundle, forecaster = before.bundle, before.forecaster
-        else:
-            forecaster = kind.forecaster(bundle)
-        return ServedModel(
-            meta=meta,
-            bundle=bundle,
-            forecaster=forecaster,
-            folder=place.linked.folder,
-            warnings=warnings,
-            stamp=place.stamp,
+            bundle, size = before.bundle, before.meta.ensemble_size
+            warnings = (*bundle.warnings, message)
+            meta = model_meta(bundle.metadata, ensemble_size=size, warnings=warnings)
+        return LoadedModel(
+            meta=meta, bundle=bundle, folder=place.linked.folder, warnings=warnings, stamp=place.stamp
         )
 
     def _bundle(self, key: str, kind: ModelKind, place: Place) -> Any:  # noqa: ANN401
@@ -355,9 +401,9 @@ class ModelRegistry:
 
     def _meta(self, symbol: str, kind: ModelKind) -> ModelMeta:
         key, place = _id(symbol, kind.paths.name), self._place(symbol, kind)
-        served, refused, known = self._served.get(key), self._refused.get(key), self._metas.get(key)
-        if served is not None and served.is_of(place):
-            return served.meta
+        loaded, refused, known = self._loaded.get(key), self._refused.get(key), self._metas.get(key)
+        if loaded is not None and loaded.is_of(place):
+            return loaded.meta
         if refused is not None and refused[0] == place:
             raise refused[1]
         if known is not None and known[0] == place:
@@ -366,6 +412,30 @@ class ModelRegistry:
         meta = model_meta(found.metadata, ensemble_size=len(found.models), warnings=found.warnings)
         self._metas[key] = (place, meta)
         return meta
+
+
+def _joined(
+    symbol: str,
+    wanted: ModelKind,
+    found: Mapping[str, LoadedModel],
+    amiss: str,
+    made_from: tuple[PlaceId | None, ...],
+) -> ServedModel:
+    bundles = {name: one.bundle for name, one in found.items()}
+    chosen = forecaster_for(wanted.mode, Parts(symbol=symbol, amiss=amiss, **bundles))
+    told = found[PARTS[chosen.mode][-1].name]
+    warnings = [*told.warnings, *chosen.notes]
+    if chosen.mode == wanted.mode:
+        warnings += [text for one in found.values() if one is not told for text in one.warnings]
+    return ServedModel(
+        meta=told.meta,
+        bundle=told.bundle,
+        folder=told.folder,
+        warnings=tuple(warnings),
+        stamp=told.stamp,
+        forecaster=chosen.forecaster,
+        made_from=made_from,
+    )
 
 
 def _id(symbol: str, kind: str) -> str:
@@ -377,80 +447,6 @@ def _no_model(model_id: str) -> ModelMissingError:
         f"no model {model_id[:40]!a}: GET /api/models lists what there is, "
         "`python -m training.train_gbm SYMBOL` trains one"
     )
-
-
-def model_meta(
-    metadata: Mapping[str, Any], *, ensemble_size: int = len(MODEL_NAMES), warnings: Sequence[str] = ()
-) -> ModelMeta:
-    """Translate ``training_metadata.json`` into what the list of models says.
-
-    Parameters
-    ----------
-    metadata, ensemble_size
-        Content of the file, and the number of models behind a forecast.
-    warnings
-        What was amiss while reading, in words; goes into the notes.
-
-    Raises
-    ------
-    ModelCorruptError
-        If a field is missing or of another type.
-    """
-    try:
-        metrics, undefined = wire_metrics(metadata.get("metrics") or {})
-        notes = [f"undefined, sent as 0: {', '.join(undefined)}"] if undefined else []
-        notes += warnings
-        label = metadata["verdict"]["label"]
-        return ModelMeta(
-            id=metadata["model_id"],
-            symbol=metadata["symbol"],
-            created_at=metadata["created_at"],
-            fusion_mode_default="gbm_only",
-            metrics=metrics,
-            sequence_length=SEQUENCE_LENGTH,
-            ensemble_size=ensemble_size,
-            notes="; ".join(notes) or None,
-            model_variant=metadata["model_id"].rpartition("-")[2],
-            data_interval="1d",
-            quality_gate_passed=label == "edge",
-            # Nothing between an edge and none is known.
-            quality_score=float(label == "edge"),
-            quality_reasons=list(metadata["verdict"]["reasons"]),
-            target_horizon_days=metadata["horizon_bars"],
-            model_version=metadata["model_version"],
-            trained_through=metadata["trained_through"],
-            out_of_sample_from=metadata["out_of_sample_from"],
-            data_source=metadata["source"],
-            verdict=label,
-        )
-    except (KeyError, TypeError, AttributeError, ValidationError) as error:
-        name = metadata.get("symbol", "a symbol")
-        raise ModelCorruptError(f"the metadata of {name} are not as trained: train again") from error
-
-
-def wire_metrics(stored: Mapping[str, Any]) -> tuple[BacktestMetrics, tuple[str, ...]]:
-    """Return metrics that the page can draw, and the wire names of the required ones that are undefined.
-
-    The page reads eight numbers and knows no "undefined": those become 0.0 and are named beside.
-    """
-    known = {name: value for name, value in stored.items() if is_finite_number(value)}
-    undefined = []
-    for name in REQUIRED_METRICS:
-        alias = cast("str", BacktestMetrics.model_fields[name].alias)
-        if name not in known and alias not in known:
-            known[alias] = 0.0
-            undefined.append(alias)
-    metrics = BacktestMetrics.model_validate(known)
-    # The page cannot tell a fraction above 1 from a percentage, so the percentage goes along.
-    also = {"cumulative_return_pct": metrics.cumulative_return * 100}
-    return metrics.model_copy(update=also), tuple(undefined)
-
-
-def is_finite_number(value: object) -> TypeGuard[float]:
-    """Whether ``value`` is a number that may go on the wire."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return -MAX_NUMBER <= value <= MAX_NUMBER
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -3,23 +3,27 @@
 Nothing is decided here, and no position is changed: smoothing, floors and filters change what is drawn.
 """
 
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol, TypeGuard, cast
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from pydantic import ValidationError
 
 from data.feature_engineer import FEATURE_WORDS
 from data.markets import calendar_for
 from data.schema import BAR_COLUMNS, Bars
+from inference.ensemble import MODEL_NAMES
 from inference.intervals import ForecastPath
-from inference.pipeline import Decisions, Explains
+from inference.modes import PARTS, mode_of
+from inference.pipeline import Decisions, Explains, Forecaster
 from service import schemas as wire
-from service.model_registry import ServedModel, is_finite_number
-from service.schemas import PredictionRequest
-from utils.errors import InsufficientDataError
+from service.schemas import BacktestMetrics, ModelMeta, PredictionRequest
+from utils.errors import InsufficientDataError, ModelCorruptError
+from utils.model_paths import GBM, LSTM
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -35,8 +39,24 @@ MARKER_CAPITAL = 10_000.0
 REGIME_BARS = 200
 # How many trades are explained, and by how many features; the boosters take a while to take apart.
 EXPLAINED_TRADES, STRONGEST = 4, 3
+MEMBERS = {GBM.name: "boosters", LSTM.name: "LSTM"}
 # Where the walk-forward tells no length of its blocks, a year.
 USUAL_BLOCK_BARS = 252
+REQUIRED_METRICS = tuple(name for name, field in BacktestMetrics.model_fields.items() if field.is_required())
+MAX_NUMBER = sys.float_info.max
+
+
+class Answering(Protocol):
+    """What of a model the chart shows, see `service.model_registry.ServedModel`."""
+
+    @property
+    def meta(self) -> ModelMeta: ...  # noqa: D102
+    @property
+    def bundle(self) -> Any: ...  # noqa: ANN401, D102
+    @property
+    def forecaster(self) -> Forecaster: ...  # noqa: D102
+    @property
+    def warnings(self) -> tuple[str, ...]: ...  # noqa: D102
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,7 +225,7 @@ def marker_of(
     )
 
 
-def reasons_of(model: ServedModel, bars: pd.DataFrame, chart: Chart) -> dict[int, str]:
+def reasons_of(model: Answering, bars: pd.DataFrame, chart: Chart) -> dict[int, str]:
     """Say what the forecasts behind the latest trades are made from, by row of the chart.
 
     Only of the model that forecasts now: of those that made the walk-forward record nothing is kept.
@@ -262,7 +282,7 @@ def overlays_of(bars: pd.DataFrame, chart: Chart, path: ForecastPath) -> list[wi
 
 def metadata_of(
     request: PredictionRequest,
-    model: ServedModel,
+    model: Answering,
     bars: Bars,
     decisions: Decisions,
     chart: Chart,
@@ -284,7 +304,7 @@ def metadata_of(
         holdout_metric_source="walk_forward",
         holdout_pred_target_std_ratio=std_ratio(model.bundle.record),
         feature_profile=trained.get("feature_set_hash"),
-        feature_selection_mode="shap_in_fold",
+        feature_selection_mode="shap_in_fold" if meta.model_variant == GBM.name else None,
         target_horizon_days=decisions.horizon_bars,
         execution_mode="decided_at_close_held_from_next_session",
         model_variant=meta.model_variant,
@@ -308,13 +328,14 @@ def metadata_of(
             *model.warnings,
             *decisions.findings,
             *model_notes(model, age, judged),
+            *member_notes(chart, request, meta),
             *data_notes(bars, chart, model, request),
             *request_notes(request),
         ],
     )
 
 
-def age_of(model: ServedModel, bars: Bars) -> tuple[int, int]:
+def age_of(model: Answering, bars: Bars) -> tuple[int, int]:
     """Return how many sessions ago the model was trained, and the oldest age that the walk-forward judged."""
     metadata = model.bundle.metadata
     through, last = pd.Timestamp(metadata["trained_through"]), bars.provenance.last_session
@@ -322,7 +343,7 @@ def age_of(model: ServedModel, bars: Bars) -> tuple[int, int]:
     return max(age, 0), max((fold["n"] for fold in metadata.get("folds", ())), default=USUAL_BLOCK_BARS)
 
 
-def model_notes(model: ServedModel, age: int, judged: int) -> list[str]:
+def model_notes(model: Answering, age: int, judged: int) -> list[str]:
     """Say in words how far the model may be believed."""
     unsure = {
         "no-edge": "this model has shown no edge out of sample",
@@ -338,6 +359,21 @@ def model_notes(model: ServedModel, age: int, judged: int) -> list[str]:
     return notes
 
 
+def member_notes(chart: Chart, request: PredictionRequest, meta: ModelMeta) -> list[str]:
+    """Say what each member of an ensemble forecasts, and when an id decided what serves, and not the mode."""
+    last = chart.rows.iloc[-1]
+    told = [
+        f"{words} {last[f'model_{name}']:+.3f} (weight {last[f'weight_{name}']:.2f})"
+        for name, words in MEMBERS.items()
+        if f"weight_{name}" in last and np.isfinite(last[f"model_{name}"])
+    ]
+    notes = [f"signals at the last close, in volatilities: {', '.join(told)}"] if told else []
+    usual = wire.FusionSettings().mode
+    if request.model_id == meta.id and mode_of(request.fusion.mode) not in {usual, meta.fusion_mode_default}:
+        notes.append(f"modelId {meta.id} was asked for and serves, not fusion mode {request.fusion.mode}")
+    return notes
+
+
 def std_ratio(record: pd.DataFrame) -> float | None:
     """Return the spread of out-of-sample forecasts over that of outcomes; None before any outcome."""
     predicted, realised = (np.asarray(record[name]) for name in ("predicted_log", "realised_log"))
@@ -346,7 +382,7 @@ def std_ratio(record: pd.DataFrame) -> float | None:
     return float(np.std(predicted[known])) / spread if spread > 0.0 else None
 
 
-def data_notes(bars: Bars, chart: Chart, model: ServedModel, request: PredictionRequest) -> list[str]:
+def data_notes(bars: Bars, chart: Chart, model: Answering, request: PredictionRequest) -> list[str]:
     """Say in words what is amiss with the bars and the chart."""
     notes = list(bars.report.problems())
     if bars.provenance.stale:
@@ -368,8 +404,6 @@ def request_notes(request: PredictionRequest) -> list[str]:
     """Say in words which settings change nothing in the answer."""
     fusion, usual = request.fusion, wire.FusionSettings()
     notes = []
-    if fusion.mode != "gbm_only":
-        notes.append(f"fusion mode {fusion.mode} is served by the boosters alone: there is no LSTM model")
     if fusion.regressor_scale != usual.regressor_scale:
         notes.append("regressorScale changes nothing: positions are sized by Kelly's rule")
     filters = fusion.regime_filters
@@ -382,6 +416,71 @@ def request_notes(request: PredictionRequest) -> list[str]:
     if request.data_period is not None:
         notes.append("dataPeriod changes nothing: the whole history is read")
     return notes
+
+
+def model_meta(
+    metadata: Mapping[str, Any], *, ensemble_size: int = len(MODEL_NAMES), warnings: Sequence[str] = ()
+) -> ModelMeta:
+    """Translate ``training_metadata.json`` into what the list of models says.
+
+    ``warnings`` go into the notes; `ModelCorruptError` if a field is missing or of another type.
+    """
+    try:
+        metrics, undefined = wire_metrics(metadata.get("metrics") or {})
+        notes = [f"undefined, sent as 0: {', '.join(undefined)}"] if undefined else []
+        notes += warnings
+        label, variant = metadata["verdict"]["label"], metadata["model_id"].rpartition("-")[2]
+        recipe = metadata.get("recipe", {}).get("recipe", {})
+        return ModelMeta(
+            id=metadata["model_id"],
+            symbol=metadata["symbol"],
+            created_at=metadata["created_at"],
+            fusion_mode_default=next(mode for mode, parts in PARTS.items() if parts[-1].name == variant),
+            metrics=metrics,
+            sequence_length=recipe.get("sequence_length", 1),
+            ensemble_size=ensemble_size,
+            notes="; ".join(notes) or None,
+            model_variant=variant,
+            data_interval="1d",
+            quality_gate_passed=label == "edge",
+            # Nothing between an edge and none is known.
+            quality_score=float(label == "edge"),
+            quality_reasons=list(metadata["verdict"]["reasons"]),
+            target_horizon_days=metadata["horizon_bars"],
+            model_version=metadata["model_version"],
+            trained_through=metadata["trained_through"],
+            out_of_sample_from=metadata["out_of_sample_from"],
+            data_source=metadata["source"],
+            verdict=label,
+        )
+    except (KeyError, TypeError, AttributeError, ValidationError) as error:
+        name = metadata.get("symbol", "a symbol")
+        raise ModelCorruptError(f"the metadata of {name} are not as trained: train again") from error
+
+
+def wire_metrics(stored: Mapping[str, Any]) -> tuple[BacktestMetrics, tuple[str, ...]]:
+    """Return metrics that the page can draw, and the wire names of the required ones that are undefined.
+
+    The page reads eight numbers and knows no "undefined": those become 0.0 and are named beside.
+    """
+    known = {name: value for name, value in stored.items() if is_finite_number(value)}
+    undefined = []
+    for name in REQUIRED_METRICS:
+        alias = cast("str", BacktestMetrics.model_fields[name].alias)
+        if name not in known and alias not in known:
+            known[alias] = 0.0
+            undefined.append(alias)
+    metrics = BacktestMetrics.model_validate(known)
+    # The page cannot tell a fraction above 1 from a percentage, so the percentage goes along.
+    also = {"cumulative_return_pct": metrics.cumulative_return * 100}
+    return metrics.model_copy(update=also), tuple(undefined)
+
+
+def is_finite_number(value: object) -> TypeGuard[float]:
+    """Whether ``value`` is a number that may go on the wire."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return -MAX_NUMBER <= value <= MAX_NUMBER
 
 
 def days_of(index: pd.Index) -> list[str]:

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from data.data_fetcher import BarSource, Held, ReadsThrough, RevisionedSource, fetch_stock_data
 from data.markets import calendar_for
 from data.schema import bars_hash, check_enough, normalise_symbol
+from inference.modes import PARTS, mode_of
 from inference.pipeline import Decisions, decide, path_ahead
 from inference.position_sizing import RuleSizer, make_sizer
 from service import schemas as wire
@@ -46,8 +47,6 @@ logger = logging.getLogger(__name__)
 LOOK_AGAIN, RETRY, LONGEST_RETRY = timedelta(seconds=5), timedelta(seconds=30), timedelta(minutes=15)
 MOST_HELD, SERVED_LATELY, REFRESH_EVERY_S = 256, timedelta(days=5), 20.0
 NEVER = datetime.min.replace(tzinfo=UTC)
-# Which kind of model serves a fusion mode; every other mode is served by the boosters.
-KIND_OF_MODE = {"lstm_only": "lstm"}
 # Answers in memory (120 sessions take 45 KB), and decisions over whole histories (3 MB each).
 MOST_ANSWER_BYTES, MOST_DECISIONS = 64 << 20, 8
 
@@ -306,9 +305,8 @@ class PredictionService:
             ready = self._answers.get(request)
             if ready is None or ready.made_from != made_from:
                 body = self._drawn(request, symbol, model, held).wire_bytes()
-                ready = ReadyAnswer(
-                    symbol=symbol, kind=kind_of_id(model.meta.id), made_from=made_from, body=body
-                )
+                kind = kind_wanted(request, symbol)
+                ready = ReadyAnswer(symbol=symbol, kind=kind, made_from=made_from, body=body)
                 self._answers.put(request, ready, len(body))
             return ready.body
 
@@ -372,19 +370,23 @@ class PredictionService:
         symbol, model_id = normalise_symbol(request.symbol), request.model_id
         if request.data_interval not in {None, "1d"}:
             raise UsageError(f"dataInterval {request.data_interval!a} is not served: leave it out or send 1d")
-        model = self._registry.get(symbol, KIND_OF_MODE.get(request.fusion.mode, GBM.name))
+        model = self._registry.get(symbol, kind_wanted(request, symbol))
         if model_id and model_id != model.meta.id:
             other = self._registry.find(model_id)
             if other.symbol != symbol:
                 raise UsageError(f"modelId {other.id} is a model of {other.symbol}, and symbol is {symbol}")
-            model = self._registry.get(symbol, kind_of_id(model_id))
         return symbol, model, self._bars.get(symbol)
 
 
-def kind_of_id(model_id: str) -> str:
-    """Return the kind of model that an id ends in."""
-    return model_id.rpartition("-")[2]
+def kind_wanted(request: PredictionRequest, symbol: str) -> str:
+    """Return the kind of model that a request is for.
+
+    The id of a network or an ensemble decides; that of the boosters leaves it to the fusion mode.
+    """
+    kinds = [parts[-1].name for parts in PARTS.values()]
+    by_id = (kind for kind in kinds if kind != GBM.name and request.model_id == f"{symbol}-{kind}")
+    return next(by_id, PARTS[mode_of(request.fusion.mode)][-1].name)
 
 
 def _made_from(model: ServedModel, held: Held) -> tuple[object, ...]:
-    return (model.folder, model.stamp, *held.content)
+    return (model.place, model.made_from, *held.content)

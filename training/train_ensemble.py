@@ -49,11 +49,11 @@ from inference.load_ensemble_model import (
 )
 from inference.load_gbm_models import load_bundle
 from inference.load_lstm_model import load_bundle as load_lstm
-from inference.pipeline import Bundle, BundleForecaster, backtest_decisions, decide
+from inference.pipeline import Bundle, BundleForecaster, Decisions, backtest_decisions, decide
 from inference.position_sizing import make_sizer
 from training.run_log import EVENTS_HELP, Outcome, refused, tell_all
 from training.train_gbm import MAX_SEED, fetch
-from training.trainer import PATH_EVIDENCE, OnEvent, one_session_later
+from training.trainer import PATH_EVIDENCE, OnEvent, headline_metrics, one_session_later
 from utils.errors import (
     AIStocksError,
     GateRefusedError,
@@ -190,10 +190,7 @@ class EnsembleTrainer:
     config, costs
         Of the meta-learner, and of the positions that the verdict judges.
 
-    Raises
-    ------
-    ModelIncompatibleError
-        If the members look ahead different numbers of bars.
+    Members that look ahead different numbers of bars are a `ModelIncompatibleError`.
     """
 
     def __init__(
@@ -229,10 +226,7 @@ class EnsembleTrainer:
         n_trials
             Looks at these prices so far, this one counted.
 
-        Raises
-        ------
-        InsufficientDataError
-            If the members share less than a year of out-of-sample forecasts of these prices.
+        Members with less than a year of common forecasts of these prices are an `InsufficientDataError`.
         """
         plain = self._bundle(bars)
         frame = self._join(plain).centre(bars.frame)
@@ -255,16 +249,21 @@ class EnsembleTrainer:
             "verdict": verdict.as_dict(),
             "parts": self._parts(bars, frame, record, compared),
         }
-        return replace(bundle, record=record, metadata=metadata)
+        judged = replace(bundle, record=record, metadata=metadata)
+        served = backtest_decisions(self._decide(self._join(judged, as_lived=False), bars), self.costs)
+        metadata["metrics"] = {**headline_metrics(served), "correlation": verdict.evidence["ic"]}
+        return judged
 
-    def _join(self, bundle: EnsembleBundle) -> EnsembleForecaster:
-        return bundle.join(self.members[GBM_NAME], self.members[LSTM_NAME], as_lived=True)
+    def _join(self, bundle: EnsembleBundle, *, as_lived: bool = True) -> EnsembleForecaster:
+        return bundle.join(self.members[GBM_NAME], self.members[LSTM_NAME], as_lived=as_lived)
+
+    def _decide(self, forecaster: EnsembleForecaster, bars: Bars) -> Decisions:
+        return decide(bars.symbol, bars.frame, forecaster, make_sizer(), costs=self.costs)
 
     def _bundle(self, bars: Bars) -> EnsembleBundle:
         """Return the simple ensemble of the members, not judged yet."""
         created_at, weights, gbm = datetime.now(UTC), SimpleEnsemble(), self.members[GBM_NAME]
         versions = {name: one.model_version for name, one in self.members.items()}
-        trained_through = max(str(one.metadata["trained_through"]) for one in self.members.values())
         return EnsembleBundle(
             symbol=bars.symbol,
             horizon_bars=gbm.horizon_bars,
@@ -280,14 +279,14 @@ class EnsembleTrainer:
                 "created_at": created_at.isoformat(timespec="seconds"),
                 "horizon_bars": gbm.horizon_bars,
                 "source": bars.provenance.source,
-                "data_hash": bars_hash(bars.frame),
+                "data_hash": (content := bars_hash(bars.frame)),
                 "data": {
-                    "hash": bars_hash(bars.frame),
+                    "hash": content,
                     "first_session": f"{bars.frame.index[0]:%Y-%m-%d}",
                     "last_session": f"{bars.frame.index[-1]:%Y-%m-%d}",
                     "n_bars": len(bars.frame),
                 },
-                "trained_through": trained_through,
+                "trained_through": max(str(one.metadata["trained_through"]) for one in self.members.values()),
                 "feature_set_hash": gbm.metadata["feature_set_hash"],
                 "seed": self.config.seed,
                 "versions": library_versions(LIBRARIES),
@@ -298,7 +297,7 @@ class EnsembleTrainer:
 
     def _judge(self, bundle: EnsembleBundle, bars: Bars, record: pd.DataFrame, n_trials: int) -> Verdict:
         """Book the decided positions as they would have been lived, and weigh the evidence."""
-        decisions = decide(bars.symbol, bars.frame, self._join(bundle), make_sizer(), costs=self.costs)
+        decisions = self._decide(self._join(bundle), bars)
         backtest = backtest_decisions(decisions, self.costs)
         verdict = judge(
             record,

@@ -390,6 +390,8 @@ def _one_epoch(
         "valLoss": validation_loss,
         "learningRate": rate,
         "directionalAccuracy": float(np.mean((signal > 0) == (checked.target[:, 0] > 0))),
+        # How much of the outcomes' spread the forecasts have: near zero is a network about to collapse.
+        "varianceScore": float(signal.std() / checked.target.std()),
     }
     return figures, signal
 

@@ -17,7 +17,6 @@ from inference.ensemble import SimpleEnsemble
 from inference.load_ensemble_model import (
     EnsembleBundle,
     EnsembleForecaster,
-    Member,
     MetaModel,
     Stacked,
     load_ensemble,
@@ -25,7 +24,7 @@ from inference.load_ensemble_model import (
     meta_features,
     save_ensemble,
 )
-from inference.pipeline import FORECAST_COLUMNS, decide
+from inference.pipeline import FORECAST_COLUMNS, Member, decide
 from inference.position_sizing import make_sizer
 from utils.errors import ModelCorruptError, ModelIncompatibleError, ModelMissingError
 
@@ -214,7 +213,7 @@ def test_regimes_are_known_at_the_bar(members, bars):
 @pytest.fixture
 def bundle() -> EnsembleBundle:
     n = 40
-    names = ("raw_scaled", "realised_log", "sigma_log", "weight_gbm", "weight_lstm", "stacked_scaled")
+    names = ("raw_scaled", "predicted_log", "realised_log", "sigma_log", "stacked_scaled")
     record = pd.DataFrame({name: np.linspace(0.1, 0.2, n) for name in names})
     record.insert(0, "date", pd.bdate_range("2020-01-01", periods=n).as_unit("us"))
     meta = MetaModel(

@@ -19,7 +19,8 @@ from data.data_fetcher import fetch_stock_data
 from inference.load_gbm_models import SCHEMA_VERSION, GBMBundle
 from service.api import Services, create_api
 from service.ledger import ForecastLedger, track_record
-from service.model_registry import ModelRegistry, ServedModel, model_meta
+from service.model_registry import ModelRegistry, ServedModel
+from service.prediction_chart import model_meta
 from service.prediction_service import PredictionService
 from service.training_service import TrainingService
 from utils.errors import ModelMissingError, UnknownSymbolError
@@ -126,8 +127,8 @@ class FakeRegistry(ModelRegistry):
         return self.models.get(symbol)
 
     def get(self, symbol: str, kind: str = "gbm") -> ServedModel:
-        if kind != "gbm":
-            raise ModelMissingError(f"no {kind.upper()} model for {symbol}")
+        if kind == "lstm":
+            raise ModelMissingError(f"no LSTM model for {symbol}")
         if symbol not in self.models:
             raise ModelMissingError(f"no model for {symbol}: run `python -m training.train_gbm {symbol}`")
         return self.models[symbol]

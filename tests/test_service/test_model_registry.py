@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import threading
 import zipfile
 from collections.abc import Callable
@@ -11,11 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 
 import inference.load_gbm_models
 from data.feature_engineer import feature_set_hash, get_feature_columns
 from inference.artifact import publish, sha256_of
+from inference.ensemble import SimpleEnsemble
+from inference.load_ensemble_model import EnsembleBundle, EnsembleForecaster
 from inference.load_gbm_models import SCHEMA_VERSION, GBMBundle, GBMManifest, load_linked
 from service.model_registry import (
     KINDS,
@@ -23,9 +27,8 @@ from service.model_registry import (
     ModelRegistry,
     ServedModel,
     main,
-    model_meta,
-    wire_metrics,
 )
+from service.prediction_chart import model_meta, wire_metrics
 from tests.test_service.conftest import bundle_of, metadata_of
 from utils.errors import (
     InvalidSymbolError,
@@ -549,12 +552,12 @@ def test_versions_and_rollback(registry: ModelRegistry, save_version: Save) -> N
 
 def test_another_kind_of_model_needs_one_entry(tmp_path: Path, loader: Loader, save_version: Save) -> None:
     save_version("AAPL")
-    other = replace(KINDS[0], paths=ArtifactKind(name="lstm", versions="versions", trainer="training.other"))
+    other = replace(KINDS[1], paths=ArtifactKind(name="lstm", versions="versions", trainer="training.other"))
     (tmp_path / "models" / "AAPL" / "lstm").symlink_to("versions/v1")
     described = replace(KINDS[0].describe(linked_version(tmp_path / "models", "AAPL")))
     metadata = {**described.metadata, "model_id": "AAPL-lstm"}
     other = replace(other, load=loader, describe=lambda linked: replace(described, metadata=metadata))
-    registry = ModelRegistry(tmp_path / "models", (*KINDS, other))
+    registry = ModelRegistry(tmp_path / "models", (KINDS[0], other))
     assert [meta.id for meta in registry.list()] == ["AAPL-gbm", "AAPL-lstm"]
     assert [meta.model_variant for meta in registry.list()] == ["gbm", "lstm"]
     assert registry.get("AAPL", "lstm").bundle.symbol == "AAPL"
@@ -577,3 +580,135 @@ def test_the_command_line_lists_deletes_restores_and_rolls_back(
     assert main(["versions", "--models-dir", str(tmp_path)]) == 2
     assert main(["rollback", "MSFT", "--models-dir", str(tmp_path)]) == 5
     assert "error:" in capsys.readouterr().err
+
+
+# Several kinds beside each other, and the one that is made of two others.
+
+
+class Shelf:
+    """Versions of three kinds of one symbol, written as links and loaded as plain bundles."""
+
+    def __init__(self, models_dir: Path) -> None:
+        self.folder, self.members = models_dir / "AAPL", {"gbm": "g1", "lstm": "l1"}
+        self.broken: set[str] = set()
+        self.registry = ModelRegistry(models_dir, tuple(replace(kind, load=self.load) for kind in KINDS))
+
+    def put(self, name: str, version: str) -> None:
+        versions = "versions" if name == "gbm" else f"{name}_versions"
+        (self.folder / versions / version).mkdir(parents=True, exist_ok=True)
+        (self.folder / name).unlink(missing_ok=True)
+        (self.folder / name).symlink_to(f"{versions}/{version}")
+
+    def load(self, linked: Linked) -> GBMBundle | EnsembleBundle:
+        version, name = linked.folder.name, {"l": "lstm", "e": "ensemble"}.get(linked.folder.name[0], "gbm")
+        if version in self.broken:
+            raise ModelCorruptError(f"bundle {version} is damaged")
+        metadata = {
+            **metadata_of("AAPL", version),
+            "model_id": f"AAPL-{name}",
+            "parts": {"notes": ["joined"]},
+        }
+        if name != "ensemble":
+            models = SimpleNamespace(models={name: None})
+            return replace(bundle_of("AAPL", version), ensemble=models, metadata=metadata)  # type: ignore[arg-type]
+        record = pd.DataFrame({"date": pd.bdate_range("2020-01-01", periods=3)})
+        return EnsembleBundle(
+            symbol="AAPL",
+            horizon_bars=5,
+            method="simple",
+            members=self.members,
+            weights=SimpleEnsemble(),
+            record=record,
+            metadata=metadata,
+        )
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> Shelf:
+    found = Shelf(tmp_path / "models")
+    for name, version in (("gbm", "g1"), ("lstm", "l1"), ("ensemble", "e1")):
+        found.put(name, version)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "model_id", "version"),
+    [
+        ("gbm", "AAPL-gbm", "g1"),
+        ("lstm", "AAPL-lstm", "l1"),
+        ("ensemble", "AAPL-ensemble", "e1+gbm:g1+lstm:l1"),
+    ],
+)
+def test_each_kind_is_served_as_itself(shelf: Shelf, kind: str, model_id: str, version: str) -> None:
+    served = shelf.registry.get("AAPL", kind)
+    assert (served.meta.id, served.bundle.model_version) == (model_id, version)
+    assert served.meta.fusion_mode_default == {"gbm": "gbm_only", "lstm": "lstm_only"}.get(kind, kind)
+    assert shelf.registry.get("AAPL", kind) is served
+    assert shelf.registry.current("AAPL", kind) is served
+    assert served.warnings == (("joined",) if kind == "ensemble" else ())
+
+
+def test_an_ensemble_is_joined_from_the_versions_that_serve(shelf: Shelf) -> None:
+    served = shelf.registry.get("AAPL", "ensemble")
+    assert isinstance(served.forecaster, EnsembleForecaster)
+    members = {name: shelf.registry.get("AAPL", name).bundle for name in ("gbm", "lstm")}
+    assert {name: one.bundle for name, one in served.forecaster.members.items()} == members
+    assert shelf.registry.loaded_count() == 3
+
+
+@pytest.mark.parametrize("changed", ["gbm", "lstm", "ensemble"])
+def test_when_any_part_changes_nothing_older_is_called_current(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    monkeypatch.setattr("service.model_registry.LOOK_EVERY_S", 0.0)
+    before = shelf.registry.get("AAPL", "ensemble")
+    version = f"{changed[0]}2"
+    if changed != "ensemble":
+        shelf.members = {**shelf.members, changed: version}
+    shelf.put(changed, version)
+    assert shelf.registry.current("AAPL", "ensemble") is None
+    after = shelf.registry.get("AAPL", "ensemble")
+    assert after.made_from != before.made_from
+    if changed == "ensemble":
+        assert after.bundle.model_version == "e2+gbm:g1+lstm:l1"
+        return
+    # The ensemble itself is still the one that was judged with the older member: no mixture serves.
+    assert after.meta.id == "AAPL-gbm"
+    assert f"judged with another version of {changed}" in after.warnings[-1]
+    shelf.put("ensemble", "e2")
+    assert version in shelf.registry.get("AAPL", "ensemble").bundle.model_version
+
+
+@pytest.mark.parametrize("lost", ["lstm", "ensemble"])
+@pytest.mark.parametrize("how", ["missing", "damaged"])
+def test_without_a_part_the_boosters_answer_and_say_why(shelf: Shelf, lost: str, how: str) -> None:
+    if how == "missing":
+        (shelf.folder / lost).unlink()
+        shutil.rmtree(shelf.folder / f"{lost}_versions")
+    else:
+        shelf.broken.add(f"{lost[0]}1")
+    served = shelf.registry.get("AAPL", "ensemble")
+    assert (served.meta.id, served.bundle.model_version) == ("AAPL-gbm", "g1")
+    (note,) = served.warnings
+    assert note.endswith("the boosters forecast alone")
+    assert (f"python -m training.train_{lost} AAPL" if how == "missing" else "is damaged") in note
+    # What is damaged is tried again, what is missing is looked for.
+    assert (shelf.registry.current("AAPL", "ensemble") is served) == (how == "missing")
+    shelf.broken.clear()
+    shelf.put(lost, f"{lost[0]}1")
+    assert shelf.registry.get("AAPL", "ensemble").warnings == ("joined",)
+
+
+def test_a_deleted_member_comes_back_into_its_ensemble(shelf: Shelf) -> None:
+    assert shelf.registry.get("AAPL", "ensemble").meta.id == "AAPL-ensemble"
+    shelf.registry.delete("AAPL-lstm")
+    assert shelf.registry.get("AAPL", "ensemble").meta.id == "AAPL-gbm"
+    with pytest.raises(ModelMissingError, match=r"training\.train_lstm AAPL"):
+        shelf.registry.get("AAPL", "lstm")
+
+
+def test_without_boosters_there_is_no_ensemble(shelf: Shelf) -> None:
+    shelf.registry.delete("AAPL-gbm")
+    with pytest.raises(ModelMissingError, match=r"training\.train_gbm AAPL"):
+        shelf.registry.get("AAPL", "ensemble")
+    assert shelf.registry.get("AAPL", "lstm").meta.id == "AAPL-lstm"

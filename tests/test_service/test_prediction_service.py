@@ -169,7 +169,7 @@ def test_metadata_echoes_the_request_and_names_the_model(predictions: Prediction
     assert meta.annualization_factor == 252
     assert meta.holdout_pred_target_std_ratio == pytest.approx(np.std([0.01, -0.01]) / np.std([0.02, -0.04]))
     said = " ".join(meta.notes or [])
-    for word in ("hybrid", "regressorScale", "dataPeriod", "drift", "prices end"):
+    for word in ("regressorScale", "dataPeriod", "drift", "prices end"):
         assert word in said
 
 

@@ -387,8 +387,6 @@ def test_the_flags_are_those_of_the_trainer(kind: str) -> None:
         learningRate=1e-5,
     )
     command = trainer_command(wanted, "e", source="sample")
-    if not ROOT.joinpath(*command[2].split(".")).with_suffix(".py").is_file():
-        pytest.skip(f"{command[2]} is not there")
     args = importlib.import_module(command[2]).build_parser().parse_args(command[3:])
     assert (args.symbols, args.source, args.events, args.seed) == (["AAPL"], "sample", "e", 3)
     assert args.overwrite
