@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 import sqlalchemy as sql
 from pydantic import ValidationError
@@ -300,9 +300,20 @@ def start_trainer(
     ``command_of`` returns the command, given the path to which it writes its events; see `Told.take` for
     ``take``. Raises `OSError` if it cannot be started.
     """
+
+    def take_down(kind: str, stream: IO[str]) -> threading.Thread:
+        def read_all() -> None:
+            with stream:
+                for line in lines_of(stream):
+                    take(kind, line)
+
+        thread = threading.Thread(target=read_all, daemon=True)
+        thread.start()
+        return thread
+
     read, write = os.pipe()
-    events = os.fdopen(read, encoding="utf-8", errors="replace")
     try:
+        readers = [take_down("event", os.fdopen(read, encoding="utf-8", errors="replace"))]
         child = subprocess.Popen(  # noqa: S603  the command is ours, its values are checked
             command_of(f"/dev/fd/{write}"),
             stdin=subprocess.DEVNULL,
@@ -314,28 +325,16 @@ def start_trainer(
             encoding="utf-8",
             errors="replace",
         )
-    except BaseException:
-        events.close()
-        raise
     finally:
         os.close(write)
+    readers += [] if child.stdout is None else [take_down("log", child.stdout)]
     # Whoever asks for a forecast comes first.
     with suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, child.pid, NICENESS)
-
-    def take_down(kind: str, stream: TextIO) -> None:
-        with stream:
-            for line in lines_of(stream):
-                take(kind, line)
-
-    streams = [("event", events), ("log", child.stdout)]
-    threads = [threading.Thread(target=take_down, args=stream, daemon=True) for stream in streams]
-    for thread in threads:
-        thread.start()
-    return child, threads
+    return child, readers
 
 
-def lines_of(stream: TextIO) -> Iterator[str]:
+def lines_of(stream: IO[str]) -> Iterator[str]:
     """Yield the lines that are not empty; what goes beyond `LINE_CHARS` of one is thrown away."""
     is_start = True
     while piece := stream.readline(LINE_CHARS):

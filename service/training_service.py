@@ -114,7 +114,7 @@ def _given(params: TrainingParams) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value not in (None, [])}
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class TrainingService:
     """Starts, shows, follows and cancels the trainings of one folder of models.
 
@@ -138,16 +138,18 @@ class TrainingService:
     def __post_init__(self) -> None:
         self._store = JobStore(self.database_url, self.models_dir)
         self._stop = threading.Event()
-        self._runner = threading.Thread(target=self._run, name="trainings", daemon=True)
+        self._runner: threading.Thread | None = None
 
     def open(self) -> None:
         """Begin to run what is queued."""
+        self._stop.clear()
+        self._runner = threading.Thread(target=self._run, name="trainings", daemon=True)
         self._runner.start()
 
     def close(self) -> None:
         """End what runs; what is queued stays queued."""
         self._stop.set()
-        if self._runner.is_alive():
+        if self._runner is not None:
             self._runner.join(GRACE_S + DATABASE_WAIT_S)
 
     def start(self, params: TrainingParams) -> TrainingJob:
@@ -215,7 +217,7 @@ class TrainingService:
         """
         state, told_at = await asyncio.to_thread(self.get, job_id), time.monotonic()
         while not should_end():
-            found = await asyncio.to_thread(self._store.history, job_id, after)
+            found = await asyncio.to_thread(self._history, job_id, after)
             if not found and state.status not in ACTIVE:
                 event = event_of(state, state.status, message=state.error)
                 found = [(after, event.type, wire_text(event))]
@@ -229,6 +231,13 @@ class TrainingService:
                 yield {"data": wire_text(event_of(state, "heartbeat"))}
             if not found:
                 await asyncio.sleep(POLL_S)
+
+    def _history(self, job_id: str, after: int) -> Sequence[tuple[int, str, str]]:
+        try:
+            return self._store.history(job_id, after)
+        except StorageError as error:
+            logger.warning("the events of job %s are late: %s", job_id, error)
+            return []
 
     def _job(self, job_id: str) -> Job:
         found = self._store.jobs(Job.id == job_id) if re.fullmatch(r"[0-9a-f]{32}", job_id) else []
@@ -259,8 +268,11 @@ class TrainingService:
                 self._attend_queue(lock, mine)
             except Timeout:
                 logger.debug("another process runs the trainings")
+            except StorageError as error:
+                logger.warning("the queue of trainings waits: %s", error)
+                self._stop.wait(RETRY_S)
             except Exception:
-                logger.exception("the queue of trainings waits")
+                logger.exception("the queue of trainings broke; it is tried again")
                 self._stop.wait(RETRY_S)
         for thread in mine.values():
             thread.join()
