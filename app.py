@@ -225,20 +225,13 @@ class LazyApplication:
         await self._built(scope, receive, send)
 
 
-def build_from_environment() -> Application:
-    """Return the application that the environment describes."""
-    settings = read_settings()
+def build(settings: Settings) -> Application:
+    """Return the application of a process that has not set up its log yet."""
     configure_logging(settings.log_level, settings.log_format)
     return create_app(settings)
 
 
-def build_worker(settings: Settings) -> Application:
-    """Return the application of one of several processes that share a socket."""
-    configure_logging(settings.log_level, settings.log_format)
-    return create_app(settings)
-
-
-app = LazyApplication(build_from_environment)
+app = LazyApplication(lambda: build(read_settings()))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -295,7 +288,7 @@ def serve(settings: Settings, host: str, port: int, workers: int) -> int:
     configure_logging(settings.log_level, settings.log_format)
     with listen(host, port) as listening:
         if workers > 1:
-            lazy = LazyApplication(functools.partial(build_worker, settings))
+            lazy = LazyApplication(functools.partial(build, settings))
             Workers(_config(lazy, settings, workers), listening, settings.drain_s).run()
             return 0
         server = uvicorn.Server(_config(create_app(settings, listening), settings, workers))

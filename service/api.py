@@ -168,7 +168,13 @@ def create_api(services: Services) -> FastAPI:
     )
     stock_openapi = api.openapi
     api.openapi = lambda: api.openapi_schema or document_errors(stock_openapi())  # type: ignore[method-assign]
-    for router in _routers(services, pool):
+    for router in (
+        _health_routes(services),
+        _model_routes(services.registry, pool),
+        _price_routes(services.predictions, pool),
+        _training_routes(services.training),
+        _judging_routes(services, pool),
+    ):
         api.include_router(router)
     _add_pages(api, metrics)
     api.add_exception_handler(AIStocksError, _on_our_error)
@@ -188,16 +194,6 @@ def create_api(services: Services) -> FastAPI:
         Observer, metrics=metrics, stopping=services.stopping, known_paths=lambda: api.openapi()["paths"]
     )
     return api
-
-
-def _routers(services: Services, pool: WorkPool) -> Sequence[APIRouter]:
-    return (
-        _health_routes(services),
-        _model_routes(services.registry, pool),
-        _price_routes(services.predictions, pool),
-        _training_routes(services.training),
-        _judging_routes(services, pool),
-    )
 
 
 def _add_pages(api: FastAPI, metrics: Metrics) -> None:

@@ -1,118 +1,94 @@
-"""What the queue of trainings stands on: the jobs in the database, and the process of the one that runs."""
+"""What the queue of trainings stands on: jobs in the database, what is told of them, and their processes."""
 
-import logging
 import os
-import selectors
 import signal
 import subprocess
-import time
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import sqlalchemy as sql
 from pydantic import ValidationError
-from sqlalchemy import exc
+from sqlalchemy import exc, orm
 from sqlalchemy.schema import CreateIndex, CreateTable
 
-from service.schemas import (
-    JobStatus,
-    TrainingEvent,
-    TrainingEventType,
-    TrainingJob,
-    TrainingJobMetrics,
-    TrainingParams,
-)
-from utils.errors import StorageError, UsageError, without_paths
+from service.schemas import JobStatus, TrainingEvent, TrainingJob, TrainingJobMetrics, TrainingParams
+from utils.errors import ConflictError, StorageError, UsageError, without_paths
 
-logger = logging.getLogger(__name__)
-
-ACTIVE: tuple[JobStatus, ...] = ("queued", "running")
+ACTIVE = ("queued", "running")
 DATABASE_WAIT_S = 10.0
 # A trainer that is asked to end has so long before it is made to.
 GRACE_S, NICENESS = 5.0, 10
-CANCELLED = "cancelled: nothing was saved"
-TOO_LATE = "the model was saved before the training could be cancelled"
-CHUNK_BYTES, LINE_BYTES, MESSAGE_CHARS, TAIL_LINES, LOGS_AT_A_TIME = 1 << 16, 1 << 13, 1_000, 5, 50
+LINE_CHARS, MESSAGE_CHARS, TAIL_LINES, LOGS_AT_A_TIME = 1 << 13, 1_000, 5, 50
 EVENTS_AT_A_TIME, KEPT_LOGS, KEPT_EVENTS, KEPT_JOBS = 1_000, 1_000, 12_000, 500
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredJob:
-    """A job as the database has it.
-
-    Attributes
-    ----------
-    state
-        What is told of it.
-    params
-        What was asked for.
-    pid, born
-        The process that trains, see `birth`.
-    cancel
-        Whether somebody wants it to end.
-    """
-
-    state: TrainingJob
-    params: TrainingParams
-    pid: int | None
-    born: str | None
-    cancel: bool
+class Base(orm.DeclarativeBase):
+    """The tables of this module."""
 
 
-_METADATA = sql.MetaData()
-_JOBS = sql.Table(
-    "training_jobs",
-    _METADATA,
-    sql.Column("number", sql.Integer, primary_key=True),
-    sql.Column("id", sql.String(32), nullable=False, unique=True),
-    sql.Column("home", sql.String(1024), nullable=False),
-    sql.Column("symbol", sql.String(32), nullable=False),
-    sql.Column("status", sql.String(16), nullable=False),
-    sql.Column("params", sql.Text, nullable=False),
-    sql.Column("state", sql.Text, nullable=False),
-    sql.Column("pid", sql.Integer),
-    sql.Column("born", sql.String(64)),
-    sql.Column("cancel", sql.Boolean, nullable=False, default=False),
-)
-_IS_ACTIVE = _JOBS.c.status.in_(ACTIVE)
-sql.Index(
-    "training_jobs_one_at_a_time",
-    _JOBS.c.home,
-    _JOBS.c.symbol,
-    unique=True,
-    sqlite_where=_IS_ACTIVE,
-    postgresql_where=_IS_ACTIVE,
-)
-_EVENTS = sql.Table(
-    "training_events",
-    _METADATA,
-    sql.Column("job_id", sql.String(32), primary_key=True),
-    sql.Column("number", sql.Integer, primary_key=True, autoincrement=False),
-    sql.Column("type", sql.String(16), nullable=False),
-    sql.Column("text", sql.Text, nullable=False),
-)
+class _WireText(sql.TypeDecorator[Any]):
+    """A part of the wire as JSON; None where another release wrote what this one cannot read."""
+
+    impl, cache_ok = sql.Text, True
+
+    def __init__(self, model: type[TrainingJob | TrainingParams]) -> None:
+        super().__init__()
+        self.model = model
+
+    def process_bind_param(self, value: Any, dialect: sql.Dialect) -> str:  # noqa: ANN401
+        return wire_text(value)
+
+    def process_result_value(self, value: Any, dialect: sql.Dialect) -> Any:  # noqa: ANN401
+        with suppress(ValidationError):
+            return self.model.model_validate_json(value)
+        return None
+
+
+class Job(Base):
+    """A job: what is told of it, the process that trains (see `birth`), whether somebody wants it to end."""
+
+    __tablename__ = "training_jobs"
+    __table_args__ = (
+        sql.Index(
+            "training_jobs_one_at_a_time",
+            "home",
+            "symbol",
+            unique=True,
+            sqlite_where=sql.text(f"status IN {ACTIVE}"),
+            postgresql_where=sql.text(f"status IN {ACTIVE}"),
+        ),
+    )
+
+    number: orm.Mapped[int] = orm.mapped_column(primary_key=True)
+    id: orm.Mapped[str] = orm.mapped_column(unique=True)
+    home: orm.Mapped[str]
+    symbol: orm.Mapped[str]
+    status: orm.Mapped[str]
+    params: orm.Mapped[TrainingParams] = orm.mapped_column(_WireText(TrainingParams))
+    state: orm.Mapped[TrainingJob] = orm.mapped_column(_WireText(TrainingJob))
+    pid: orm.Mapped[int | None]
+    born: orm.Mapped[str | None]
+    cancel: orm.Mapped[bool] = orm.mapped_column(default=False)
+
+
+class Event(Base):
+    """An event of a job, as it is sent."""
+
+    __tablename__ = "training_events"
+
+    job_id: orm.Mapped[str] = orm.mapped_column(primary_key=True)
+    number: orm.Mapped[int] = orm.mapped_column(primary_key=True, autoincrement=False)
+    type: orm.Mapped[str]
+    text: orm.Mapped[str] = orm.mapped_column(sql.Text)
 
 
 class JobStore:
-    """The jobs of one folder of models; safe to use from many threads and processes.
-
-    Parameters
-    ----------
-    url
-        Of the database, which is not touched before the first job.
-    home
-        The folder of models.
-
-    Raises
-    ------
-    UsageError
-        If the URL makes no sense, or its driver is not installed.
-    """
+    """The jobs of one folder of models; safe to use from many threads and processes."""
 
     def __init__(self, url: str, home: Path) -> None:
         try:
@@ -131,111 +107,88 @@ class JobStore:
         self._is_ready = False
 
     @contextmanager
-    def _transaction(self) -> Iterator[sql.Connection]:
+    def _session(self) -> Iterator[orm.Session]:
         try:
-            self._prepare()
-            with self._engine.begin() as connection:
-                yield connection
+            if not self._is_ready:
+                self._create_tables()
+            with orm.Session(self._engine, expire_on_commit=False) as session, session.begin():
+                yield session
         except (exc.SQLAlchemyError, OSError) as error:
             self._is_ready = False
             words = str(getattr(error, "orig", None) or type(error).__name__).splitlines()[0][:200]
             raise StorageError(f"the list of trainings cannot be used ({words}): try again") from error
 
-    def _prepare(self) -> None:
-        if self._is_ready:
-            return
+    def _create_tables(self) -> None:
         if self._file is not None:
             self._file.parent.mkdir(parents=True, exist_ok=True)
+        tables = Base.metadata.sorted_tables
+        indices = [index for table in tables for index in table.indexes]
         # `create_all` looks first and creates then: two at a time would both create.
         with self._engine.begin() as connection:
-            for table in _METADATA.sorted_tables:
+            for table in tables:
                 connection.execute(CreateTable(table, if_not_exists=True))
-                for index in table.indexes:
-                    connection.execute(CreateIndex(index, if_not_exists=True))
+            for index in indices:
+                connection.execute(CreateIndex(index, if_not_exists=True))
         self._is_ready = True
 
-    def add(self, state: TrainingJob, params: TrainingParams) -> bool:
-        """Queue a job; return False if its symbol has one that is queued or runs."""
-        with self._transaction() as connection:
-            row = {"id": state.id, "home": self._home, "symbol": state.symbol, "status": state.status}
-            texts = {"state": wire_text(state), "params": wire_text(params)}
+    def add(self, state: TrainingJob, params: TrainingParams) -> None:
+        """Queue a job; raise `ConflictError` if its symbol has one that is queued or runs."""
+        job = Job(
+            id=state.id, home=self._home, symbol=state.symbol, status=state.status, params=params, state=state
+        )
+        with self._session() as session:
+            session.add(job)
             try:
-                number = connection.execute(sql.insert(_JOBS).values(**row, **texts)).inserted_primary_key
-            except exc.IntegrityError:
-                connection.rollback()
-                return False
-            self._tell(connection, state.id, [event_of(state, "stage", stage="queued")])
-            old = (_JOBS.c.number <= (number or (0,))[0] - KEPT_JOBS) & ~_IS_ACTIVE
-            ids = sql.select(_JOBS.c.id).where(old)
-            connection.execute(sql.delete(_EVENTS).where(_EVENTS.c.job_id.in_(ids)))
-            connection.execute(sql.delete(_JOBS).where(old))
-        return True
+                session.flush()
+            except exc.IntegrityError as error:
+                words = f"{state.symbol} was queued by somebody else"
+                raise ConflictError(f"{words}: GET /api/training lists what there is") from error
+            self._tell(session, state.id, [event_of(state, "stage", stage="queued")])
+            is_old = (Job.number <= job.number - KEPT_JOBS) & Job.status.not_in(ACTIVE)
+            session.execute(sql.delete(Event).where(Event.job_id.in_(sql.select(Job.id).where(is_old))))
+            session.execute(sql.delete(Job).where(is_old))
 
-    def jobs(self, *, job_id: str | None = None, status: JobStatus | None = None) -> list[StoredJob]:
+    def jobs(self, *wanted: sql.ColumnElement[bool]) -> list[Job]:
         """Return the wanted jobs, oldest first."""
         if self._file is not None and not self._file.exists():
             return []
-        wanted = sql.select(_JOBS).where(_JOBS.c.home == self._home).order_by(_JOBS.c.number)
-        if job_id is not None:
-            wanted = wanted.where(_JOBS.c.id == job_id)
-        if status is not None:
-            wanted = wanted.where(_JOBS.c.status == status)
-        with self._transaction() as connection:
-            found = connection.execute(wanted).mappings().all()
-        read = (_read(row) for row in found)
-        return [job for job in read if job is not None]
+        with self._session() as session:
+            found = session.scalars(
+                sql.select(Job).where(Job.home == self._home, *wanted).order_by(Job.number)
+            )
+            return [job for job in found if job.state and job.params]
 
     def change(self, state: TrainingJob, events: Sequence[TrainingEvent], *, was: JobStatus) -> bool:
         """Replace what is told of a job and add to its history, unless its status is not ``was`` any more."""
-        wanted = (_JOBS.c.id == state.id) & (_JOBS.c.status == was)
-        with self._transaction() as connection:
-            change = sql.update(_JOBS).where(wanted).values(status=state.status, state=wire_text(state))
-            if connection.execute(change).rowcount != 1:
-                return False
-            self._tell(connection, state.id, events)
-        return True
+        wanted = sql.update(Job).where(Job.id == state.id, Job.status == was)
+        with self._session() as session:
+            done = session.connection().execute(wanted.values(status=state.status, state=state)).rowcount == 1
+            if done:
+                self._tell(session, state.id, events)
+        return done
 
-    def note(self, job_id: str, **columns: int | str | None) -> None:
+    def note(self, job_id: str, columns: Mapping[str, object]) -> None:
         """Write down the process of a job, or that somebody wants it to end."""
-        with self._transaction() as connection:
-            connection.execute(sql.update(_JOBS).where(_JOBS.c.id == job_id).values(**columns))
+        with self._session() as session:
+            session.execute(sql.update(Job).where(Job.id == job_id).values(columns))
 
     def history(self, job_id: str, after: int) -> list[tuple[int, str, str]]:
         """Return number, type and JSON of the events that came after the one of that number."""
-        columns = (_EVENTS.c.number, _EVENTS.c.type, _EVENTS.c.text)
-        wanted = sql.select(*columns).where((_EVENTS.c.job_id == job_id) & (_EVENTS.c.number > after))
-        with self._transaction() as connection:
-            found = connection.execute(wanted.order_by(_EVENTS.c.number).limit(EVENTS_AT_A_TIME))
-            return [(int(number), str(kind), str(text)) for number, kind, text in found]
+        wanted = sql.select(Event).where(Event.job_id == job_id, Event.number > after)
+        with self._session() as session:
+            found = session.scalars(wanted.order_by(Event.number).limit(EVENTS_AT_A_TIME))
+            return [(event.number, event.type, event.text) for event in found]
 
-    def _tell(self, connection: sql.Connection, job_id: str, events: Sequence[TrainingEvent]) -> None:
-        if not events:
-            return
-        of_job, number = _EVENTS.c.job_id == job_id, _EVENTS.c.number
-        last = connection.scalar(sql.select(sql.func.max(number)).where(of_job)) or 0
-        rows = [
-            {"job_id": job_id, "number": last + i, "type": event.type, "text": wire_text(event)}
-            for i, event in enumerate(events, start=1)
-        ]
-        connection.execute(sql.insert(_EVENTS), rows)
-        # Log lines may come without end; of an epoch the page's chart wants every one.
-        old_log = (_EVENTS.c.type == "log") & (number <= last - KEPT_LOGS)
-        connection.execute(sql.delete(_EVENTS).where(of_job & (old_log | (number <= last - KEPT_EVENTS))))
-
-
-def _read(row: sql.RowMapping) -> StoredJob | None:
-    try:
-        return StoredJob(
-            state=TrainingJob.model_validate_json(row["state"]),
-            params=TrainingParams.model_validate_json(row["params"]),
-            pid=row["pid"],
-            born=row["born"],
-            cancel=row["cancel"],
+    def _tell(self, session: orm.Session, job_id: str, events: Sequence[TrainingEvent]) -> None:
+        of_job = Event.job_id == job_id
+        last = session.scalar(sql.select(sql.func.max(Event.number)).where(of_job)) or 0
+        session.add_all(
+            Event(job_id=job_id, number=number, type=event.type, text=wire_text(event))
+            for number, event in enumerate(events, start=last + 1)
         )
-    except ValidationError:
-        # Written by another release; one such row must not stop the queue.
-        logger.warning("job %s is left out: this release cannot read it", row["id"])
-        return None
+        # Log lines may come without end; of an epoch the page's chart wants every one.
+        old_log = (Event.type == "log") & (Event.number <= last - KEPT_LOGS)
+        session.execute(sql.delete(Event).where(of_job, old_log | (Event.number <= last - KEPT_EVENTS)))
 
 
 def wire_text(wire: TrainingJob | TrainingParams | TrainingEvent) -> str:
@@ -251,23 +204,20 @@ def now() -> str:
 
 
 def event_of(
-    state: TrainingJob, kind: TrainingEventType, *, stage: str | None = None, message: str | None = None
+    state: TrainingJob, kind: str, *, stage: str | None = None, message: str | None = None
 ) -> TrainingEvent:
     """Return an event of the present about a job."""
-    return TrainingEvent(
-        type=kind,
-        status=state.status,
-        progress=state.progress,
-        stage=stage,
-        message=message,
-        timestamp=now(),
-    )
+    told = {"status": state.status, "progress": state.progress, "timestamp": now()}
+    return TrainingEvent.model_validate({"type": kind, "stage": stage, "message": message, **told})
 
 
-def end_of(state: TrainingJob, words: str | None) -> TrainingEvent:
-    """Return the last event of a job that has ended."""
-    kinds: Mapping[JobStatus, TrainingEventType] = {"completed": "completed", "cancelled": "cancelled"}
-    return event_of(state, kinds.get(state.status, "failed"), message=words)
+def ended(state: TrainingJob, status: JobStatus, words: str) -> tuple[TrainingJob, TrainingEvent]:
+    """Return a job as it is after its end, and the event that says so."""
+    seen: dict[str, Any] = {"status": status, "completed_at": now(), "current_step": status}
+    seen |= {"progress": 1.0} if status == "completed" else {}
+    seen |= {"error": words} if status == "failed" else {}
+    last = state.model_copy(update=seen)
+    return last, event_of(last, status, message=words)
 
 
 class Told:
@@ -276,37 +226,38 @@ class Told:
     def __init__(self, state: TrainingJob) -> None:
         self.state = state
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
-        self.last_words: str | None = None
+        self.last_words = ""
         self._events: deque[TrainingEvent] = deque(maxlen=EVENTS_AT_A_TIME)
         self._logs = 0
+        self._lock = threading.Lock()
 
     def take(self, kind: str, line: str) -> None:
-        """Take a line that the trainer wrote."""
-        try:
-            event = TrainingEvent.model_validate_json(line) if kind == "event" else None
-        except ValidationError:
-            event = None
-        if event is None:
-            self._log(without_paths(line)[:MESSAGE_CHARS])
-        elif event.type in {"completed", "failed"}:
-            # Whether it did is for its exit code to say.
-            self.last_words = without_paths(event.message or "")[:MESSAGE_CHARS] or None
-        elif event.type == "log":
-            self._log(without_paths(event.message or "")[:MESSAGE_CHARS])
-        elif event.type in {"stage", "epoch"}:
-            self._advance(event)
+        """Take a line that the trainer wrote, an ``"event"`` or of the ``"log"``."""
+        event = None
+        if kind == "event":
+            with suppress(ValidationError):
+                event = TrainingEvent.model_validate_json(line)
+        text = without_paths(line if event is None else event.message or "")[:MESSAGE_CHARS]
+        with self._lock:
+            if event is None or event.type == "log":
+                self._log(text)
+            elif event.type in {"completed", "failed"}:
+                # Whether it did is for its exit code to say.
+                self.last_words = text
+            elif event.type in {"stage", "epoch"}:
+                self._advance(event)
 
     def _advance(self, event: TrainingEvent) -> None:
         stage = None if event.stage is None else event.stage[:MESSAGE_CHARS]
-        seen: dict[str, Any] = {"progress": event.progress, "current_step": stage or self.state.current_step}
-        if event.epoch is not None:
-            seen |= {"current_epoch": event.epoch}
-        if event.total_epochs is not None:
-            seen |= {"total_epochs": event.total_epochs}
-        measures = {name: getattr(event, name) for name in TrainingJobMetrics.model_fields}
-        if None not in measures.values():
-            seen |= {"metrics": TrainingJobMetrics(**measures)}
-        self.state = self.state.model_copy(update=seen)
+        measures = event.model_dump(include=set(TrainingJobMetrics.model_fields))
+        seen = {
+            "progress": event.progress,
+            "current_step": stage,
+            "current_epoch": event.epoch,
+            "total_epochs": event.total_epochs,
+            "metrics": None if None in measures.values() else TrainingJobMetrics(**measures),
+        }
+        self.state = self.state.model_copy(update={k: v for k, v in seen.items() if v is not None})
         known = {"status": "running", "stage": stage, "timestamp": event.timestamp or now()}
         self._events.append(event.model_copy(update=known))
 
@@ -320,171 +271,98 @@ class Told:
 
     def events(self) -> list[TrainingEvent]:
         """Return what came since the last call."""
-        if self._logs > LOGS_AT_A_TIME:
-            left_out = f"{self._logs - LOGS_AT_A_TIME} more lines are left out"
-            self._events.append(event_of(self.state, "log", message=left_out))
-        self._logs, found = 0, list(self._events)
-        self._events.clear()
+        with self._lock:
+            if self._logs > LOGS_AT_A_TIME:
+                left_out = f"{self._logs - LOGS_AT_A_TIME} more lines are left out"
+                self._events.append(event_of(self.state, "log", message=left_out))
+            self._logs, found = 0, list(self._events)
+            self._events.clear()
         return found
 
-
-def ended(state: TrainingJob, status: JobStatus, words: str) -> TrainingJob:
-    """Return a job as it is after its end."""
-    seen: dict[str, Any] = {"status": status, "completed_at": now(), "current_step": status}
-    seen |= {"progress": 1.0} if status == "completed" else {}
-    return state.model_copy(update=seen | ({"error": words} if status == "failed" else {}))
-
-
-def outcome_of(code: int | None, reason: str | None, told: Told, *, saved: bool) -> tuple[JobStatus, str]:
-    """Return what became of a job, and say it."""
-    if code == 0:
-        return "completed", told.last_words or "completed"
-    if reason == CANCELLED:
-        return ("completed", TOO_LATE) if saved else ("cancelled", CANCELLED)
-    if reason is not None:
-        return "failed", reason
-    said = told.last_words or "; ".join(told.tail) or "it said nothing"
-    return "failed", f"the trainer {_how(code)}: {said}"
+    def outcome(self, code: int | None) -> tuple[JobStatus, str]:
+        """Return what became of a trainer that ended by itself, and say it."""
+        if code == 0:
+            return "completed", self.last_words or "completed"
+        how = "cannot be ended" if code is None else f"ended with exit code {code}"
+        if code is not None and code < 0:
+            name = next((known.name for known in signal.Signals if known == -code), f"signal {-code}")
+            how = f"was killed by {name}{' (out of memory, or by somebody)' * (name == 'SIGKILL')}"
+        return "failed", f"the trainer {how}: {self.last_words or '; '.join(self.tail) or 'it said nothing'}"
 
 
-def _how(code: int | None) -> str:
-    if code is None:
-        return "cannot be ended"
-    if code > 0:
-        return f"ended with exit code {code}"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = f"signal {-code}"
-    return f"was killed by {name}{' (out of memory, or by somebody)' if name == 'SIGKILL' else ''}"
+def start_trainer(
+    command_of: Callable[[str], Sequence[str]],
+    environment: Mapping[str, str],
+    take: Callable[[str, str], None],
+) -> tuple[subprocess.Popen[str], list[threading.Thread]]:
+    """Start a command in a session of its own, and threads that take down its lines until it is silent.
 
-
-class Lines:
-    """Cuts bytes into lines; what goes beyond `LINE_BYTES` of one is thrown away."""
-
-    def __init__(self) -> None:
-        self._rest = b""
-
-    def feed(self, data: bytes) -> list[str]:
-        """Return the lines that ``data`` ends; without any, what is left."""
-        *whole, rest = (self._rest + (data or b"\n")).replace(b"\r", b"\n").split(b"\n")
-        self._rest = rest[:LINE_BYTES]
-        texts = (line[:LINE_BYTES].decode(errors="replace").rstrip() for line in whole)
-        return [text for text in texts if text]
-
-
-class TrainerProcess:
-    """A command in a session of its own, read without ever waiting for it.
-
-    Parameters
-    ----------
-    command_of
-        Returns the command, given the path to which it writes its events.
-    environment
-        Of the command.
-
-    Raises
-    ------
-    OSError
-        If it cannot be started.
+    ``command_of`` returns the command, given the path to which it writes its events; see `Told.take` for
+    ``take``. Raises `OSError` if it cannot be started.
     """
 
-    def __init__(self, command_of: Callable[[str], Sequence[str]], environment: Mapping[str, str]) -> None:
-        events, end = os.pipe()
-        self._events = os.fdopen(events, "rb", buffering=0)
-        try:
-            self._child = subprocess.Popen(  # noqa: S603  the command is ours, its values are checked
-                command_of(f"/dev/fd/{end}"),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                pass_fds=(end,),
-                start_new_session=True,
-                env=dict(environment),
-                bufsize=0,
-            )
-        except BaseException:
-            self._events.close()
-            raise
-        finally:
-            os.close(end)
-        # Whoever asks for a forecast comes first.
-        with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, self._child.pid, NICENESS)
-        self.pid, self.born = self._child.pid, birth(self._child.pid)
-        self._has_ended = False
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._events, selectors.EVENT_READ, ("event", Lines()))
-        if self._child.stdout is not None:
-            self._selector.register(self._child.stdout, selectors.EVENT_READ, ("log", Lines()))
+    def take_down(kind: str, stream: IO[str]) -> threading.Thread:
+        def read_all() -> None:
+            with stream:
+                for line in lines_of(stream):
+                    take(kind, line)
 
-    @property
-    def returncode(self) -> int | None:
-        """The exit code, minus the number of the signal that ended it, or None while it runs."""
-        return self._child.poll()
+        thread = threading.Thread(target=read_all, daemon=True)
+        thread.start()
+        return thread
 
-    def read(self, timeout_s: float) -> Iterator[tuple[str, str]]:
-        """Yield what was written since, as ``("event" | "log", line)``; wait so long for the first of it."""
-        if not self._selector.get_map():
-            time.sleep(timeout_s)
-        for key, _ in self._selector.select(timeout_s):
-            kind, lines = key.data
-            data = os.read(key.fd, CHUNK_BYTES)
-            if not data:
-                self._selector.unregister(key.fileobj)
-            for line in lines.feed(data):
-                yield kind, line
-
-    def rest(self) -> Iterator[tuple[str, str]]:
-        """Yield what is still to be read of a group that has ended; see `read`."""
-        until = time.monotonic() + 1.0
-        while self._selector.get_map() and time.monotonic() < until:
-            yield from self.read(0.0)
-
-    def end(self) -> None:
-        """End the whole group, even where its leader has ended; see `end_group`."""
-        # Once its parts are gone, the id may become that of another group.
-        if not self._has_ended:
-            end_group(self.pid, self._child.poll)
-            # What a broken disk or driver holds in the kernel, nothing ends: the queue goes on without it.
-            with suppress(subprocess.TimeoutExpired):
-                self._child.wait(GRACE_S)
-            self._has_ended = True
-
-    def close(self) -> None:
-        """Make sure of the end, and give the pipes back."""
-        self.end()
-        self._selector.close()
-        self._events.close()
-        if self._child.stdout is not None:
-            self._child.stdout.close()
+    read, write = os.pipe()
+    try:
+        readers = [take_down("event", os.fdopen(read, encoding="utf-8", errors="replace"))]
+        child = subprocess.Popen(  # noqa: S603  the command is ours, its values are checked
+            command_of(f"/dev/fd/{write}"),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            pass_fds=(write,),
+            start_new_session=True,
+            env=dict(environment),
+            encoding="utf-8",
+            errors="replace",
+        )
+    finally:
+        os.close(write)
+    readers += [] if child.stdout is None else [take_down("log", child.stdout)]
+    # Whoever asks for a forecast comes first.
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, child.pid, NICENESS)
+    return child, readers
 
 
-def end_group(group: int, reap: Callable[[], object] = lambda: None) -> None:
-    """End a group of processes: politely, and after `GRACE_S` not."""
-    for number, patience_s in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, 1.0)):
-        until, sent = time.monotonic() + patience_s, int(number)
-        while time.monotonic() < until:
-            try:
-                os.killpg(group, sent)
-            except (ProcessLookupError, PermissionError):
-                return
-            # From now on only asked whether it is there.
-            sent = 0
-            reap()
-            time.sleep(0.02)
+def lines_of(stream: IO[str]) -> Iterator[str]:
+    """Yield the lines that are not empty; what goes beyond `LINE_CHARS` of one is thrown away."""
+    is_start = True
+    while piece := stream.readline(LINE_CHARS):
+        if is_start and (line := piece.rstrip()):
+            yield line
+        is_start = piece.endswith("\n")
+
+
+def end_trainer(trainer: subprocess.Popen[str], readers: Sequence[threading.Thread]) -> None:
+    """End the whole group, even where its leader has ended: politely, and after `GRACE_S` not."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        signal_group(trainer.pid, number)
+        # What a broken disk or driver holds in the kernel, nothing ends: the queue goes on without it.
+        with suppress(subprocess.TimeoutExpired):
+            trainer.wait(GRACE_S)
+    for reader in readers:
+        reader.join(1.0)
+
+
+def signal_group(group: int, number: int) -> None:
+    """Send a signal to what is left of a group of processes."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, number)
 
 
 def birth(pid: int) -> str | None:
-    """Return what tells a process from a later one with the same id; None where there is no such process."""
-    try:
+    """Return what tells a process from a later one with the same id; None where that is not known."""
+    with suppress(OSError, IndexError):
         started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()[:36]}/{started}"
-    except (OSError, IndexError):
-        pass
-    try:
-        command = ("ps", "-o", "lstart=", "-p", str(pid))
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=5)  # noqa: S603
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
+    return None

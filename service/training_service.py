@@ -1,14 +1,15 @@
 """Trainings that the service runs: a queue, a command for each job, and what it tells while it runs.
 
-Of all processes that serve one folder of models, the one that holds a file lock runs the queue; when it dies,
-the next one takes over and closes what was left behind. Each of them may start, show, follow and cancel jobs,
-since all that is known of a job lies in the database. A job is ``python -m training...`` in a session of its
-own, so that it can be ended with everything that it has started.
+All that is known of a job lies in the database, so that each process which serves one folder of models may
+start, show, follow and cancel it; the one that holds a file lock runs the queue. A job is ``python -m
+training...`` in a session of its own, so that it can be ended with everything that it has started.
 """
 
 import asyncio
 import logging
 import re
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -16,118 +17,66 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
 from data.schema import normalise_symbol
-from service.schemas import (
-    JobStatus,
-    ModelType,
-    TrainingEvent,
-    TrainingJob,
-    TrainingParams,
-)
+from service.schemas import JobStatus, TrainingEvent, TrainingJob, TrainingParams
 from service.training_jobs import (
     ACTIVE,
-    CANCELLED,
     DATABASE_WAIT_S,
     GRACE_S,
+    Job,
     JobStore,
-    StoredJob,
     Told,
-    TrainerProcess,
     birth,
-    end_group,
-    end_of,
+    end_trainer,
     ended,
     event_of,
     now,
-    outcome_of,
+    signal_group,
+    start_trainer,
     wire_text,
 )
-from utils.errors import (
-    AIStocksError,
-    ConflictError,
-    JobMissingError,
-    ModelExistsError,
-    OverloadError,
-    StorageError,
-)
+from utils.errors import ConflictError, JobMissingError, ModelExistsError, OverloadError, StorageError
 from utils.model_paths import symbol_dir, training_holder
 
 logger = logging.getLogger(__name__)
 
-POLL_S, READ_S, HEARTBEAT_S, RETRY_S = 0.5, 0.1, 15.0, 5.0
-# A caller who cancels waits a little longer than the trainer has for its end.
-CANCEL_WAIT_S = 12.0
-MAX_QUEUED = 100
+POLL_S, HEARTBEAT_S, RETRY_S = 0.5, 15.0, 5.0
+# Who cancels waits a little longer than the trainer has for its end.
+CANCEL_WAIT_S, MAX_QUEUED = 12.0, 100
+ENDS = ("completed", "failed", "cancelled")
+CANCELLED = "cancelled: nothing was saved"
+TOO_LATE = "the model was saved before the training could be cancelled"
 INTERRUPTED = "interrupted: the service ended while it ran, start it again"
-STOPPED = "interrupted: the service was stopped while it ran, start it again"
-TERMINAL = frozenset({"completed", "failed", "cancelled"})
-
-_JOB_ID = re.compile(r"[0-9a-f]{32}")
-
-CommandOf = Callable[[TrainingParams, str], Sequence[str]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trainer:
-    """A command that trains.
-
-    Attributes
-    ----------
-    module
-        What ``python -m`` runs.
-    artifact
-        Name of the link to what it saves.
-    flags
-        Fields of `TrainingParams` and the flags that take them.
-    arguments
-        What the command always has.
-    most_horizons
-        How many horizons it takes.
-    """
+class Trainer(NamedTuple):
+    """What ``python -m`` runs, the link to what it saves, the fields it takes, and what it always has."""
 
     module: str
     artifact: str
-    flags: Mapping[str, str]
+    fields: tuple[str, ...]
     arguments: tuple[str, ...] = ()
     most_horizons: int = 1
 
 
-_SEED = {"base_seed": "--seed"}
-_HORIZON = {"target_horizons": "--target-horizon"}
-_NETWORK = {
-    "epochs": "--epochs",
-    "batch_size": "--batch-size",
-    "sequence_length": "--sequence-length",
-    "loss": "--loss",
-    "dropout": "--dropout",
-    "learning_rate": "--learning-rate",
-}
-_BOOSTERS = {
-    "n_trials": "--n-trials",
-    "max_features": "--max-features",
-    "use_lgb": "--no-lgb",
-    "allow_cpu_fallback": "--allow-cpu-fallback",
-}
-# Flags without a value, and the value of the field for which they are given.
-_SWITCHES = {"use_lgb": False, "allow_cpu_fallback": True}
-_LSTM = Trainer(module="training.train_lstm", artifact="lstm", flags=_SEED | _HORIZON | _NETWORK)
-TRAINERS: Mapping[ModelType, Trainer] = {
-    "gbm": Trainer(
-        module="training.train_gbm", artifact="gbm", flags=_SEED | _HORIZON | _BOOSTERS, most_horizons=4
-    ),
+_ANY = ("base_seed", "target_horizons")
+_NETWORK = ("epochs", "batch_size", "sequence_length", "loss", "dropout", "learning_rate")
+_BOOSTERS = ("n_trials", "max_features", "use_lgb", "allow_cpu_fallback")
+_LSTM = Trainer("training.train_lstm", "lstm", (*_ANY, *_NETWORK))
+TRAINERS: Mapping[str, Trainer] = {
+    "gbm": Trainer("training.train_gbm", "gbm", (*_ANY, *_BOOSTERS), most_horizons=4),
     "lstm": _LSTM,
     "lstm_transformer": _LSTM,
-    "ensemble": Trainer(
-        module="training.train_ensemble", artifact="ensemble", flags=_SEED, arguments=("--method", "simple")
-    ),
-    "stacking": Trainer(
-        module="training.train_ensemble", artifact="ensemble", flags=_SEED, arguments=("--method", "stacking")
-    ),
+    "ensemble": Trainer("training.train_ensemble", "ensemble", _ANY[:1], ("--method", "simple")),
+    "stacking": Trainer("training.train_ensemble", "ensemble", _ANY[:1], ("--method", "stacking")),
 }
+# Flags that are not called like their field; those without a value, and for which value they are given.
+_FLAGS = {"base_seed": "--seed", "target_horizons": "--target-horizon", "use_lgb": "--no-lgb"}
+_SWITCHES = {"use_lgb": False, "allow_cpu_fallback": True}
 
 
 def trainer_of(params: TrainingParams) -> Trainer:
@@ -136,26 +85,16 @@ def trainer_of(params: TrainingParams) -> Trainer:
 
 
 def trainer_command(params: TrainingParams, events: str, *, source: str) -> list[str]:
-    """Return the command of a training; what the caller left out stays the trainer's own default.
-
-    Parameters
-    ----------
-    params
-        With a normalised symbol.
-    events
-        Where the trainer tells its progress.
-    source
-        Of the prices.
-    """
+    """Return the command of a training; what the caller left out stays the trainer's own default."""
     trainer = trainer_of(params)
     command = [sys.executable, "-m", trainer.module, params.symbol, "--source", source, "--events", events]
-    command += [*trainer.arguments, *["--overwrite"] * _overwrites(params)]
+    command += [*trainer.arguments, *["--overwrite"] * bool(params.overwrite or params.overwrite_existing)]
     for name, value in _given(params).items():
+        flag = _FLAGS.get(name, "--" + name.replace("_", "-"))
         if name in _SWITCHES:
-            command += [trainer.flags[name]] * (value is _SWITCHES[name])
-        elif name in trainer.flags:
-            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            command += [trainer.flags[name], text]
+            command += [flag] * (value is _SWITCHES[name])
+        else:
+            command += [flag, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
     return command
 
 
@@ -169,26 +108,18 @@ def unused_fields(params: TrainingParams) -> list[str]:
 def _given(params: TrainingParams) -> dict[str, Any]:
     """Return what the caller gave and the trainer takes, by field."""
     trainer = trainer_of(params)
-    values = {name: getattr(params, name) for name in trainer.flags if name in params.model_fields_set}
-    horizons = params.target_horizons or []
-    if len(horizons) > trainer.most_horizons:
+    values = {name: getattr(params, name) for name in trainer.fields if name in params.model_fields_set}
+    if len(params.target_horizons or []) > trainer.most_horizons:
         values.pop("target_horizons", None)
     return {name: value for name, value in values.items() if value not in (None, [])}
 
 
-def _overwrites(params: TrainingParams) -> bool:
-    return bool(params.overwrite or params.overwrite_existing)
-
-
+@dataclass(kw_only=True, eq=False)
 class TrainingService:
-    """Starts, shows, follows and cancels trainings.
+    """Starts, shows, follows and cancels the trainings of one folder of models.
 
-    Parameters
+    Attributes
     ----------
-    models_dir
-        Where bundles are saved.
-    database_url
-        Where jobs are kept.
     command
         Returns the command of a job, given its parameters and the path for its events.
     environment
@@ -197,19 +128,15 @@ class TrainingService:
         Trainings at a time, and hours after which one is stopped.
     """
 
-    def __init__(
-        self,
-        *,
-        models_dir: Path,
-        database_url: str,
-        command: CommandOf,
-        environment: Mapping[str, str],
-        workers: int = 1,
-        hours: float = 24.0,
-    ) -> None:
-        self._models_dir, self._command, self._environment = models_dir, command, environment
-        self._store = JobStore(database_url, models_dir)
-        self._workers, self._seconds = workers, 3600.0 * hours
+    models_dir: Path
+    database_url: str
+    command: Callable[[TrainingParams, str], Sequence[str]]
+    environment: Mapping[str, str]
+    workers: int = 1
+    hours: float = 24.0
+
+    def __post_init__(self) -> None:
+        self._store = JobStore(self.database_url, self.models_dir)
         self._stop = threading.Event()
         self._runner: threading.Thread | None = None
 
@@ -225,29 +152,16 @@ class TrainingService:
         if self._runner is not None:
             self._runner.join(GRACE_S + DATABASE_WAIT_S)
 
-    # ------------------------------------------------------------ asked by routes
-
     def start(self, params: TrainingParams) -> TrainingJob:
-        """Queue a training.
-
-        Raises
-        ------
-        InvalidSymbolError, StorageError
-            If the symbol makes no sense, or the database cannot be written.
-        ConflictError
-            If the symbol is being trained or queued, or a model is there and is not to be replaced.
-        OverloadError
-            If too many jobs are waiting.
-        """
+        """Queue a training; refuse a symbol that is being trained, or whose model is not to be replaced."""
         symbol = normalise_symbol(params.symbol)
-        params = params.model_copy(update={"symbol": symbol})
+        params, trainer = params.model_copy(update={"symbol": symbol}), trainer_of(params)
         self._refuse_busy(symbol)
-        artifact = trainer_of(params).artifact
-        if self._artifact(params) is not None and not _overwrites(params):
+        if self._artifact(params) is not None and not (params.overwrite or params.overwrite_existing):
             raise ModelExistsError(
-                f"{symbol} has a model ({artifact}) already: send overwrite to train it anew"
+                f"{symbol} has a model ({trainer.artifact}) already: send overwrite to train it anew"
             )
-        if len(self._store.jobs(status="queued")) >= MAX_QUEUED:
+        if self.waiting() >= MAX_QUEUED:
             raise OverloadError(f"{MAX_QUEUED} trainings are waiting: try again when some are done")
         state = TrainingJob(
             id=uuid.uuid4().hex,
@@ -255,14 +169,12 @@ class TrainingService:
             status="queued",
             progress=0.0,
             current_epoch=0,
-            total_epochs=params.epochs if "epochs" in trainer_of(params).flags else 0,
+            total_epochs=params.epochs if "epochs" in trainer.fields else 0,
             started_at=now(),
             model_type=params.model_type or "gbm",
             current_step="queued",
         )
-        if not self._store.add(state, params):
-            self._refuse_busy(symbol)
-            raise ConflictError(f"{symbol} had a training until just now: try again")
+        self._store.add(state, params)
         return state
 
     def list(self) -> list[TrainingJob]:
@@ -271,7 +183,7 @@ class TrainingService:
 
     def waiting(self) -> int:
         """Return how many jobs wait for a worker."""
-        return len(self._store.jobs(status="queued"))
+        return len(self._store.jobs(Job.status == "queued"))
 
     def get(self, job_id: str) -> TrainingJob:
         """Return one job, or raise `JobMissingError`."""
@@ -279,48 +191,40 @@ class TrainingService:
 
     def is_training(self, symbol: str) -> bool:
         """Whether a job of this service, or somebody's command line, trains a normalised symbol right now."""
-        running = any(job.state.symbol == symbol for job in self._store.jobs(status="running"))
-        return running or training_holder(self._models_dir, symbol) is not None
+        running = self._store.jobs(Job.status == "running", Job.symbol == symbol)
+        return bool(running) or training_holder(self.models_dir, symbol) is not None
 
     def cancel(self, job_id: str) -> TrainingJob:
         """End a job and all that it has started; return what became of it.
 
         A job that had ended before stays what it was. So does one whose model was saved in the last moment.
         """
-        state = self._job(job_id).state
-        if state.status == "queued":
-            cancelled = ended(state, "cancelled", CANCELLED)
-            self._store.change(cancelled, [end_of(cancelled, CANCELLED)], was="queued")
-        self._store.note(job_id, cancel=True)
+        state, event = ended(self.get(job_id), "cancelled", CANCELLED)
+        if not self._store.change(state, [event], was="queued"):
+            self._store.note(job_id, {"cancel": True})
         until = time.monotonic() + CANCEL_WAIT_S
-        while (state := self._job(job_id).state).status in ACTIVE and time.monotonic() < until:
+        while (state := self.get(job_id)).status in ACTIVE and time.monotonic() < until:
             time.sleep(0.05)
         return state
 
     async def follow(
         self, job_id: str, after: int = 0, should_end: Callable[[], bool] = lambda: False
     ) -> AsyncIterator[dict[str, str]]:
-        """Yield the events of a job as server-sent events: what was told before and what is told, to the end.
+        """Yield the events of a job, told before and from now on, to its end or until the caller wants to go.
 
-        Parameters
-        ----------
-        job_id
-            Of a job that exists.
-        after
-            Number of the last event that the subscriber knows; the last one of all is told again, so that who
-            comes back for more does not come back for ever.
-        should_end
-            Whether to end before the job does.
+        Those up to number ``after`` are known; the last one of all is told again, so that who comes back for
+        more does not come back for ever.
         """
         state, told_at = await asyncio.to_thread(self.get, job_id), time.monotonic()
         while not should_end():
             found = await asyncio.to_thread(self._history, job_id, after)
             if not found and state.status not in ACTIVE:
-                found = [(after, state.status, wire_text(end_of(state, state.error)))]
+                event = event_of(state, state.status, message=state.error)
+                found = [(after, event.type, wire_text(event))]
             for number, kind, text in found:
                 yield {"id": str(number), "data": text}
                 after, told_at = number, time.monotonic()
-                if kind in TERMINAL:
+                if kind in ENDS:
                     return
             if time.monotonic() - told_at >= HEARTBEAT_S:
                 state, told_at = await asyncio.to_thread(self.get, job_id), time.monotonic()
@@ -335,133 +239,121 @@ class TrainingService:
             logger.warning("the events of job %s are late: %s", job_id, error)
             return []
 
-    def _job(self, job_id: str) -> StoredJob:
-        found = self._store.jobs(job_id=job_id) if _JOB_ID.fullmatch(job_id) else []
+    def _job(self, job_id: str) -> Job:
+        found = self._store.jobs(Job.id == job_id) if re.fullmatch(r"[0-9a-f]{32}", job_id) else []
         if not found:
             raise JobMissingError(f"no training job {job_id[:40]!a}: GET /api/training lists what there is")
         return found[0]
 
     def _refuse_busy(self, symbol: str) -> None:
-        for status in ACTIVE:
-            for job in self._store.jobs(status=status):
-                if job.state.symbol == symbol:
-                    words = f"{symbol} is {status} as job {job.state.id}"
-                    raise ConflictError(f"{words}: wait for it, or DELETE /api/training/{job.state.id}")
-        holder = training_holder(self._models_dir, symbol)
+        for job in self._store.jobs(Job.symbol == symbol, Job.status.in_(ACTIVE)):
+            words = f"{symbol} is {job.status} as job {job.id}"
+            raise ConflictError(f"{words}: wait for it, or DELETE /api/training/{job.id}")
+        holder = training_holder(self.models_dir, symbol)
         if holder is not None:
             raise ConflictError(f"{symbol} is being trained by process {holder}: wait or stop it")
 
     def _artifact(self, params: TrainingParams) -> Path | None:
-        link = symbol_dir(self._models_dir, params.symbol) / trainer_of(params).artifact
+        link = symbol_dir(self.models_dir, params.symbol) / trainer_of(params).artifact
         if link.is_symlink():
             return link.readlink()
         return link if link.exists() else None
 
-    # ------------------------------------------------------------ done by threads
-
     def _run(self) -> None:
-        """Wait for something to do and for the right to do it; then run the queue until the end."""
-        lock = FileLock(self._models_dir / ".training-queue.lock")
-        while not self._stop.is_set():
+        """Look for something to do, by the right of who holds the lock, until the end."""
+        lock = FileLock(self.models_dir / ".training-queue.lock")
+        mine: dict[str, threading.Thread] = {}
+        while not self._stop.wait(POLL_S):
             try:
-                if any(self._store.jobs(status=status) for status in ACTIVE):
-                    self._models_dir.mkdir(parents=True, exist_ok=True)
-                    with lock.acquire(timeout=0):
-                        self._run_queue()
+                self._attend_queue(lock, mine)
             except Timeout:
                 logger.debug("another process runs the trainings")
-            except (AIStocksError, OSError) as error:
-                logger.warning("the queue of trainings waits: %s", error)
-            self._stop.wait(POLL_S)
-
-    def _run_queue(self) -> None:
-        for left in self._store.jobs(status="running"):
-            self._close_left_behind(left)
-        threads = [threading.Thread(target=self._work, daemon=True) for _ in range(self._workers)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-
-    def _close_left_behind(self, job: StoredJob) -> None:
-        # The id alone may be that of a process which has nothing to do with it.
-        if job.pid is not None and job.born is not None and birth(job.pid) == job.born:
-            logger.warning("process %s of an interrupted training is ended", job.pid)
-            end_group(job.pid)
-        status: JobStatus = "cancelled" if job.cancel else "failed"
-        self._finish(job.state, status, CANCELLED if job.cancel else INTERRUPTED)
-
-    def _work(self) -> None:
-        while not self._stop.is_set():
-            try:
-                self._train_next()
             except StorageError as error:
                 logger.warning("the queue of trainings waits: %s", error)
                 self._stop.wait(RETRY_S)
             except Exception:
-                logger.exception("a training broke the service's own code; the queue goes on")
+                logger.exception("the queue of trainings broke; it is tried again")
                 self._stop.wait(RETRY_S)
-            self._stop.wait(POLL_S)
+        for thread in mine.values():
+            thread.join()
+        lock.release()
 
-    def _train_next(self) -> None:
-        for job in self._store.jobs(status="queued"):
-            running = {"status": "running", "started_at": now(), "current_step": "starting"}
-            state = job.state.model_copy(update=running)
-            if self._store.change(state, [event_of(state, "started")], was="queued"):
-                self._train(job.params, Told(state))
+    def _attend_queue(self, lock: FileLock, mine: dict[str, threading.Thread]) -> None:
+        """Close what another process left behind, and start what is queued while a worker is free."""
+        for job_id in [job_id for job_id, thread in mine.items() if not thread.is_alive()]:
+            del mine[job_id]
+        if not lock.is_locked:
+            if not self._store.jobs(Job.status.in_(ACTIVE)):
                 return
+            self.models_dir.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        for job in self._store.jobs(Job.status.in_(ACTIVE)):
+            if job.status == "running" and job.id not in mine:
+                self._close_left_behind(job)
+            elif job.status == "queued" and len(mine) < self.workers:
+                running = {"status": "running", "started_at": now(), "current_step": "starting"}
+                state = job.state.model_copy(update=running)
+                if self._store.change(state, [event_of(state, "started")], was="queued"):
+                    mine[job.id] = threading.Thread(target=self._train, args=(job.params, Told(state)))
+                    mine[job.id].daemon = True
+                    mine[job.id].start()
+
+    def _close_left_behind(self, job: Job) -> None:
+        # The id alone may be that of a process which has nothing to do with it.
+        if job.pid is not None and job.born is not None and birth(job.pid) == job.born:
+            logger.warning("process %s of an interrupted training is ended", job.pid)
+            signal_group(job.pid, signal.SIGKILL)
+        self._finish(job.state, *(("cancelled", CANCELLED) if job.cancel else ("failed", INTERRUPTED)))
 
     def _train(self, params: TrainingParams, told: Told) -> None:
         """Run one job and write down how it ended, whatever that is."""
         end: tuple[JobStatus, str] = "failed", "something broke in the service: its log says what"
         try:
             end = self._end_of(params, told)
-        finally:
-            self._finish(told.state, *end, told.events())
+        except Exception:
+            logger.exception("job %s broke the service's own code; the queue goes on", told.state.id)
+        self._finish(told.state, *end, told.events())
 
     def _end_of(self, params: TrainingParams, told: Told) -> tuple[JobStatus, str]:
         before = self._artifact(params)
         try:
-            process = TrainerProcess(lambda events: self._command(params, events), self._environment)
+            process, readers = start_trainer(
+                lambda events: self.command(params, events), self.environment, told.take
+            )
         except OSError as error:
             return "failed", f"the trainer cannot be started ({error.strerror})"
         try:
             reason = self._attend(process, params, told)
-            process.end()
-            for kind, line in process.rest():
-                told.take(kind, line)
-            saved = reason == CANCELLED and self._artifact(params) != before
-            return outcome_of(process.returncode, reason, told, saved=saved)
         finally:
-            process.close()
+            end_trainer(process, readers)
+        if reason is None or process.returncode == 0:
+            return told.outcome(process.returncode)
+        if reason != CANCELLED:
+            return "failed", reason
+        return ("completed", TOO_LATE) if self._artifact(params) != before else ("cancelled", CANCELLED)
 
-    def _attend(self, process: TrainerProcess, params: TrainingParams, told: Told) -> str | None:
-        """Take down what the trainer tells until it ends (None), or should (why)."""
+    def _attend(self, process: subprocess.Popen[str], params: TrainingParams, told: Told) -> str | None:
+        """Write down what the trainer tells until it ends (None), or should (why)."""
         unused = unused_fields(params)
         if unused:
             told.take("log", f"not used by {trainer_of(params).module}: {', '.join(unused)}")
-        until, next_at = time.monotonic() + self._seconds, 0.0
-        while process.returncode is None:
-            for kind, line in process.read(READ_S):
-                told.take(kind, line)
-            if self._stop.is_set():
-                return STOPPED
+        until = time.monotonic() + 3600.0 * self.hours
+        while process.poll() is None:
+            if self._is_unwanted(process.pid, told):
+                return CANCELLED
             if time.monotonic() > until:
-                return f"stopped: it took more than {self._seconds / 3600:g} hours"
-            if time.monotonic() >= next_at:
-                if self._is_unwanted(process, told):
-                    return CANCELLED
-                next_at = time.monotonic() + POLL_S
+                return f"stopped: it took more than {self.hours:g} hours"
+            if self._stop.wait(POLL_S):
+                return INTERRUPTED
         return None
 
-    def _is_unwanted(self, process: TrainerProcess, told: Told) -> bool:
+    def _is_unwanted(self, pid: int, told: Told) -> bool:
         """Write down what was told; return whether somebody has cancelled the job."""
         try:
             job = self._job(told.state.id)
             if job.pid is None:
-                self._store.note(told.state.id, pid=process.pid, born=process.born)
-            events = told.events()
-            if events:
+                self._store.note(job.id, {"pid": pid, "born": birth(pid)})
+            if events := told.events():
                 self._store.change(told.state, events, was="running")
         except StorageError as error:
             logger.warning("what job %s tells is late: %s", told.state.id, error)
@@ -472,12 +364,12 @@ class TrainingService:
         self, state: TrainingJob, status: JobStatus, words: str, events: Sequence[TrainingEvent] = ()
     ) -> None:
         """Write down how a job that ran has ended, however long the database takes for it."""
-        last = ended(state, status, words)
+        last, event = ended(state, status, words)
         level = logging.WARNING if status == "failed" else logging.INFO
         logger.log(level, "training %s of %s: %s: %s", last.id, last.symbol, status, words)
         while True:
             try:
-                self._store.change(last, [*events, end_of(last, words)], was="running")
+                self._store.change(last, [*events, event], was="running")
             except StorageError as error:
                 logger.warning("the end of job %s is not written yet: %s", last.id, error)
                 if self._stop.wait(RETRY_S):

@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib
+import io
 import json
 import os
 import re
@@ -27,7 +28,7 @@ import app
 from service import training_jobs, training_service
 from service.edge import OverloadError
 from service.schemas import ModelType, TrainingEvent, TrainingJob, TrainingParams
-from service.training_jobs import KEPT_LOGS, LINE_BYTES, JobStore, Lines, Told, TrainerProcess, birth
+from service.training_jobs import KEPT_LOGS, LINE_CHARS, Told, birth, lines_of
 from service.training_service import TrainingService, trainer_command, unused_fields
 from tests.test_service.test_api import check_problem
 from utils.errors import ConflictError, JobMissingError, ModelExistsError, StorageError, UsageError
@@ -534,7 +535,7 @@ def test_a_stranger_with_the_id_of_an_interrupted_trainer_lives(make: MakeServic
         job = service.start(params())
         running_state = job.model_copy(update={"status": "running"})
         service._store.change(running_state, [], was="queued")
-        service._store.note(job.id, pid=stranger.pid, born="another boot/1")
+        service._store.note(job.id, {"pid": stranger.pid, "born": "another boot/1"})
         service.open()
         assert ended(service, job.id).status == "failed"
         assert stranger.poll() is None
@@ -645,7 +646,7 @@ def test_a_flood_of_lines_is_counted_and_not_kept(make: MakeService, monkeypatch
 
 def test_old_log_lines_go_and_epochs_stay(make: MakeService, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training_jobs, "KEPT_LOGS", 5)
-    store: JobStore = make()._store
+    store = make()._store
     state = make().start(params())
     for i in range(10):
         logs = [training_jobs.event_of(state, "log", message=f"{i} {j}") for j in range(4)]
@@ -683,39 +684,34 @@ def test_a_trainer_cannot_end_its_job_by_saying_so(make: MakeService) -> None:
     assert told.state.status == "queued"
 
 
-@given(st.binary(max_size=300), st.integers(1, 50))
-def test_lines_do_not_depend_on_how_the_bytes_arrive(data: bytes, size: int) -> None:
-    def cut(pieces: list[bytes]) -> list[str]:
-        lines = Lines()
-        return [text for piece in pieces for text in lines.feed(piece)] + lines.feed(b"")
-
-    pieces = [data[i : i + size] for i in range(0, len(data), size)]
-    assert cut(pieces) == cut([data] if data else [])
+@given(st.text("ab\r\n é", max_size=300), st.integers(1, 50))
+def test_lines_are_those_that_were_written(text: str, size: int) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(text.encode()), encoding="utf-8")
+    stream._CHUNK_SIZE = size
+    assert list(lines_of(stream)) == [line for line in map(str.rstrip, re.split(r"[\r\n]", text)) if line]
 
 
-def test_lines_hold_no_more_than_their_bound() -> None:
-    lines = Lines()
-    for _ in range(100):
-        assert lines.feed(b"x" * 100_000) == []
-        assert len(lines._rest) <= LINE_BYTES
-    assert lines.feed(b"\nnext\n") == ["x" * LINE_BYTES, "next"]
+def test_a_line_is_cut_at_its_bound() -> None:
+    for length in (LINE_CHARS - 1, LINE_CHARS, LINE_CHARS + 1, 10 * LINE_CHARS):
+        stream = io.StringIO("x" * length + "\n\nnext")
+        assert list(lines_of(stream)) == ["x" * min(length, LINE_CHARS), "next"]
 
 
-def test_no_descriptor_is_left_open() -> None:
-    def descriptors() -> int:
-        return len(list(Path("/proc/self/fd").iterdir()))
+def test_no_descriptor_and_no_thread_is_left(make: MakeService) -> None:
+    def left() -> tuple[int, int]:
+        return len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
 
-    before = descriptors()
-    for command in ([sys.executable, "-S", "-c", "print(1)"], ["/nonexistent"]):
-        try:
-            process = TrainerProcess(lambda _events, command=command: command, dict(os.environ))
-        except OSError:
-            continue
-        wait_for(lambda process=process: process.returncode is not None)
-        assert list(process.rest()) == [("log", "1")]
-        process.close()
-        process.close()
-    assert descriptors() == before
+    commands = iter([[sys.executable, "-S", "-c", "print(1)"], ["/nonexistent"]] * 3)
+    service = make(command=lambda _params, _events: next(commands))
+    service.open()
+    counts = []
+    for _ in range(3):
+        for _ in range(2):
+            ended(service, service.start(params()).id)
+        time.sleep(0.1)
+        counts.append(left())
+    # The first job has opened the database.
+    assert counts[1] == counts[2]
 
 
 # ---------------------------------------------------------------- the database
@@ -770,7 +766,7 @@ def test_the_tables_hold_one_active_job_of_a_symbol_in_postgresql_too() -> None:
     from sqlalchemy.dialects import postgresql
     from sqlalchemy.schema import CreateIndex, CreateTable
 
-    tables = training_jobs._METADATA.sorted_tables
+    tables = training_jobs.Base.metadata.sorted_tables
     text = " ".join(
         str(ddl.compile(dialect=postgresql.dialect()))
         for table in tables
