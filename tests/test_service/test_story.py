@@ -16,6 +16,7 @@ from app import create_app
 from data.data_fetcher import CsvSource, fetch_stock_data
 from data.markets import calendar_for
 from inference.load_gbm_models import load_bundle
+from inference.modes import forecaster_for, load_parts
 from inference.pipeline import GBMForecaster, decide
 from inference.position_sizing import make_sizer
 from service.backtest_service import BacktestRequest, backtest
@@ -139,7 +140,8 @@ def test_the_page_books_what_the_command_line_books(page: TestClient, tiny_bundl
     assert answer.status_code == 200, answer.text
     result = answer.json()
     request = BacktestRequest(start=pd.Timestamp(result["windowStart"]))
-    booked = backtest(load_bundle(tiny_bundle, "SIGNAL"), CsvSource(csv_dir), None, request).result
+    chosen = forecaster_for("gbm_only", load_parts(tiny_bundle, "SIGNAL", "gbm_only"))
+    booked = backtest(chosen, CsvSource(csv_dir), None, request).result
     assert [point["date"] for point in result["equityCurve"]] == told["dates"][-250:]
     np.testing.assert_allclose([point["equity"] for point in result["equityCurve"]], booked.daily["equity"])
     hold = booked.benchmarks["buy_hold"].daily["equity"]
