@@ -36,7 +36,7 @@ check: $(VENV)/.dev  ## Lint, types, import contracts
 	$(BIN)/lint-imports
 
 test: check  ## Everything that the continuous integration runs
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m pytest --cov --cov-report=term -n 2 --dist loadfile
 
 serve: $(VENV)/.base  ## Serve the API on 127.0.0.1:8000
 	$(BIN)/python app.py

@@ -25,8 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from evaluation.accounting import CostModel, account
-from inference.pipeline import win_record
-from inference.position_sizing import PRESETS, RuleSizer, SizingInputs, make_sizer
+from inference.position_sizing import PRESETS, RuleSizer, SizingInputs, make_sizer, win_record
 from training.gbm_search import SearchConfig
 from training.recipe import GBMRecipe, RecipeConfig
 from validation.walk_forward import WalkForwardConfig, WalkForwardValidator

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import importlib.metadata
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -142,6 +143,25 @@ def test_every_python_command_of_the_readme_parses():
         importlib.import_module(module).build_parser().parse_args(arguments)
         seen.add(module)
     assert {"training.train_gbm", "training.reproduce", "run_backtest", "app"} <= seen
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_every_benchmark_can_be_started(script: Path):
+    """What they import moves; nothing but this would notice."""
+    names = [
+        (node.module, alias.name)
+        for node in ast.walk(ast.parse(script.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in ROOMS
+        for alias in node.names
+    ]
+    assert names
+    lacking = [
+        f"{module}.{name}"
+        for module, name in names
+        if not hasattr(importlib.import_module(module), name)
+        and importlib.util.find_spec(f"{module}.{name}") is None
+    ]
+    assert lacking == []
 
 
 def test_make_targets_of_the_readme_exist():

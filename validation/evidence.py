@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from scipy.stats import kurtosis, norm, rankdata, skew
+from scipy.stats import t as student
 
 from utils.errors import InsufficientDataError, StorageError, UsageError
 
@@ -117,7 +118,8 @@ def block_bootstrap_p_value(
     """Return the one-sided p-value of "the mean is not positive", for dependent values in order of time.
 
     Circular blocks of a quarter (63 values, a twentieth of a short sample, four labels of a long horizon) are
-    resampled and the mean is studentised by the spread of its block sums.
+    resampled and the mean is studentised by the spread of its block sums. Beyond all draws the tail is
+    Student's, with a degree of freedom less than there are blocks.
 
     Parameters
     ----------
@@ -147,7 +149,11 @@ def block_bootstrap_p_value(
     errors = sums.std(axis=1, ddof=1) / np.sqrt(sums.shape[1])
     mean = float(values.mean()) * block
     studentised = (sums.mean(axis=1) - mean) / np.maximum(errors, 1e-300)
-    return float((1 + np.sum(studentised >= mean / max(error, 1e-300))) / (1 + n_resamples))
+    found = mean / max(error, 1e-300)
+    reached = int(np.sum(studentised >= found))
+    floor = (1 + reached) / (1 + n_resamples)
+    # Draws cannot tell what lies beyond them all: there, where many tries ask for more, Student's tail does.
+    return floor if reached else min(floor, float(student.sf(found, len(whole) - 1)))
 
 
 def rank_among_past(values: FloatArray) -> FloatArray:
