@@ -101,6 +101,7 @@ def create_app(settings: Settings, listening: socket.socket | None = None) -> Ap
             source_name=source.name,
             origins=settings.origins,
             on_start=on_start,
+            on_stop=ledger.close,
             stopping=lambda: drain.should_exit,
             rules=edge_rules(settings),
             gauges={

@@ -53,6 +53,8 @@ logger = logging.getLogger(__name__)
 
 # Nobody waits longer for a forecast because another process holds the database.
 LOCK_WAIT_S, PAUSE_S, ATTEMPTS = 0.25, 5.0, 50
+# At the end of the service, when there is no later.
+LAST_TRIES, LAST_PAUSE_S = 6, 0.25
 MAX_PENDING = MAX_KNOWN = 10_000
 GENESIS = "0" * 64
 # Nearer than this, two closes are one price.
@@ -199,37 +201,62 @@ class ForecastLedger:
             ) from error
         self._lock = threading.Lock()
         self._is_ready = False
-        self._pending: dict[str, ServedForecast] = {}
+        self._pending: dict[str, tuple[ServedForecast, datetime]] = {}
         self._known: set[str] = set()
-        self._retry_at = 0.0
+        self._retry: threading.Timer | None = None
 
     def keep(self, forecast: ServedForecast) -> None:
         """Record a forecast if that can be done; never raises, and never waits long.
 
-        A row that could not be written waits in memory for the next one that can.
+        A row that could not be written waits in memory and is tried again every few seconds, and at `close`.
         """
-        digest = forecast.digest
+        digest, now = forecast.digest, datetime.now(UTC)
         with self._lock:
             if digest in self._known:
                 return
             if len(self._known) > MAX_KNOWN:
                 self._known.clear()
-            self._pending[digest] = forecast
-            if time.monotonic() >= self._retry_at:
+            self._pending.setdefault(digest, (forecast, now))
+            if self._retry is None:
                 self._write_pending()
             if len(self._pending) > MAX_PENDING:
-                lost = self._pending.pop(next(iter(self._pending)))
-                logger.error("lost a served forecast: %s", asdict(lost))
+                self._lose(next(iter(self._pending)))
 
-    def _write_pending(self) -> None:
+    def close(self) -> None:
+        """Write what still waits, within a few seconds; what cannot be written is told to the log."""
+        for left in reversed(range(LAST_TRIES)):
+            with self._lock:
+                self._write_pending(is_last=True)
+                if not self._pending:
+                    return
+            time.sleep(LAST_PAUSE_S if left else 0.0)
+        with self._lock:
+            for digest in list(self._pending):
+                self._lose(digest)
+
+    def _try_again(self) -> None:
+        with self._lock:
+            self._write_pending()
+
+    def _lose(self, digest: str) -> None:
+        forecast, served_at = self._pending.pop(digest)
+        logger.error("lost a served forecast of %s: %s", served_at.isoformat(), asdict(forecast))
+
+    def _write_pending(self, *, is_last: bool = False) -> None:
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
         try:
-            for digest, forecast in list(self._pending.items()):
-                self.record(forecast)
+            for digest, (forecast, served_at) in list(self._pending.items()):
+                self.record(forecast, now=served_at)
                 del self._pending[digest]
                 self._known.add(digest)
         except StorageError as error:
-            self._retry_at = time.monotonic() + PAUSE_S
             logger.warning("%s; %d served forecasts wait in memory", error, len(self._pending))
+            if not is_last:
+                self._retry = threading.Timer(PAUSE_S, self._try_again)
+                self._retry.daemon = True
+                self._retry.start()
 
     def record(self, forecast: ServedForecast, *, now: datetime | None = None) -> bool:
         """Append a row and commit it; return False when the same forecast is there already.

@@ -212,6 +212,7 @@ def services(
         source_name="fake",
         origins=("http://localhost:3000", "http://127.0.0.1:3000"),
         on_start=lambda: starts.append("started"),
+        on_stop=ledger.close,
     )
 
 

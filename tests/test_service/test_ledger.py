@@ -1,5 +1,6 @@
 """What was served stays as it was served: on disk, under attack, when nothing can be written, and scored."""
 
+import contextlib
 import json
 import logging
 import os
@@ -9,13 +10,15 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -230,7 +233,7 @@ def test_a_locked_database_costs_a_warning_and_the_row_comes_later(
     (said,) = [record for record in caplog.records if "wait in memory" in record.message]
     assert said.levelno == logging.WARNING
     assert "locked" in said.message
-    ledger._retry_at = 0.0
+    ledger._try_again()
     assert client.post("/api/predict", json={"symbol": "AAPL", "horizon": 8}).status_code == 200
     assert [entry.forecast.horizon_bars for entry in ledger.entries()] == [5, 5, 6, 7, 8]
     ledger.verify()
@@ -262,7 +265,7 @@ def test_a_database_that_was_removed_begins_anew(ledger: ForecastLedger) -> None
     filled(ledger)
     path_of(ledger).unlink()
     ledger.keep(told(position=9.0))
-    ledger._retry_at = 0.0
+    ledger._try_again()
     ledger.keep(told(position=8.0))
     assert ledger.verify()[0] == 2
 
@@ -272,8 +275,62 @@ def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch, caplog: pytest.L
     ledger = ForecastLedger("sqlite:////proc/nothing/x.sqlite")
     for i in range(5):
         ledger.keep(told(position=float(i)))
-    assert [waiting.position for waiting in ledger._pending.values()] == [2.0, 3.0, 4.0]
+    assert [waiting.position for waiting, _ in ledger._pending.values()] == [2.0, 3.0, 4.0]
     assert caplog.text.count("lost a served forecast") == 2
+    monkeypatch.setattr(module, "LAST_PAUSE_S", 0.0)
+    ledger.close()
+    assert caplog.text.count("lost a served forecast") == 5
+
+
+@contextlib.contextmanager
+def held(ledger: ForecastLedger) -> Iterator[None]:
+    holder = sqlite3.connect(path_of(ledger), isolation_level=None)
+    holder.execute("BEGIN EXCLUSIVE")
+    try:
+        yield
+    finally:
+        holder.execute("ROLLBACK")
+        holder.close()
+
+
+def test_what_waits_is_written_without_another_request(
+    ledger: ForecastLedger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PAUSE_S", 0.05)
+    filled(ledger, 1)
+    before = datetime.now(UTC)
+    with held(ledger):
+        ledger.keep(told(position=0.9))
+        after = datetime.now(UTC)
+    until = time.monotonic() + 10.0
+    while len(ledger.entries()) < 2 and time.monotonic() < until:
+        time.sleep(0.02)
+    assert (
+        before - timedelta(milliseconds=1) <= datetime.fromisoformat(ledger.entries()[1].served_at) <= after
+    )
+    assert ledger.verify()[0] == 2
+    assert ledger._pending == {}
+
+
+def test_what_waits_is_written_when_the_service_ends(ledger: ForecastLedger, api: FastAPI) -> None:
+    filled(ledger, 1)
+    with TestClient(api) as client:
+        with held(ledger):
+            assert client.post("/api/predict", json={"symbol": "AAPL"}).status_code == 200
+            assert ledger._pending
+    assert ledger.verify()[0] == 2
+    assert ledger._retry is None
+
+
+def test_the_end_waits_for_who_holds_the_database(ledger: ForecastLedger) -> None:
+    filled(ledger, 1)
+    with held(ledger):
+        ledger.keep(told(position=0.9))
+        closing = threading.Thread(target=ledger.close)
+        closing.start()
+        time.sleep(0.3)
+    closing.join()
+    assert ledger.verify()[0] == 2
 
 
 KILLED = """
