@@ -41,7 +41,7 @@ from sqlalchemy import exc
 
 from data.cache_manager import BarCache
 from data.data_fetcher import fetch_stock_data, make_source
-from data.markets import calendar_for
+from data.markets import SessionCalendar, calendar_for
 from data.schema import Bars, normalise_symbol
 from evaluation.accounting import CostModel, account
 from evaluation.metrics import Z_90, band_crps
@@ -375,14 +375,24 @@ def score(entries: Iterable[Entry], bars: Bars) -> list[wire.TrackRecordForecast
     for entry in entries:
         told = entry.forecast
         found = _outcome(entry, bars, costs)
-        closed = calendar.last_closed_session(datetime.fromisoformat(entry.served_at))
-        if found["status"] != "unscored" and pd.Timestamp(told.target_session) <= closed:
-            found |= {"counts": False, "note": "served after its target session had closed"}
+        if found["status"] != "unscored" and (late := _lateness(entry, calendar)):
+            found |= {"counts": False, "note": late}
         key = (told.source, told.model_version, told.fusion_mode, told.as_of, told.target_session)
         found = {"counts": found["status"] != "unscored" and key not in seen, **found}
         seen.update({key} if found["counts"] else ())
         scored.append(wire.TrackRecordForecast(**asdict(told), served_at=entry.served_at, **found))
     return scored
+
+
+def _lateness(entry: Entry, calendar: SessionCalendar) -> str | None:
+    """Say what was known too much when a row was served; None if its as-of session was the last closed."""
+    as_of = pd.Timestamp(entry.forecast.as_of)
+    late = calendar.sessions_between(
+        as_of, calendar.last_closed_session(datetime.fromisoformat(entry.served_at))
+    )
+    if late > 0:
+        return f"served {late} session{'s' * (late > 1)} late, in hindsight: does not count"
+    return "served before its as-of session had closed: does not count" if late < 0 else None
 
 
 def _outcome(entry: Entry, bars: Bars, costs: CostModel) -> dict[str, Any]:

@@ -314,10 +314,9 @@ def test_what_waits_is_written_without_another_request(
 
 def test_what_waits_is_written_when_the_service_ends(ledger: ForecastLedger, api: FastAPI) -> None:
     filled(ledger, 1)
-    with TestClient(api) as client:
-        with held(ledger):
-            assert client.post("/api/predict", json={"symbol": "AAPL"}).status_code == 200
-            assert ledger._pending
+    with TestClient(api) as client, held(ledger):
+        assert client.post("/api/predict", json={"symbol": "AAPL"}).status_code == 200
+        assert ledger._pending
     assert ledger.verify()[0] == 2
     assert ledger._retry is None
 
@@ -476,9 +475,31 @@ def test_what_cannot_be_scored_says_why_and_does_not_count(ledger: ForecastLedge
     rows = score(ledger.entries(), prices)
     assert [row.counts for row in rows] == [False] * 4
     said = [row.note or "" for row in rows]
-    words = ["prices of yahoo", "no session 2006-03-11", "no session 2006-03-18", "after its target session"]
+    words = ["prices of yahoo", "no session 2006-03-11", "no session 2006-03-18", "served 5 sessions late"]
     assert all(word in note for word, note in zip(words, said, strict=True)), said
     assert summarise(rows) == []
+
+
+@pytest.mark.parametrize(
+    ("served_at", "note"),
+    [
+        (datetime(2006, 6, 1, 19, 59, tzinfo=UTC), "before its as-of session had closed"),
+        (datetime(2006, 6, 1, 20, 0, tzinfo=UTC), None),
+        (datetime(2006, 6, 2, 19, 59, tzinfo=UTC), None),
+        (datetime(2006, 6, 2, 20, 0, tzinfo=UTC), "served 1 session late"),
+        (datetime(2006, 6, 5, 22, 0, tzinfo=UTC), "served 2 sessions late, in hindsight: does not count"),
+        (datetime(2026, 6, 5, 22, 0, tzinfo=UTC), "sessions late"),
+    ],
+)
+def test_only_a_forecast_of_the_last_closed_session_counts(
+    ledger: ForecastLedger, prices: Bars, served_at: datetime, note: str | None
+) -> None:
+    close = float(prices.frame["Close"].loc["2006-06-01"])
+    ledger.record(told(close=close), now=served_at)
+    (row,) = score(ledger.entries(), prices)
+    assert (row.status, row.counts) == ("scored", note is None)
+    assert (note or "") in (row.note or "")
+    assert (row.note is None) == (note is None)
 
 
 def test_a_row_that_was_changed_does_not_count(ledger: ForecastLedger, prices: Bars) -> None:
@@ -541,7 +562,7 @@ def test_the_track_record_over_http(client: TestClient, source: FakeSource, bars
     assert [row["horizonBars"] for row in record["forecasts"]] == [5, 10]
     assert {row["status"] for row in record["forecasts"]} == {"scored"}
     # These prices are of 2006: whoever asks today asks after the fact.
-    assert all("after its target session" in row["note"] for row in record["forecasts"])
+    assert all("sessions late, in hindsight" in row["note"] for row in record["forecasts"])
     assert len(client.get("/api/track-record/AAPL?limit=1").json()["forecasts"]) == 1
     assert client.get("/api/track-record/..%2f..").status_code == 422
     assert client.get("/api/track-record/AAPL?limit=0").status_code == 422
