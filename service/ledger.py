@@ -57,12 +57,13 @@ LOCK_WAIT_S, PAUSE_S, ATTEMPTS = 0.25, 5.0, 50
 LAST_TRIES, LAST_PAUSE_S = 6, 0.25
 MAX_PENDING = MAX_KNOWN = 10_000
 GENESIS = "0" * 64
+FIRST_NAMES = {"model_id": "fusion_mode"}
 # Nearer than this, two closes are one price.
 SAME_CLOSE = 1e-6
 OVERLAP = "forecasts of overlapping windows count one by one; they hold a sample only n / horizon strong"
 DATES = ("as_of", "target_session")
 HIDDEN = ("sequence", "source", "model_version", "sigma_log", "served_at")
-SAID_BY_ROW = re.compile("^mean_|_(return|accuracy|coverage|session|bars|mode)$")
+SAID_BY_ROW = re.compile("^mean_|_(return|accuracy|coverage|session|bars|id)$")
 CHANGED = "changed after it was written: does not count"
 MEANS = {
     "direction_accuracy": "direction_hit",
@@ -84,14 +85,15 @@ class ServedForecast:
     """One forecast as it went out: the median of the simple return to a session, and the 80 % band around it.
 
     ``close`` is the adjusted close of ``as_of``, the last session known, as it was known then; ``position``
-    the target weight decided at it, a fraction of equity. ``sigma_log`` is the standard deviation of the
+    the target weight decided at it, a fraction of equity. ``model_id`` is that of the model that answered,
+    whatever was asked for. ``sigma_log`` is the standard deviation of the
     normal log return with a band as wide. Sessions are ``YYYY-MM-DD``.
     """
 
     symbol: str
     source: str
+    model_id: str
     model_version: str
-    fusion_mode: str
     as_of: str
     target_session: str
     horizon_bars: int
@@ -105,7 +107,12 @@ class ServedForecast:
     @property
     def digest(self) -> str:
         """What tells one forecast from another."""
-        return _sha256(asdict(self))
+        return _sha256(self.columns)
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The content as it is hashed and stored: the first ledgers had the mode in the model's place."""
+        return {FIRST_NAMES.get(name, name): value for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,12 +136,13 @@ class Entry:
 _METADATA = sql.MetaData()
 _TYPES: dict[Any, Any] = {str: sql.String(128), int: sql.Integer(), float: sql.Double()}
 _CONTENT = {field.name: _TYPES[field.type] for field in fields(ServedForecast)}
+_CELLS = {name: FIRST_NAMES.get(name, name) for name in _CONTENT}
 _CHAIN = ("served_at", "previous_hash", "row_hash", "digest")
 _ROWS = sql.Table(
     "served_forecasts",
     _METADATA,
     sql.Column("sequence", sql.Integer, primary_key=True, autoincrement=False),
-    *(sql.Column(name, kind, nullable=False, index=name == "symbol") for name, kind in _CONTENT.items()),
+    *(sql.Column(_CELLS[n], kind, nullable=False, index=n == "symbol") for n, kind in _CONTENT.items()),
     *(sql.Column(name, sql.String(64), nullable=False, unique=name == "digest") for name in _CHAIN),
 )
 # Without it nobody would miss rows that are gone from the end.
@@ -154,7 +162,7 @@ def _sha256(content: Mapping[str, object]) -> str:
 
 def _chained(sequence: int, served_at: str, previous_hash: str, forecast: ServedForecast) -> str:
     link = {"sequence": sequence, "served_at": served_at, "previous_hash": previous_hash}
-    return _sha256({**asdict(forecast), **link})
+    return _sha256({**forecast.columns, **link})
 
 
 def served_forecast(answer: wire.PredictionResult) -> ServedForecast:
@@ -168,8 +176,8 @@ def served_forecast(answer: wire.PredictionResult) -> ServedForecast:
     return ServedForecast(
         symbol=answer.symbol,
         source=meta.data_source or "unknown",
+        model_id=meta.model_id,
         model_version=meta.model_version or meta.model_id,
-        fusion_mode=meta.fusion_mode,
         as_of=answer.dates[-1],
         target_session=ahead.dates[-1],
         horizon_bars=len(ahead.dates),
@@ -291,7 +299,7 @@ class ForecastLedger:
             head = connection.execute(sql.select(_HEAD.c.rows, _HEAD.c.row_hash)).one_or_none()
             rows, previous = (0, GENESIS) if head is None else head
             row_hash = _chained(rows + 1, served_at, previous, forecast)
-            row = {**asdict(forecast), "sequence": rows + 1, "served_at": served_at, "digest": digest}
+            row = {**forecast.columns, "sequence": rows + 1, "served_at": served_at, "digest": digest}
             connection.execute(sql.insert(_ROWS).values(**row, previous_hash=previous, row_hash=row_hash))
             change = sql.insert(_HEAD).values(id=1) if head is None else sql.update(_HEAD)
             connection.execute(change.values(rows=rows + 1, row_hash=row_hash))
@@ -305,7 +313,7 @@ class ForecastLedger:
             Entry(
                 sequence=row["sequence"],
                 **{name: row[name] for name in _CHAIN},
-                forecast=ServedForecast(**{name: row[name] for name in _CONTENT}),
+                forecast=ServedForecast(**{name: row[cell] for name, cell in _CELLS.items()}),
             )
             for row in self._read(wanted)
         ]
@@ -377,7 +385,7 @@ def score(entries: Iterable[Entry], bars: Bars) -> list[wire.TrackRecordForecast
         found = _outcome(entry, bars, costs)
         if found["status"] != "unscored" and (late := _lateness(entry, calendar)):
             found |= {"counts": False, "note": late}
-        key = (told.source, told.model_version, told.fusion_mode, told.as_of, told.target_session)
+        key = (told.source, told.model_version, told.as_of, told.target_session)
         found = {"counts": found["status"] != "unscored" and key not in seen, **found}
         seen.update({key} if found["counts"] else ())
         scored.append(wire.TrackRecordForecast(**asdict(told), served_at=entry.served_at, **found))
@@ -431,11 +439,11 @@ def _outcome(entry: Entry, bars: Bars, costs: CostModel) -> dict[str, Any]:
 
 
 def summarise(scored: Iterable[wire.TrackRecordForecast]) -> list[wire.TrackRecordSummary]:
-    """Return one summary for each horizon and fusion mode; rows that do not count are left out."""
+    """Return one summary for each horizon and model; rows that do not count are left out."""
     groups: dict[tuple[int, str], list[wire.TrackRecordForecast]] = {}
     for row in scored:
         if row.counts:
-            groups.setdefault((row.horizon_bars, row.fusion_mode), []).append(row)
+            groups.setdefault((row.horizon_bars, row.model_id), []).append(row)
     return [_summary(rows) for _, rows in sorted(groups.items())]
 
 
@@ -444,7 +452,7 @@ def _summary(rows: Sequence[wire.TrackRecordForecast]) -> wire.TrackRecordSummar
     figures = {name: [v for row in done if (v := getattr(row, of)) is not None] for name, of in MEANS.items()}
     return wire.TrackRecordSummary(
         horizon_bars=rows[0].horizon_bars,
-        fusion_mode=rows[0].fusion_mode,
+        model_id=rows[0].model_id,
         served=len(rows),
         scored=len(done),
         **{name: float(np.mean(values)) for name, values in figures.items() if values},

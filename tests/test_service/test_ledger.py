@@ -1,6 +1,7 @@
 """What was served stays as it was served: on disk, under attack, when nothing can be written, and scored."""
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -42,8 +43,8 @@ def told(**changes: object) -> ServedForecast:
     usual = ServedForecast(
         symbol="AAPL",
         source="fake",
+        model_id="AAPL-gbm",
         model_version="v1",
-        fusion_mode="gbm_only",
         as_of="2006-06-01",
         target_session="2006-06-08",
         horizon_bars=5,
@@ -387,7 +388,43 @@ def test_a_row_says_what_the_answer_said(predictions: PredictionService, ledger:
     assert kept.close * (1 + kept.forecast_return) == pytest.approx(ahead.prices[-1], rel=1e-12)
     assert kept.close * (1 + kept.lower_return) == pytest.approx(ahead.lower_band[-1], rel=1e-12)
     assert kept.close * (1 + kept.upper_return) == pytest.approx(ahead.upper_band[-1], rel=1e-12)
-    assert (kept.source, kept.model_version, kept.fusion_mode) == ("fake", "v1", "gbm_only")
+    assert (kept.source, kept.model_id, kept.model_version) == ("fake", "AAPL-gbm", "v1")
+
+
+def test_what_answered_is_kept_once_whatever_was_asked(client: TestClient, ledger: ForecastLedger) -> None:
+    for mode in ("gbm_only", "ensemble", "hybrid", "weighted"):
+        body = {"symbol": "AAPL", "fusion": {"mode": mode}}
+        assert client.post("/api/predict", json=body).json()["metadata"]["fusionMode"] == mode
+    (entry,) = ledger.entries()
+    assert entry.forecast.model_id == "AAPL-gbm"
+    (row,) = client.get("/api/track-record/AAPL").json()["forecasts"]
+    assert (row["modelId"], row["modelVersion"]) == ("AAPL-gbm", "v1")
+
+
+def test_models_are_summarised_apart(ledger: ForecastLedger, prices: Bars) -> None:
+    for version, kind in enumerate(("gbm", "lstm", "ensemble")):
+        model = {"model_id": f"AAPL-{kind}", "model_version": f"v{version}"}
+        ledger.record(told(**model, **days_of(prices, 300, 305)), now=at_close(prices, 300))
+    found = summarise(score(ledger.entries(), prices))
+    assert [(one.model_id, one.served) for one in found] == [
+        ("AAPL-ensemble", 1),
+        ("AAPL-gbm", 1),
+        ("AAPL-lstm", 1),
+    ]
+
+
+def test_a_row_of_the_first_ledgers_stays_good(ledger: ForecastLedger) -> None:
+    # Written by the first release: with the mode that was asked for.
+    hashed = {name: value for name, value in asdict(told()).items() if name != "model_id"}
+    digest = sha256_of({**hashed, "fusion_mode": "hybrid"})
+    ledger.record(told(model_id="hybrid"))
+    (entry,) = ledger.entries()
+    assert (entry.digest, entry.is_intact) == (digest, True)
+
+
+def sha256_of(content: dict[str, object]) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_an_answer_without_bands_is_no_forecast(predictions: PredictionService) -> None:
