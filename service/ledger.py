@@ -17,26 +17,24 @@ made from, so that a split or a restated history does no harm. Of forecasts that
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import logging
-import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import sqlalchemy as sql
-from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 from sqlalchemy import exc
 
 from data.cache_manager import BarCache
@@ -44,10 +42,10 @@ from data.data_fetcher import fetch_stock_data, make_source
 from data.markets import SessionCalendar, calendar_for
 from data.schema import Bars, normalise_symbol
 from evaluation.accounting import CostModel, account
-from evaluation.metrics import Z_90, band_crps
+from evaluation.metrics import band_crps
 from service import schemas as wire
 from utils.errors import AIStocksError, DataError, StorageError, UpstreamError, UsageError
-from utils.settings import Settings, configure_logging, read_settings
+from utils.settings import Settings, configure_logging, print_rows, read_settings
 
 logger = logging.getLogger(__name__)
 
@@ -61,10 +59,9 @@ FIRST_NAMES = {"model_id": "fusion_mode"}
 # Nearer than this, two closes are one price.
 SAME_CLOSE = 1e-6
 OVERLAP = "forecasts of overlapping windows count one by one; they hold a sample only n / horizon strong"
-DATES = ("as_of", "target_session")
 HIDDEN = ("sequence", "source", "model_version", "sigma_log", "served_at")
-SAID_BY_ROW = re.compile("^mean_|_(return|accuracy|coverage|session|bars|id)$")
 CHANGED = "changed after it was written: does not count"
+AFTER_BREAK = "follows a break of the ledger's chain: does not count"
 MEANS = {
     "direction_accuracy": "direction_hit",
     "always_up_accuracy": "always_up_hit",
@@ -127,8 +124,24 @@ class Entry:
     forecast: ServedForecast
 
     @property
+    def unreadable(self) -> list[str]:
+        """Names of the cells that hold no value of their kind."""
+        return [name for name, value in self._cells.items() if not _holds(name, value)]
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """What was served, with blanks where the cells hold no value of their kind."""
+        return {name: value if _holds(name, value) else BLANKS[name] for name, value in self._cells.items()}
+
+    @property
+    def _cells(self) -> dict[str, Any]:
+        return {**asdict(self.forecast), "served_at": self.served_at}
+
+    @property
     def is_intact(self) -> bool:
         """Whether the row is what was written."""
+        if self.unreadable or not isinstance(self.previous_hash, str):
+            return False
         row_hash = _chained(self.sequence, self.served_at, self.previous_hash, self.forecast)
         return (self.row_hash, self.digest) == (row_hash, self.forecast.digest)
 
@@ -155,6 +168,27 @@ _HEAD = sql.Table(
 )
 
 
+_ZEROS: dict[Any, Any] = {str: "?", int: 0, float: 0.0}
+_DATES = ("as_of", "target_session")
+BLANKS: Mapping[str, Any] = {
+    **{field.name: _ZEROS[field.type] for field in fields(ServedForecast)},
+    **dict.fromkeys(_DATES, "0000-00-00"),
+    "served_at": "?",
+}
+
+
+def _holds(name: str, value: object) -> bool:
+    """Whether a cell can be what its name says: SQLite stores anything anywhere."""
+    if type(value) is not type(BLANKS[name]) or (isinstance(value, float) and not np.isfinite(value)):
+        return False
+    try:
+        if name in _DATES:
+            return date.fromisoformat(str(value)).isoformat() == value
+        return name != "served_at" or datetime.fromisoformat(str(value)).tzinfo is not None
+    except ValueError:
+        return False
+
+
 def _sha256(content: Mapping[str, object]) -> str:
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -163,31 +197,6 @@ def _sha256(content: Mapping[str, object]) -> str:
 def _chained(sequence: int, served_at: str, previous_hash: str, forecast: ServedForecast) -> str:
     link = {"sequence": sequence, "served_at": served_at, "previous_hash": previous_hash}
     return _sha256({**forecast.columns, **link})
-
-
-def served_forecast(answer: wire.PredictionResult) -> ServedForecast:
-    """Return what a prediction says about its last session; raises `DataError` if it has no bands."""
-    ahead, meta = answer.forecast, answer.metadata
-    if ahead is None or not ahead.dates or not ahead.lower_band or not ahead.upper_band:
-        raise DataError(f"the prediction of {answer.symbol} has no forecast with bands to keep")
-    close = answer.prices[-1]
-    lower, upper = ahead.lower_band[-1], ahead.upper_band[-1]
-    # No database tells -0.0 from 0.0, and the hash must be that of what comes back.
-    return ServedForecast(
-        symbol=answer.symbol,
-        source=meta.data_source or "unknown",
-        model_id=meta.model_id,
-        model_version=meta.model_version or meta.model_id,
-        as_of=answer.dates[-1],
-        target_session=ahead.dates[-1],
-        horizon_bars=len(ahead.dates),
-        close=close,
-        forecast_return=ahead.returns[-1] + 0.0,
-        lower_return=lower / close - 1.0 + 0.0,
-        upper_return=upper / close - 1.0 + 0.0,
-        sigma_log=float(np.log(upper / lower)) / (2.0 * Z_90) + 0.0,
-        position=ahead.positions[0] + 0.0,
-    )
 
 
 class ForecastLedger:
@@ -286,7 +295,8 @@ class ForecastLedger:
                 except exc.IntegrityError:
                     # Another process was faster; its row comes before ours.
                     continue
-        except (exc.SQLAlchemyError, OSError) as error:
+        except (exc.SQLAlchemyError, OSError, TypeError, OverflowError) as error:
+            # The last two are of a head that is no head.
             self._is_ready = False
             raise StorageError(f"the ledger cannot be written ({_words(error)})") from error
         raise StorageError("the ledger takes no row: run `python -m service.ledger verify`")
@@ -307,23 +317,17 @@ class ForecastLedger:
 
     def entries(self, symbol: str | None = None) -> list[Entry]:
         """Return the rows in the order of writing; raises `StorageError` when that cannot be done."""
-        mine = sql.true() if symbol is None else _ROWS.c.symbol == symbol
-        wanted = sql.select(_ROWS).where(mine).order_by(_ROWS.c.sequence)
         return [
             Entry(
                 sequence=row["sequence"],
                 **{name: row[name] for name in _CHAIN},
                 forecast=ServedForecast(**{name: row[cell] for name, cell in _CELLS.items()}),
             )
-            for row in self._read(wanted)
+            for row in self._read(_ROWS, sql.true() if symbol is None else _ROWS.c.symbol == symbol)
         ]
 
-    def verify(self, noted_head: str | None = None) -> tuple[int, str]:
-        """Return the number of rows and the hash of the last one.
-
-        ``noted_head`` is a hash that an earlier call returned: it must still be in the chain. Raises
-        `DataError` when a row was changed, removed, added or moved.
-        """
+    def audit(self) -> tuple[list[Entry], int, str | None]:
+        """Return the rows, how many of them stand before a break of their chain, and what is broken."""
         head, entries = self._head(), self.entries()
         while head != (again := self._head()):
             # Somebody wrote in between.
@@ -331,21 +335,37 @@ class ForecastLedger:
         previous = GENESIS
         for place, entry in enumerate(entries, start=1):
             at = f"row {entry.sequence} ({entry.forecast.symbol}, {entry.forecast.as_of})"
-            if entry.sequence != place:
-                raise DataError(f"the ledger is broken: row {place} is missing, {at} stands in its place")
-            if not entry.is_intact:
-                raise DataError(f"the ledger is broken: {at} is not what was written")
-            if entry.previous_hash != previous:
-                raise DataError(f"the ledger is broken: {at} does not follow the row before it")
+            wrong = {
+                f"row {place} is missing, {at} stands in its place": entry.sequence != place,
+                f"{at} is not what was written": not entry.is_intact,
+                f"{at} does not follow the row before it": entry.previous_hash != previous,
+            }
+            if any(wrong.values()):
+                return entries, place - 1, next(words for words, is_so in wrong.items() if is_so)
             previous = entry.row_hash
-        if head != (len(entries), previous):
-            raise DataError(f"the ledger is broken: {len(entries)} rows are not the {head[0]} of its head")
-        if noted_head is not None and noted_head not in {GENESIS, *(entry.row_hash for entry in entries)}:
-            raise DataError("the ledger is broken: the chain does not hold the head that was noted")
-        return len(entries), previous
+        broken = head != (len(entries), previous)
+        return (
+            entries,
+            len(entries),
+            f"{len(entries)} rows are not the {head[0]} of its head" if broken else None,
+        )
+
+    def verify(self, noted_head: str | None = None) -> tuple[int, str]:
+        """Return the number of rows and the hash of the last one.
+
+        ``noted_head`` is a hash that an earlier call returned: it must still be in the chain. Raises
+        `DataError` when a row was changed, removed, added or moved.
+        """
+        entries, _, fault = self.audit()
+        hashes = [GENESIS, *(entry.row_hash for entry in entries)]
+        if fault is None and noted_head is not None and noted_head not in hashes:
+            fault = "the chain does not hold the head that was noted"
+        if fault is not None:
+            raise DataError(f"the ledger is broken: {fault}")
+        return len(entries), hashes[-1]
 
     def _head(self) -> tuple[int, str]:
-        found = self._read(sql.select(_HEAD))
+        found = self._read(_HEAD)
         return (found[0]["rows"], found[0]["row_hash"]) if found else (0, GENESIS)
 
     @property
@@ -353,15 +373,20 @@ class ForecastLedger:
         is_file = self._url.get_backend_name() == "sqlite" and self._url.database
         return Path(str(self._url.database)) if is_file else None
 
-    def _read(self, wanted: sql.Select[Any]) -> Sequence[sql.RowMapping]:
+    def _read(self, table: sql.Table, *wanted: sql.ColumnElement[bool]) -> Sequence[sql.RowMapping]:
         try:
             # SQLite would make an empty file of a missing one.
             if self._file is not None and not self._file.exists():
                 return []
             with self._engine.connect() as connection:
-                if not sql.inspect(connection).has_table(_ROWS.name):
+                if not sql.inspect(connection).has_table(table.name):
                     return []
-                return connection.execute(wanted).mappings().all()
+                if self._file is not None:
+                    # Bytes that are no text are for `_holds` to find.
+                    driver: Any = connection.connection.dbapi_connection
+                    driver.text_factory = functools.partial(str, encoding="utf-8", errors="replace")
+                rows = sql.select(table).where(*wanted).order_by(*table.primary_key)
+                return connection.execute(rows).mappings().all()
         except (exc.SQLAlchemyError, OSError) as error:
             raise StorageError(f"the ledger cannot be read ({_words(error)})") from error
 
@@ -371,11 +396,14 @@ def _words(error: Exception) -> str:
     return str(getattr(error, "orig", None) or type(error).__name__).splitlines()[0][:200]
 
 
-def score(entries: Iterable[Entry], bars: Bars) -> list[wire.TrackRecordForecast]:
+def score(
+    entries: Iterable[Entry], bars: Bars, doubted: Container[int] = ()
+) -> list[wire.TrackRecordForecast]:
     """Score the rows of one symbol, in the order of writing, by its bars.
 
     A position is entered from cash at the close of the as-of session and held until the target session, after
-    costs and financing; so is the whole capital in shares, beside it.
+    costs and financing; so is the whole capital in shares, beside it. Of ``doubted``, sequences of rows that
+    follow a break of the chain, none counts.
     """
     calendar = calendar_for(bars.symbol)
     costs, scored = CostModel(periods_per_year=calendar.sessions_per_year), []
@@ -383,12 +411,13 @@ def score(entries: Iterable[Entry], bars: Bars) -> list[wire.TrackRecordForecast
     for entry in entries:
         told = entry.forecast
         found = _outcome(entry, bars, costs)
-        if found["status"] != "unscored" and (late := _lateness(entry, calendar)):
-            found |= {"counts": False, "note": late}
+        if found["status"] != "unscored":
+            doubt = AFTER_BREAK if entry.sequence in doubted else _lateness(entry, calendar)
+            found |= {} if doubt is None else {"counts": False, "note": doubt}
         key = (told.source, told.model_version, told.as_of, told.target_session)
         found = {"counts": found["status"] != "unscored" and key not in seen, **found}
         seen.update({key} if found["counts"] else ())
-        scored.append(wire.TrackRecordForecast(**asdict(told), served_at=entry.served_at, **found))
+        scored.append(wire.TrackRecordForecast(**entry.shown, **found))
     return scored
 
 
@@ -407,7 +436,8 @@ def _outcome(entry: Entry, bars: Bars, costs: CostModel) -> dict[str, Any]:
     """Return the fields of `TrackRecordForecast` that tell what came."""
     told, index, source = entry.forecast, pd.DatetimeIndex(bars.frame.index), bars.provenance.source
     if not entry.is_intact:
-        return {"status": "unscored", "note": CHANGED}
+        unreadable = f" (unreadable: {', '.join(entry.unreadable)})" if entry.unreadable else ""
+        return {"status": "unscored", "note": CHANGED + unreadable}
     if told.source != source:
         return {"status": "unscored", "note": f"made from prices of {told.source}, these are of {source}"}
     if pd.Timestamp(told.target_session) > index[-1]:
@@ -464,10 +494,15 @@ def track_record(
 ) -> wire.TrackRecord:
     """Return what was served of a symbol, and how it did: a summary of all rows, and the last ``limit``."""
     symbol = normalise_symbol(symbol)
-    entries = ledger.entries(symbol)
-    scored = score(entries, bars_of(symbol)) if entries else []
-    notes = [OVERLAP] if entries else [f"nothing of {symbol} was served yet"]
-    notes += sorted({row.note for row in scored if row.note == CHANGED})
+    entries, good, fault = ledger.audit()
+    doubted = {entry.sequence for entry in entries[good:]}
+    own = [entry for entry in entries if entry.forecast.symbol == symbol]
+    scored = score(own, bars_of(symbol), doubted) if own else []
+    notes = [OVERLAP] if own else [f"nothing of {symbol} was served yet"]
+    if fault is not None:
+        notes.append(
+            f"the ledger is broken: {fault}" + "; no row from there on counts" * (good < len(entries))
+        )
     found = summarise(scored)
     return wire.TrackRecord(symbol=symbol, summaries=found, forecasts=scored[-limit:], notes=notes)
 
@@ -493,35 +528,23 @@ def told_of(args: argparse.Namespace, settings: Settings) -> list[dict[str, obje
     ledger = ForecastLedger(settings.database)
     if args.command == "verify":
         rows, head = ledger.verify(args.head)
-        return [{"rows": rows, "head": head}]
+        return [{"status": "ok", "rows": rows, "head": head}]
     symbol = None if args.symbol is None else normalise_symbol(args.symbol)
     entries = ledger.entries(symbol)
     if args.command == "show":
-        return [{"sequence": e.sequence, "served_at": e.served_at, **asdict(e.forecast)} for e in entries]
+        return [{"sequence": e.sequence, **e.shown} for e in entries]
     cache = BarCache(settings.cache_dir)
     source = make_source(args.source or settings.source, cache_dir=settings.cache_dir)
     told: list[dict[str, object]] = []
-    for each in sorted({entry.forecast.symbol for entry in entries}):
+    for each in sorted({entry.shown["symbol"] for entry in entries}):
         try:
             bars = fetch_stock_data(each, source=source, cache=cache)
-        except (UpstreamError, DataError) as error:
+        except (UpstreamError, DataError, UsageError) as error:
             logger.warning("%s is left out: %s", each, error)
             continue
         scored = score((entry for entry in entries if entry.forecast.symbol == each), bars)
         told += ({"symbol": each, **found.model_dump()} for found in summarise(scored))
     return told
-
-
-def print_rows(console: Console, rows: Sequence[Mapping[str, object]]) -> None:
-    """Print the columns of records that a terminal has room for; JSON has them all."""
-    table = Table(box=box.SIMPLE, padding=0)
-    names = [name for name in rows[0] if name not in HIDDEN]
-    for name in names:
-        table.add_column(SAID_BY_ROW.sub("", name).replace("_", " "), overflow="fold", no_wrap=name in DATES)
-    for row in rows:
-        cells = (row[name] for name in names)
-        table.add_row(*(f"{c:.4g}" if isinstance(c, float) else escape(str(c)) for c in cells))
-    console.print(table)
 
 
 def main(argv: list[str] | None = None) -> int:

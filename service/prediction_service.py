@@ -20,11 +20,12 @@ from pydantic import ValidationError
 from data.data_fetcher import BarSource, Held, ReadsThrough, RevisionedSource, fetch_stock_data
 from data.markets import calendar_for
 from data.schema import bars_hash, check_enough, normalise_symbol
+from evaluation.metrics import Z_90
 from inference.modes import PARTS, mode_of
 from inference.pipeline import Decisions, decide, path_ahead
 from inference.position_sizing import RuleSizer, make_sizer
 from service import schemas as wire
-from service.ledger import ServedForecast, served_forecast
+from service.ledger import ServedForecast
 from service.model_registry import ModelRegistry, ServedModel
 from service.prediction_chart import (
     chart_of,
@@ -376,6 +377,31 @@ class PredictionService:
             if other.symbol != symbol:
                 raise UsageError(f"modelId {other.id} is a model of {other.symbol}, and symbol is {symbol}")
         return symbol, model, self._bars.get(symbol)
+
+
+def served_forecast(answer: wire.PredictionResult) -> ServedForecast:
+    """Return what a prediction says about its last session; raises `DataError` if it has no bands."""
+    ahead, meta = answer.forecast, answer.metadata
+    if ahead is None or not ahead.dates or not ahead.lower_band or not ahead.upper_band:
+        raise DataError(f"the prediction of {answer.symbol} has no forecast with bands to keep")
+    close = answer.prices[-1]
+    lower, upper = ahead.lower_band[-1], ahead.upper_band[-1]
+    # No database tells -0.0 from 0.0, and the hash must be that of what comes back.
+    return ServedForecast(
+        symbol=answer.symbol,
+        source=meta.data_source or "unknown",
+        model_id=meta.model_id,
+        model_version=meta.model_version or meta.model_id,
+        as_of=answer.dates[-1],
+        target_session=ahead.dates[-1],
+        horizon_bars=len(ahead.dates),
+        close=close,
+        forecast_return=ahead.returns[-1] + 0.0,
+        lower_return=lower / close - 1.0 + 0.0,
+        upper_return=upper / close - 1.0 + 0.0,
+        sigma_log=float(np.log(upper / lower)) / (2.0 * Z_90) + 0.0,
+        position=ahead.positions[0] + 0.0,
+    )
 
 
 def kind_wanted(request: PredictionRequest, symbol: str) -> str:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -28,8 +29,8 @@ from data.data_fetcher import fetch_stock_data
 from data.schema import Bars
 from evaluation.accounting import CostModel
 from service import ledger as module
-from service.ledger import GENESIS, ForecastLedger, ServedForecast, main, score, served_forecast, summarise
-from service.prediction_service import PredictionService
+from service.ledger import GENESIS, ForecastLedger, ServedForecast, main, score, summarise, track_record
+from service.prediction_service import PredictionService, served_forecast
 from service.schemas import PredictionRequest
 from tests.test_service.conftest import FakeSource
 from utils.errors import DataError, StorageError, UsageError
@@ -174,6 +175,8 @@ def test_a_url_without_sense_is_refused_without_its_password() -> None:
         ("DELETE FROM served_forecasts WHERE sequence = 5", "4 rows are not the 5"),
         ("DELETE FROM served_forecasts", "0 rows are not the 5"),
         ("DELETE FROM served_forecasts_head", "5 rows are not the 0"),
+        ("DROP TABLE served_forecasts_head", "5 rows are not the 0"),
+        ("DROP TABLE served_forecasts", "0 rows are not the 5"),
         ("UPDATE served_forecasts_head SET row_hash = 'x'", "5 rows are not the 5"),
     ],
 )
@@ -537,6 +540,87 @@ def test_only_a_forecast_of_the_last_closed_session_counts(
     assert (row.status, row.counts) == ("scored", note is None)
     assert (note or "") in (row.note or "")
     assert (row.note is None) == (note is None)
+
+
+@pytest.mark.parametrize(
+    ("statement", "said", "counting"),
+    [
+        ("DELETE FROM served_forecasts WHERE sequence = 3", "row 3 is missing", [True, True, False, False]),
+        (
+            "UPDATE served_forecasts SET position = 2 WHERE sequence = 3",
+            "row 3 .* is not what was written",
+            [True, True, False, False, False],
+        ),
+        ("DELETE FROM served_forecasts WHERE sequence = 5", "4 rows are not the 5", [True] * 4),
+        ("UPDATE served_forecasts_head SET row_hash = 'x'", "5 rows are not", [True] * 5),
+        ("DROP TABLE served_forecasts", "0 rows are not the 5", []),
+    ],
+)
+def test_the_track_record_says_that_the_chain_is_broken(
+    ledger: ForecastLedger, prices: Bars, statement: str, said: str, counting: list[bool]
+) -> None:
+    for row in range(300, 305):
+        ledger.record(told(**days_of(prices, row, row + 5)), now=at_close(prices, row))
+    assert len(track_record(ledger, lambda _: prices, "AAPL", 99).notes) == 1
+    change(ledger, statement)
+    record = track_record(ledger, lambda _: prices, "aapl", 99)
+    assert re.search(f"the ledger is broken: {said}", record.notes[-1]), record.notes
+    assert [row.counts for row in record.forecasts] == counting
+    assert sum(one.served for one in record.summaries) == sum(counting)
+    assert all(row.note for row in record.forecasts if not row.counts)
+
+
+BAD_CELLS = [
+    "position = 9e999",
+    "close = -9e999",
+    "sigma_log = 'wide'",
+    "forecast_return = x'00ff'",
+    "horizon_bars = 'five'",
+    "horizon_bars = 5.5",
+    "symbol = x'4141504c'",
+    "symbol = CAST(x'ff41' AS TEXT)",
+    "as_of = 'yesterday'",
+    "target_session = x'00'",
+    "target_session = '20060608'",
+    "served_at = 'now'",
+    "served_at = 7",
+    "previous_hash = x'00'",
+    "row_hash = x'00'",
+    "digest = CAST(x'ff' AS TEXT)",
+    "model_version = x'ff'",
+]
+
+
+@pytest.mark.parametrize("cell", BAD_CELLS)
+def test_a_cell_that_holds_nonsense_is_reported(
+    shell: ForecastLedger, client: TestClient, cell: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change(filled(shell), f"UPDATE served_forecasts SET {cell} WHERE sequence = 3")  # noqa: S608
+    assert main(["verify"]) == 4
+    assert "row 3" in capsys.readouterr().err
+    answer = client.get("/api/track-record/AAPL")
+    assert answer.status_code == 200
+    record = answer.json()
+    assert "row 3" in record["notes"][-1]
+    assert not any(row["counts"] for row in record["forecasts"][2:])
+    if not cell.startswith("symbol"):
+        assert "changed after it was written" in record["forecasts"][2]["note"]
+    assert main(["show", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 5
+    assert main(["score", "--json"]) in {0, 3}
+    shell.keep(told(position=3.0))
+    assert len(shell.entries()) == 6
+
+
+@pytest.mark.parametrize("cell", ["rows = 'many'", "rows = 9223372036854775807", "row_hash = x'00'"])
+def test_a_head_that_holds_nonsense_is_reported(
+    shell: ForecastLedger, client: TestClient, cell: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change(filled(shell), f"UPDATE served_forecasts_head SET {cell}")  # noqa: S608
+    assert main(["verify"]) == 4
+    assert "of its head" in capsys.readouterr().err
+    assert "of its head" in client.get("/api/track-record/AAPL").json()["notes"][-1]
+    assert client.post("/api/predict", json={"symbol": "AAPL"}).status_code == 200
 
 
 def test_a_row_that_was_changed_does_not_count(ledger: ForecastLedger, prices: Bars) -> None:
