@@ -22,8 +22,6 @@ import hashlib
 import json
 import logging
 import sys
-import threading
-import time
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, date, datetime
@@ -38,11 +36,11 @@ from rich.markup import escape
 from sqlalchemy import exc
 
 from data.cache_manager import BarCache
-from data.data_fetcher import fetch_stock_data, make_source
+from data.data_fetcher import BarSource, fetch_stock_data, make_source
 from data.markets import SessionCalendar, calendar_for
 from data.schema import Bars, normalise_symbol
-from evaluation.accounting import CostModel, account
-from evaluation.metrics import band_crps
+from evaluation.accounting import CostModel
+from evaluation.forward_simulator import forecast_outcome
 from service import schemas as wire
 from utils.errors import AIStocksError, DataError, StorageError, UpstreamError, UsageError
 from utils.settings import Settings, configure_logging, print_rows, read_settings
@@ -50,16 +48,26 @@ from utils.settings import Settings, configure_logging, print_rows, read_setting
 logger = logging.getLogger(__name__)
 
 # Nobody waits longer for a forecast because another process holds the database.
-LOCK_WAIT_S, PAUSE_S, ATTEMPTS = 0.25, 5.0, 50
-# At the end of the service, when there is no later.
-LAST_TRIES, LAST_PAUSE_S = 6, 0.25
-MAX_PENDING = MAX_KNOWN = 10_000
+LOCK_WAIT_S, ATTEMPTS = 0.25, 50
 GENESIS = "0" * 64
 FIRST_NAMES = {"model_id": "fusion_mode"}
 # Nearer than this, two closes are one price.
 SAME_CLOSE = 1e-6
 OVERLAP = "forecasts of overlapping windows count one by one; they hold a sample only n / horizon strong"
-HIDDEN = ("sequence", "source", "model_version", "sigma_log", "served_at")
+# What a terminal of 80 columns has room for; JSON has everything.
+SHOWN: Mapping[str, Mapping[str, str]] = {
+    "verify": {"status": "status", "rows": "rows", "head": "head"},
+    "show": {n: n for n in ("symbol", "model_id", "as_of", "target_session", "forecast_return", "position")},
+    "score": {
+        **{n: n for n in ("symbol", "model_id", "source")},
+        "bars": "horizon_bars",
+        "scored": "scored",
+        "hits": "direction_accuracy",
+        "up": "always_up_accuracy",
+        "band": "band_coverage",
+        "status": "status",
+    },
+}
 CHANGED = "changed after it was written: does not count"
 AFTER_BREAK = "follows a break of the ledger's chain: does not count"
 MEANS = {
@@ -216,66 +224,9 @@ class ForecastLedger:
                 f"AI_STOCKS_DATABASE_URL cannot be used ({type(error).__name__}): write "
                 "sqlite:////FOLDER/FILE.sqlite, or postgresql+psycopg://HOST/NAME with psycopg installed"
             ) from error
-        self._lock = threading.Lock()
         self._is_ready = False
-        self._pending: dict[str, tuple[ServedForecast, datetime]] = {}
-        self._known: set[str] = set()
-        self._retry: threading.Timer | None = None
 
-    def keep(self, forecast: ServedForecast) -> None:
-        """Record a forecast if that can be done; never raises, and never waits long.
-
-        A row that could not be written waits in memory and is tried again every few seconds, and at `close`.
-        """
-        digest, now = forecast.digest, datetime.now(UTC)
-        with self._lock:
-            if digest in self._known:
-                return
-            if len(self._known) > MAX_KNOWN:
-                self._known.clear()
-            self._pending.setdefault(digest, (forecast, now))
-            if self._retry is None:
-                self._write_pending()
-            if len(self._pending) > MAX_PENDING:
-                self._lose(next(iter(self._pending)))
-
-    def close(self) -> None:
-        """Write what still waits, within a few seconds; what cannot be written is told to the log."""
-        for left in reversed(range(LAST_TRIES)):
-            with self._lock:
-                self._write_pending(is_last=True)
-                if not self._pending:
-                    return
-            time.sleep(LAST_PAUSE_S if left else 0.0)
-        with self._lock:
-            for digest in list(self._pending):
-                self._lose(digest)
-
-    def _try_again(self) -> None:
-        with self._lock:
-            self._write_pending()
-
-    def _lose(self, digest: str) -> None:
-        forecast, served_at = self._pending.pop(digest)
-        logger.error("lost a served forecast of %s: %s", served_at.isoformat(), asdict(forecast))
-
-    def _write_pending(self, *, is_last: bool = False) -> None:
-        if self._retry is not None:
-            self._retry.cancel()
-            self._retry = None
-        try:
-            for digest, (forecast, served_at) in list(self._pending.items()):
-                self.record(forecast, now=served_at)
-                del self._pending[digest]
-                self._known.add(digest)
-        except StorageError as error:
-            logger.warning("%s; %d served forecasts wait in memory", error, len(self._pending))
-            if not is_last:
-                self._retry = threading.Timer(PAUSE_S, self._try_again)
-                self._retry.daemon = True
-                self._retry.start()
-
-    def record(self, forecast: ServedForecast, *, now: datetime | None = None) -> bool:
+    def record(self, forecast: ServedForecast, now: datetime | None = None) -> bool:
         """Append a row and commit it; return False when the same forecast is there already.
 
         ``now`` (UTC) is by default the present. Raises `StorageError` when the database cannot be written.
@@ -447,21 +398,8 @@ def _outcome(entry: Entry, bars: Bars, costs: CostModel) -> dict[str, Any]:
         missing = told.as_of if first < 0 else told.target_session
         return {"status": "unscored", "note": f"the prices have no session {missing}"}
     close = np.asarray(bars.frame["Close"], dtype=np.float64)[first : last + 1]
-    moves = np.concatenate([[0.0], close[1:] / close[:-1] - 1.0])
-    realised = float(close[-1] / close[0] - 1.0)
-    # The books lag by themselves: what is decided at the first close earns from the second on.
-    own, hold = (account(np.full(len(close), w), moves, costs).equity for w in (told.position, 1.0))
-    expected = np.log1p([told.forecast_return, told.lower_return, told.upper_return])
-    found = {
-        "status": "scored",
-        "realised_return": realised,
-        "direction_hit": None if realised == 0.0 else (told.forecast_return > 0.0) == (realised > 0.0),
-        "always_up_hit": None if realised == 0.0 else realised > 0.0,
-        "band_hit": told.lower_return <= realised <= told.upper_return,
-        "crps": band_crps(float(np.log1p(realised)), *expected.tolist()),
-        "position_return": float(own[-1] / own[0] - 1.0),
-        "hold_return": float(hold[-1] / hold[0] - 1.0),
-    }
+    band = (told.forecast_return, told.lower_return, told.upper_return)
+    found: dict[str, Any] = {"status": "scored", **forecast_outcome(close, band, told.position, costs)}
     if abs(close[0] / told.close - 1.0) > SAME_CLOSE:
         words = f"the close of {told.as_of} was {told.close:g} when served and is {close[0]:g} now"
         found["note"] = f"{words} (split, dividend or restated): scored by returns"
@@ -519,7 +457,7 @@ def build_parser() -> argparse.ArgumentParser:
             continue
         command.add_argument("symbol", nargs="?", help="default: every symbol of the ledger")
         if name == "score":
-            command.add_argument("--source", help="yahoo, sample or csv:DIR (default: AI_STOCKS_SOURCE)")
+            command.add_argument("--source", help="yahoo, sample or csv:DIR (default: that of each row)")
     return parser
 
 
@@ -529,22 +467,52 @@ def told_of(args: argparse.Namespace, settings: Settings) -> list[dict[str, obje
     if args.command == "verify":
         rows, head = ledger.verify(args.head)
         return [{"status": "ok", "rows": rows, "head": head}]
-    symbol = None if args.symbol is None else normalise_symbol(args.symbol)
-    entries = ledger.entries(symbol)
-    if args.command == "show":
-        return [{"sequence": e.sequence, **e.shown} for e in entries]
-    cache = BarCache(settings.cache_dir)
-    source = make_source(args.source or settings.source, cache_dir=settings.cache_dir)
+    if args.command == "score":
+        return scored_rows(ledger, args, settings)
+    entries = ledger.entries(None if args.symbol is None else normalise_symbol(args.symbol))
+    return [{"sequence": e.sequence, **e.shown} for e in entries]
+
+
+def scored_rows(
+    ledger: ForecastLedger, args: argparse.Namespace, settings: Settings
+) -> list[dict[str, object]]:
+    """Return what became of the forecasts of each symbol, by prices of the source that each was made from."""
+    entries, good, fault = ledger.audit()
+    if fault is not None:
+        logger.warning("the ledger is broken: %s; no row from there on counts", fault)
+    groups: dict[tuple[str, str], list[Entry]] = {}
+    for entry in entries:
+        if args.symbol is None or entry.shown["symbol"] == normalise_symbol(args.symbol):
+            groups.setdefault((entry.shown["symbol"], entry.shown["source"]), []).append(entry)
     told: list[dict[str, object]] = []
-    for each in sorted({entry.shown["symbol"] for entry in entries}):
+    failed = []
+    for (symbol, name), own in sorted(groups.items()):
+        of = {"symbol": symbol, "source": name, "served": len(own)}
         try:
-            bars = fetch_stock_data(each, source=source, cache=cache)
+            source = _source_of(name, args.source, settings)
+            bars = fetch_stock_data(symbol, source=source, cache=BarCache(settings.cache_dir))
         except (UpstreamError, DataError, UsageError) as error:
-            logger.warning("%s is left out: %s", each, error)
+            failed.append(f"{symbol} of {name}: {error}")
+            told.append({**of, "status": f"not scored: {error}"})
             continue
-        scored = score((entry for entry in entries if entry.forecast.symbol == each), bars)
-        told += ({"symbol": each, **found.model_dump()} for found in summarise(scored))
+        scored = score(own, bars, {entry.sequence for entry in entries[good:]})
+        found = [
+            {**of, **x.model_dump(), "status": "scored" if x.scored else "open"} for x in summarise(scored)
+        ]
+        why = next((row.note for row in scored if row.note), "")
+        told += found or [{**of, "status": f"none counts: {why}"}]
+    if failed and len(failed) == len(groups):
+        raise UpstreamError(f"nothing could be scored: {'; '.join(failed)}")
     return told
+
+
+def _source_of(name: str, wanted: str | None, settings: Settings) -> BarSource:
+    if wanted is None and name in {"yahoo", "sample"}:
+        return make_source(name, cache_dir=settings.cache_dir)
+    source = make_source(wanted or settings.source, cache_dir=settings.cache_dir)
+    if wanted is None and source.name != name:
+        raise UsageError(f"a row does not say where {name} lies: give --source")
+    return source
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -560,7 +528,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         sys.stdout.write(json.dumps(rows, allow_nan=False) + "\n")
     else:
-        print_rows(Console(), rows or [{"rows": "none"}])
+        wanted = SHOWN[args.command].items()
+        shown = [{head: row.get(name, "") for head, name in wanted} for row in rows]
+        print_rows(Console(), shown or [{"rows": "none"}])
     return 0
 
 

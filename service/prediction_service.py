@@ -7,10 +7,11 @@ shows what a backtest books. Smoothing, floors and thresholds change what is dra
 import logging
 import random
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Generic, TypeVar
 
@@ -38,7 +39,7 @@ from service.prediction_chart import (
     reasons_of,
 )
 from service.schemas import PredictionRequest, PredictionResult
-from utils.errors import AIStocksError, DataError, UpstreamError, UsageError
+from utils.errors import AIStocksError, DataError, StorageError, UpstreamError, UsageError
 from utils.model_paths import GBM
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,9 @@ MOST_HELD, SERVED_LATELY, REFRESH_EVERY_S = 256, timedelta(days=5), 20.0
 NEVER = datetime.min.replace(tzinfo=UTC)
 # Answers in memory (120 sessions take 45 KB), and decisions over whole histories (3 MB each).
 MOST_ANSWER_BYTES, MOST_DECISIONS = 64 << 20, 8
+# Of forecasts that cannot be written down: when to try again, how many may wait, and how often to try at the
+# end of the service, when there is no later.
+PAUSE_S, MAX_PENDING, MAX_KNOWN, LAST_TRIES, LAST_PAUSE_S = 5.0, 10_000, 10_000, 6, 0.25
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -210,6 +214,76 @@ class BarKeeper:
         if self._thread is not None:
             self._thread.join(timeout=1.0)
             self._thread = None
+
+
+class Outbox:
+    """Served forecasts on their way to where they are kept; safe for many threads.
+
+    Parameters
+    ----------
+    record
+        Keeps a forecast that was served at ``now``; may raise `StorageError`.
+    """
+
+    def __init__(self, record: Callable[[ServedForecast, datetime], object]) -> None:
+        self._record = record
+        self._lock = threading.Lock()
+        self._pending: dict[str, tuple[ServedForecast, datetime]] = {}
+        self._known: set[str] = set()
+        self._retry: threading.Timer | None = None
+
+    def keep(self, forecast: ServedForecast) -> None:
+        """Record a forecast if that can be done; never raises, and never waits long.
+
+        A row that could not be written waits in memory and is tried again every few seconds, and at `close`.
+        """
+        digest, now = forecast.digest, datetime.now(UTC)
+        with self._lock:
+            if digest in self._known:
+                return
+            if len(self._known) > MAX_KNOWN:
+                self._known.clear()
+            self._pending.setdefault(digest, (forecast, now))
+            if self._retry is None:
+                self._write_pending()
+            if len(self._pending) > MAX_PENDING:
+                self._lose(next(iter(self._pending)))
+
+    def close(self) -> None:
+        """Write what still waits, within a few seconds; what cannot be written is told to the log."""
+        for left in reversed(range(LAST_TRIES)):
+            with self._lock:
+                self._write_pending(is_last=True)
+                if not self._pending:
+                    return
+            time.sleep(LAST_PAUSE_S if left else 0.0)
+        with self._lock:
+            for digest in list(self._pending):
+                self._lose(digest)
+
+    def _try_again(self) -> None:
+        with self._lock:
+            self._write_pending()
+
+    def _lose(self, digest: str) -> None:
+        forecast, served_at = self._pending.pop(digest)
+        logger.error("lost a served forecast of %s: %s", served_at.isoformat(), asdict(forecast))
+
+    def _write_pending(self, *, is_last: bool = False) -> None:
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
+        try:
+            for digest, (forecast, served_at) in list(self._pending.items()):
+                self._record(forecast, served_at)
+                del self._pending[digest]
+                self._known.add(digest)
+        except StorageError as error:
+            logger.warning("%s; %d served forecasts wait in memory", error, len(self._pending))
+            if not is_last:
+                self._retry = threading.Timer(PAUSE_S, self._try_again)
+                self._retry.daemon = True
+                self._retry.start()
 
 
 class PredictionService:

@@ -273,5 +273,10 @@ def print_rows(console: "Console", rows: Sequence[Mapping[str, object]]) -> None
     for name in rows[0]:
         table.add_column(name.replace("_", " "), overflow="fold")
     for row in rows:
-        table.add_row(*(f"{c:.4g}" if isinstance(c, float) else escape(str(c)) for c in row.values()))
+        table.add_row(
+            *(
+                f"{c:.4g}" if isinstance(c, float) else escape("" if c is None else str(c))
+                for c in row.values()
+            )
+        )
     console.print(table)

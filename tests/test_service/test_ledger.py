@@ -29,8 +29,9 @@ from data.data_fetcher import fetch_stock_data
 from data.schema import Bars
 from evaluation.accounting import CostModel
 from service import ledger as module
+from service import prediction_service
 from service.ledger import GENESIS, ForecastLedger, ServedForecast, main, score, summarise, track_record
-from service.prediction_service import PredictionService, served_forecast
+from service.prediction_service import Outbox, PredictionService, served_forecast
 from service.schemas import PredictionRequest
 from tests.test_service.conftest import FakeSource
 from utils.errors import DataError, StorageError, UsageError
@@ -91,10 +92,10 @@ def test_a_row_comes_back_as_it_was_written(ledger: ForecastLedger) -> None:
     assert ledger.verify() == (5, entries[-1].row_hash)
 
 
-def test_the_same_forecast_twice_is_one_row(ledger: ForecastLedger) -> None:
+def test_the_same_forecast_twice_is_one_row(ledger: ForecastLedger, outbox: Outbox) -> None:
     assert ledger.record(told())
     assert not ledger.record(told())
-    ledger.keep(told())
+    outbox.keep(told())
     assert not ForecastLedger(str(ledger._url)).record(told())
     assert ledger.record(told(position=0.6))
     assert ledger.verify()[0] == 2
@@ -220,7 +221,7 @@ def test_a_row_deleted_from_the_end_stays_missed(ledger: ForecastLedger) -> None
 
 
 def test_a_locked_database_costs_a_warning_and_the_row_comes_later(
-    ledger: ForecastLedger, client: TestClient, caplog: pytest.LogCaptureFixture
+    ledger: ForecastLedger, outbox: Outbox, client: TestClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     filled(ledger, 1)
     holder = sqlite3.connect(path_of(ledger), isolation_level=None)
@@ -237,19 +238,25 @@ def test_a_locked_database_costs_a_warning_and_the_row_comes_later(
     (said,) = [record for record in caplog.records if "wait in memory" in record.message]
     assert said.levelno == logging.WARNING
     assert "locked" in said.message
-    ledger._try_again()
+    outbox._try_again()
     assert client.post("/api/predict", json={"symbol": "AAPL", "horizon": 8}).status_code == 200
     assert [entry.forecast.horizon_bars for entry in ledger.entries()] == [5, 5, 6, 7, 8]
     ledger.verify()
 
 
 @pytest.mark.parametrize("url", ["sqlite:////proc/nothing/x.sqlite", "sqlite:////dev/full"])
-def test_a_place_that_cannot_be_written_costs_a_warning(url: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_place_that_cannot_be_written_costs_a_warning(
+    monkeypatch: pytest.MonkeyPatch, url: str, caplog: pytest.LogCaptureFixture
+) -> None:
     ledger = ForecastLedger(url)
     with pytest.raises(StorageError, match="cannot be written"):
         ledger.record(told())
-    ledger.keep(told())
+    outbox = Outbox(ledger.record)
+    outbox.keep(told())
     assert "wait in memory" in caplog.text
+    monkeypatch.setattr(prediction_service, "LAST_PAUSE_S", 0.0)
+    outbox.close()
+    assert "lost a served forecast" in caplog.text
 
 
 def test_a_file_that_is_no_database_costs_a_warning(
@@ -265,24 +272,24 @@ def test_a_file_that_is_no_database_costs_a_warning(
     assert path_of(ledger).read_bytes() == b"no database" * 1_000
 
 
-def test_a_database_that_was_removed_begins_anew(ledger: ForecastLedger) -> None:
+def test_a_database_that_was_removed_begins_anew(ledger: ForecastLedger, outbox: Outbox) -> None:
     filled(ledger)
     path_of(ledger).unlink()
-    ledger.keep(told(position=9.0))
-    ledger._try_again()
-    ledger.keep(told(position=8.0))
+    outbox.keep(told(position=9.0))
+    outbox._try_again()
+    outbox.keep(told(position=8.0))
     assert ledger.verify()[0] == 2
 
 
 def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(module, "MAX_PENDING", 3)
-    ledger = ForecastLedger("sqlite:////proc/nothing/x.sqlite")
+    monkeypatch.setattr(prediction_service, "MAX_PENDING", 3)
+    outbox = Outbox(ForecastLedger("sqlite:////proc/nothing/x.sqlite").record)
     for i in range(5):
-        ledger.keep(told(position=float(i)))
-    assert [waiting.position for waiting, _ in ledger._pending.values()] == [2.0, 3.0, 4.0]
+        outbox.keep(told(position=float(i)))
+    assert [waiting.position for waiting, _ in outbox._pending.values()] == [2.0, 3.0, 4.0]
     assert caplog.text.count("lost a served forecast") == 2
-    monkeypatch.setattr(module, "LAST_PAUSE_S", 0.0)
-    ledger.close()
+    monkeypatch.setattr(prediction_service, "LAST_PAUSE_S", 0.0)
+    outbox.close()
     assert caplog.text.count("lost a served forecast") == 5
 
 
@@ -298,13 +305,13 @@ def held(ledger: ForecastLedger) -> Iterator[None]:
 
 
 def test_what_waits_is_written_without_another_request(
-    ledger: ForecastLedger, monkeypatch: pytest.MonkeyPatch
+    ledger: ForecastLedger, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "PAUSE_S", 0.05)
+    monkeypatch.setattr(prediction_service, "PAUSE_S", 0.05)
     filled(ledger, 1)
     before = datetime.now(UTC)
     with held(ledger):
-        ledger.keep(told(position=0.9))
+        outbox.keep(told(position=0.9))
         after = datetime.now(UTC)
     until = time.monotonic() + 10.0
     while len(ledger.entries()) < 2 and time.monotonic() < until:
@@ -313,23 +320,25 @@ def test_what_waits_is_written_without_another_request(
         before - timedelta(milliseconds=1) <= datetime.fromisoformat(ledger.entries()[1].served_at) <= after
     )
     assert ledger.verify()[0] == 2
-    assert ledger._pending == {}
+    assert outbox._pending == {}
 
 
-def test_what_waits_is_written_when_the_service_ends(ledger: ForecastLedger, api: FastAPI) -> None:
+def test_what_waits_is_written_when_the_service_ends(
+    ledger: ForecastLedger, outbox: Outbox, api: FastAPI
+) -> None:
     filled(ledger, 1)
     with TestClient(api) as client, held(ledger):
         assert client.post("/api/predict", json={"symbol": "AAPL"}).status_code == 200
-        assert ledger._pending
+        assert outbox._pending
     assert ledger.verify()[0] == 2
-    assert ledger._retry is None
+    assert outbox._retry is None
 
 
-def test_the_end_waits_for_who_holds_the_database(ledger: ForecastLedger) -> None:
+def test_the_end_waits_for_who_holds_the_database(ledger: ForecastLedger, outbox: Outbox) -> None:
     filled(ledger, 1)
     with held(ledger):
-        ledger.keep(told(position=0.9))
-        closing = threading.Thread(target=ledger.close)
+        outbox.keep(told(position=0.9))
+        closing = threading.Thread(target=outbox.close)
         closing.start()
         time.sleep(0.3)
     closing.join()
@@ -341,12 +350,13 @@ import os, signal, sys
 from tests.test_service.conftest import FakeSource, FakeRegistry, served
 from tests.conftest import make_bars, nyse_sessions
 from service.ledger import ForecastLedger
-from service.prediction_service import PredictionService
+from service.prediction_service import Outbox, PredictionService
 from service.schemas import PredictionRequest
 import pandas as pd
 ledger = ForecastLedger(sys.argv[1])
 source = FakeSource({"AAPL": pd.read_parquet(sys.argv[2])})
-service = PredictionService(registry=FakeRegistry(served()), source=source, cache=None, on_served=ledger.keep)
+box = Outbox(ledger.record)
+service = PredictionService(registry=FakeRegistry(served()), source=source, cache=None, on_served=box.keep)
 for horizon in range(1, 50):
     body = service.predict(PredictionRequest(symbol="AAPL", horizon=horizon)).wire_bytes()
     print(horizon, flush=True)
@@ -593,7 +603,7 @@ BAD_CELLS = [
 
 @pytest.mark.parametrize("cell", BAD_CELLS)
 def test_a_cell_that_holds_nonsense_is_reported(
-    shell: ForecastLedger, client: TestClient, cell: str, capsys: pytest.CaptureFixture[str]
+    shell: ForecastLedger, outbox: Outbox, client: TestClient, cell: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     change(filled(shell), f"UPDATE served_forecasts SET {cell} WHERE sequence = 3")  # noqa: S608
     assert main(["verify"]) == 4
@@ -608,7 +618,7 @@ def test_a_cell_that_holds_nonsense_is_reported(
     assert main(["show", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)) == 5
     assert main(["score", "--json"]) in {0, 3}
-    shell.keep(told(position=3.0))
+    outbox.keep(told(position=3.0))
     assert len(shell.entries()) == 6
 
 
@@ -713,7 +723,8 @@ def test_the_command_line(shell: ForecastLedger, csv_dir: Path, capsys: pytest.C
     (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {name: row[name] for name in asdict(told())} == asdict(told(symbol="NOISE", **days))
     assert main(["score", "--json"]) == 0
-    (summary,) = json.loads(capsys.readouterr().out)
+    gone, summary = json.loads(capsys.readouterr().out)
+    assert "not scored" in gone["status"]
     assert (summary["symbol"], summary["served"], summary["scored"]) == ("NOISE", 1, 1)
     for command, shown in (("score", "NOISE"), ("show", "1996-06-10"), ("verify", found["head"])):
         assert main([command]) == 0
@@ -739,3 +750,31 @@ def test_the_models_folder_may_hold_the_ledger(tmp_path: Path) -> None:
     ledger = ForecastLedger(f"sqlite:///{tmp_path / 'ai_stocks.sqlite'}")
     filled(ledger)
     assert ModelRegistry(tmp_path).list() == ()
+
+
+def test_each_row_is_scored_by_its_own_source(
+    shell: ForecastLedger, csv_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    days = {"as_of": "1996-06-03", "target_session": "1996-06-10"}
+    now = datetime(1996, 6, 3, 23, tzinfo=UTC)
+    shell.record(told(symbol="NOISE", source="csv:elsewhere", **days), now=now)
+    assert main(["score"]) == 3
+    assert "csv:elsewhere lies: give --source" in capsys.readouterr().err
+    shell.record(
+        told(symbol="NOISE", source=f"csv:{csv_dir.name}", model_id="NOISE-ensemble", **days), now=now
+    )
+    late = {"as_of": "2012-06-01", "target_session": "2012-06-08"}
+    shell.record(told(source="sample", **late), now=datetime(2012, 6, 11, tzinfo=UTC))
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["score"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    for words in ("NOISE-ensemble", f"csv:{csv_dir.name}", "csv:elsewhere", "sample", "scored", "status"):
+        assert any(words in line for line in lines), words
+    assert main(["score", "--json"]) == 0
+    sample, lost, found = sorted(json.loads(capsys.readouterr().out), key=lambda row: row["status"])
+    assert "none counts: served 5 sessions late" in sample["status"]
+    assert "not scored" in lost["status"]
+    assert (found["status"], found["scored"]) == ("scored", 1)
+    assert main(["verify"]) == 0
+    assert "ok" in capsys.readouterr().out
