@@ -79,12 +79,13 @@ def create_app(settings: Settings, listening: socket.socket | None = None) -> Ap
     from service.api import Services, create_api  # noqa: PLC0415
     from service.ledger import ForecastLedger, track_record  # noqa: PLC0415
     from service.model_registry import ModelRegistry  # noqa: PLC0415
-    from service.prediction_service import PredictionService  # noqa: PLC0415
+    from service.prediction_service import Outbox, PredictionService  # noqa: PLC0415
 
     registry, training = ModelRegistry(settings.models_dir), training_service(settings)
     source = make_source(settings.source, cache_dir=settings.cache_dir)
     cache, ledger = BarCache(settings.cache_dir), ForecastLedger(settings.database)
-    predictions = PredictionService(registry=registry, source=source, cache=cache, on_served=ledger.keep)
+    outbox = Outbox(ledger.record)
+    predictions = PredictionService(registry=registry, source=source, cache=cache, on_served=outbox.keep)
     bars_of = functools.partial(fetch_stock_data, source=source, cache=cache)
     drain = Drain(settings.drain_s, listening)
 
@@ -101,6 +102,7 @@ def create_app(settings: Settings, listening: socket.socket | None = None) -> Ap
             source_name=source.name,
             origins=settings.origins,
             on_start=on_start,
+            on_stop=outbox.close,
             stopping=lambda: drain.should_exit,
             rules=edge_rules(settings),
             gauges={

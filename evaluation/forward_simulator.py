@@ -27,7 +27,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from evaluation.accounting import DEFAULT_CAPITAL, Booking, CostModel, Ledger, account, book_bar
-from evaluation.metrics import Metrics, cagr, max_drawdown, reasons, sharpe, values
+from evaluation.metrics import Metrics, band_crps, cagr, max_drawdown, reasons, sharpe, values
 from utils.errors import DataError, InsufficientDataError, UsageError
 
 FloatArray = npt.NDArray[np.float64]
@@ -434,3 +434,41 @@ class Evidence:
         spans = {name: asdict(interval) for name, interval in self.intervals.items()}
         why = {"undefined": reasons(self.figures)}
         return {**values(self.figures), **why, "intervals": spans, "robustness": summarise(self.scenarios)}
+
+
+def forecast_outcome(
+    close: FloatArray, band: tuple[float, float, float], position: float, costs: CostModel
+) -> dict[str, float | bool | None]:
+    """Set one forecast beside what came.
+
+    Parameters
+    ----------
+    close
+        From the bar of the forecast to its target bar, both included.
+    band
+        Median of the simple return from the first close to the last, and the edges of its 80 % band.
+    position
+        Target weight, entered from cash at the first close and held to the last.
+    costs
+        Of trading and holding.
+
+    Returns
+    -------
+    dict
+        Directions are None where the price did not move; ``crps`` is in log returns, ``hold_return`` that of
+        the whole capital in shares.
+    """
+    median, lower, upper = band
+    moves = np.concatenate([[0.0], close[1:] / close[:-1] - 1.0])
+    realised = float(close[-1] / close[0] - 1.0)
+    # The books lag by themselves: what is decided at the first close earns from the second on.
+    own, hold = (account(np.full(len(close), w), moves, costs).equity for w in (position, 1.0))
+    return {
+        "realised_return": realised,
+        "direction_hit": None if realised == 0.0 else (median > 0.0) == (realised > 0.0),
+        "always_up_hit": None if realised == 0.0 else realised > 0.0,
+        "band_hit": lower <= realised <= upper,
+        "crps": band_crps(float(np.log1p(realised)), *np.log1p([median, lower, upper]).tolist()),
+        "position_return": float(own[-1] / own[0] - 1.0),
+        "hold_return": float(hold[-1] / hold[0] - 1.0),
+    }

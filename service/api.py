@@ -137,6 +137,7 @@ class Services:
     source_name: str
     origins: tuple[str, ...]
     on_start: Callable[[], None]
+    on_stop: Callable[[], None] = lambda: None
     track_record: Callable[[str, int], TrackRecord] = _no_record
     rules: EdgeRules = field(default_factory=EdgeRules)
     stopping: Callable[[], bool] = lambda: False
@@ -245,6 +246,7 @@ def _lifespan(services: Services, pool: WorkPool) -> Callable[[FastAPI], Abstrac
         services.predictions.stop()
         pool.close()
         await asyncio.to_thread(services.training.close)
+        await asyncio.to_thread(services.on_stop)
 
     return lifespan
 

@@ -17,51 +17,59 @@ made from, so that a split or a restated history does no harm. Of forecasts that
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import logging
-import re
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import sqlalchemy as sql
-from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 from sqlalchemy import exc
 
 from data.cache_manager import BarCache
-from data.data_fetcher import fetch_stock_data, make_source
-from data.markets import calendar_for
+from data.data_fetcher import BarSource, fetch_stock_data, make_source
+from data.markets import SessionCalendar, calendar_for
 from data.schema import Bars, normalise_symbol
-from evaluation.accounting import CostModel, account
-from evaluation.metrics import Z_90, band_crps
+from evaluation.accounting import CostModel
+from evaluation.forward_simulator import forecast_outcome
 from service import schemas as wire
 from utils.errors import AIStocksError, DataError, StorageError, UpstreamError, UsageError
-from utils.settings import Settings, configure_logging, read_settings
+from utils.settings import Settings, configure_logging, print_rows, read_settings
 
 logger = logging.getLogger(__name__)
 
 # Nobody waits longer for a forecast because another process holds the database.
-LOCK_WAIT_S, PAUSE_S, ATTEMPTS = 0.25, 5.0, 50
-MAX_PENDING = MAX_KNOWN = 10_000
+LOCK_WAIT_S, ATTEMPTS = 0.25, 50
 GENESIS = "0" * 64
+FIRST_NAMES = {"model_id": "fusion_mode"}
 # Nearer than this, two closes are one price.
 SAME_CLOSE = 1e-6
 OVERLAP = "forecasts of overlapping windows count one by one; they hold a sample only n / horizon strong"
-DATES = ("as_of", "target_session")
-HIDDEN = ("sequence", "source", "model_version", "sigma_log", "served_at")
-SAID_BY_ROW = re.compile("^mean_|_(return|accuracy|coverage|session|bars|mode)$")
+# What a terminal of 80 columns has room for; JSON has everything.
+SHOWN: Mapping[str, Mapping[str, str]] = {
+    "verify": {"status": "status", "rows": "rows", "head": "head"},
+    "show": {n: n for n in ("symbol", "model_id", "as_of", "target_session", "forecast_return", "position")},
+    "score": {
+        **{n: n for n in ("symbol", "model_id", "source")},
+        "bars": "horizon_bars",
+        "scored": "scored",
+        "hits": "direction_accuracy",
+        "up": "always_up_accuracy",
+        "band": "band_coverage",
+        "status": "status",
+    },
+}
 CHANGED = "changed after it was written: does not count"
+AFTER_BREAK = "follows a break of the ledger's chain: does not count"
 MEANS = {
     "direction_accuracy": "direction_hit",
     "always_up_accuracy": "always_up_hit",
@@ -82,14 +90,15 @@ class ServedForecast:
     """One forecast as it went out: the median of the simple return to a session, and the 80 % band around it.
 
     ``close`` is the adjusted close of ``as_of``, the last session known, as it was known then; ``position``
-    the target weight decided at it, a fraction of equity. ``sigma_log`` is the standard deviation of the
+    the target weight decided at it, a fraction of equity. ``model_id`` is that of the model that answered,
+    whatever was asked for. ``sigma_log`` is the standard deviation of the
     normal log return with a band as wide. Sessions are ``YYYY-MM-DD``.
     """
 
     symbol: str
     source: str
+    model_id: str
     model_version: str
-    fusion_mode: str
     as_of: str
     target_session: str
     horizon_bars: int
@@ -103,7 +112,12 @@ class ServedForecast:
     @property
     def digest(self) -> str:
         """What tells one forecast from another."""
-        return _sha256(asdict(self))
+        return _sha256(self.columns)
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The content as it is hashed and stored: the first ledgers had the mode in the model's place."""
+        return {FIRST_NAMES.get(name, name): value for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,8 +132,24 @@ class Entry:
     forecast: ServedForecast
 
     @property
+    def unreadable(self) -> list[str]:
+        """Names of the cells that hold no value of their kind."""
+        return [name for name, value in self._cells.items() if not _holds(name, value)]
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """What was served, with blanks where the cells hold no value of their kind."""
+        return {name: value if _holds(name, value) else BLANKS[name] for name, value in self._cells.items()}
+
+    @property
+    def _cells(self) -> dict[str, Any]:
+        return {**asdict(self.forecast), "served_at": self.served_at}
+
+    @property
     def is_intact(self) -> bool:
         """Whether the row is what was written."""
+        if self.unreadable or not isinstance(self.previous_hash, str):
+            return False
         row_hash = _chained(self.sequence, self.served_at, self.previous_hash, self.forecast)
         return (self.row_hash, self.digest) == (row_hash, self.forecast.digest)
 
@@ -127,12 +157,13 @@ class Entry:
 _METADATA = sql.MetaData()
 _TYPES: dict[Any, Any] = {str: sql.String(128), int: sql.Integer(), float: sql.Double()}
 _CONTENT = {field.name: _TYPES[field.type] for field in fields(ServedForecast)}
+_CELLS = {name: FIRST_NAMES.get(name, name) for name in _CONTENT}
 _CHAIN = ("served_at", "previous_hash", "row_hash", "digest")
 _ROWS = sql.Table(
     "served_forecasts",
     _METADATA,
     sql.Column("sequence", sql.Integer, primary_key=True, autoincrement=False),
-    *(sql.Column(name, kind, nullable=False, index=name == "symbol") for name, kind in _CONTENT.items()),
+    *(sql.Column(_CELLS[n], kind, nullable=False, index=n == "symbol") for n, kind in _CONTENT.items()),
     *(sql.Column(name, sql.String(64), nullable=False, unique=name == "digest") for name in _CHAIN),
 )
 # Without it nobody would miss rows that are gone from the end.
@@ -145,6 +176,27 @@ _HEAD = sql.Table(
 )
 
 
+_ZEROS: dict[Any, Any] = {str: "?", int: 0, float: 0.0}
+_DATES = ("as_of", "target_session")
+BLANKS: Mapping[str, Any] = {
+    **{field.name: _ZEROS[field.type] for field in fields(ServedForecast)},
+    **dict.fromkeys(_DATES, "0000-00-00"),
+    "served_at": "?",
+}
+
+
+def _holds(name: str, value: object) -> bool:
+    """Whether a cell can be what its name says: SQLite stores anything anywhere."""
+    if type(value) is not type(BLANKS[name]) or (isinstance(value, float) and not np.isfinite(value)):
+        return False
+    try:
+        if name in _DATES:
+            return date.fromisoformat(str(value)).isoformat() == value
+        return name != "served_at" or datetime.fromisoformat(str(value)).tzinfo is not None
+    except ValueError:
+        return False
+
+
 def _sha256(content: Mapping[str, object]) -> str:
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -152,32 +204,7 @@ def _sha256(content: Mapping[str, object]) -> str:
 
 def _chained(sequence: int, served_at: str, previous_hash: str, forecast: ServedForecast) -> str:
     link = {"sequence": sequence, "served_at": served_at, "previous_hash": previous_hash}
-    return _sha256({**asdict(forecast), **link})
-
-
-def served_forecast(answer: wire.PredictionResult) -> ServedForecast:
-    """Return what a prediction says about its last session; raises `DataError` if it has no bands."""
-    ahead, meta = answer.forecast, answer.metadata
-    if ahead is None or not ahead.dates or not ahead.lower_band or not ahead.upper_band:
-        raise DataError(f"the prediction of {answer.symbol} has no forecast with bands to keep")
-    close = answer.prices[-1]
-    lower, upper = ahead.lower_band[-1], ahead.upper_band[-1]
-    # No database tells -0.0 from 0.0, and the hash must be that of what comes back.
-    return ServedForecast(
-        symbol=answer.symbol,
-        source=meta.data_source or "unknown",
-        model_version=meta.model_version or meta.model_id,
-        fusion_mode=meta.fusion_mode,
-        as_of=answer.dates[-1],
-        target_session=ahead.dates[-1],
-        horizon_bars=len(ahead.dates),
-        close=close,
-        forecast_return=ahead.returns[-1] + 0.0,
-        lower_return=lower / close - 1.0 + 0.0,
-        upper_return=upper / close - 1.0 + 0.0,
-        sigma_log=float(np.log(upper / lower)) / (2.0 * Z_90) + 0.0,
-        position=ahead.positions[0] + 0.0,
-    )
+    return _sha256({**forecast.columns, **link})
 
 
 class ForecastLedger:
@@ -197,41 +224,9 @@ class ForecastLedger:
                 f"AI_STOCKS_DATABASE_URL cannot be used ({type(error).__name__}): write "
                 "sqlite:////FOLDER/FILE.sqlite, or postgresql+psycopg://HOST/NAME with psycopg installed"
             ) from error
-        self._lock = threading.Lock()
         self._is_ready = False
-        self._pending: dict[str, ServedForecast] = {}
-        self._known: set[str] = set()
-        self._retry_at = 0.0
 
-    def keep(self, forecast: ServedForecast) -> None:
-        """Record a forecast if that can be done; never raises, and never waits long.
-
-        A row that could not be written waits in memory for the next one that can.
-        """
-        digest = forecast.digest
-        with self._lock:
-            if digest in self._known:
-                return
-            if len(self._known) > MAX_KNOWN:
-                self._known.clear()
-            self._pending[digest] = forecast
-            if time.monotonic() >= self._retry_at:
-                self._write_pending()
-            if len(self._pending) > MAX_PENDING:
-                lost = self._pending.pop(next(iter(self._pending)))
-                logger.error("lost a served forecast: %s", asdict(lost))
-
-    def _write_pending(self) -> None:
-        try:
-            for digest, forecast in list(self._pending.items()):
-                self.record(forecast)
-                del self._pending[digest]
-                self._known.add(digest)
-        except StorageError as error:
-            self._retry_at = time.monotonic() + PAUSE_S
-            logger.warning("%s; %d served forecasts wait in memory", error, len(self._pending))
-
-    def record(self, forecast: ServedForecast, *, now: datetime | None = None) -> bool:
+    def record(self, forecast: ServedForecast, now: datetime | None = None) -> bool:
         """Append a row and commit it; return False when the same forecast is there already.
 
         ``now`` (UTC) is by default the present. Raises `StorageError` when the database cannot be written.
@@ -251,7 +246,8 @@ class ForecastLedger:
                 except exc.IntegrityError:
                     # Another process was faster; its row comes before ours.
                     continue
-        except (exc.SQLAlchemyError, OSError) as error:
+        except (exc.SQLAlchemyError, OSError, TypeError, OverflowError) as error:
+            # The last two are of a head that is no head.
             self._is_ready = False
             raise StorageError(f"the ledger cannot be written ({_words(error)})") from error
         raise StorageError("the ledger takes no row: run `python -m service.ledger verify`")
@@ -264,7 +260,7 @@ class ForecastLedger:
             head = connection.execute(sql.select(_HEAD.c.rows, _HEAD.c.row_hash)).one_or_none()
             rows, previous = (0, GENESIS) if head is None else head
             row_hash = _chained(rows + 1, served_at, previous, forecast)
-            row = {**asdict(forecast), "sequence": rows + 1, "served_at": served_at, "digest": digest}
+            row = {**forecast.columns, "sequence": rows + 1, "served_at": served_at, "digest": digest}
             connection.execute(sql.insert(_ROWS).values(**row, previous_hash=previous, row_hash=row_hash))
             change = sql.insert(_HEAD).values(id=1) if head is None else sql.update(_HEAD)
             connection.execute(change.values(rows=rows + 1, row_hash=row_hash))
@@ -272,23 +268,17 @@ class ForecastLedger:
 
     def entries(self, symbol: str | None = None) -> list[Entry]:
         """Return the rows in the order of writing; raises `StorageError` when that cannot be done."""
-        mine = sql.true() if symbol is None else _ROWS.c.symbol == symbol
-        wanted = sql.select(_ROWS).where(mine).order_by(_ROWS.c.sequence)
         return [
             Entry(
                 sequence=row["sequence"],
                 **{name: row[name] for name in _CHAIN},
-                forecast=ServedForecast(**{name: row[name] for name in _CONTENT}),
+                forecast=ServedForecast(**{name: row[cell] for name, cell in _CELLS.items()}),
             )
-            for row in self._read(wanted)
+            for row in self._read(_ROWS, sql.true() if symbol is None else _ROWS.c.symbol == symbol)
         ]
 
-    def verify(self, noted_head: str | None = None) -> tuple[int, str]:
-        """Return the number of rows and the hash of the last one.
-
-        ``noted_head`` is a hash that an earlier call returned: it must still be in the chain. Raises
-        `DataError` when a row was changed, removed, added or moved.
-        """
+    def audit(self) -> tuple[list[Entry], int, str | None]:
+        """Return the rows, how many of them stand before a break of their chain, and what is broken."""
         head, entries = self._head(), self.entries()
         while head != (again := self._head()):
             # Somebody wrote in between.
@@ -296,21 +286,37 @@ class ForecastLedger:
         previous = GENESIS
         for place, entry in enumerate(entries, start=1):
             at = f"row {entry.sequence} ({entry.forecast.symbol}, {entry.forecast.as_of})"
-            if entry.sequence != place:
-                raise DataError(f"the ledger is broken: row {place} is missing, {at} stands in its place")
-            if not entry.is_intact:
-                raise DataError(f"the ledger is broken: {at} is not what was written")
-            if entry.previous_hash != previous:
-                raise DataError(f"the ledger is broken: {at} does not follow the row before it")
+            wrong = {
+                f"row {place} is missing, {at} stands in its place": entry.sequence != place,
+                f"{at} is not what was written": not entry.is_intact,
+                f"{at} does not follow the row before it": entry.previous_hash != previous,
+            }
+            if any(wrong.values()):
+                return entries, place - 1, next(words for words, is_so in wrong.items() if is_so)
             previous = entry.row_hash
-        if head != (len(entries), previous):
-            raise DataError(f"the ledger is broken: {len(entries)} rows are not the {head[0]} of its head")
-        if noted_head is not None and noted_head not in {GENESIS, *(entry.row_hash for entry in entries)}:
-            raise DataError("the ledger is broken: the chain does not hold the head that was noted")
-        return len(entries), previous
+        broken = head != (len(entries), previous)
+        return (
+            entries,
+            len(entries),
+            f"{len(entries)} rows are not the {head[0]} of its head" if broken else None,
+        )
+
+    def verify(self, noted_head: str | None = None) -> tuple[int, str]:
+        """Return the number of rows and the hash of the last one.
+
+        ``noted_head`` is a hash that an earlier call returned: it must still be in the chain. Raises
+        `DataError` when a row was changed, removed, added or moved.
+        """
+        entries, _, fault = self.audit()
+        hashes = [GENESIS, *(entry.row_hash for entry in entries)]
+        if fault is None and noted_head is not None and noted_head not in hashes:
+            fault = "the chain does not hold the head that was noted"
+        if fault is not None:
+            raise DataError(f"the ledger is broken: {fault}")
+        return len(entries), hashes[-1]
 
     def _head(self) -> tuple[int, str]:
-        found = self._read(sql.select(_HEAD))
+        found = self._read(_HEAD)
         return (found[0]["rows"], found[0]["row_hash"]) if found else (0, GENESIS)
 
     @property
@@ -318,15 +324,20 @@ class ForecastLedger:
         is_file = self._url.get_backend_name() == "sqlite" and self._url.database
         return Path(str(self._url.database)) if is_file else None
 
-    def _read(self, wanted: sql.Select[Any]) -> Sequence[sql.RowMapping]:
+    def _read(self, table: sql.Table, *wanted: sql.ColumnElement[bool]) -> Sequence[sql.RowMapping]:
         try:
             # SQLite would make an empty file of a missing one.
             if self._file is not None and not self._file.exists():
                 return []
             with self._engine.connect() as connection:
-                if not sql.inspect(connection).has_table(_ROWS.name):
+                if not sql.inspect(connection).has_table(table.name):
                     return []
-                return connection.execute(wanted).mappings().all()
+                if self._file is not None:
+                    # Bytes that are no text are for `_holds` to find.
+                    driver: Any = connection.connection.dbapi_connection
+                    driver.text_factory = functools.partial(str, encoding="utf-8", errors="replace")
+                rows = sql.select(table).where(*wanted).order_by(*table.primary_key)
+                return connection.execute(rows).mappings().all()
         except (exc.SQLAlchemyError, OSError) as error:
             raise StorageError(f"the ledger cannot be read ({_words(error)})") from error
 
@@ -336,11 +347,14 @@ def _words(error: Exception) -> str:
     return str(getattr(error, "orig", None) or type(error).__name__).splitlines()[0][:200]
 
 
-def score(entries: Iterable[Entry], bars: Bars) -> list[wire.TrackRecordForecast]:
+def score(
+    entries: Iterable[Entry], bars: Bars, doubted: Container[int] = ()
+) -> list[wire.TrackRecordForecast]:
     """Score the rows of one symbol, in the order of writing, by its bars.
 
     A position is entered from cash at the close of the as-of session and held until the target session, after
-    costs and financing; so is the whole capital in shares, beside it.
+    costs and financing; so is the whole capital in shares, beside it. Of ``doubted``, sequences of rows that
+    follow a break of the chain, none counts.
     """
     calendar = calendar_for(bars.symbol)
     costs, scored = CostModel(periods_per_year=calendar.sessions_per_year), []
@@ -348,21 +362,33 @@ def score(entries: Iterable[Entry], bars: Bars) -> list[wire.TrackRecordForecast
     for entry in entries:
         told = entry.forecast
         found = _outcome(entry, bars, costs)
-        closed = calendar.last_closed_session(datetime.fromisoformat(entry.served_at))
-        if found["status"] != "unscored" and pd.Timestamp(told.target_session) <= closed:
-            found |= {"counts": False, "note": "served after its target session had closed"}
-        key = (told.source, told.model_version, told.fusion_mode, told.as_of, told.target_session)
+        if found["status"] != "unscored":
+            doubt = AFTER_BREAK if entry.sequence in doubted else _lateness(entry, calendar)
+            found |= {} if doubt is None else {"counts": False, "note": doubt}
+        key = (told.source, told.model_version, told.as_of, told.target_session)
         found = {"counts": found["status"] != "unscored" and key not in seen, **found}
         seen.update({key} if found["counts"] else ())
-        scored.append(wire.TrackRecordForecast(**asdict(told), served_at=entry.served_at, **found))
+        scored.append(wire.TrackRecordForecast(**entry.shown, **found))
     return scored
+
+
+def _lateness(entry: Entry, calendar: SessionCalendar) -> str | None:
+    """Say what was known too much when a row was served; None if its as-of session was the last closed."""
+    as_of = pd.Timestamp(entry.forecast.as_of)
+    late = calendar.sessions_between(
+        as_of, calendar.last_closed_session(datetime.fromisoformat(entry.served_at))
+    )
+    if late > 0:
+        return f"served {late} session{'s' * (late > 1)} late, in hindsight: does not count"
+    return "served before its as-of session had closed: does not count" if late < 0 else None
 
 
 def _outcome(entry: Entry, bars: Bars, costs: CostModel) -> dict[str, Any]:
     """Return the fields of `TrackRecordForecast` that tell what came."""
     told, index, source = entry.forecast, pd.DatetimeIndex(bars.frame.index), bars.provenance.source
     if not entry.is_intact:
-        return {"status": "unscored", "note": CHANGED}
+        unreadable = f" (unreadable: {', '.join(entry.unreadable)})" if entry.unreadable else ""
+        return {"status": "unscored", "note": CHANGED + unreadable}
     if told.source != source:
         return {"status": "unscored", "note": f"made from prices of {told.source}, these are of {source}"}
     if pd.Timestamp(told.target_session) > index[-1]:
@@ -372,21 +398,8 @@ def _outcome(entry: Entry, bars: Bars, costs: CostModel) -> dict[str, Any]:
         missing = told.as_of if first < 0 else told.target_session
         return {"status": "unscored", "note": f"the prices have no session {missing}"}
     close = np.asarray(bars.frame["Close"], dtype=np.float64)[first : last + 1]
-    moves = np.concatenate([[0.0], close[1:] / close[:-1] - 1.0])
-    realised = float(close[-1] / close[0] - 1.0)
-    # The books lag by themselves: what is decided at the first close earns from the second on.
-    own, hold = (account(np.full(len(close), w), moves, costs).equity for w in (told.position, 1.0))
-    expected = np.log1p([told.forecast_return, told.lower_return, told.upper_return])
-    found = {
-        "status": "scored",
-        "realised_return": realised,
-        "direction_hit": None if realised == 0.0 else (told.forecast_return > 0.0) == (realised > 0.0),
-        "always_up_hit": None if realised == 0.0 else realised > 0.0,
-        "band_hit": told.lower_return <= realised <= told.upper_return,
-        "crps": band_crps(float(np.log1p(realised)), *expected.tolist()),
-        "position_return": float(own[-1] / own[0] - 1.0),
-        "hold_return": float(hold[-1] / hold[0] - 1.0),
-    }
+    band = (told.forecast_return, told.lower_return, told.upper_return)
+    found: dict[str, Any] = {"status": "scored", **forecast_outcome(close, band, told.position, costs)}
     if abs(close[0] / told.close - 1.0) > SAME_CLOSE:
         words = f"the close of {told.as_of} was {told.close:g} when served and is {close[0]:g} now"
         found["note"] = f"{words} (split, dividend or restated): scored by returns"
@@ -394,11 +407,11 @@ def _outcome(entry: Entry, bars: Bars, costs: CostModel) -> dict[str, Any]:
 
 
 def summarise(scored: Iterable[wire.TrackRecordForecast]) -> list[wire.TrackRecordSummary]:
-    """Return one summary for each horizon and fusion mode; rows that do not count are left out."""
+    """Return one summary for each horizon and model; rows that do not count are left out."""
     groups: dict[tuple[int, str], list[wire.TrackRecordForecast]] = {}
     for row in scored:
         if row.counts:
-            groups.setdefault((row.horizon_bars, row.fusion_mode), []).append(row)
+            groups.setdefault((row.horizon_bars, row.model_id), []).append(row)
     return [_summary(rows) for _, rows in sorted(groups.items())]
 
 
@@ -407,7 +420,7 @@ def _summary(rows: Sequence[wire.TrackRecordForecast]) -> wire.TrackRecordSummar
     figures = {name: [v for row in done if (v := getattr(row, of)) is not None] for name, of in MEANS.items()}
     return wire.TrackRecordSummary(
         horizon_bars=rows[0].horizon_bars,
-        fusion_mode=rows[0].fusion_mode,
+        model_id=rows[0].model_id,
         served=len(rows),
         scored=len(done),
         **{name: float(np.mean(values)) for name, values in figures.items() if values},
@@ -419,10 +432,15 @@ def track_record(
 ) -> wire.TrackRecord:
     """Return what was served of a symbol, and how it did: a summary of all rows, and the last ``limit``."""
     symbol = normalise_symbol(symbol)
-    entries = ledger.entries(symbol)
-    scored = score(entries, bars_of(symbol)) if entries else []
-    notes = [OVERLAP] if entries else [f"nothing of {symbol} was served yet"]
-    notes += sorted({row.note for row in scored if row.note == CHANGED})
+    entries, good, fault = ledger.audit()
+    doubted = {entry.sequence for entry in entries[good:]}
+    own = [entry for entry in entries if entry.forecast.symbol == symbol]
+    scored = score(own, bars_of(symbol), doubted) if own else []
+    notes = [OVERLAP] if own else [f"nothing of {symbol} was served yet"]
+    if fault is not None:
+        notes.append(
+            f"the ledger is broken: {fault}" + "; no row from there on counts" * (good < len(entries))
+        )
     found = summarise(scored)
     return wire.TrackRecord(symbol=symbol, summaries=found, forecasts=scored[-limit:], notes=notes)
 
@@ -439,7 +457,7 @@ def build_parser() -> argparse.ArgumentParser:
             continue
         command.add_argument("symbol", nargs="?", help="default: every symbol of the ledger")
         if name == "score":
-            command.add_argument("--source", help="yahoo, sample or csv:DIR (default: AI_STOCKS_SOURCE)")
+            command.add_argument("--source", help="yahoo, sample or csv:DIR (default: that of each row)")
     return parser
 
 
@@ -448,35 +466,53 @@ def told_of(args: argparse.Namespace, settings: Settings) -> list[dict[str, obje
     ledger = ForecastLedger(settings.database)
     if args.command == "verify":
         rows, head = ledger.verify(args.head)
-        return [{"rows": rows, "head": head}]
-    symbol = None if args.symbol is None else normalise_symbol(args.symbol)
-    entries = ledger.entries(symbol)
-    if args.command == "show":
-        return [{"sequence": e.sequence, "served_at": e.served_at, **asdict(e.forecast)} for e in entries]
-    cache = BarCache(settings.cache_dir)
-    source = make_source(args.source or settings.source, cache_dir=settings.cache_dir)
+        return [{"status": "ok", "rows": rows, "head": head}]
+    if args.command == "score":
+        return scored_rows(ledger, args, settings)
+    entries = ledger.entries(None if args.symbol is None else normalise_symbol(args.symbol))
+    return [{"sequence": e.sequence, **e.shown} for e in entries]
+
+
+def scored_rows(
+    ledger: ForecastLedger, args: argparse.Namespace, settings: Settings
+) -> list[dict[str, object]]:
+    """Return what became of the forecasts of each symbol, by prices of the source that each was made from."""
+    entries, good, fault = ledger.audit()
+    if fault is not None:
+        logger.warning("the ledger is broken: %s; no row from there on counts", fault)
+    groups: dict[tuple[str, str], list[Entry]] = {}
+    for entry in entries:
+        if args.symbol is None or entry.shown["symbol"] == normalise_symbol(args.symbol):
+            groups.setdefault((entry.shown["symbol"], entry.shown["source"]), []).append(entry)
     told: list[dict[str, object]] = []
-    for each in sorted({entry.forecast.symbol for entry in entries}):
+    failed = []
+    for (symbol, name), own in sorted(groups.items()):
+        of = {"symbol": symbol, "source": name, "served": len(own)}
         try:
-            bars = fetch_stock_data(each, source=source, cache=cache)
-        except (UpstreamError, DataError) as error:
-            logger.warning("%s is left out: %s", each, error)
+            source = _source_of(name, args.source, settings)
+            bars = fetch_stock_data(symbol, source=source, cache=BarCache(settings.cache_dir))
+        except (UpstreamError, DataError, UsageError) as error:
+            failed.append(f"{symbol} of {name}: {error}")
+            told.append({**of, "status": f"not scored: {error}"})
             continue
-        scored = score((entry for entry in entries if entry.forecast.symbol == each), bars)
-        told += ({"symbol": each, **found.model_dump()} for found in summarise(scored))
+        scored = score(own, bars, {entry.sequence for entry in entries[good:]})
+        found = [
+            {**of, **x.model_dump(), "status": "scored" if x.scored else "open"} for x in summarise(scored)
+        ]
+        why = next((row.note for row in scored if row.note), "")
+        told += found or [{**of, "status": f"none counts: {why}"}]
+    if failed and len(failed) == len(groups):
+        raise UpstreamError(f"nothing could be scored: {'; '.join(failed)}")
     return told
 
 
-def print_rows(console: Console, rows: Sequence[Mapping[str, object]]) -> None:
-    """Print the columns of records that a terminal has room for; JSON has them all."""
-    table = Table(box=box.SIMPLE, padding=0)
-    names = [name for name in rows[0] if name not in HIDDEN]
-    for name in names:
-        table.add_column(SAID_BY_ROW.sub("", name).replace("_", " "), overflow="fold", no_wrap=name in DATES)
-    for row in rows:
-        cells = (row[name] for name in names)
-        table.add_row(*(f"{c:.4g}" if isinstance(c, float) else escape(str(c)) for c in cells))
-    console.print(table)
+def _source_of(name: str, wanted: str | None, settings: Settings) -> BarSource:
+    if wanted is None and name in {"yahoo", "sample"}:
+        return make_source(name, cache_dir=settings.cache_dir)
+    source = make_source(wanted or settings.source, cache_dir=settings.cache_dir)
+    if wanted is None and source.name != name:
+        raise UsageError(f"a row does not say where {name} lies: give --source")
+    return source
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -492,7 +528,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         sys.stdout.write(json.dumps(rows, allow_nan=False) + "\n")
     else:
-        print_rows(Console(), rows or [{"rows": "none"}])
+        wanted = SHOWN[args.command].items()
+        shown = [{head: row.get(name, "") for head, name in wanted} for row in rows]
+        print_rows(Console(), shown or [{"rows": "none"}])
     return 0
 
 

@@ -7,10 +7,11 @@ shows what a backtest books. Smoothing, floors and thresholds change what is dra
 import logging
 import random
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Generic, TypeVar
 
@@ -20,11 +21,12 @@ from pydantic import ValidationError
 from data.data_fetcher import BarSource, Held, ReadsThrough, RevisionedSource, fetch_stock_data
 from data.markets import calendar_for
 from data.schema import bars_hash, check_enough, normalise_symbol
+from evaluation.metrics import Z_90
 from inference.modes import PARTS, mode_of
 from inference.pipeline import Decisions, decide, path_ahead
 from inference.position_sizing import RuleSizer, make_sizer
 from service import schemas as wire
-from service.ledger import ServedForecast, served_forecast
+from service.ledger import ServedForecast
 from service.model_registry import ModelRegistry, ServedModel
 from service.prediction_chart import (
     chart_of,
@@ -37,7 +39,7 @@ from service.prediction_chart import (
     reasons_of,
 )
 from service.schemas import PredictionRequest, PredictionResult
-from utils.errors import AIStocksError, DataError, UpstreamError, UsageError
+from utils.errors import AIStocksError, DataError, StorageError, UpstreamError, UsageError
 from utils.model_paths import GBM
 
 logger = logging.getLogger(__name__)
@@ -49,6 +51,9 @@ MOST_HELD, SERVED_LATELY, REFRESH_EVERY_S = 256, timedelta(days=5), 20.0
 NEVER = datetime.min.replace(tzinfo=UTC)
 # Answers in memory (120 sessions take 45 KB), and decisions over whole histories (3 MB each).
 MOST_ANSWER_BYTES, MOST_DECISIONS = 64 << 20, 8
+# Of forecasts that cannot be written down: when to try again, how many may wait, and how often to try at the
+# end of the service, when there is no later.
+PAUSE_S, MAX_PENDING, MAX_KNOWN, LAST_TRIES, LAST_PAUSE_S = 5.0, 10_000, 10_000, 6, 0.25
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -209,6 +214,76 @@ class BarKeeper:
         if self._thread is not None:
             self._thread.join(timeout=1.0)
             self._thread = None
+
+
+class Outbox:
+    """Served forecasts on their way to where they are kept; safe for many threads.
+
+    Parameters
+    ----------
+    record
+        Keeps a forecast that was served at ``now``; may raise `StorageError`.
+    """
+
+    def __init__(self, record: Callable[[ServedForecast, datetime], object]) -> None:
+        self._record = record
+        self._lock = threading.Lock()
+        self._pending: dict[str, tuple[ServedForecast, datetime]] = {}
+        self._known: set[str] = set()
+        self._retry: threading.Timer | None = None
+
+    def keep(self, forecast: ServedForecast) -> None:
+        """Record a forecast if that can be done; never raises, and never waits long.
+
+        A row that could not be written waits in memory and is tried again every few seconds, and at `close`.
+        """
+        digest, now = forecast.digest, datetime.now(UTC)
+        with self._lock:
+            if digest in self._known:
+                return
+            if len(self._known) > MAX_KNOWN:
+                self._known.clear()
+            self._pending.setdefault(digest, (forecast, now))
+            if self._retry is None:
+                self._write_pending()
+            if len(self._pending) > MAX_PENDING:
+                self._lose(next(iter(self._pending)))
+
+    def close(self) -> None:
+        """Write what still waits, within a few seconds; what cannot be written is told to the log."""
+        for left in reversed(range(LAST_TRIES)):
+            with self._lock:
+                self._write_pending(is_last=True)
+                if not self._pending:
+                    return
+            time.sleep(LAST_PAUSE_S if left else 0.0)
+        with self._lock:
+            for digest in list(self._pending):
+                self._lose(digest)
+
+    def _try_again(self) -> None:
+        with self._lock:
+            self._write_pending()
+
+    def _lose(self, digest: str) -> None:
+        forecast, served_at = self._pending.pop(digest)
+        logger.error("lost a served forecast of %s: %s", served_at.isoformat(), asdict(forecast))
+
+    def _write_pending(self, *, is_last: bool = False) -> None:
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
+        try:
+            for digest, (forecast, served_at) in list(self._pending.items()):
+                self._record(forecast, served_at)
+                del self._pending[digest]
+                self._known.add(digest)
+        except StorageError as error:
+            logger.warning("%s; %d served forecasts wait in memory", error, len(self._pending))
+            if not is_last:
+                self._retry = threading.Timer(PAUSE_S, self._try_again)
+                self._retry.daemon = True
+                self._retry.start()
 
 
 class PredictionService:
@@ -376,6 +451,31 @@ class PredictionService:
             if other.symbol != symbol:
                 raise UsageError(f"modelId {other.id} is a model of {other.symbol}, and symbol is {symbol}")
         return symbol, model, self._bars.get(symbol)
+
+
+def served_forecast(answer: wire.PredictionResult) -> ServedForecast:
+    """Return what a prediction says about its last session; raises `DataError` if it has no bands."""
+    ahead, meta = answer.forecast, answer.metadata
+    if ahead is None or not ahead.dates or not ahead.lower_band or not ahead.upper_band:
+        raise DataError(f"the prediction of {answer.symbol} has no forecast with bands to keep")
+    close = answer.prices[-1]
+    lower, upper = ahead.lower_band[-1], ahead.upper_band[-1]
+    # No database tells -0.0 from 0.0, and the hash must be that of what comes back.
+    return ServedForecast(
+        symbol=answer.symbol,
+        source=meta.data_source or "unknown",
+        model_id=meta.model_id,
+        model_version=meta.model_version or meta.model_id,
+        as_of=answer.dates[-1],
+        target_session=ahead.dates[-1],
+        horizon_bars=len(ahead.dates),
+        close=close,
+        forecast_return=ahead.returns[-1] + 0.0,
+        lower_return=lower / close - 1.0 + 0.0,
+        upper_return=upper / close - 1.0 + 0.0,
+        sigma_log=float(np.log(upper / lower)) / (2.0 * Z_90) + 0.0,
+        position=ahead.positions[0] + 0.0,
+    )
 
 
 def kind_wanted(request: PredictionRequest, symbol: str) -> str:

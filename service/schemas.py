@@ -626,8 +626,8 @@ class TrackRecordForecast(Wire):
 
     symbol: str
     source: str
+    model_id: str
     model_version: str
-    fusion_mode: str
     as_of: WireDate
     target_session: WireDate
     horizon_bars: int
@@ -651,10 +651,10 @@ class TrackRecordForecast(Wire):
 
 
 class TrackRecordSummary(Wire):
-    """All forecasts over one horizon; absent where none is scored."""
+    """All forecasts of one model over one horizon; absent where none is scored."""
 
     horizon_bars: int
-    fusion_mode: str
+    model_id: str
     served: int
     scored: int
     direction_accuracy: float | None = None

@@ -555,8 +555,9 @@ export interface Problem {
 export interface TrackRecordForecast {
   symbol: string;
   source: string;
+  /** The model that answered, whatever was asked for. */
+  modelId: string;
   modelVersion: string;
-  fusionMode: string;
   asOf: string;
   targetSession: string;
   horizonBars: number;
@@ -573,7 +574,7 @@ export interface TrackRecordForecast {
   /** ISO 8601. */
   servedAt: string;
   status: TrackRecordStatus;
-  /** False where the same forecast was served before, or too late, or cannot be scored. */
+  /** False where the same forecast was served before, or later than the last closed session allows, or cannot be scored. */
   counts: boolean;
   realisedReturn?: number;
   /** Absent when the price did not move. */
@@ -589,10 +590,10 @@ export interface TrackRecordForecast {
   note?: string;
 }
 
-/** All forecasts over one horizon that count; figures are absent where none is scored. */
+/** All forecasts of one model over one horizon that count; figures are absent where none is scored. */
 export interface TrackRecordSummary {
   horizonBars: number;
-  fusionMode: string;
+  modelId: string;
   served: number;
   scored: number;
   directionAccuracy?: number;

@@ -13,15 +13,18 @@ import signal
 import stat
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from utils.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -258,3 +261,22 @@ def below(limit: float) -> Callable[[str], float]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to below {limit}")
 
     return read
+
+
+def print_rows(console: "Console", rows: Sequence[Mapping[str, object]]) -> None:
+    """Print records that have the same names as a table."""
+    # Only who prints a table pays for the library.
+    from rich.markup import escape  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for name in rows[0]:
+        table.add_column(name.replace("_", " "), overflow="fold")
+    for row in rows:
+        table.add_row(
+            *(
+                f"{c:.4g}" if isinstance(c, float) else escape("" if c is None else str(c))
+                for c in row.values()
+            )
+        )
+    console.print(table)

@@ -21,7 +21,7 @@ from service.api import Services, create_api
 from service.ledger import ForecastLedger, track_record
 from service.model_registry import ModelRegistry, ServedModel
 from service.prediction_chart import model_meta
-from service.prediction_service import PredictionService
+from service.prediction_service import Outbox, PredictionService
 from service.training_service import TrainingService
 from utils.errors import ModelMissingError, UnknownSymbolError
 
@@ -174,8 +174,15 @@ def ledger(tmp_path: Path) -> ForecastLedger:
 
 
 @pytest.fixture
-def predictions(registry: FakeRegistry, source: FakeSource, ledger: ForecastLedger) -> PredictionService:
-    return PredictionService(registry=registry, source=source, cache=None, on_served=ledger.keep)
+def outbox(ledger: ForecastLedger) -> Iterator[Outbox]:
+    box = Outbox(ledger.record)
+    yield box
+    box.close()
+
+
+@pytest.fixture
+def predictions(registry: FakeRegistry, source: FakeSource, outbox: Outbox) -> PredictionService:
+    return PredictionService(registry=registry, source=source, cache=None, on_served=outbox.keep)
 
 
 @pytest.fixture
@@ -201,6 +208,7 @@ def services(
     predictions: PredictionService,
     source: FakeSource,
     ledger: ForecastLedger,
+    outbox: Outbox,
     training: TrainingService,
     starts: list[str],
 ) -> Services:
@@ -212,6 +220,7 @@ def services(
         source_name="fake",
         origins=("http://localhost:3000", "http://127.0.0.1:3000"),
         on_start=lambda: starts.append("started"),
+        on_stop=outbox.close,
     )
 
 

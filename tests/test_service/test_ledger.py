@@ -1,21 +1,26 @@
 """What was served stays as it was served: on disk, under attack, when nothing can be written, and scored."""
 
+import contextlib
+import hashlib
 import json
 import logging
 import os
+import re
 import signal
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -24,8 +29,9 @@ from data.data_fetcher import fetch_stock_data
 from data.schema import Bars
 from evaluation.accounting import CostModel
 from service import ledger as module
-from service.ledger import GENESIS, ForecastLedger, ServedForecast, main, score, served_forecast, summarise
-from service.prediction_service import PredictionService
+from service import prediction_service
+from service.ledger import GENESIS, ForecastLedger, ServedForecast, main, score, summarise, track_record
+from service.prediction_service import Outbox, PredictionService, served_forecast
 from service.schemas import PredictionRequest
 from tests.test_service.conftest import FakeSource
 from utils.errors import DataError, StorageError, UsageError
@@ -39,8 +45,8 @@ def told(**changes: object) -> ServedForecast:
     usual = ServedForecast(
         symbol="AAPL",
         source="fake",
+        model_id="AAPL-gbm",
         model_version="v1",
-        fusion_mode="gbm_only",
         as_of="2006-06-01",
         target_session="2006-06-08",
         horizon_bars=5,
@@ -86,10 +92,10 @@ def test_a_row_comes_back_as_it_was_written(ledger: ForecastLedger) -> None:
     assert ledger.verify() == (5, entries[-1].row_hash)
 
 
-def test_the_same_forecast_twice_is_one_row(ledger: ForecastLedger) -> None:
+def test_the_same_forecast_twice_is_one_row(ledger: ForecastLedger, outbox: Outbox) -> None:
     assert ledger.record(told())
     assert not ledger.record(told())
-    ledger.keep(told())
+    outbox.keep(told())
     assert not ForecastLedger(str(ledger._url)).record(told())
     assert ledger.record(told(position=0.6))
     assert ledger.verify()[0] == 2
@@ -170,6 +176,8 @@ def test_a_url_without_sense_is_refused_without_its_password() -> None:
         ("DELETE FROM served_forecasts WHERE sequence = 5", "4 rows are not the 5"),
         ("DELETE FROM served_forecasts", "0 rows are not the 5"),
         ("DELETE FROM served_forecasts_head", "5 rows are not the 0"),
+        ("DROP TABLE served_forecasts_head", "5 rows are not the 0"),
+        ("DROP TABLE served_forecasts", "0 rows are not the 5"),
         ("UPDATE served_forecasts_head SET row_hash = 'x'", "5 rows are not the 5"),
     ],
 )
@@ -213,7 +221,7 @@ def test_a_row_deleted_from_the_end_stays_missed(ledger: ForecastLedger) -> None
 
 
 def test_a_locked_database_costs_a_warning_and_the_row_comes_later(
-    ledger: ForecastLedger, client: TestClient, caplog: pytest.LogCaptureFixture
+    ledger: ForecastLedger, outbox: Outbox, client: TestClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     filled(ledger, 1)
     holder = sqlite3.connect(path_of(ledger), isolation_level=None)
@@ -230,19 +238,25 @@ def test_a_locked_database_costs_a_warning_and_the_row_comes_later(
     (said,) = [record for record in caplog.records if "wait in memory" in record.message]
     assert said.levelno == logging.WARNING
     assert "locked" in said.message
-    ledger._retry_at = 0.0
+    outbox._try_again()
     assert client.post("/api/predict", json={"symbol": "AAPL", "horizon": 8}).status_code == 200
     assert [entry.forecast.horizon_bars for entry in ledger.entries()] == [5, 5, 6, 7, 8]
     ledger.verify()
 
 
 @pytest.mark.parametrize("url", ["sqlite:////proc/nothing/x.sqlite", "sqlite:////dev/full"])
-def test_a_place_that_cannot_be_written_costs_a_warning(url: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_place_that_cannot_be_written_costs_a_warning(
+    monkeypatch: pytest.MonkeyPatch, url: str, caplog: pytest.LogCaptureFixture
+) -> None:
     ledger = ForecastLedger(url)
     with pytest.raises(StorageError, match="cannot be written"):
         ledger.record(told())
-    ledger.keep(told())
+    outbox = Outbox(ledger.record)
+    outbox.keep(told())
     assert "wait in memory" in caplog.text
+    monkeypatch.setattr(prediction_service, "LAST_PAUSE_S", 0.0)
+    outbox.close()
+    assert "lost a served forecast" in caplog.text
 
 
 def test_a_file_that_is_no_database_costs_a_warning(
@@ -258,22 +272,77 @@ def test_a_file_that_is_no_database_costs_a_warning(
     assert path_of(ledger).read_bytes() == b"no database" * 1_000
 
 
-def test_a_database_that_was_removed_begins_anew(ledger: ForecastLedger) -> None:
+def test_a_database_that_was_removed_begins_anew(ledger: ForecastLedger, outbox: Outbox) -> None:
     filled(ledger)
     path_of(ledger).unlink()
-    ledger.keep(told(position=9.0))
-    ledger._retry_at = 0.0
-    ledger.keep(told(position=8.0))
+    outbox.keep(told(position=9.0))
+    outbox._try_again()
+    outbox.keep(told(position=8.0))
     assert ledger.verify()[0] == 2
 
 
 def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(module, "MAX_PENDING", 3)
-    ledger = ForecastLedger("sqlite:////proc/nothing/x.sqlite")
+    monkeypatch.setattr(prediction_service, "MAX_PENDING", 3)
+    outbox = Outbox(ForecastLedger("sqlite:////proc/nothing/x.sqlite").record)
     for i in range(5):
-        ledger.keep(told(position=float(i)))
-    assert [waiting.position for waiting in ledger._pending.values()] == [2.0, 3.0, 4.0]
+        outbox.keep(told(position=float(i)))
+    assert [waiting.position for waiting, _ in outbox._pending.values()] == [2.0, 3.0, 4.0]
     assert caplog.text.count("lost a served forecast") == 2
+    monkeypatch.setattr(prediction_service, "LAST_PAUSE_S", 0.0)
+    outbox.close()
+    assert caplog.text.count("lost a served forecast") == 5
+
+
+@contextlib.contextmanager
+def held(ledger: ForecastLedger) -> Iterator[None]:
+    holder = sqlite3.connect(path_of(ledger), isolation_level=None)
+    holder.execute("BEGIN EXCLUSIVE")
+    try:
+        yield
+    finally:
+        holder.execute("ROLLBACK")
+        holder.close()
+
+
+def test_what_waits_is_written_without_another_request(
+    ledger: ForecastLedger, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prediction_service, "PAUSE_S", 0.05)
+    filled(ledger, 1)
+    before = datetime.now(UTC)
+    with held(ledger):
+        outbox.keep(told(position=0.9))
+        after = datetime.now(UTC)
+    until = time.monotonic() + 10.0
+    while len(ledger.entries()) < 2 and time.monotonic() < until:
+        time.sleep(0.02)
+    assert (
+        before - timedelta(milliseconds=1) <= datetime.fromisoformat(ledger.entries()[1].served_at) <= after
+    )
+    assert ledger.verify()[0] == 2
+    assert outbox._pending == {}
+
+
+def test_what_waits_is_written_when_the_service_ends(
+    ledger: ForecastLedger, outbox: Outbox, api: FastAPI
+) -> None:
+    filled(ledger, 1)
+    with TestClient(api) as client, held(ledger):
+        assert client.post("/api/predict", json={"symbol": "AAPL"}).status_code == 200
+        assert outbox._pending
+    assert ledger.verify()[0] == 2
+    assert outbox._retry is None
+
+
+def test_the_end_waits_for_who_holds_the_database(ledger: ForecastLedger, outbox: Outbox) -> None:
+    filled(ledger, 1)
+    with held(ledger):
+        outbox.keep(told(position=0.9))
+        closing = threading.Thread(target=outbox.close)
+        closing.start()
+        time.sleep(0.3)
+    closing.join()
+    assert ledger.verify()[0] == 2
 
 
 KILLED = """
@@ -281,12 +350,13 @@ import os, signal, sys
 from tests.test_service.conftest import FakeSource, FakeRegistry, served
 from tests.conftest import make_bars, nyse_sessions
 from service.ledger import ForecastLedger
-from service.prediction_service import PredictionService
+from service.prediction_service import Outbox, PredictionService
 from service.schemas import PredictionRequest
 import pandas as pd
 ledger = ForecastLedger(sys.argv[1])
 source = FakeSource({"AAPL": pd.read_parquet(sys.argv[2])})
-service = PredictionService(registry=FakeRegistry(served()), source=source, cache=None, on_served=ledger.keep)
+box = Outbox(ledger.record)
+service = PredictionService(registry=FakeRegistry(served()), source=source, cache=None, on_served=box.keep)
 for horizon in range(1, 50):
     body = service.predict(PredictionRequest(symbol="AAPL", horizon=horizon)).wire_bytes()
     print(horizon, flush=True)
@@ -331,7 +401,43 @@ def test_a_row_says_what_the_answer_said(predictions: PredictionService, ledger:
     assert kept.close * (1 + kept.forecast_return) == pytest.approx(ahead.prices[-1], rel=1e-12)
     assert kept.close * (1 + kept.lower_return) == pytest.approx(ahead.lower_band[-1], rel=1e-12)
     assert kept.close * (1 + kept.upper_return) == pytest.approx(ahead.upper_band[-1], rel=1e-12)
-    assert (kept.source, kept.model_version, kept.fusion_mode) == ("fake", "v1", "gbm_only")
+    assert (kept.source, kept.model_id, kept.model_version) == ("fake", "AAPL-gbm", "v1")
+
+
+def test_what_answered_is_kept_once_whatever_was_asked(client: TestClient, ledger: ForecastLedger) -> None:
+    for mode in ("gbm_only", "ensemble", "hybrid", "weighted"):
+        body = {"symbol": "AAPL", "fusion": {"mode": mode}}
+        assert client.post("/api/predict", json=body).json()["metadata"]["fusionMode"] == mode
+    (entry,) = ledger.entries()
+    assert entry.forecast.model_id == "AAPL-gbm"
+    (row,) = client.get("/api/track-record/AAPL").json()["forecasts"]
+    assert (row["modelId"], row["modelVersion"]) == ("AAPL-gbm", "v1")
+
+
+def test_models_are_summarised_apart(ledger: ForecastLedger, prices: Bars) -> None:
+    for version, kind in enumerate(("gbm", "lstm", "ensemble")):
+        model = {"model_id": f"AAPL-{kind}", "model_version": f"v{version}"}
+        ledger.record(told(**model, **days_of(prices, 300, 305)), now=at_close(prices, 300))
+    found = summarise(score(ledger.entries(), prices))
+    assert [(one.model_id, one.served) for one in found] == [
+        ("AAPL-ensemble", 1),
+        ("AAPL-gbm", 1),
+        ("AAPL-lstm", 1),
+    ]
+
+
+def test_a_row_of_the_first_ledgers_stays_good(ledger: ForecastLedger) -> None:
+    # Written by the first release: with the mode that was asked for.
+    hashed = {name: value for name, value in asdict(told()).items() if name != "model_id"}
+    digest = sha256_of({**hashed, "fusion_mode": "hybrid"})
+    ledger.record(told(model_id="hybrid"))
+    (entry,) = ledger.entries()
+    assert (entry.digest, entry.is_intact) == (digest, True)
+
+
+def sha256_of(content: dict[str, object]) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_an_answer_without_bands_is_no_forecast(predictions: PredictionService) -> None:
@@ -419,9 +525,112 @@ def test_what_cannot_be_scored_says_why_and_does_not_count(ledger: ForecastLedge
     rows = score(ledger.entries(), prices)
     assert [row.counts for row in rows] == [False] * 4
     said = [row.note or "" for row in rows]
-    words = ["prices of yahoo", "no session 2006-03-11", "no session 2006-03-18", "after its target session"]
+    words = ["prices of yahoo", "no session 2006-03-11", "no session 2006-03-18", "served 5 sessions late"]
     assert all(word in note for word, note in zip(words, said, strict=True)), said
     assert summarise(rows) == []
+
+
+@pytest.mark.parametrize(
+    ("served_at", "note"),
+    [
+        (datetime(2006, 6, 1, 19, 59, tzinfo=UTC), "before its as-of session had closed"),
+        (datetime(2006, 6, 1, 20, 0, tzinfo=UTC), None),
+        (datetime(2006, 6, 2, 19, 59, tzinfo=UTC), None),
+        (datetime(2006, 6, 2, 20, 0, tzinfo=UTC), "served 1 session late"),
+        (datetime(2006, 6, 5, 22, 0, tzinfo=UTC), "served 2 sessions late, in hindsight: does not count"),
+        (datetime(2026, 6, 5, 22, 0, tzinfo=UTC), "sessions late"),
+    ],
+)
+def test_only_a_forecast_of_the_last_closed_session_counts(
+    ledger: ForecastLedger, prices: Bars, served_at: datetime, note: str | None
+) -> None:
+    close = float(prices.frame["Close"].loc["2006-06-01"])
+    ledger.record(told(close=close), now=served_at)
+    (row,) = score(ledger.entries(), prices)
+    assert (row.status, row.counts) == ("scored", note is None)
+    assert (note or "") in (row.note or "")
+    assert (row.note is None) == (note is None)
+
+
+@pytest.mark.parametrize(
+    ("statement", "said", "counting"),
+    [
+        ("DELETE FROM served_forecasts WHERE sequence = 3", "row 3 is missing", [True, True, False, False]),
+        (
+            "UPDATE served_forecasts SET position = 2 WHERE sequence = 3",
+            "row 3 .* is not what was written",
+            [True, True, False, False, False],
+        ),
+        ("DELETE FROM served_forecasts WHERE sequence = 5", "4 rows are not the 5", [True] * 4),
+        ("UPDATE served_forecasts_head SET row_hash = 'x'", "5 rows are not", [True] * 5),
+        ("DROP TABLE served_forecasts", "0 rows are not the 5", []),
+    ],
+)
+def test_the_track_record_says_that_the_chain_is_broken(
+    ledger: ForecastLedger, prices: Bars, statement: str, said: str, counting: list[bool]
+) -> None:
+    for row in range(300, 305):
+        ledger.record(told(**days_of(prices, row, row + 5)), now=at_close(prices, row))
+    assert len(track_record(ledger, lambda _: prices, "AAPL", 99).notes) == 1
+    change(ledger, statement)
+    record = track_record(ledger, lambda _: prices, "aapl", 99)
+    assert re.search(f"the ledger is broken: {said}", record.notes[-1]), record.notes
+    assert [row.counts for row in record.forecasts] == counting
+    assert sum(one.served for one in record.summaries) == sum(counting)
+    assert all(row.note for row in record.forecasts if not row.counts)
+
+
+BAD_CELLS = [
+    "position = 9e999",
+    "close = -9e999",
+    "sigma_log = 'wide'",
+    "forecast_return = x'00ff'",
+    "horizon_bars = 'five'",
+    "horizon_bars = 5.5",
+    "symbol = x'4141504c'",
+    "symbol = CAST(x'ff41' AS TEXT)",
+    "as_of = 'yesterday'",
+    "target_session = x'00'",
+    "target_session = '20060608'",
+    "served_at = 'now'",
+    "served_at = 7",
+    "previous_hash = x'00'",
+    "row_hash = x'00'",
+    "digest = CAST(x'ff' AS TEXT)",
+    "model_version = x'ff'",
+]
+
+
+@pytest.mark.parametrize("cell", BAD_CELLS)
+def test_a_cell_that_holds_nonsense_is_reported(
+    shell: ForecastLedger, outbox: Outbox, client: TestClient, cell: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change(filled(shell), f"UPDATE served_forecasts SET {cell} WHERE sequence = 3")  # noqa: S608
+    assert main(["verify"]) == 4
+    assert "row 3" in capsys.readouterr().err
+    answer = client.get("/api/track-record/AAPL")
+    assert answer.status_code == 200
+    record = answer.json()
+    assert "row 3" in record["notes"][-1]
+    assert not any(row["counts"] for row in record["forecasts"][2:])
+    if not cell.startswith("symbol"):
+        assert "changed after it was written" in record["forecasts"][2]["note"]
+    assert main(["show", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 5
+    assert main(["score", "--json"]) in {0, 3}
+    outbox.keep(told(position=3.0))
+    assert len(shell.entries()) == 6
+
+
+@pytest.mark.parametrize("cell", ["rows = 'many'", "rows = 9223372036854775807", "row_hash = x'00'"])
+def test_a_head_that_holds_nonsense_is_reported(
+    shell: ForecastLedger, client: TestClient, cell: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change(filled(shell), f"UPDATE served_forecasts_head SET {cell}")  # noqa: S608
+    assert main(["verify"]) == 4
+    assert "of its head" in capsys.readouterr().err
+    assert "of its head" in client.get("/api/track-record/AAPL").json()["notes"][-1]
+    assert client.post("/api/predict", json={"symbol": "AAPL"}).status_code == 200
 
 
 def test_a_row_that_was_changed_does_not_count(ledger: ForecastLedger, prices: Bars) -> None:
@@ -484,7 +693,7 @@ def test_the_track_record_over_http(client: TestClient, source: FakeSource, bars
     assert [row["horizonBars"] for row in record["forecasts"]] == [5, 10]
     assert {row["status"] for row in record["forecasts"]} == {"scored"}
     # These prices are of 2006: whoever asks today asks after the fact.
-    assert all("after its target session" in row["note"] for row in record["forecasts"])
+    assert all("sessions late, in hindsight" in row["note"] for row in record["forecasts"])
     assert len(client.get("/api/track-record/AAPL?limit=1").json()["forecasts"]) == 1
     assert client.get("/api/track-record/..%2f..").status_code == 422
     assert client.get("/api/track-record/AAPL?limit=0").status_code == 422
@@ -514,7 +723,8 @@ def test_the_command_line(shell: ForecastLedger, csv_dir: Path, capsys: pytest.C
     (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {name: row[name] for name in asdict(told())} == asdict(told(symbol="NOISE", **days))
     assert main(["score", "--json"]) == 0
-    (summary,) = json.loads(capsys.readouterr().out)
+    gone, summary = json.loads(capsys.readouterr().out)
+    assert "not scored" in gone["status"]
     assert (summary["symbol"], summary["served"], summary["scored"]) == ("NOISE", 1, 1)
     for command, shown in (("score", "NOISE"), ("show", "1996-06-10"), ("verify", found["head"])):
         assert main([command]) == 0
@@ -540,3 +750,31 @@ def test_the_models_folder_may_hold_the_ledger(tmp_path: Path) -> None:
     ledger = ForecastLedger(f"sqlite:///{tmp_path / 'ai_stocks.sqlite'}")
     filled(ledger)
     assert ModelRegistry(tmp_path).list() == ()
+
+
+def test_each_row_is_scored_by_its_own_source(
+    shell: ForecastLedger, csv_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    days = {"as_of": "1996-06-03", "target_session": "1996-06-10"}
+    now = datetime(1996, 6, 3, 23, tzinfo=UTC)
+    shell.record(told(symbol="NOISE", source="csv:elsewhere", **days), now=now)
+    assert main(["score"]) == 3
+    assert "csv:elsewhere lies: give --source" in capsys.readouterr().err
+    shell.record(
+        told(symbol="NOISE", source=f"csv:{csv_dir.name}", model_id="NOISE-ensemble", **days), now=now
+    )
+    late = {"as_of": "2012-06-01", "target_session": "2012-06-08"}
+    shell.record(told(source="sample", **late), now=datetime(2012, 6, 11, tzinfo=UTC))
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["score"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    for words in ("NOISE-ensemble", f"csv:{csv_dir.name}", "csv:elsewhere", "sample", "scored", "status"):
+        assert any(words in line for line in lines), words
+    assert main(["score", "--json"]) == 0
+    sample, lost, found = sorted(json.loads(capsys.readouterr().out), key=lambda row: row["status"])
+    assert "none counts: served 5 sessions late" in sample["status"]
+    assert "not scored" in lost["status"]
+    assert (found["status"], found["scored"]) == ("scored", 1)
+    assert main(["verify"]) == 0
+    assert "ok" in capsys.readouterr().out
