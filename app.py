@@ -21,6 +21,8 @@ import functools
 import gc
 import logging
 import math
+import os
+import resource
 import signal
 import socket
 import struct
@@ -32,6 +34,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.supervisors import Multiprocess
 
 from utils.errors import AIStocksError, UsageError
@@ -53,6 +56,12 @@ SETTLE_S = 0.5
 SO_ATTACH_FILTER = 26
 # Classic BPF over a TCP header: packets with the ACK flag pass, those that open a connection do not.
 ONLY_OPEN_CONNECTIONS = ((0x30, 0, 0, 13), (0x45, 0, 1, 0x10), (0x06, 0, 0, 0xFFFF), (0x06, 0, 0, 0))
+
+# What may come before a request's headers are complete, and how long that may take.
+MAX_HEAD_BYTES, HEAD_S = 64 << 10, 10.0
+# Who is refused may still be sending; so long it is read, and thrown away, so that the answer arrives.
+LINGER_S = 2.0
+FED_AT_ONCE, MOST_FILES = 16 << 10, 40_000
 
 # After the start a collection walks only what requests leave behind; the thresholds make it rare.
 GC_THRESHOLDS = (10_000, 20, 100)
@@ -305,6 +314,128 @@ def serve(settings: Settings, host: str, port: int, workers: int) -> int:
     return 0
 
 
+def most_connections() -> int:
+    """Return how many connections a process holds at most; the other files are for models and prices."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (min(files, MOST_FILES) if files > 0 else MOST_FILES) * 3 // 4
+
+
+class BoundedHttp(HttpToolsProtocol):
+    """One connection, whose headers are bounded in size and in time, and which errors leave as problems.
+
+    Where there are more connections than `most_connections`, the one that has waited longest for a request
+    is closed: callers that open many and say nothing keep nobody else out.
+    """
+
+    _awaits_head, _refused, _fed = True, False, 0
+    waits_since = 0.0
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin; make room first where there is none."""
+        super().connection_made(transport)
+        self.waits_since = time.monotonic()
+        self._time_head()
+        if len(self.connections) > most_connections():
+            self._close_longest_idle()
+
+    def _close_longest_idle(self) -> None:
+        idle = [each for each in self.connections if isinstance(each, BoundedHttp) and each.is_idle]
+        longest = min(idle, key=lambda each: each.waits_since)
+        longest.transport.abort()
+        # It is counted until the loop comes around to it, and must not be chosen twice.
+        self.connections.discard(longest)
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is being answered, and no request has come in as a whole."""
+        return self._awaits_head and (self.cycle is None or self.cycle.response_complete)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End."""
+        self._time_head(again=False)
+        super().connection_lost(exc)
+
+    def _time_head(self, *, again: bool = True) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+        self._head_timer = self.loop.call_later(HEAD_S, self._on_late_head) if again else None
+
+    def _on_late_head(self) -> None:
+        if self.is_idle:
+            self.transport.close()
+        else:
+            # The next request has begun to arrive while the one before is being answered.
+            self._time_head()
+
+    def data_received(self, data: bytes) -> None:
+        """Read on, in pieces: what is too much is noticed before all of it is kept."""
+        for start in range(0, len(data), FED_AT_ONCE):
+            if self._refused or self.transport.is_closing():
+                return
+            if self._awaits_head and self._head_timer is None:
+                self._time_head()
+            piece = data[start : start + FED_AT_ONCE]
+            self._fed += len(piece)
+            super().data_received(piece)
+            if self._fed > MAX_HEAD_BYTES:
+                self.send_400_response("")
+
+    def on_message_begin(self) -> None:
+        """Expect headers; the bytes of the piece in which they begin count, up to `FED_AT_ONCE`."""
+        super().on_message_begin()
+        self._awaits_head = True
+        if self._head_timer is None:
+            self._time_head()
+
+    def on_headers_complete(self) -> None:
+        """Hand the request on."""
+        self._awaits_head, self._fed = False, 0
+        self._time_head(again=False)
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Hand a part of the body on; its size is not bounded here, only what lies between the parts."""
+        self._fed = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Expect the next request."""
+        super().on_message_complete()
+        self._awaits_head, self._fed, self.waits_since = True, 0, time.monotonic()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP, or endless, with a problem, and close."""
+        if self._refused or self.transport.is_closing():
+            return
+        self._refused = True
+        self._time_head(again=False)
+        if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
+            self.transport.close()
+            return
+        self.transport.write(refusal(431 if self._fed > MAX_HEAD_BYTES else 400))
+        self.transport.write_eof()
+        self.loop.call_later(LINGER_S, self.transport.close)
+
+
+def refusal(status: int) -> bytes:
+    """Return the whole answer to what never became a request."""
+    from service.edge import DEFAULT_HEADERS, PROBLEM_TYPE, SECURITY_HEADERS, problem_bytes  # noqa: PLC0415
+
+    details = {400: "this is not valid HTTP/1.1", 431: f"send less than {MAX_HEAD_BYTES} bytes of headers"}
+    request_id = os.urandom(16).hex()
+    body = problem_bytes({"state": {"request_id": request_id}}, status, details[status])
+    headers = [
+        (b"content-type", PROBLEM_TYPE.encode()),
+        (b"content-length", b"%d" % len(body)),
+        (b"connection", b"close"),
+        (b"x-request-id", request_id.encode()),
+        *SECURITY_HEADERS,
+        *DEFAULT_HEADERS,
+    ]
+    return STATUS_LINE[status] + b"".join(b"%s: %s\r\n" % pair for pair in headers) + b"\r\n" + body
+
+
 def _config(application: Application, settings: Settings, workers: int) -> uvicorn.Config:
     return uvicorn.Config(
         application,
@@ -314,6 +445,7 @@ def _config(application: Application, settings: Settings, workers: int) -> uvico
         # The service writes a line of its own per request.
         access_log=False,
         ws="none",
+        http=BoundedHttp,
         server_header=False,
         timeout_graceful_shutdown=math.ceil(settings.deadline_s) + 5,
     )

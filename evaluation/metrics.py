@@ -117,13 +117,14 @@ def sortino(returns: FloatArray, periods_per_year: int) -> Measured:
 
 
 def drawdowns(equity: FloatArray) -> FloatArray:
-    """Equity over its highest so far, minus 1, (n,), each <= 0, known at the close of its bar."""
+    """Equity over its highest so far, minus 1, (n,), each from -1 to 0, known at the close of its bar."""
     curve = _finite(equity, "equity")
     if not len(curve):
         return curve
     if curve[0] <= 0.0:
         raise DataError(f"equity starts at {curve[0]}; must be above 0")
-    return curve / np.maximum.accumulate(curve) - 1.0
+    # Who owes has lost all; how much is owed is in the equity.
+    return np.maximum(curve / np.maximum.accumulate(curve) - 1.0, -1.0)
 
 
 def max_drawdown(equity: FloatArray) -> Measured:

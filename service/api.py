@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import anyio
 from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
@@ -72,6 +72,7 @@ from service.training_service import TrainingService
 from utils import errors
 from utils.errors import AIStocksError, without_paths
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 VERSION = "0.1.0"
@@ -171,7 +172,7 @@ def create_api(services: Services) -> FastAPI:
     api.openapi = lambda: api.openapi_schema or document_errors(stock_openapi())  # type: ignore[method-assign]
     for router in (
         _health_routes(services),
-        _model_routes(services.registry, pool),
+        _model_routes(services, pool),
         _price_routes(services.predictions, pool),
         _training_routes(services.training),
         _judging_routes(services, pool),
@@ -279,8 +280,14 @@ def _health_routes(services: Services) -> APIRouter:
     return router
 
 
-def _model_routes(registry: ModelRegistry, pool: WorkPool) -> APIRouter:
-    router = APIRouter(tags=["models"])
+def _unless_training(services: Services, model_id: str, change: Callable[[str], T]) -> T:
+    # A job is known before its process holds the lock that the registry looks at.
+    services.training.refuse_busy(services.registry.parse(model_id)[0])
+    return change(model_id)
+
+
+def _model_routes(services: Services, pool: WorkPool) -> APIRouter:
+    router, registry = APIRouter(tags=["models"]), services.registry
 
     @router.get("/api/models", response_model=list[ModelMeta])
     def models() -> Response:
@@ -295,7 +302,7 @@ def _model_routes(registry: ModelRegistry, pool: WorkPool) -> APIRouter:
     @router.delete("/api/models/{model_id}", response_model=StatusAnswer)
     async def delete(model_id: str) -> Response:
         """Move a model to the trash, from where `restore` brings it back."""
-        await pool.run(lambda: registry.delete(model_id))
+        await pool.run(lambda: _unless_training(services, model_id, registry.delete))
         return answer(StatusAnswer(status="deleted"))
 
     @router.post("/api/models/{model_id}/restore", response_model=ModelMeta)
@@ -306,7 +313,7 @@ def _model_routes(registry: ModelRegistry, pool: WorkPool) -> APIRouter:
     @router.post("/api/models/{model_id}/rollback", response_model=ModelMeta)
     async def roll_back(model_id: str) -> Response:
         """Let the newest earlier version that loads serve again."""
-        return await pool.run(lambda: answer(registry.roll_back(model_id)))
+        return await pool.run(lambda: answer(_unless_training(services, model_id, registry.roll_back)))
 
     @router.get("/api/models/{model_id}/versions", response_model=list[ModelVersion])
     async def versions(model_id: str) -> Response:
@@ -466,10 +473,7 @@ def _on_our_error(request: Request, error: Exception) -> Response:
 def _on_http_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, StarletteHTTPException):
         raise error
-    details = {
-        404: "no such route: see /docs",
-        405: f"{request.method} is not served here: see /docs",
-    }
+    details = {404: "no such route: see /docs", 405: f"{request.method} is not served here: see /docs"}
     stock = error.detail == http.HTTPStatus(error.status_code).phrase
     detail = details.get(error.status_code, str(error.detail)) if stock else str(error.detail)
     return problem(request.scope, error.status_code, detail, error.headers)

@@ -42,24 +42,21 @@ MODELS = {"gbm_only": "boosted trees", "lstm_only": "LSTM", "ensemble": "boosted
 SAME = 1e-12
 SIZED_BY = ("expected_return", "baseline_return", "sigma", "p_win", "payoff_ratio", "skill_lower")
 # What a posted prediction may hold, by its name on the wire; the wire itself refuses what is not finite.
-MIN_ROWS, MAX_PRICE_RATIO, MAX_PERIODS, MAX_MONEY = 10, 1e9, 1e6, 1e100
+MIN_ROWS, MAX_PRICE_RATIO, MAX_MONEY = 10, 1e9, 1e100
 BOUNDS = {"prices": (1e-9, 1e12), "fusedPositions": (-1e3, 1e3), "predictedReturns": (-1.0, 1e6)}
 BOUNDS |= {"predictedPrices": (0.0, 1e18), "actualReturns": (-1.0, 1e9)}
+# Bars a year, the last of what trades every day.
+LEAST_BARS, MOST_BARS, EVERY_DAY = 252, 366, 365
+UNBELIEVED = "annualizationFactor {:g} is not believed: daily bars are 252 to 366 a year"
+UNTRIED = "dates, prices and positions are those that were posted, and checked against no model and no source"
+# Where nothing is left these say nothing, or good of what was lost.
+OF_THE_LIVING = ("sharpe_ratio", "sortino_ratio", "calmar_ratio")
 # From here on, a commission is in basis points.
 BPS_FROM, FORWARD_ROWS = 0.05, 20
 BORROWED = ("financing_cost", "borrow_cost")
 RISKS = {name: name for name in ("exposure_mean", "exposure_std")}
 RISKS |= {"tail_loss_p95": "var_95", "cvar95": "cvar_95"}
-CSV_COLUMNS = (
-    "date",
-    "close",
-    "target_weight",
-    "held_weight",
-    "net_return",
-    "equity",
-    "drawdown",
-    "trade_cost",
-)
+CSV = ["date", "close", "target_weight", "held_weight", "net_return", "equity", "drawdown", "trade_cost"]
 WIRE_NAMES = {"cumulative_return": "total_return", "directional_accuracy": "direction_accuracy"}
 WIRE_NAMES |= {"correlation": "information_coefficient", "transaction_costs": "total_transaction_costs"}
 
@@ -182,9 +179,8 @@ def weigh(result: BacktestReport, history: Decisions, request: BacktestRequest, 
     net, market, same = (
         np.asarray(daily["net_return"], dtype=np.float64)[1:] for daily in (result.daily, *rivals)
     )
-    everything = np.arange(len(dates))
     books = (bookkeeper(history, other, request.capital) for other in alternatives())
-    tried = [book(everything, first, costs)[0].net_return[1:] for book in books]
+    tried = [book(np.arange(len(dates)), first, costs)[0].net_return[1:] for book in books]
     figures = {
         "n_tries": Measured(float(n_tries), "count"),
         "deflated_sharpe": gates.measured_deflated_sharpe(net, n_tries),
@@ -328,11 +324,13 @@ def sessions_of(days: list[str]) -> pd.DatetimeIndex:
     return index
 
 
-def posted_costs(params: wire.BacktestParams, usual_bars: float | None) -> CostModel:
-    """Return the costs that were asked for; ``usual_bars`` is what the prediction says of bars a year."""
-    per_year = params.annualization_factor or usual_bars or CostModel().periods_per_year
-    if not 1.0 <= per_year <= MAX_PERIODS:
-        raise UsageError(f"annualizationFactor is {per_year:g}: send 1 to {MAX_PERIODS:g}")
+def posted_costs(params: wire.BacktestParams, told: float | None, *, sessions: int = LEAST_BARS) -> CostModel:
+    """Return the costs that were asked for; borrowing goes by ``sessions`` a year alone.
+
+    Figures are annualised by what the caller, then the prediction (``told``), says and can be believed.
+    """
+    said = [bars for bars in (params.annualization_factor, told) if LEAST_BARS <= (bars or 0.0) <= MOST_BARS]
+    per_year, usual = round(said[0] or 0.0) if said else sessions, CostModel()
 
     def bps(explicit: float | None, either: float) -> float:
         return explicit if explicit is not None else either if either >= BPS_FROM else round(either * 1e4, 9)
@@ -340,7 +338,9 @@ def posted_costs(params: wire.BacktestParams, usual_bars: float | None) -> CostM
     return CostModel(
         commission_bps=bps(params.commission_bps, params.commission),
         slippage_bps=bps(params.slippage_bps, params.slippage),
-        periods_per_year=round(per_year),
+        financing_annual=usual.financing_annual * (per_year / sessions),
+        borrow_annual=usual.borrow_annual * (per_year / sessions),
+        periods_per_year=per_year,
     )
 
 
@@ -361,7 +361,9 @@ def judge_posted(request: wire.BacktestRequest, n_rows: int) -> Posted:
     short = min(params.max_short, params.max_short if params.short_cap is None else params.short_cap)
     asked = np.asarray(rows["fusedPositions"], dtype=np.float64)
     target, close = np.clip(asked, -short, params.max_long), np.asarray(rows["prices"], dtype=np.float64)
-    costs, band = posted_costs(params, meta.annualization_factor), params.min_position_change or 0.0
+    sessions = EVERY_DAY if (pd.DatetimeIndex(rows.index).day_of_week > 4).any() else LEAST_BARS
+    costs = posted_costs(params, meta.annualization_factor, sessions=sessions)
+    fees, band = (costs.commission_bps, costs.slippage_bps), params.min_position_change or 0.0
     tester = AdvancedBacktester(costs=costs, initial_capital=params.initial_capital, no_trade_band=band)
     with np.errstate(all="ignore"):
         moves = np.concatenate([[0.0], close[1:] / close[:-1] - 1.0])
@@ -378,12 +380,17 @@ def judge_posted(request: wire.BacktestRequest, n_rows: int) -> Posted:
     )
     cut, lack = int(np.count_nonzero(asked != target)), len(rows) < n_rows
     notes = {
+        UNTRIED: True,
+        f"commission was read as {fees[0]:g} bps and slippage as {fees[1]:g} bps of the traded value": True,
+        "costs are 0: nobody trades for nothing": sum(fees) == 0.0,
         f"{seen} rows before {since} are left out: the model has seen them": seen > 0,
         f"{len(rows)} rows are there of the {n_rows} that were asked for": lack,
         f"{cut} positions were cut to {-short:g} to {params.max_long:g}": cut > 0,
         "flatAtDayEnd changes nothing: bars are daily": bool(params.flat_at_day_end),
     }
-    return Posted(rows, result, [*result.notes, *(words for words, holds in notes.items() if holds)])
+    factors = [bars for bars in (params.annualization_factor, meta.annualization_factor) if bars is not None]
+    notes |= {UNBELIEVED.format(n): not LEAST_BARS <= n <= MOST_BARS for n in factors}
+    return Posted(rows, result, [*result.notes, *(text for text, holds in notes.items() if holds)])
 
 
 def posted_backtest(request: wire.BacktestRequest) -> wire.BacktestResult:
@@ -401,7 +408,7 @@ def posted_backtest(request: wire.BacktestRequest) -> wire.BacktestResult:
         metrics=metrics,
         annotations=markers_of(orders),
         buy_hold_equity=records(wire.BuyHoldPoint, dated(result.benchmarks["buy_hold"].daily)),
-        csv=daily[list(CSV_COLUMNS)].to_csv(index=False, float_format="%.10g"),
+        csv=daily[CSV].to_csv(index=False, float_format="%.10g"),
         forward_simulation=posted_forward_sim(request) if request.params.enable_forward_sim else None,
         window_start=daily["date"].iloc[0],
         window_end=daily["date"].iloc[-1],
@@ -419,8 +426,7 @@ def posted_backtest(request: wire.BacktestRequest) -> wire.BacktestResult:
 def posted_forward_sim(request: wire.BacktestRequest) -> wire.ForwardSimResult:
     """Return the books of the last rows of a posted prediction, begun with cash alone."""
     posted = judge_posted(request, request.params.forward_window or FORWARD_ROWS)
-    metrics, undefined = posted_metrics(posted.result)
-    daily = dated(posted.result.daily)
+    (metrics, undefined), daily = posted_metrics(posted.result), dated(posted.result.daily)
     orders = orders_of(posted, request.prediction.metadata.fusion_mode)
     return wire.ForwardSimResult(
         dates=daily["date"].to_list(),
@@ -446,12 +452,11 @@ def posted_forward_sim(request: wire.BacktestRequest) -> wire.ForwardSimResult:
 def posted_metrics(result: BacktestReport) -> tuple[wire.BacktestMetrics, list[str]]:
     """Return what the page draws, and in words which of it is undefined and sent as 0."""
     found, passive = values(result.metrics), values(result.benchmarks["buy_hold"].metrics)["total_return"]
-    figures, gain = (
-        found | {ours: found[theirs] for ours, theirs in WIRE_NAMES.items()},
-        found["total_return"],
-    )
+    if result.daily["equity"].min() <= 0.0:
+        found |= dict.fromkeys(OF_THE_LIVING)
+    figures = found | {ours: found[theirs] for ours, theirs in WIRE_NAMES.items()}
     figures["borrow_fee"] = float(result.daily[list(BORROWED)].to_numpy().sum())
-    if gain is not None and passive is not None:
+    if (gain := found["total_return"]) is not None and passive is not None:
         figures |= {"buy_hold_return_pct": passive * 100.0, "excess_return_pct": (gain - passive) * 100.0}
     metrics, undefined = wire_metrics(figures)
     undefined += tuple(to_camel(ours) for ours, theirs in RISKS.items() if found[theirs] is None)

@@ -260,7 +260,7 @@ class ModelRegistry:
 
     def archive(self, model_id: str) -> tuple[str, bytes]:
         """Return the name and the content of a zip of the version that serves: what its manifest lists."""
-        symbol, kind = self._of(model_id)
+        symbol, kind = self.parse(model_id)
 
         def packed(folder: Path) -> bytes:
             version = artifact.read_version(folder, kind.paths, kind.manifest)
@@ -276,7 +276,7 @@ class ModelRegistry:
 
     def versions(self, model_id: str) -> tuple[ModelVersion, ...]:
         """Return the kept versions of a model, the newest first, and which of them serves."""
-        symbol, kind = self._of(model_id)
+        symbol, kind = self.parse(model_id)
         serving = linked_version(self._models_dir, symbol, kind.paths).folder
         found = []
         for folder in reversed(list_versions(self._models_dir, symbol, kind.paths)):
@@ -299,23 +299,24 @@ class ModelRegistry:
 
     def roll_back(self, model_id: str) -> ModelMeta:
         """Let the newest earlier version that loads serve again; raises as `utils.model_paths.roll_back`."""
-        symbol, kind = self._of(model_id)
+        symbol, kind = self.parse(model_id)
         roll_back(self._models_dir, symbol, kind.paths, kind.check)
         return self._meta(symbol, kind)
 
     def delete(self, model_id: str) -> None:
         """Move a model to the trash; answers under way are finished. See `utils.model_paths.discard`."""
-        symbol, kind = self._of(model_id)
+        symbol, kind = self.parse(model_id)
         discard(self._models_dir, symbol, kind.paths)
         self._forget(symbol, kind)
 
     def restore(self, model_id: str) -> ModelMeta:
         """Undo the last deletion of a model; raises as `utils.model_paths.restore`."""
-        symbol, kind = self._of(model_id)
+        symbol, kind = self.parse(model_id)
         restore(self._models_dir, symbol, kind.paths)
         return self._meta(symbol, kind)
 
-    def _of(self, model_id: str) -> tuple[str, ModelKind]:
+    def parse(self, model_id: str) -> tuple[str, ModelKind]:
+        """Return the normalised symbol and the kind that an id names, whether or not there is a model."""
         symbol, _, kind = model_id.rpartition("-")
         if kind not in self._kinds or not symbol or normalise_symbol(symbol) != symbol:
             raise _no_model(model_id)

@@ -156,7 +156,7 @@ class TrainingService:
         """Queue a training; refuse a symbol that is being trained, or whose model is not to be replaced."""
         symbol = normalise_symbol(params.symbol)
         params, trainer = params.model_copy(update={"symbol": symbol}), trainer_of(params)
-        self._refuse_busy(symbol)
+        self.refuse_busy(symbol)
         if self._artifact(params) is not None and not (params.overwrite or params.overwrite_existing):
             raise ModelExistsError(
                 f"{symbol} has a model ({trainer.artifact}) already: send overwrite to train it anew"
@@ -245,7 +245,8 @@ class TrainingService:
             raise JobMissingError(f"no training job {job_id[:40]!a}: GET /api/training lists what there is")
         return found[0]
 
-    def _refuse_busy(self, symbol: str) -> None:
+    def refuse_busy(self, symbol: str) -> None:
+        """Raise `ConflictError` where a job, or somebody's command line, trains a symbol, or will."""
         for job in self._store.jobs(Job.symbol == symbol, Job.status.in_(ACTIVE)):
             words = f"{symbol} is {job.status} as job {job.id}"
             raise ConflictError(f"{words}: wait for it, or DELETE /api/training/{job.id}")

@@ -5,6 +5,7 @@ import contextlib
 import gc
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -302,3 +303,154 @@ def test_a_taken_port_is_a_usage_error(tmp_path: Path) -> None:
         pytest.raises(UsageError, match="choose another --host or --port"),
     ):
         app.listen("127.0.0.1", taken.getsockname()[1])
+
+
+# ---------------------------------------------------------------- bounded connections
+
+REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
+
+
+@pytest.fixture
+def bounded(tmp_path: Path) -> Iterator[tuple[str, int]]:
+    """Return the address of a server as it is configured, over an application that reads and answers."""
+
+    async def answering(scope: app.Message, receive: app.Receive, send: app.Send) -> None:
+        if scope["type"] == "lifespan":
+            while True:
+                message = await receive()
+                await send({"type": message["type"] + ".complete"})
+                if message["type"] == "lifespan.shutdown":
+                    return
+        size, more = 0, True
+        while more:
+            message = await receive()
+            size, more = size + len(message.get("body", b"")), message.get("more_body", False)
+        if scope["path"] == "/slow":
+            await asyncio.sleep(1.0)
+        body = b"%d" % size
+        await send(
+            {
+                "type": "http.response.start",
+                "status": 200,
+                "headers": [(b"content-length", b"%d" % len(body))],
+            }
+        )
+        await send({"type": "http.response.body", "body": body})
+
+    # What an earlier test set up writes to a stream that is closed by now.
+    app.configure_logging("WARNING")
+    with app.listen("127.0.0.1", 0) as listening:
+        server = app.uvicorn.Server(app._config(answering, settings_of(tmp_path), 1))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        yield listening.getsockname()
+        server.should_exit = server.force_exit = True
+        thread.join()
+
+
+def read_all(connection: socket.socket) -> bytes:
+    return b"".join(iter(lambda: connection.recv(65_536), b""))
+
+
+def problem_of(answer: bytes) -> tuple[int, str]:
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert b"content-type: application/problem+json" in head
+    problem = json.loads(body)
+    assert problem["request_id"].encode() in head
+    assert status_of(answer) == problem["status"]
+    return problem["status"], problem["detail"]
+
+
+@pytest.mark.parametrize(
+    "endless",
+    [REQUEST + b"X-A: b\r\n" * (1 << 18), REQUEST + b"X: " + b"a" * (2 << 20), b"GET /" + b"a" * (2 << 20)],
+    ids=["lines", "value", "path"],
+)
+def test_endless_headers_are_431(bounded: tuple[str, int], endless: bytes) -> None:
+    with socket.create_connection(bounded, timeout=10) as connection:
+        connection.sendall(endless)
+        status, detail = problem_of(read_all(connection))
+    assert status == 431
+    assert "65536 bytes" in detail
+
+
+def test_headers_and_bodies_of_a_usual_size_pass(bounded: tuple[str, int]) -> None:
+    large = REQUEST + b"X: " + b"a" * 40_000 + b"\r\n\r\n"
+    body = b"POST / HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: 3000000\r\n\r\n"
+    with socket.create_connection(bounded, timeout=10) as connection:
+        connection.sendall(large + large + body + b"b" * 3_000_000)
+        answer = read_all(connection)
+    assert answer.count(b"HTTP/1.1 200") == 3
+    assert answer.endswith(b"3000000")
+
+
+def test_endless_trailers_end(bounded: tuple[str, int]) -> None:
+    chunked = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n"
+    with socket.create_connection(bounded, timeout=10) as connection:
+        connection.sendall(chunked + b"X: " + b"a" * (2 << 20))
+        assert problem_of(read_all(connection))[0] == 431
+
+
+def test_what_is_no_http_is_a_problem(bounded: tuple[str, int]) -> None:
+    with socket.create_connection(bounded, timeout=10) as connection:
+        connection.sendall(b"nonsense\r\n\r\n")
+        assert problem_of(read_all(connection)) == (400, "this is not valid HTTP/1.1")
+
+
+@pytest.mark.parametrize(
+    ("first", "drip"),
+    [(b"", b""), (b"", b"\n"), (REQUEST, b"X"), (REQUEST + b"\r\n", b"G"), (REQUEST + b"\r\n", b"\n")],
+    ids=["silent", "empty lines", "half open", "kept alive", "kept alive, empty lines"],
+)
+def test_half_open_headers_are_closed_in_time(
+    bounded: tuple[str, int], monkeypatch: pytest.MonkeyPatch, first: bytes, drip: bytes
+) -> None:
+    monkeypatch.setattr(app, "HEAD_S", 0.5)
+    began = time.monotonic()
+    with socket.create_connection(bounded, timeout=10) as connection, contextlib.suppress(ConnectionError):
+        connection.sendall(first)
+        if first.endswith(b"\r\n\r\n"):
+            assert connection.recv(65_536).startswith(b"HTTP/1.1 200")
+            connection.sendall(drip)
+            # The rest of a method, and then of a path that never ends.
+            drip = drip.replace(b"G", b"ET /" + b"a" * 100)
+        connection.settimeout(0.02)
+        for number in range(200):
+            with contextlib.suppress(TimeoutError):
+                assert connection.recv(65_536) == b""
+                break
+            # One byte at a time keeps no connection open.
+            connection.sendall(drip[number % max(len(drip), 1) :][:1])
+    assert 0.3 < time.monotonic() - began < 2.0
+
+
+def test_a_slow_answer_outlives_the_time_of_headers(
+    bounded: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "HEAD_S", 0.3)
+    with socket.create_connection(bounded, timeout=10) as connection:
+        # The beginning of another request is there already.
+        connection.sendall(b"GET /slow HTTP/1.1\r\nHost: a\r\n\r\nGET")
+        assert connection.recv(65_536).startswith(b"HTTP/1.1 200")
+        assert read_all(connection) == b""
+
+
+def test_silent_connections_lock_nobody_out(
+    bounded: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "most_connections", lambda: 5)
+    with contextlib.ExitStack() as held:
+        silent = [held.enter_context(socket.create_connection(bounded, timeout=10)) for _ in range(20)]
+        for connection in silent:
+            with contextlib.suppress(OSError):
+                connection.sendall(REQUEST)
+        assert status_of(ask(bounded[1], "/api/health")) == 200
+        with contextlib.suppress(ConnectionResetError):
+            assert silent[0].recv(1) == b""
+
+
+def test_connections_leave_files_for_the_rest() -> None:
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    assert 0 < app.most_connections() <= 30_000
+    if files > 0:
+        assert app.most_connections() < files

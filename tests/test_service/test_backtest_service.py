@@ -339,13 +339,61 @@ def test_commission_and_slippage_in_their_units(params: dict[str, float], bps: t
     assert (costs.commission_bps, costs.slippage_bps) == pytest.approx(bps)
 
 
-def test_bars_a_year_come_from_the_caller_then_the_prediction() -> None:
+def test_bars_a_year_come_from_the_caller_then_the_prediction_then_the_calendar() -> None:
     assert posted_costs(asked().params, None).periods_per_year == 252
     assert posted_costs(asked().params, 365.0).periods_per_year == 365
-    assert posted_costs(asked(annualizationFactor=52).params, 365.0).periods_per_year == 52
-    for bad in (0.2, 1e300):
-        with pytest.raises(UsageError, match="annualizationFactor"):
-            posted_costs(asked(annualizationFactor=bad).params, None)
+    assert posted_costs(asked(annualizationFactor=260).params, 365.0).periods_per_year == 260
+    assert posted_costs(asked().params, None, sessions=365).periods_per_year == 365
+    for bad in (0.2, 52.0, 251.0, 367.0, 1e6, 1e300):
+        assert posted_costs(asked(annualizationFactor=bad).params, 365.0).periods_per_year == 365
+        assert posted_costs(asked().params, bad).periods_per_year == 252
+
+
+@pytest.mark.parametrize("bad", [1.0, 1e6])
+def test_bars_a_year_that_no_calendar_has_are_not_believed(bad: float) -> None:
+    usual, told = posted_backtest(asked()), posted_backtest(asked(annualizationFactor=bad))
+    assert told.metrics == usual.metrics
+    assert f"annualizationFactor {bad:g} is not believed: daily bars are 252 to 366 a year" in told.notes
+    in_metadata = posted_backtest(asked(posted(metadata={"annualizationFactor": bad})))
+    assert in_metadata.metrics == usual.metrics
+    assert any("is not believed" in note for note in in_metadata.notes)
+    assert not any("is not believed" in note for note in usual.notes)
+
+
+def test_financing_does_not_depend_on_how_figures_are_annualised() -> None:
+    few, many = (posted_backtest(asked(annualizationFactor=bars)) for bars in (252, 366))
+    assert few.metrics.borrow_fee == pytest.approx(many.metrics.borrow_fee, rel=1e-12)
+    assert few.metrics.borrow_fee > 0
+    assert many.metrics.sharpe_ratio == pytest.approx(few.metrics.sharpe_ratio * (366 / 252) ** 0.5)
+
+
+def test_a_lost_account_has_no_sharpe() -> None:
+    # Eightfold within two days, and then short of a share that rises threefold.
+    prices = [100.0, 200.0, 400.0, *[1200.0] * 9]
+    told = posted(12, prices=prices, fusedPositions=[1.8, 1.8, -1.0, *[1.0] * 9])
+    told["fusedPositions"][2] = -1.0
+    result = posted_backtest(asked(told, maxShort=1.0, enableForwardSim=True))
+    assert any("capital was lost" in note for note in result.notes)
+    assert any(note.startswith("undefined, sent as 0") and "sharpeRatio" in note for note in result.notes)
+    assert result.metrics.sharpe_ratio == 0
+    assert result.metrics.sortino_ratio is None
+    assert result.metrics.max_drawdown == -1.0
+    assert min(point.drawdown for point in result.equity_curve) == -1.0
+    assert {row.strategy_return for row in result.diagnostics.rolling[5:]} == {0.0}
+    assert result.forward_simulation is not None
+    assert (result.forward_simulation.sharpe, result.forward_simulation.max_drawdown) == (0, -1)
+
+
+def test_the_notes_say_what_was_checked_and_what_it_cost() -> None:
+    for params, said in (
+        ({}, "commission was read as 5 bps and slippage as 3 bps of the traded value"),
+        ({"commission": 0.5, "slippage": 0}, "commission was read as 0.5 bps and slippage as 0 bps of the"),
+        ({"commission": 0, "slippage": 0}, "costs are 0: nobody trades for nothing"),
+    ):
+        for result in (posted_backtest(asked(**params)), posted_forward_sim(asked(**params))):
+            assert any(said in note for note in result.notes)
+            assert any("were posted, and checked against no model" in note for note in result.notes)
+            assert any("costs are 0" in note for note in result.notes) == ("0: nobody" in said)
 
 
 def test_positions_are_cut_and_small_changes_not_traded() -> None:

@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -26,7 +27,9 @@ from hypothesis import strategies as st
 
 import app
 from service import training_jobs, training_service
+from service.api import Services, create_api
 from service.edge import OverloadError
+from service.model_registry import ModelRegistry
 from service.schemas import ModelType, TrainingEvent, TrainingJob, TrainingParams
 from service.training_jobs import KEPT_LOGS, LINE_CHARS, Told, birth, lines_of
 from service.training_service import TrainingService, trainer_command, unused_fields
@@ -845,6 +848,28 @@ def test_conflicts_over_http_are_problems_that_say_who(api: FastAPI) -> None:
     assert job_id in check_problem(client.post("/api/training/start", json={"symbol": "AAPL"}), 409)
     for _ in range(2):
         assert client.delete(f"/api/training/{job_id}").json() == {"status": "cancelled"}
+
+
+@pytest.mark.parametrize(("method", "path"), [("DELETE", ""), ("POST", "/rollback")])
+def test_a_model_stays_while_its_symbol_is_trained(
+    services: Services, make: MakeService, save_version: Callable[..., Path], method: str, path: str
+) -> None:
+    save_version(version="v1")
+    folder = save_version(version="v2").parents[1]
+    # The trainer of this job never takes the lock of its symbol: a real one does so seconds after its start.
+    training = make(FOREVER)
+    training.open()
+    registry = ModelRegistry(folder.parent)
+    client = TestClient(create_api(replace(services, registry=registry, training=training)))
+    job = training.start(TrainingParams(symbol="AAPL", overwrite=True))
+    wait_for(lambda: training.get(job.id).status == "running")
+    detail = check_problem(client.request(method, f"/api/models/AAPL-gbm{path}"), 409)
+    assert job.id in detail
+    assert (folder / "gbm").readlink().name == "v2"
+    for unknown in ("MSFT-gbm", "AAPL", "-gbm"):
+        check_problem(client.request(method, f"/api/models/{unknown}{path}"), 404)
+    training.cancel(job.id)
+    assert client.request(method, f"/api/models/AAPL-gbm{path}").status_code != 409
 
 
 @pytest.mark.parametrize("job", ["0" * 32, "nothing", "..", "%00", "%FF", "9" * 2_000])
