@@ -154,6 +154,17 @@ class SessionCalendar:
             )
         return position
 
+    def hindsight(self, as_of: str, served_at: str) -> str | None:
+        """Say what was known too much of a forecast that was served at a moment with a zone (ISO 8601).
+
+        None if its last session was the last that had closed; raises as `last_closed_session`.
+        """
+        closed = self.last_closed_session(datetime.fromisoformat(served_at))
+        late = self.sessions_between(pd.Timestamp(as_of), closed)
+        if late > 0:
+            return f"served {late} session{'s' * (late > 1)} late, in hindsight: does not count"
+        return "served before its as-of session had closed: does not count" if late < 0 else None
+
     def sessions_between(self, a: pd.Timestamp, b: pd.Timestamp) -> int:
         """Count the sessions after ``a`` up to and with ``b``: how many steps from one bar to the other.
 

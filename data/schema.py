@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from utils.errors import DataError, InsufficientDataError, InvalidSymbolError
 
 SCHEMA_VERSION = 1
+NO_DATE, NO_MOMENT = "0000-00-00", "0000-00-00T00:00:00+00:00"
 
 
 class TableMeta(BaseModel):
@@ -438,3 +439,18 @@ def check_enough(frame: pd.DataFrame, needed_bars: int, purpose: str) -> None:
             f"{purpose} needs {needed_bars} bars and there are {have}: "
             "choose a symbol with a longer history, or an earlier start"
         )
+
+
+def holds(value: object, blank: object) -> bool:
+    """Whether a cell of a database can be what its column says: SQLite stores anything anywhere.
+
+    ``blank`` is of the column's type; `NO_DATE` and `NO_MOMENT` stand for columns of dates and of moments.
+    """
+    if type(value) is not type(blank) or (isinstance(value, float) and not np.isfinite(value)):
+        return False
+    try:
+        if blank == NO_DATE:
+            return date.fromisoformat(str(value)).isoformat() == value
+        return blank != NO_MOMENT or datetime.fromisoformat(str(value)).tzinfo is not None
+    except ValueError:
+        return False

@@ -10,9 +10,8 @@ A row is committed before its answer goes out. Each row carries the sha256 of it
 before it, and the head of that chain is kept beside: a row that is changed, removed or moved is found by
 `verify`. Who may write the database can forge the whole chain; who notes the head elsewhere finds that too.
 
-A forecast is scored when its target session has closed, by returns over the bars of the source that it was
-made from, so that a split or a restated history does no harm. Of forecasts that only differ in what was asked
-(a limit of the position), the first one that was served counts.
+A forecast is scored when its target session has closed, by returns over the bars of its source: a split does
+no harm. Of forecasts that differ only in the limits that were asked for, the first one served counts.
 """
 
 import argparse
@@ -21,10 +20,11 @@ import functools
 import hashlib
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from datetime import UTC, date, datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,8 @@ from sqlalchemy import exc
 
 from data.cache_manager import BarCache
 from data.data_fetcher import BarSource, fetch_stock_data, make_source
-from data.markets import SessionCalendar, calendar_for
-from data.schema import Bars, normalise_symbol
+from data.markets import calendar_for
+from data.schema import NO_DATE, NO_MOMENT, Bars, holds, normalise_symbol
 from evaluation.accounting import CostModel
 from evaluation.forward_simulator import forecast_outcome
 from service import schemas as wire
@@ -46,6 +46,7 @@ from utils.errors import AIStocksError, DataError, StorageError, UpstreamError, 
 from utils.settings import Settings, configure_logging, print_rows, read_settings
 
 logger = logging.getLogger(__name__)
+TableRows = list[dict[str, Any]]
 
 # Nobody waits longer for a forecast because another process holds the database.
 LOCK_WAIT_S, ATTEMPTS = 0.25, 50
@@ -55,21 +56,14 @@ FIRST_NAMES = {"model_id": "fusion_mode"}
 SAME_CLOSE = 1e-6
 OVERLAP = "forecasts of overlapping windows count one by one; they hold a sample only n / horizon strong"
 # What a terminal of 80 columns has room for; JSON has everything.
-SHOWN: Mapping[str, Mapping[str, str]] = {
-    "verify": {"status": "status", "rows": "rows", "head": "head"},
-    "show": {n: n for n in ("symbol", "model_id", "as_of", "target_session", "forecast_return", "position")},
-    "score": {
-        **{n: n for n in ("symbol", "model_id", "source")},
-        "bars": "horizon_bars",
-        "scored": "scored",
-        "hits": "direction_accuracy",
-        "up": "always_up_accuracy",
-        "band": "band_coverage",
-        "status": "status",
-    },
+SHOWN = {
+    "verify": "status rows head",
+    "show": "symbol model_id as_of target_session forecast_return position",
+    "score": "symbol model_id source horizon_bars scored direction_accuracy band_coverage status",
 }
+SAID_BY_ROW = re.compile("_(return|accuracy|coverage|session|bars|id)$")
 CHANGED = "changed after it was written: does not count"
-AFTER_BREAK = "follows a break of the ledger's chain: does not count"
+AFTER_BREAK = "what follows a break of the chain does not count"
 MEANS = {
     "direction_accuracy": "direction_hit",
     "always_up_accuracy": "always_up_hit",
@@ -89,10 +83,9 @@ COMMANDS = {
 class ServedForecast:
     """One forecast as it went out: the median of the simple return to a session, and the 80 % band around it.
 
-    ``close`` is the adjusted close of ``as_of``, the last session known, as it was known then; ``position``
-    the target weight decided at it, a fraction of equity. ``model_id`` is that of the model that answered,
-    whatever was asked for. ``sigma_log`` is the standard deviation of the
-    normal log return with a band as wide. Sessions are ``YYYY-MM-DD``.
+    ``close`` is the adjusted close of ``as_of`` as known then, ``position`` the target weight decided at it,
+    ``model_id`` what answered, whatever was asked for, and ``sigma_log`` the standard deviation of the normal
+    log return with a band as wide. Sessions are ``YYYY-MM-DD``.
     """
 
     symbol: str
@@ -134,12 +127,12 @@ class Entry:
     @property
     def unreadable(self) -> list[str]:
         """Names of the cells that hold no value of their kind."""
-        return [name for name, value in self._cells.items() if not _holds(name, value)]
+        return [name for name, value in self._cells.items() if not holds(value, BLANKS[name])]
 
     @property
     def shown(self) -> dict[str, Any]:
         """What was served, with blanks where the cells hold no value of their kind."""
-        return {name: value if _holds(name, value) else BLANKS[name] for name, value in self._cells.items()}
+        return {n: value if holds(value, BLANKS[n]) else BLANKS[n] for n, value in self._cells.items()}
 
     @property
     def _cells(self) -> dict[str, Any]:
@@ -174,27 +167,11 @@ _HEAD = sql.Table(
     sql.Column("rows", sql.Integer, nullable=False),
     sql.Column("row_hash", sql.String(64), nullable=False),
 )
-
-
 _ZEROS: dict[Any, Any] = {str: "?", int: 0, float: 0.0}
-_DATES = ("as_of", "target_session")
-BLANKS: Mapping[str, Any] = {
-    **{field.name: _ZEROS[field.type] for field in fields(ServedForecast)},
-    **dict.fromkeys(_DATES, "0000-00-00"),
-    "served_at": "?",
+BLANKS: Mapping[str, Any] = {field.name: _ZEROS[field.type] for field in fields(ServedForecast)} | {
+    **dict.fromkeys(("as_of", "target_session"), NO_DATE),
+    "served_at": NO_MOMENT,
 }
-
-
-def _holds(name: str, value: object) -> bool:
-    """Whether a cell can be what its name says: SQLite stores anything anywhere."""
-    if type(value) is not type(BLANKS[name]) or (isinstance(value, float) and not np.isfinite(value)):
-        return False
-    try:
-        if name in _DATES:
-            return date.fromisoformat(str(value)).isoformat() == value
-        return name != "served_at" or datetime.fromisoformat(str(value)).tzinfo is not None
-    except ValueError:
-        return False
 
 
 def _sha256(content: Mapping[str, object]) -> str:
@@ -333,7 +310,7 @@ class ForecastLedger:
                 if not sql.inspect(connection).has_table(table.name):
                     return []
                 if self._file is not None:
-                    # Bytes that are no text are for `_holds` to find.
+                    # Bytes that are no text are for `holds` to find.
                     driver: Any = connection.connection.dbapi_connection
                     driver.text_factory = functools.partial(str, encoding="utf-8", errors="replace")
                 rows = sql.select(table).where(*wanted).order_by(*table.primary_key)
@@ -363,24 +340,15 @@ def score(
         told = entry.forecast
         found = _outcome(entry, bars, costs)
         if found["status"] != "unscored":
-            doubt = AFTER_BREAK if entry.sequence in doubted else _lateness(entry, calendar)
+            doubt = (
+                AFTER_BREAK if entry.sequence in doubted else calendar.hindsight(told.as_of, entry.served_at)
+            )
             found |= {} if doubt is None else {"counts": False, "note": doubt}
         key = (told.source, told.model_version, told.as_of, told.target_session)
         found = {"counts": found["status"] != "unscored" and key not in seen, **found}
         seen.update({key} if found["counts"] else ())
         scored.append(wire.TrackRecordForecast(**entry.shown, **found))
     return scored
-
-
-def _lateness(entry: Entry, calendar: SessionCalendar) -> str | None:
-    """Say what was known too much when a row was served; None if its as-of session was the last closed."""
-    as_of = pd.Timestamp(entry.forecast.as_of)
-    late = calendar.sessions_between(
-        as_of, calendar.last_closed_session(datetime.fromisoformat(entry.served_at))
-    )
-    if late > 0:
-        return f"served {late} session{'s' * (late > 1)} late, in hindsight: does not count"
-    return "served before its as-of session had closed: does not count" if late < 0 else None
 
 
 def _outcome(entry: Entry, bars: Bars, costs: CostModel) -> dict[str, Any]:
@@ -433,16 +401,13 @@ def track_record(
     """Return what was served of a symbol, and how it did: a summary of all rows, and the last ``limit``."""
     symbol = normalise_symbol(symbol)
     entries, good, fault = ledger.audit()
-    doubted = {entry.sequence for entry in entries[good:]}
     own = [entry for entry in entries if entry.forecast.symbol == symbol]
-    scored = score(own, bars_of(symbol), doubted) if own else []
+    scored = score(own, bars_of(symbol), {e.sequence for e in entries[good:]}) if own else []
     notes = [OVERLAP] if own else [f"nothing of {symbol} was served yet"]
     if fault is not None:
-        notes.append(
-            f"the ledger is broken: {fault}" + "; no row from there on counts" * (good < len(entries))
-        )
-    found = summarise(scored)
-    return wire.TrackRecord(symbol=symbol, summaries=found, forecasts=scored[-limit:], notes=notes)
+        notes.append(f"the ledger is broken: {fault}" + f"; {AFTER_BREAK}" * (good < len(entries)))
+    means = summarise(scored)
+    return wire.TrackRecord(symbol=symbol, summaries=means, forecasts=scored[-limit:], notes=notes)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -461,7 +426,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def told_of(args: argparse.Namespace, settings: Settings) -> list[dict[str, object]]:
+def told_of(args: argparse.Namespace, settings: Settings) -> TableRows:
     """Return the rows of the table that was asked for."""
     ledger = ForecastLedger(settings.database)
     if args.command == "verify":
@@ -473,34 +438,29 @@ def told_of(args: argparse.Namespace, settings: Settings) -> list[dict[str, obje
     return [{"sequence": e.sequence, **e.shown} for e in entries]
 
 
-def scored_rows(
-    ledger: ForecastLedger, args: argparse.Namespace, settings: Settings
-) -> list[dict[str, object]]:
+def scored_rows(ledger: ForecastLedger, wanted: argparse.Namespace, settings: Settings) -> TableRows:
     """Return what became of the forecasts of each symbol, by prices of the source that each was made from."""
     entries, good, fault = ledger.audit()
     if fault is not None:
-        logger.warning("the ledger is broken: %s; no row from there on counts", fault)
+        logger.warning("the ledger is broken: %s; %s", fault, AFTER_BREAK)
     groups: dict[tuple[str, str], list[Entry]] = {}
     for entry in entries:
-        if args.symbol is None or entry.shown["symbol"] == normalise_symbol(args.symbol):
+        if wanted.symbol is None or entry.shown["symbol"] == normalise_symbol(wanted.symbol):
             groups.setdefault((entry.shown["symbol"], entry.shown["source"]), []).append(entry)
-    told: list[dict[str, object]] = []
-    failed = []
+    told, failed = [], []
     for (symbol, name), own in sorted(groups.items()):
         of = {"symbol": symbol, "source": name, "served": len(own)}
         try:
-            source = _source_of(name, args.source, settings)
+            source = _source_of(name, wanted.source, settings)
             bars = fetch_stock_data(symbol, source=source, cache=BarCache(settings.cache_dir))
         except (UpstreamError, DataError, UsageError) as error:
             failed.append(f"{symbol} of {name}: {error}")
             told.append({**of, "status": f"not scored: {error}"})
             continue
         scored = score(own, bars, {entry.sequence for entry in entries[good:]})
-        found = [
-            {**of, **x.model_dump(), "status": "scored" if x.scored else "open"} for x in summarise(scored)
-        ]
+        means = [{**x.model_dump(), "status": "scored" if x.scored else "open"} for x in summarise(scored)]
         why = next((row.note for row in scored if row.note), "")
-        told += found or [{**of, "status": f"none counts: {why}"}]
+        told += [{**of, **row} for row in means or [{"status": f"none counts: {why}"}]]
     if failed and len(failed) == len(groups):
         raise UpstreamError(f"nothing could be scored: {'; '.join(failed)}")
     return told
@@ -528,8 +488,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         sys.stdout.write(json.dumps(rows, allow_nan=False) + "\n")
     else:
-        wanted = SHOWN[args.command].items()
-        shown = [{head: row.get(name, "") for head, name in wanted} for row in rows]
+        names = SHOWN[args.command].split()
+        shown = [{SAID_BY_ROW.sub("", name): row.get(name, "") for name in names} for row in rows]
         print_rows(Console(), shown or [{"rows": "none"}])
     return 0
 
