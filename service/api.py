@@ -5,8 +5,7 @@ which status is written in `STATUS_OF` and nowhere else. Routes that compute do 
 those that only read a little are plain functions, which the framework runs in threads of its own: a long
 prediction never keeps the health check waiting.
 
-From the outside in: `service.edge.Observer`, cross-origin headers, `service.edge.Guard`,
-`service.edge.Shortcut`, the routes.
+From the outside in: `edge.Observer`, cross-origin headers, `edge.Guard`, `edge.Shortcut`, the routes.
 """
 
 import asyncio
@@ -75,10 +74,10 @@ from utils.errors import AIStocksError, without_paths
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-VERSION = "0.1.0"
+VERSION, ERRORS_IN_DETAIL = "0.1.0", 5
+TRAINING = r"(`python -m training\.[^`]+)`"
 # Seconds after which asking again may help.
 RETRY_AFTER_S: Mapping[type[AIStocksError], int] = {errors.UpstreamError: 30, errors.OverloadError: 2}
-ERRORS_IN_DETAIL = 5
 # Longer than a stream of events sleeps.
 STREAM_END_S = 2.0
 
@@ -168,6 +167,7 @@ def create_api(services: Services) -> FastAPI:
         redoc_url=None,
         responses={"default": {"model": Problem, "description": "Every error"}},
     )
+    api.state.source = services.source_name
     stock_openapi = api.openapi
     api.openapi = lambda: api.openapi_schema or document_errors(stock_openapi())  # type: ignore[method-assign]
     for router in (
@@ -456,8 +456,7 @@ def json_response(body: bytes) -> Response:
 
 def problem(scope: Scope, status: int, detail: str, headers: Mapping[str, str] | None = None) -> Response:
     """Return an error as the page reads it."""
-    body = problem_bytes(scope, status, detail)
-    return Response(body, status_code=status, headers=headers, media_type=PROBLEM_TYPE)
+    return Response(problem_bytes(scope, status, detail), status, headers, PROBLEM_TYPE)
 
 
 def _on_our_error(request: Request, error: Exception) -> Response:
@@ -467,7 +466,9 @@ def _on_our_error(request: Request, error: Exception) -> Response:
     logger.info("%s %s: %s", status, request.url.path.encode("unicode_escape").decode(), error)
     wait_s = next((RETRY_AFTER_S[cls] for cls in type(error).__mro__ if cls in RETRY_AFTER_S), None)
     headers = {"Retry-After": str(wait_s)} if wait_s is not None and status == 503 else None
-    return problem(request.scope, status, without_paths(str(error)), headers)
+    hint = f" --source {request.app.state.source}`"
+    said = re.sub(TRAINING, lambda found: found[1] + hint, without_paths(str(error)))
+    return problem(request.scope, status, said, headers)
 
 
 def _on_http_error(request: Request, error: Exception) -> Response:
@@ -486,8 +487,7 @@ def _on_invalid(request: Request, error: Exception) -> Response:
     if any(one["type"] == "json_invalid" for one in wrong):
         return problem(request.scope, 400, "the body is not valid JSON")
     said = [_sentence(one) for one in wrong[:ERRORS_IN_DETAIL]]
-    if len(wrong) > ERRORS_IN_DETAIL:
-        said.append(f"and {len(wrong) - ERRORS_IN_DETAIL} more")
+    said += [f"and {len(wrong) - ERRORS_IN_DETAIL} more"] * (len(wrong) > ERRORS_IN_DETAIL)
     return problem(request.scope, 422, "; ".join(said))
 
 
@@ -496,5 +496,7 @@ def _sentence(error: Mapping[str, Any]) -> str:
     where = ".".join(str(part) for part in error["loc"] if part not in {"body", "query", "path"})[:80]
     message = str(error["msg"]).removeprefix("Value error, ")
     came = error.get("input")
+    if isinstance(came, bytes) and not where:
+        return "send JSON with Content-Type: application/json"
     got = f" (got {came})" if is_finite_number(came) and abs(came) < 1e15 else ""
     return f"{where}: {message}{got}" if where else f"{message}{got}"

@@ -114,7 +114,16 @@ def test_the_smallest_real_caller(client: TestClient) -> None:
 
 
 def test_a_symbol_without_a_model_names_the_command(client: TestClient) -> None:
-    assert "python -m training.train_gbm MSFT" in check_problem(post(client, '{"symbol": "MSFT"}'), 404)
+    said = check_problem(post(client, '{"symbol": "MSFT"}'), 404)
+    assert "`python -m training.train_gbm MSFT --source fake`" in said
+
+
+@pytest.mark.parametrize("headers", [{}, {"Content-Type": "text/plain"}])
+def test_a_body_that_is_not_called_json_says_what_to_send(
+    client: TestClient, headers: dict[str, str]
+) -> None:
+    response = client.post("/api/predict", content=b'{"symbol": "AAPL"}', headers=headers)
+    assert check_problem(response, 422) == "send JSON with Content-Type: application/json"
 
 
 def test_models_train_names_training_start(client: TestClient) -> None:
