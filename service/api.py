@@ -1,9 +1,7 @@
 """Routes, errors and the edge of the web; the only module that knows the framework.
 
-Every answer is JSON and every error a problem (RFC 9457) whose ``detail`` is a string. Which error becomes
-which status is written in `STATUS_OF` and nowhere else. Routes that compute do so in the bounded `WorkPool`,
-those that only read a little are plain functions, which the framework runs in threads of its own: a long
-prediction never keeps the health check waiting.
+Every answer is JSON and every error a problem (RFC 9457) whose ``detail`` is a string; `STATUS_OF` says which
+status an error becomes. Routes that compute do so in the bounded `WorkPool`, so that health never waits.
 
 From the outside in: `edge.Observer`, cross-origin headers, `edge.Guard`, `edge.Shortcut`, the routes.
 """
@@ -128,7 +126,7 @@ class Services:
     stopping
         Whether the service is about to end.
     gauges
-        Further figures of ``/metrics`` by name: what they say, and how to ask.
+        Further figures of ``/metrics``: what they say, how to ask.
     """
 
     registry: ModelRegistry
@@ -227,8 +225,8 @@ def document_errors(schema: dict[str, Any]) -> dict[str, Any]:
         for method, operation in item.items():
             wanted = {*ERRORS_OF_ALL, *ERRORS_OF.get(method, ())} | ({"404"} if "{" in path else set())
             for status in sorted(wanted):
-                phrase = http.HTTPStatus(int(status)).phrase
-                operation["responses"].setdefault(status, {"description": phrase})
+                said = {"description": http.HTTPStatus(int(status)).phrase}
+                operation["responses"].setdefault(status, said)
             for status, response in operation["responses"].items():
                 if not status.startswith("2"):
                     response["content"] = problems
