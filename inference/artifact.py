@@ -27,7 +27,7 @@ import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache
 from importlib import metadata as package_metadata
@@ -55,10 +55,12 @@ from utils.errors import (
 from utils.model_paths import (
     ASIDE,
     ArtifactKind,
+    Linked,
     artifact_link,
     flush,
     point,
     saving,
+    serve_linked,
     storage_errors,
 )
 
@@ -334,6 +336,17 @@ def checked_metadata(version: Version[Any]) -> dict[str, Any]:
             "trained: train again with --overwrite"
         )
     return metadata
+
+
+def describe(
+    linked: Linked,
+    kind: ArtifactKind,
+    manifest: type[ManifestT],
+    tell: Callable[[Version[ManifestT]], Description],
+) -> Description:
+    """Describe the version that would be loaded for a link: its files are checked, none is unpickled."""
+    description, warnings = serve_linked(linked, lambda folder: tell(read_version(folder, kind, manifest)))
+    return replace(description, warnings=warnings)
 
 
 def read_record(version: Version[Any], models: Iterable[str]) -> pd.DataFrame:

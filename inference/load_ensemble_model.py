@@ -429,15 +429,12 @@ def load_linked(linked: Linked) -> EnsembleBundle:
 
 
 def describe_linked(linked: Linked) -> artifact.Description:
-    """Describe the version that `load_linked` would load: its files are checked."""
+    """Describe the version that `load_linked` would load, see `artifact.describe`."""
 
-    def describe(folder: Path) -> artifact.Description:
-        version = artifact.read_version(folder, ENSEMBLE, EnsembleManifest)
-        metadata, _ = promised_metadata(version)
-        return artifact.Description(metadata=metadata, models=(GBM_NAME, LSTM_NAME))
+    def tell(version: Version[EnsembleManifest]) -> artifact.Description:
+        return artifact.Description(metadata=promised_metadata(version)[0], models=(GBM_NAME, LSTM_NAME))
 
-    description, warnings = serve_linked(linked, describe)
-    return replace(description, warnings=warnings)
+    return artifact.describe(linked, ENSEMBLE, EnsembleManifest, tell)
 
 
 def load_folder(folder: Path) -> EnsembleBundle:

@@ -325,14 +325,12 @@ def load_linked(linked: Linked) -> GBMBundle:
 
 
 def describe_linked(linked: Linked) -> artifact.Description:
-    """Describe the version that `load_linked` would load: its files are checked, none is unpickled."""
+    """Describe the version that `load_linked` would load, see `artifact.describe`."""
 
-    def describe(folder: Path) -> artifact.Description:
-        version = artifact.read_version(folder, GBM, GBMManifest)
+    def tell(version: Version[GBMManifest]) -> artifact.Description:
         return artifact.Description(metadata=checked_metadata(version), models=version.manifest.models)
 
-    description, warnings = serve_linked(linked, describe)
-    return replace(description, warnings=warnings)
+    return artifact.describe(linked, GBM, GBMManifest, tell)
 
 
 def load_folder(folder: Path) -> GBMBundle:

@@ -382,14 +382,12 @@ def load_linked(linked: Linked) -> LSTMBundle:
 
 
 def describe_linked(linked: Linked) -> artifact.Description:
-    """Describe the version that `load_linked` would load: its files are checked."""
+    """Describe the version that `load_linked` would load, see `artifact.describe`."""
 
-    def describe(folder: Path) -> artifact.Description:
-        version = artifact.read_version(folder, LSTM, LSTMManifest)
+    def tell(version: Version[LSTMManifest]) -> artifact.Description:
         return artifact.Description(metadata=checked_metadata(version), models=(MODEL,))
 
-    description, warnings = serve_linked(linked, describe)
-    return replace(description, warnings=warnings)
+    return artifact.describe(linked, LSTM, LSTMManifest, tell)
 
 
 def load_folder(folder: Path) -> LSTMBundle:
