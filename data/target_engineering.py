@@ -1,4 +1,4 @@
-"""Targets, the volatility that scales them, the converters between returns, and the panel that learners read.
+"""Targets, the volatility that scales them, and the panel that learners read.
 
 The target of bar t is the log return over the next ``horizon_bars`` bars. Learners see it divided by the
 volatility that is known at the close of t, so that calm and wild stocks, calm and wild years weigh alike.
@@ -8,7 +8,6 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -37,47 +36,13 @@ HAR_SPANS_BARS = (5.0, 22.0, 66.0, 252.0)
 HAR_WEIGHTS = (0.3, 0.4, 0.2, 0.1)
 
 
-@overload
-def simple_from_log(return_log: float) -> float: ...
-@overload
-def simple_from_log(return_log: FloatArray) -> FloatArray: ...
-def simple_from_log(return_log: float | FloatArray) -> float | FloatArray:
-    """Return the simple return of a log return over the same bars."""
-    return np.expm1(return_log)
-
-
-@overload
-def log_from_simple(return_simple: float) -> float: ...
-@overload
-def log_from_simple(return_simple: FloatArray) -> FloatArray: ...
-def log_from_simple(return_simple: float | FloatArray) -> float | FloatArray:
-    """Return the log return of a simple return over the same bars; needs values above -1."""
-    return np.log1p(return_simple)
-
-
-def rescale_log(mean_log: FloatArray, *, from_bars: float, to_bars: float) -> FloatArray:
-    """Spread an expected log return over another number of bars: log returns add up."""
-    return mean_log * (to_bars / from_bars)
-
-
 def rescale_sigma(sigma_log: FloatArray, *, from_bars: float, to_bars: float) -> FloatArray:
     """Carry a volatility to another number of bars: variances of uncorrelated returns add up."""
     return sigma_log * math.sqrt(to_bars / from_bars)
 
 
-def annualise_simple(return_simple: FloatArray, *, bars: float, bars_per_year: float) -> FloatArray:
-    """Compound a simple return over ``bars`` bars to a year of ``bars_per_year`` bars."""
-    return simple_from_log(rescale_log(log_from_simple(return_simple), from_bars=bars, to_bars=bars_per_year))
-
-
 def check_horizon(horizon_bars: int) -> int:
-    """Return the horizon, or refuse it.
-
-    Raises
-    ------
-    UsageError
-        When it is not a whole number of bars from 1 to `MAX_HORIZON_BARS`.
-    """
+    """Return the horizon; ``UsageError`` unless it is a whole number from 1 to `MAX_HORIZON_BARS`."""
     is_whole = isinstance(horizon_bars, int | np.integer) and not isinstance(horizon_bars, bool)
     if not is_whole or not 1 <= horizon_bars <= MAX_HORIZON_BARS:
         raise UsageError(
@@ -130,21 +95,9 @@ def har_variance(moves: FloatArray) -> FloatArray:
 
 
 def daily_volatility_log(bars: pd.DataFrame) -> "pd.Series[float]":
-    """Forecast the standard deviation of the next bar's log return.
+    """Forecast the standard deviation of the next bar's log return by `har_variance`.
 
-    Parameters
-    ----------
-    bars
-        Adjusted OHLCV bars.
-
-    Returns
-    -------
-    Series
-        Indexed like ``bars``, never below `MIN_SIGMA_LOG`; row t is known at the close of t.
-
-    References
-    ----------
-    See `har_variance`.
+    Never below `MIN_SIGMA_LOG`; row t is known at the close of t.
     """
     prices = [np.array(bars[name], dtype=np.float64) for name in ("Open", "High", "Low", "Close")]
     moves = np.empty((11, len(bars)))
@@ -158,24 +111,12 @@ def daily_volatility_log(bars: pd.DataFrame) -> "pd.Series[float]":
 def make_target(bars: pd.DataFrame, horizon_bars: int = DEFAULT_HORIZON_BARS) -> pd.DataFrame:
     """Return what the next ``horizon_bars`` bars brought, and the scale that was known before.
 
-    Parameters
-    ----------
-    bars
-        Adjusted OHLCV bars.
-    horizon_bars
-        Number of bars ahead.
-
     Returns
     -------
     DataFrame
         Indexed like ``bars``. ``target_log`` = log(Close[t+h] / Close[t]), known at the close of t+h, NaN in
         the last h rows; ``sigma_log``: volatility over h bars, known at the close of t, never missing;
         ``target_scaled`` = ``target_log / sigma_log``; ``label_end``: session of t+h, NaT if not yet known.
-
-    Raises
-    ------
-    UsageError
-        When the horizon is no whole number of bars in range.
     """
     horizon = check_horizon(horizon_bars)
     n = len(bars)

@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from data import target_engineering
 from data.feature_engineer import MAX_WARMUP_BARS, engineer_features, get_feature_columns
@@ -18,35 +16,15 @@ from data.target_engineering import (
     HAR_SPANS_BARS,
     HAR_WEIGHTS,
     Dataset,
-    annualise_simple,
     build_dataset,
     daily_volatility_log,
-    log_from_simple,
     make_target,
-    rescale_log,
     rescale_sigma,
-    simple_from_log,
 )
 from utils.errors import DataError, InsufficientDataError, UsageError
 
 MakeBars = Callable[..., pd.DataFrame]
 TARGETS = ("target_log", "target_scaled", "label_end")
-
-
-# --- returns ---------------------------------------------------------------------------------------
-
-
-@given(value=st.floats(-0.999, 50.0))
-@settings(max_examples=100, deadline=None)
-def test_log_and_simple_are_each_others_inverse(value: float) -> None:
-    assert simple_from_log(log_from_simple(value)) == pytest.approx(value, rel=1e-12, abs=1e-15)
-
-
-def test_converters_agree_with_compounding() -> None:
-    assert simple_from_log(np.log(1.21)) == pytest.approx(0.21)
-    assert rescale_log(np.array([0.05]), from_bars=5, to_bars=1)[0] == pytest.approx(0.01)
-    assert rescale_sigma(np.array([0.02]), from_bars=1, to_bars=25)[0] == pytest.approx(0.10)
-    assert annualise_simple(np.array([0.01]), bars=21, bars_per_year=252)[0] == pytest.approx(1.01**12 - 1)
 
 
 # --- volatility ------------------------------------------------------------------------------------
@@ -68,6 +46,10 @@ def test_volatility_is_its_formula(make_bars: MakeBars) -> None:
     bars = make_bars(n=700, seed=4)
     np.testing.assert_allclose(daily_volatility_log(bars), slow_volatility(bars), rtol=1e-9)
     assert sum(HAR_WEIGHTS) == pytest.approx(1.0)
+
+
+def test_variances_add_up() -> None:
+    assert rescale_sigma(np.array([0.02]), from_bars=1, to_bars=25)[0] == pytest.approx(0.10)
 
 
 def test_volatility_follows_the_volatility(make_bars: MakeBars) -> None:
