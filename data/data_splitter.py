@@ -29,7 +29,7 @@ class PurgedTimeSeriesSplit:
     Parameters
     ----------
     n_splits, test_size_bars
-        Number of test blocks and rows of one (by default rows // (n_splits + 1)): the last rows, without holes.
+        Number of test blocks and rows of one (default: rows // (n_splits + 1)): the last rows, without holes.
     purge_bars, embargo_bars
         Rows that a label spans at least, and further rows between the last label end and the test block.
     max_train_bars

@@ -21,8 +21,7 @@ import talib
 
 from data import indicators as ind
 from data.indicators import NO_MOVE, BarArrays, FloatArray
-from data.markets import ALWAYS, WEEKDAYS, calendar_name
-from data.schema import bar_dates
+from data.schema import ALWAYS, WEEKDAYS, bar_dates, calendar_name
 from utils.errors import DataError, UsageError
 
 # Raised whenever values change while the words of a formula stay the same; part of the hash.

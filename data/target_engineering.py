@@ -2,12 +2,17 @@
 
 The target of bar t is the log return over the next ``horizon_bars`` bars. Learners see it divided by the
 volatility that is known at the close of t, so that calm and wild stocks, calm and wild years weigh alike.
+
+Which symbols make a panel is said by a universe: named ones lie in ``universes.toml`` with the day and the
+rule of their selection, and all of them are made of survivors.
 """
 
 import logging
 import math
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -20,13 +25,14 @@ from data.feature_engineer import (
     refuse_earlier_closes,
     warmup_bars,
 )
-from data.indicators import MIN_SIGMA_LOG, bar_moves
+from data.indicators import MIN_SIGMA_LOG, FloatArray, bar_moves
+from data.schema import calendar_name, normalise_symbol
 from utils.errors import DataError, InsufficientDataError, UsageError
 
 logger = logging.getLogger(__name__)
 
-FloatArray = npt.NDArray[np.float64]
 DateArray = npt.NDArray[np.datetime64]
+UNIVERSES_FILE = Path(__file__).with_name("universes.toml")
 DEFAULT_HORIZON_BARS = 5
 MAX_HORIZON_BARS = 252
 # Share of a symbol's rows after the warm-up that may be unusable before the data are refused.
@@ -137,6 +143,60 @@ def make_target(bars: pd.DataFrame, horizon_bars: int = DEFAULT_HORIZON_BARS) ->
         },
         index=bars.index,
     )
+
+
+def resolve_universe(spec: str) -> tuple[str, ...]:
+    """Return the symbols that ``spec`` means, each once, in the order given.
+
+    ``spec`` is the name of a set, symbols joined by commas, or the path of a text file with one symbol a line
+    (``#`` begins a comment). A name wins over a file, a file over a symbol.
+
+    Raises
+    ------
+    UsageError
+        If nothing is named; ``InvalidSymbolError`` for what cannot be a symbol.
+    """
+    named = tomllib.loads(UNIVERSES_FILE.read_text(encoding="utf-8"))
+    path = Path(spec)
+    if spec.strip() in named:
+        parts = named[spec.strip()]["symbols"]
+    elif "," not in spec and (path.suffix == ".txt" or len(path.parts) > 1):
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except FileNotFoundError:
+            raise UsageError(f"--universe {spec}: there is no such file") from None
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--universe {path}: not a text file that can be read") from error
+        parts = [line.partition("#")[0].strip() for line in lines]
+    else:
+        parts = [part.strip() for part in spec.split(",")]
+    symbols = tuple(dict.fromkeys(normalise_symbol(part) for part in parts if part))
+    if not symbols:
+        raise UsageError(f"--universe {spec!r} names no symbol: use {', '.join(named)}, A,B,C or a file")
+    return symbols
+
+
+def universe_mean(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Return the mean of a universe, from bars by symbol, as a market to compare its symbols with.
+
+    ``Close`` over all sessions of any symbol is 1 in the first; it grows by the mean log return of the
+    symbols that have a close in the session and one before. Row t is known at the close of t.
+
+    Raises
+    ------
+    UsageError
+        If no symbol is given, or they close at different hours.
+    """
+    if not frames:
+        raise UsageError("no symbol given: the mean of a universe needs the bars of at least one")
+    calendars = sorted({calendar_name(symbol) for symbol in frames})
+    if len(calendars) > 1:
+        raise UsageError(
+            f"the mean of a universe needs symbols that close together, these follow {', '.join(calendars)}"
+        )
+    parts = [pd.Series(np.log(np.asarray(bars["Close"])), bars.index).diff() for bars in frames.values()]
+    returns = pd.concat(parts, axis=1, sort=True)
+    return pd.DataFrame({"Close": np.exp(returns.mean(axis=1).fillna(0.0).cumsum())})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

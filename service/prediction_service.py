@@ -19,8 +19,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from data.data_fetcher import BarSource, Held, ReadsThrough, RevisionedSource, fetch_stock_data
-from data.markets import calendar_for
-from data.schema import bars_hash, check_enough, normalise_symbol
+from data.schema import bars_hash, calendar_for, check_enough, normalise_symbol
 from evaluation.metrics import Z_90
 from inference.modes import PARTS, mode_of
 from inference.pipeline import Decisions, decide, path_ahead

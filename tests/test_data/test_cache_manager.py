@@ -13,10 +13,23 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from data.cache_manager import BarCache, CachePolicy, build_parser, cached_features, main
+from data import cache_manager
+from data.cache_manager import (
+    BarCache,
+    CorruptTableError,
+    TableMeta,
+    build_parser,
+    decode_table,
+    encode_table,
+    join_raw,
+    main,
+    priced_rows,
+    seal,
+    unseal,
+)
 from data.data_fetcher import CsvSource, SampleSource, fetch_stock_data, load_panel
-from data.markets import calendar_for
-from data.schema import CorruptTableError, TableMeta, bars_hash
+from data.data_validator import cached_features
+from data.schema import RAW_COLUMNS, bars_hash, calendar_for
 from utils.errors import DataError, LockedError, StorageError, UnknownSymbolError, UpstreamError
 
 FLIPS = 200
@@ -52,7 +65,7 @@ def raw(make_bars) -> pd.DataFrame:
 
 @pytest.fixture
 def cache(tmp_path) -> BarCache:
-    return BarCache(tmp_path / "cache", CachePolicy(lock_timeout_s=20.0))
+    return BarCache(tmp_path / "cache", lock_timeout_s=20.0)
 
 
 def after(session: pd.Timestamp, hours: float = 23.0) -> datetime:
@@ -114,7 +127,7 @@ def test_a_readjusted_history_is_fetched_whole(cache, raw, readjust):
 
 def test_the_overlap_check_is_what_catches_the_split(tmp_path, raw):
     """Planted fault: a cache that accepts any overlap makes a return of -75 %."""
-    blind = BarCache(tmp_path, CachePolicy(price_tolerance=1e9))
+    blind = BarCache(tmp_path, price_tolerance=1e9)
     source = LiveSource(raw.iloc[:490])
     frame_of(blind, source, after(raw.index[489]))
     prices = ["Open", "High", "Low", "Close", "Adj Close"]
@@ -189,7 +202,7 @@ def test_a_failing_source_without_a_cache_fails_and_leaves_nothing(cache, tmp_pa
 
 
 def test_a_failure_is_remembered_for_a_while_and_not_for_ever(tmp_path, raw):
-    cache = BarCache(tmp_path, CachePolicy(remember_failure_s=0.6))
+    cache = BarCache(tmp_path, remember_failure_s=0.6)
     source, now = LiveSource(raw, error=UpstreamError("down")), after(raw.index[-1])
     for _ in range(5):
         with pytest.raises(UpstreamError):
@@ -291,8 +304,6 @@ def test_every_flipped_byte_is_caught_and_the_bars_fetched_again(cache, raw, tmp
 
 
 def test_page_checksums_alone_would_catch_a_flip_in_the_values(cache, raw):
-    from data.schema import decode_table, encode_table
-
     content = bytearray(encode_table(raw))
     content[len(content) // 3] ^= 0x10
     with pytest.raises(OSError, match="CRC checksum"):
@@ -336,7 +347,7 @@ def test_a_table_swapped_for_that_of_another_symbol_is_caught(cache, raw, tmp_pa
 def test_another_schema_version_rebuilds_itself(cache, raw, monkeypatch):
     source, now = LiveSource(raw), after(raw.index[-1])
     frame_of(cache, source, now)
-    monkeypatch.setattr("data.schema.SCHEMA_VERSION", 2)
+    monkeypatch.setattr(cache_manager, "SCHEMA_VERSION", 2)
     assert cache.load("bars", "AAPL", "yahoo") is None
     frame_of(cache, source, now)
     assert len(source.asked) == 2
@@ -458,7 +469,7 @@ def test_symbols_that_share_a_lock_take_turns(tmp_path, raw):
 
 
 def test_a_lock_that_is_held_too_long_is_named(tmp_path, raw):
-    cache = BarCache(tmp_path, CachePolicy(lock_timeout_s=0.05))
+    cache = BarCache(tmp_path, lock_timeout_s=0.05)
     with cache.locked("AAPL", "yahoo"), pytest.raises(LockedError, match="takes too long"):
         frame_of(cache, LiveSource(raw), after(raw.index[-1]))
 
@@ -566,6 +577,60 @@ def test_a_refresh_that_fails_beside_a_cache_is_a_failure(capsys, tmp_path, raw,
 def test_the_calendar_of_the_fixture_is_the_calendar_of_the_cache(raw):
     assert len(calendar_for("AAPL").missing(raw.index)) == 0
     assert TableMeta.model_fields["schema_version"].default == 1
+
+
+# -- tables on disk, and how they are joined
+
+
+def test_a_table_survives_the_disk_to_the_last_bit(raw):
+    table = raw.assign(High=raw["High"].where(raw.index != raw.index[3]))
+    back = decode_table(encode_table(table))
+    assert bars_hash(back) == bars_hash(table)
+    assert tuple(back.columns) == RAW_COLUMNS
+
+
+def test_a_seal_breaks_at_every_byte():
+    meta = TableMeta(
+        symbol="AAPL",
+        source="yahoo",
+        last_session=date(2024, 1, 2),
+        fetched_at=datetime(2024, 1, 3, tzinfo=UTC),
+        file="bars-0123456789abcdef.parquet",
+    )
+    sealed = seal(meta)
+    assert unseal(sealed) == meta
+    for position in range(len(sealed)):
+        flipped = bytearray(sealed)
+        flipped[position] ^= 0x01
+        with pytest.raises(CorruptTableError):
+            unseal(bytes(flipped))
+    with pytest.raises(CorruptTableError):
+        unseal(sealed[:-4])
+    assert unseal(seal(meta.model_copy(update={"schema_version": 0}))) is None
+
+
+def test_priced_rows_are_complete_unique_and_ascending(raw):
+    spoiled = pd.concat([raw.iloc[10:], raw.iloc[:10], raw.iloc[[3]].assign(Open=np.nan)])
+    pd.testing.assert_frame_equal(priced_rows(spoiled), raw, check_freq=False)
+
+
+def test_tables_join_where_they_agree(raw):
+    joined = join_raw(raw.iloc[:200], raw.iloc[190:], tolerance=1e-6)
+    pd.testing.assert_frame_equal(joined, raw, check_freq=False)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda raw: raw.iloc[190:].assign(Close=raw["Close"].iloc[190:] * 0.5),  # split
+        lambda raw: raw.iloc[190:].assign(**{"Adj Close": raw["Adj Close"].iloc[190:] * 0.9998}),  # dividend
+        lambda raw: raw.drop(raw.index[195]).iloc[190:],  # lost a session
+        lambda raw: raw.iloc[205:],  # shares none
+        lambda raw: raw.iloc[:0],
+    ],
+)
+def test_tables_that_disagree_do_not_join(raw, other):
+    assert join_raw(raw.iloc[:200], other(raw), tolerance=1e-5) is None
 
 
 # -- features kept beside the bars

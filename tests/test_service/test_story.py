@@ -14,7 +14,7 @@ from fastapi.testclient import TestClient
 
 from app import create_app
 from data.data_fetcher import CsvSource, fetch_stock_data
-from data.markets import calendar_for
+from data.schema import calendar_for
 from inference.load_gbm_models import load_bundle
 from inference.modes import forecaster_for, load_parts
 from inference.pipeline import GBMForecaster, decide
