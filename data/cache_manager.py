@@ -6,9 +6,8 @@
     python -m data.cache_manager refresh AAPL MSFT --source yahoo
     python -m data.cache_manager clear AAPL
 
-A table is a Parquet file named by its content, and a small JSON file that points to it and holds its sha256.
-The JSON is replaced atomically once the table is on disk: a reader sees the old pair or the new one. A file
-that is not what was written is moved aside and fetched again, never read.
+A table is a Parquet file named by its content, and a sealed JSON file that points to it and is replaced
+atomically: a reader sees the old pair or the new one. A damaged file is moved aside and fetched again.
 """
 
 import argparse
@@ -23,10 +22,9 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -63,13 +61,16 @@ logger = logging.getLogger(__name__)
 
 Kind = Literal["bars", "features"]
 SCHEMA_VERSION = 1
-# So many cached sessions are fetched again, to see whether the past was adjusted anew.
-OVERLAP_BARS = 10
+# So many cached sessions are fetched again, to see whether the past was adjusted anew: adjusted prices wobble
+# in the seventh digit, the smallest dividends move them by more than this share.
+OVERLAP_BARS, PRICE_TOLERANCE = 10, 1e-5
 # A live source that had nothing newer is left alone so long, unless a session closed meanwhile.
 ASK_AGAIN_AFTER = timedelta(minutes=15)
+# So long a source that failed for a symbol is left alone, and another request for the symbol is waited for.
+REMEMBER_FAILURE_S, LOCK_TIMEOUT_S = 30.0, 180.0
 # A whole answer must hold this share of the cached sessions, and the last one, to replace them.
 KEEP_SHARE = 0.99
-_MOST_REMEMBERED = 1024
+MOST_REMEMBERED = 1024
 _SEAL = b'{"sha256": "%b", "meta": %b}'
 
 
@@ -103,10 +104,7 @@ def seal(meta: TableMeta) -> bytes:
 
 
 def unseal(sealed: bytes) -> TableMeta | None:
-    """Return the description that :func:`seal` wrote, None for another schema version.
-
-    Raises ``CorruptTableError`` if a byte of it is not what was written.
-    """
+    """Return what :func:`seal` wrote, None of another schema version; ``CorruptTableError`` if damaged."""
     text = sealed[len(_SEAL % (b"", b"")) + 63 : -1]
     if sealed != _SEAL % (_sha256(text).encode(), text):
         raise CorruptTableError("the description of a table is not what was written")
@@ -141,10 +139,9 @@ def priced_rows(raw: pd.DataFrame) -> pd.DataFrame:
 
 
 def join_raw(old: pd.DataFrame, new: pd.DataFrame, *, tolerance: float) -> pd.DataFrame | None:
-    """Return ``old`` up to where ``new`` begins, then ``new``; None if they disagree on a shared session.
+    """Return ``old`` up to where ``new`` begins, then ``new``; None if shared sessions disagree (relatively).
 
-    A split or a dividend re-adjusts the whole past: rows may be appended only where the shared ones agree,
-    within a relative ``tolerance``.
+    A split or a dividend re-adjusts the whole past: nothing may be appended to it then.
     """
     earlier = old.index < new.index.min()
     before, after = priced_rows(old.loc[~earlier]), priced_rows(new)
@@ -155,8 +152,15 @@ def join_raw(old: pd.DataFrame, new: pd.DataFrame, *, tolerance: float) -> pd.Da
     return pd.concat([old.loc[earlier], new]) if agree else None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CachedTable:
+def _write(path: Path, content: bytes) -> None:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".writing-", delete=False) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    Path(file.name).replace(path)
+
+
+class CachedTable(NamedTuple):
     """A table that passed its checks, with what lies beside it."""
 
     frame: pd.DataFrame
@@ -168,29 +172,10 @@ class CachedTable:
 
 
 class BarCache:
-    """Raw prices and engineered features by source and symbol.
+    """Raw prices and engineered features by source and symbol, in a folder that is made when first needed."""
 
-    Parameters
-    ----------
-    root
-        Folder of the cache; made when first written to.
-    price_tolerance
-        How far (relative) prices of fetched and cached sessions may differ: adjusted prices wobble in the
-        seventh digit, the smallest dividends move them by more.
-    remember_failure_s, lock_timeout_s
-        How long a source that failed for a symbol is left alone, and another request for it is waited for.
-    """
-
-    def __init__(
-        self,
-        root: Path,
-        *,
-        price_tolerance: float = 1e-5,
-        remember_failure_s: float = 30.0,
-        lock_timeout_s: float = 180.0,
-    ) -> None:
-        self._root, self._price_tolerance = root, price_tolerance
-        self._remember_failure_s, self._lock_timeout_s = remember_failure_s, lock_timeout_s
+    def __init__(self, root: Path) -> None:
+        self._root = root
         # How this process's last flight for (source, symbol) ended: the monotonic time, and its error.
         self._flights: dict[tuple[str, str], tuple[float, UpstreamError | None]] = {}
 
@@ -200,11 +185,7 @@ class BarCache:
         """Return the cached raw table, asking ``source`` when it may know more.
 
         One flight per symbol: who waits for the lock reads what the holder fetched, or hears how it failed.
-
-        Raises
-        ------
-        UpstreamError, DataError
-            If the source fails or what it says cannot be used; beside a cache, the answer says so instead.
+        Beside a cache, the answer tells of an ``UpstreamError`` or ``DataError`` instead of raising it.
         """
         asked = time.monotonic()
         if not force_refresh:
@@ -218,7 +199,7 @@ class BarCache:
             accept = cached is not None and (ended >= asked or not force_refresh)
             if cached is not None and accept and self._is_fresh(cached.meta, source, now):
                 return cached.answer()
-            since = asked if force_refresh else time.monotonic() - self._remember_failure_s
+            since = asked if force_refresh else time.monotonic() - REMEMBER_FAILURE_S
             if error is None or ended < since:
                 try:
                     return self._ask(symbol, source, cached, now, whole=force_refresh)
@@ -228,10 +209,7 @@ class BarCache:
             return self._without_source(symbol, source, cached, error)
 
     def load(self, kind: Kind, symbol: str, source_name: str) -> CachedTable | None:
-        """Return a cached table, None where there is none of this schema version.
-
-        Raises ``CorruptTableError`` if a byte of it is not what was written.
-        """
+        """Return a cached table, None if none is of this schema version; ``CorruptTableError`` if damaged."""
         folder = self._folder(symbol, source_name)
         pointer = folder / f"{kind}.json"
         for _ in range(3):
@@ -246,7 +224,7 @@ class BarCache:
                 raise StorageError(f"the cache {self._root} cannot be read ({error.strerror})") from error
             if _sha256(content) != meta.sha256:
                 raise CorruptTableError(f"{meta.file} is not what was written")
-            return CachedTable(frame=decode_table(content), meta=meta)
+            return CachedTable(decode_table(content), meta)
         if pointer.exists():
             raise CorruptTableError(f"{pointer.name} points to a file that is not there")
         return None
@@ -271,12 +249,12 @@ class BarCache:
     def _is_fresh(self, meta: TableMeta, source: BarSource, now: datetime) -> bool:
         if isinstance(source, RevisionedSource):
             return meta.revision == source.revision(meta.symbol)
-        calendar, asked_at = calendar_for(meta.symbol), meta.fetched_at
+        calendar = calendar_for(meta.symbol)
         last_closed = calendar.last_closed_session(now)
         if pd.Timestamp(meta.last_session) >= last_closed:
             return True
-        just_asked = timedelta(0) <= now - asked_at < ASK_AGAIN_AFTER
-        return just_asked and calendar.last_closed_session(asked_at) == last_closed
+        just_asked = timedelta(0) <= now - meta.fetched_at < ASK_AGAIN_AFTER
+        return just_asked and calendar.last_closed_session(meta.fetched_at) == last_closed
 
     def _ask(
         self, symbol: str, source: BarSource, cached: CachedTable | None, now: datetime, *, whole: bool
@@ -287,7 +265,7 @@ class BarCache:
         if extend is not None and not whole:
             start = priced_rows(extend.frame).index[-OVERLAP_BARS:][0].date()
             newer = settled_rows(source.fetch(symbol, start=start), last_closed)
-            raw = join_raw(extend.frame, newer, tolerance=self._price_tolerance)
+            raw = join_raw(extend.frame, newer, tolerance=PRICE_TOLERANCE)
         if isinstance(source, RevisionedSource):
             # A file is kept as it is: another ``now`` may want more of it. A live bar may still form.
             raw, revision = source.fetch_revised(symbol)
@@ -323,7 +301,7 @@ class BarCache:
         raise kind(str(error)) from error
 
     def _remember(self, symbol: str, source: BarSource, error: UpstreamError | None) -> None:
-        for forgotten in list(self._flights)[: 1 - _MOST_REMEMBERED]:
+        for forgotten in list(self._flights)[: 1 - MOST_REMEMBERED]:
             self._flights.pop(forgotten, None)
         self._flights[source.name, symbol] = (time.monotonic(), error)
 
@@ -335,7 +313,7 @@ class BarCache:
         """Keep other threads and processes off what is cached; ``LockedError`` after too long."""
         # As many files as a byte has values: symbols that nobody knows leave no trace of their own.
         path = self._root / "locks" / f"{_sha256(f'{source_name}/{symbol}'.encode())[:2]}.lock"
-        lock = FileLock(path, timeout=self._lock_timeout_s)
+        lock = FileLock(path, timeout=LOCK_TIMEOUT_S)
         with self._writing():
             path.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire()
@@ -391,14 +369,6 @@ def _refuse_fewer(symbol: str, cached: pd.DataFrame, raw: pd.DataFrame) -> None:
             f"the new answer lacks {int((~kept).sum())} of {len(kept)} cached sessions, which stay; "
             f"if it is right, run `python -m data.cache_manager clear {symbol}`"
         )
-
-
-def _write(path: Path, content: bytes) -> None:
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".writing-", delete=False) as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    Path(file.name).replace(path)
 
 
 def describe(cache: BarCache, symbol: str, source_name: str, now: datetime) -> dict[str, Any]:

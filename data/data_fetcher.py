@@ -47,29 +47,25 @@ _UNKNOWN = re.compile(
 )
 _NOT_A_CHART = (ValueError, LookupError, TypeError, AttributeError)
 DEFAULT_MAX_BYTES = 1 << 30
-# A live source that has had no bar for more sessions has none to come.
-MAX_MISSED_SESSIONS = 10
+# Who has had no bar for more sessions will have none any more.
+DELISTED_AFTER_SESSIONS = 10
 
 
-class BarSource(Protocol):
+class BarSource(ABC):
     """Anything that knows raw daily prices; ``is_live`` where a newer session may appear by itself."""
 
-    @property
-    def name(self) -> str: ...  # noqa: D102
+    name: str
+    is_live: bool
 
-    @property
-    def is_live(self) -> bool: ...  # noqa: D102
-
+    @abstractmethod
     def fetch(self, symbol: str, *, start: date | None = None) -> pd.DataFrame:
         """Return ``RAW_COLUMNS`` over tz-naive session dates, from ``start`` on or all there is.
 
-        Raises ``UnknownSymbolError`` if the source has nothing for the symbol, ``UpstreamError`` if it cannot
-        be asked.
+        Raises ``UnknownSymbolError`` if it has nothing for the symbol, ``UpstreamError`` if out of reach.
         """
-        ...
 
 
-class RevisionedSource(ABC):
+class RevisionedSource(BarSource):
     """A source whose table is read whole, and that can say cheaply whether it is another one than before."""
 
     is_live = False
@@ -100,11 +96,9 @@ class RawAnswer:
 class ReadsThrough(Protocol):
     """What :func:`fetch_stock_data` needs of a cache; see ``data.cache_manager.BarCache``."""
 
-    def read_through(
+    def read_through(  # noqa: D102
         self, symbol: str, source: BarSource, *, now: datetime, force_refresh: bool
-    ) -> RawAnswer:
-        """Return the cached raw table, asking ``source`` when it may know more."""
-        ...
+    ) -> RawAnswer: ...
 
 
 def fetch_stock_data(
@@ -230,7 +224,7 @@ def refuse_delisted(bars: Bars, now: datetime) -> None:
     """Refuse bars of a live source that ended long ago, by a ``DataError``: nothing is left to forecast."""
     calendar, last = calendar_for(bars.symbol), bars.provenance.last_session
     missed = calendar.sessions_between(last, calendar.last_closed_session(now))
-    if missed > MAX_MISSED_SESSIONS:
+    if missed > DELISTED_AFTER_SESSIONS:
         raise DataError(
             f"{bars.symbol} has had no bar since {last:%Y-%m-%d}, {missed} sessions ago: it was delisted or "
             "renamed; save its prices as a file and train with --source csv:DIR to study it all the same"
@@ -284,17 +278,15 @@ class _TransientError(Exception):
     """Yahoo could not be asked this time."""
 
 
-class YahooSource:
+class YahooSource(BarSource):
     """Yahoo Finance by way of yfinance, whose caches lie in ours and whose errors are made to show.
 
     Parameters
     ----------
-    cache_dir
-        Where yfinance keeps cookies and time zones.
+    cache_dir, session
+        Where yfinance keeps cookies and time zones, and what it uses in place of its own HTTP session.
     attempts, backoff_s, timeout_s
         Tries on transient errors, longest first pause between them (random, then doubled), longest wait.
-    session
-        An HTTP session of curl_cffi to use in place of yfinance's own.
     """
 
     name = "yahoo"
@@ -403,15 +395,11 @@ class CsvSource(RevisionedSource):
 class SampleSource(RevisionedSource):
     """Real prices of AAPL, FB, GOOG, IBM and MSFT from 2000 to March 2013, embedded in ``bokeh_sampledata``.
 
-    Its table holds prices and volumes as they were printed on the day, and ``Adj Close`` as of years later.
-    Here it is brought to Yahoo's convention: a split shows as a jump of ``Adj Close / Close`` by a simple
-    ratio; prices before it are divided by the ratio and volumes multiplied by it, and ``Adj Close`` is scaled
-    to meet the last close. Volumes then equal Yahoo's (up to later splits), but for the days of the splits
-    themselves, which the table has at half.
-
-    References
-    ----------
-    Quandl WIKI Prices, public domain.
+    The table (Quandl WIKI, public domain) holds prices and volumes as printed on the day, and ``Adj Close``
+    as of years later. Here a split shows as a jump of ``Adj Close / Close`` by a simple ratio; prices before
+    it are divided by the ratio and volumes multiplied by it, and ``Adj Close`` is scaled to meet the last
+    close. Volumes then equal Yahoo's (up to later splits), but for the days of the splits themselves, which
+    the table has at half.
     """
 
     name = "sample"

@@ -31,7 +31,7 @@ def bar_moves(
     Parameters
     ----------
     open_, high, low, close
-        Prices, shape (n,), positive.
+        Positive prices, shape (n,).
     out
         Shape (11, n): open, high, low, close, typical price, true range, all by the first close; log close;
         log return close to close; overnight log return (previous close to open); log(high/low); Garman-Klass
@@ -60,17 +60,10 @@ def bar_moves(
 def bar_flows(moves: FloatArray, volume: FloatArray, out: FloatArray) -> None:
     """Write each bar's volume, weighed in the ways of the volume indicators.
 
-    Parameters
-    ----------
-    moves
-        As `bar_moves` writes.
-    volume
-        Shape (n,).
-    out
-        Shape (7, n): the volume itself, and times: the sign of the close's change (on-balance volume); the
-        simple return (volume price trend); the place of the close in the range, -1 to 1 (accumulation and
-        distribution); the typical price; the typical price where it rose, and where it fell (money flow). The
-        first bar moves nowhere.
+    ``moves`` as `bar_moves` writes. ``out`` (7, n): the volume itself, and times: the sign of the close's
+    change (on-balance volume); the simple return (volume price trend); the place of the close in
+    the range, -1 to 1 (accumulation and distribution); the typical price; the typical price where it rose,
+    and where it fell (money flow). The first bar moves nowhere.
     """
     for t in range(volume.shape[0]):
         last = max(t - 1, 0)
@@ -90,14 +83,9 @@ def bar_flows(moves: FloatArray, volume: FloatArray, out: FloatArray) -> None:
 def bar_shapes(moves: FloatArray, out: FloatArray) -> None:
     """Write how each bar looks beside the one before.
 
-    Parameters
-    ----------
-    moves
-        As `bar_moves` writes.
-    out
-        Shape (7, n): 1 where the high is higher; 1 where the low is lower; gap above the high, gap below the
-        low, as fractions; body by range; 1 where the bar lies inside the one before; place of the close in
-        the range, -1 to 1. Without a range, and in the first row without a bar before: 0.
+    ``moves`` as `bar_moves` writes. ``out`` (7, n): 1 where the high is higher; 1 where the low is lower; gap
+    above the high, gap below the low, as fractions; body by range; 1 where it lies inside the one before;
+    place of the close in the range, -1 to 1. Without a range, and in the first row without a bar before: 0.
     """
     for t in range(moves.shape[1]):
         last = max(t - 1, 0)
@@ -149,17 +137,8 @@ def rolling_sum(values: FloatArray, window: int) -> FloatArray:
 def rolling_deviations(values: FloatArray, window: int) -> FloatArray:
     """Return how far the last ``window`` values lie from their mean, by two passes over each window.
 
-    Parameters
-    ----------
-    values
-        Shape (n,), finite; may have a mean that is large against its deviations, as prices do.
-    window
-        Number of bars, at least 1.
-
-    Returns
-    -------
-    array of shape (3, n)
-        Mean, mean absolute deviation, population standard deviation. NaN in the first ``window - 1`` rows.
+    Shape (3, n): mean, mean absolute deviation, population standard deviation; NaN in the first
+    ``window - 1`` rows. The mean may be large against the deviations, as that of prices is.
     """
     n = values.shape[0]
     out = np.full((3, n), np.nan)
@@ -191,10 +170,7 @@ def rolling_deviations(values: FloatArray, window: int) -> FloatArray:
 
 @njit(cache=True)
 def guarded_ratio(numerator: FloatArray, denominator: FloatArray, least: float, neutral: float) -> FloatArray:
-    """Divide where the denominator exceeds ``least``; elsewhere ``neutral``, the value that says nothing.
-
-    All of shape (n,); NaN stays NaN.
-    """
+    """Divide where the denominator exceeds ``least``; elsewhere ``neutral``. NaN stays NaN."""
     out = np.empty(numerator.shape[0])
     for t in range(out.shape[0]):
         out[t] = neutral if denominator[t] <= least else numerator[t] / denominator[t]
@@ -203,10 +179,7 @@ def guarded_ratio(numerator: FloatArray, denominator: FloatArray, least: float, 
 
 @njit(cache=True)
 def price_ratio(above: FloatArray, below: FloatArray, price: FloatArray, neutral: float) -> FloatArray:
-    """Divide one price difference by another; ``neutral`` where that is no move beside the price.
-
-    All of shape (n,); NaN stays NaN.
-    """
+    """Divide one price difference by another; ``neutral`` where that is no move. NaN stays NaN."""
     out = np.empty(above.shape[0])
     for t in range(out.shape[0]):
         out[t] = neutral if below[t] <= NO_MOVE * price[t] else above[t] / below[t]

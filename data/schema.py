@@ -32,7 +32,7 @@ CLOSE_TOLERANCE, OPEN_TOLERANCE = 1e-4, 0.02
 # No market was ever beyond them, whatever its currency and its splits; a defect in a file often is.
 LOWEST_PRICE, HIGHEST_PRICE, HIGHEST_VOLUME = 1e-12, 1e15, 1e18
 
-# What cells of a database that hold dates and moments are compared with; see `holds`.
+# Blanks of a database's columns of dates and of moments; see `holds`.
 NO_DATE, NO_MOMENT = "0000-00-00", "0000-00-00T00:00:00+00:00"
 
 WEEKDAYS, ALWAYS, UNMAPPED = "weekdays", "24/7", "unmapped"
@@ -60,7 +60,6 @@ _CRYPTO = re.compile(r"[A-Z0-9]+-(USD|EUR|GBP|JPY|CAD|AUD|CHF|KRW|INR|BTC|ETH|US
 _SYMBOL = re.compile(r"\^?[A-Z0-9][A-Z0-9.=-]{0,14}")
 # People write BRK.B, Yahoo BRK-B; the other one-letter suffixes are exchanges (.L, .T, .F).
 _SHARE_CLASS = re.compile(r"([A-Z]{1,5})\.([AB])")
-_LONGEST_RAW = 64
 
 
 def normalise_symbol(raw: str) -> str:
@@ -69,8 +68,7 @@ def normalise_symbol(raw: str) -> str:
     Raises ``InvalidSymbolError`` for what no source could know; such a string must never become a path.
     """
     # ASCII first: upper() turns letters such as the German sharp s into plain capitals.
-    readable = isinstance(raw, str) and len(raw) <= _LONGEST_RAW and raw.isascii()
-    symbol = raw.strip(" ").upper() if readable else ""
+    symbol = raw.strip(" ").upper() if isinstance(raw, str) and len(raw) <= 64 and raw.isascii() else ""
     if _SYMBOL.fullmatch(symbol) is None:
         shown = ascii(raw)
         shown = shown if len(shown) <= 40 else shown[:40] + "..."
@@ -144,10 +142,7 @@ class SessionCalendar:
         return position
 
     def hindsight(self, as_of: str, served_at: str) -> str | None:
-        """Say what was known too much of a forecast that was served at a moment with a zone (ISO 8601).
-
-        None if its last session was the last that had closed; raises as `last_closed_session`.
-        """
+        """Say what a forecast served at a moment (ISO 8601, with a zone) knew too much, None if nothing."""
         closed = self.last_closed_session(datetime.fromisoformat(served_at))
         late = self.sessions_between(pd.Timestamp(as_of), closed)
         if late > 0:
@@ -422,7 +417,7 @@ def bars_hash(frame: pd.DataFrame) -> str:
 
 
 def check_enough(frame: pd.DataFrame, needed_bars: int, purpose: str) -> None:
-    """Raise an ``InsufficientDataError`` when ``frame`` has fewer rows than ``purpose`` needs."""
+    """Raise ``InsufficientDataError`` when ``frame`` has fewer rows than ``purpose`` needs."""
     if (have := len(frame)) < needed_bars:
         raise InsufficientDataError(
             f"{purpose} needs {needed_bars} bars and there are {have}: "

@@ -260,6 +260,7 @@ def as_bars(frame: pd.DataFrame) -> Bars:
 def test_findings_keep_the_features_and_notice_when_those_of_the_past_change(
     make_bars, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr(data_validator, "adf_p_value", lambda values, lags: 0.0)
     cache, bars = BarCache(tmp_path), make_bars(n=720)
     first = findings(as_bars(bars.iloc[:690]), 5, cache)
     assert findings(as_bars(bars.iloc[:690]), 5) == first

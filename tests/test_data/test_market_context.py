@@ -124,7 +124,7 @@ def test_a_bar_sees_the_close_of_its_session_and_none_after() -> None:
     bar_days=st.sets(st.integers(0, 40), min_size=1),
     other_days=st.dictionaries(st.integers(-10, 45), st.one_of(st.none(), st.floats(1.0, 99.0)), min_size=1),
 )
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=80)
 def test_alignment_is_that_of_a_naive_loop(bar_days: set[int], other_days: dict[int, float | None]) -> None:
     first = pd.Timestamp("2024-01-01")
     bars = pd.DataFrame(index=pd.DatetimeIndex([first + pd.Timedelta(days=d) for d in sorted(bar_days)]))

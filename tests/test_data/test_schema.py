@@ -1,4 +1,4 @@
-"""What is mended, what is refused, that a symbol never becomes a path; sessions from far past to far future."""
+"""What is mended, what is refused, that no symbol becomes a path; sessions from far past to far future."""
 
 import re
 from datetime import UTC, date, datetime, timedelta, timezone
