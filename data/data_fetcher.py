@@ -111,15 +111,13 @@ def fetch_stock_data(
 ) -> Bars:
     """Return adjusted, checked daily bars of one symbol.
 
-    With a cache, a source that fails does no harm as long as older bars are at hand: they come with
-    ``provenance.stale``.
-
     Parameters
     ----------
     symbol
         As people write it; normalised here.
     source, cache
-        Where to ask, and where to keep the answer.
+        Where to ask, and where to keep the answer: older bars are then better than a source's failure, and
+        come with ``provenance.stale``.
     force_refresh
         Ask the source for the whole history whatever the cache holds.
     now
@@ -154,10 +152,7 @@ def check_answer(
 ) -> tuple[pd.DataFrame, BarsReport]:
     """Return the bars of the sessions in a raw table that had closed by ``now``, and what was found in it.
 
-    Raises
-    ------
-    DataError
-        If the table cannot be used, such as one with dates of a wrong zone; names symbol and source.
+    Raises ``DataError``, which names symbol and source, if the table cannot be used.
     """
     calendar = calendar_for(symbol)
     settled = settled_rows(raw, calendar.last_closed_session(now))

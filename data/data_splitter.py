@@ -63,19 +63,10 @@ class PurgedTimeSeriesSplit:
     ) -> Iterator[tuple[IntArray, IntArray]]:
         """Yield (training rows, test rows), both ascending.
 
-        Parameters
-        ----------
-        n_rows_or_x
-            Number of rows, or anything with a length.
-        label_end_position
-            Row at which each row's label is known, (n,); rows that are never labelled carry n or more.
-        date
-            Session of each row, (n,), ascending; no session then stands on both sides.
-
-        Raises
-        ------
-        InsufficientDataError, DataError
-            If a fold has no training row left; if a label ends before its row, or dates do not ascend.
+        ``label_end_position``, (n,), is the row at which each row's label is known, n or more if never. With
+        ``date``, (n,), the session of each row, no session stands on both sides. Raises
+        ``InsufficientDataError`` if a fold has no training row left, ``DataError`` if a label ends before its
+        row, or dates do not ascend.
         """
         n_rows = n_rows_or_x if isinstance(n_rows_or_x, int) else len(n_rows_or_x)
         label_end = _label_ends(n_rows, label_end_position, self.purge_bars)
@@ -90,10 +81,6 @@ class PurgedTimeSeriesSplit:
                     f"give more than {n_rows} rows, or fewer splits"
                 )
             yield train, np.arange(start, stop)
-
-    def get_n_splits(self) -> int:
-        """Return the number of test blocks."""
-        return self.n_splits
 
     def _starts(self, n_rows: int, date: DateArray | None) -> list[int]:
         size = self.test_size_bars or n_rows // (self.n_splits + 1)
@@ -122,12 +109,7 @@ def create_train_val_test_split(
     """Split rows once, in time: return training, validation and, last, test rows, ascending.
 
     Shares are rounded down; ``purge_bars``, ``embargo_bars`` and ``label_end_position`` are those of
-    `PurgedTimeSeriesSplit`, and both borders are purged.
-
-    Raises
-    ------
-    InsufficientDataError
-        If one of the three would be empty.
+    `PurgedTimeSeriesSplit`, and both borders are purged. ``InsufficientDataError`` if a part would be empty.
     """
     n_test, n_validation = int(n_rows * test_fraction), int(n_rows * validation_fraction)
     label_end, rows = _label_ends(n_rows, label_end_position, purge_bars), np.arange(n_rows)
@@ -207,21 +189,16 @@ class WalkForwardSplit:
         _check_at_least(0, self, "lag_bars", "embargo_bars")
 
     def folds(self, date: DateArray, label_end: DateArray, *, horizon_bars: int) -> list[Fold]:
-        """Return the folds of a panel.
+        """Return the folds of a panel, at least one.
+
+        Training labels ended ``lag_bars + embargo_bars`` sessions before a fold's first one.
 
         Parameters
         ----------
-        date
-            Session of each row, (n,), ascending.
-        label_end
-            Session at whose close each row's label is known, (n,); NaT where it is not known yet.
+        date, label_end
+            Session of each row, (n,), ascending, and the one at whose close its label is known, NaT if none.
         horizon_bars
             Sessions that a label spans at least.
-
-        Returns
-        -------
-        list of Fold
-            At least one; training labels ended ``lag_bars + embargo_bars`` sessions before its first session.
 
         Raises
         ------
@@ -313,22 +290,9 @@ def walk_rows(
 ) -> FloatArray:
     """Walk anything forward over rows, one level up from what made them: no row is scored by a fit on it.
 
-    Parameters
-    ----------
-    fit
-        Takes the rows to learn from, and returns what forecasts the rows that it is given.
-    date, label_end, split, horizon_bars
-        See `WalkForwardSplit.folds`, which may raise as well.
-
-    Returns
-    -------
-    array of shape (n,)
-        Forecasts; NaN before the first fold.
-
-    Raises
-    ------
-    ModelError
-        If a label of the rows to learn from ends in or after the rows to be scored.
+    ``fit`` takes the rows to learn from, and returns what forecasts the rows that it is given; the rest is as
+    for `WalkForwardSplit.folds`. Returns forecasts, (n,), NaN before the first fold. Raises ``ModelError`` if
+    a label to learn from ends in or after the rows to be scored.
     """
     said = np.full(len(date), np.nan)
     for fold in split.folds(date, label_end, horizon_bars=horizon_bars):

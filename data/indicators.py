@@ -26,16 +26,11 @@ _GK_BODY = 2.0 * math.log(2.0) - 1.0
 def bar_moves(
     open_: FloatArray, high: FloatArray, low: FloatArray, close: FloatArray, out: FloatArray
 ) -> None:
-    """Write the prices by the first close, and the moves of each bar.
+    """Write the prices by the first close, and the moves of each bar, known at its close.
 
-    Parameters
-    ----------
-    open_, high, low, close
-        Positive prices, shape (n,).
-    out
-        Shape (11, n): open, high, low, close, typical price, true range, all by the first close; log close;
-        log return close to close; overnight log return (previous close to open); log(high/low); Garman-Klass
-        variance of the session. The returns of the first row are 0. Row t is known at the close of t.
+    ``out`` (11, n): open, high, low, close, typical price, true range, all by the first close; log close; log
+    return close to close; overnight log return (previous close to open); log(high/low); Garman-Klass variance
+    of the session. The returns of the first row are 0.
 
     References
     ----------
@@ -105,14 +100,9 @@ def bar_shapes(moves: FloatArray, out: FloatArray) -> None:
 def rolling_sum(values: FloatArray, window: int) -> FloatArray:
     """Sum the last ``window`` values without ever subtracting.
 
-    Shape (n,), NaN in the first ``window - 1`` rows. Blocks of ``window`` rows are summed from their ends
-    backwards and from their starts forwards, and each window is one of either: a window of zeros sums to 0
+    NaN in the first ``window - 1`` rows. Blocks of ``window`` rows are summed from their ends backwards and
+    from their starts forwards, and each window is one of either (van Herk, 1992): a window of zeros sums to 0
     exactly, whatever came before it.
-
-    References
-    ----------
-    van Herk (1992), A fast algorithm for local minimum and maximum filters on rectangular and octagonal
-    kernels.
     """
     n = values.shape[0]
     out = np.full(n, np.nan)
@@ -197,16 +187,10 @@ def log_change(log_close: FloatArray, near: int, far: int) -> FloatArray:
 
 @njit(cache=True)
 def directional_index(high: FloatArray, low: FloatArray, window: int) -> FloatArray:
-    """Return Wilder's ADX as a fraction, and (+DI - -DI) / (+DI + -DI), shape (2, n).
+    """Return Wilder's (1978) ADX as a fraction, and (+DI - -DI) / (+DI + -DI), shape (2, n).
 
-    Notes
-    -----
     A bar that rises above and falls below the one before by the same amount, within rounding, moves in no
     direction. TA-Lib compares exactly, and on adjusted prices rounding then decides.
-
-    References
-    ----------
-    Wilder (1978), New Concepts in Technical Trading Systems.
     """
     n = high.shape[0]
     out = np.zeros((2, n))
@@ -241,19 +225,9 @@ def winsorise(values: FloatArray, lower: float, upper: float, warmup_bars: int, 
 class BarArrays:
     """A symbol's bars as arrays of shape (n,), with what features share; row t is known at the close of t.
 
-    Attributes
-    ----------
-    open, high, low, close, typical, true_range, log_close, ret, overnight, span, gk
-        Rows of `bar_moves`. The prices are divided by the first close: TA-Lib's absolute thresholds then mean
-        the same for every stock.
-    volume, signed, trended, placed, paid, rising, falling
-        Rows of `bar_flows`.
-    higher_high, lower_low, gap_up, gap_down, body, inside, location
-        Rows of `bar_shapes`.
-    std_20, std_200
-        Population standard deviation of ``ret``.
-    sigma_20, sigma_200
-        The same, at least `MIN_SIGMA_LOG`: fit to divide by.
+    In this order the rows of `bar_moves` (by the first close: TA-Lib's absolute thresholds then mean the same
+    for every stock), `bar_flows` and `bar_shapes`; then the standard deviations (population) of ``ret``, and
+    the same, at least `MIN_SIGMA_LOG`: fit to divide by.
     """
 
     open: FloatArray

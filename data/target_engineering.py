@@ -60,24 +60,12 @@ def check_horizon(horizon_bars: int) -> int:
 
 @njit(cache=True)
 def har_variance(moves: FloatArray) -> FloatArray:
-    """Forecast the next bar's variance of the log return from ranges, corrected by closes.
+    """Forecast the next bar's variance of the log return, (n,), from `bar_moves`; known at the close of t.
 
-    Parameters
-    ----------
-    moves
-        Shape (11, n), as `bar_moves` writes.
-
-    Returns
-    -------
-    array of shape (n,)
-        Weighted mean of four exponential means (spans `HAR_SPANS_BARS`) of overnight squared plus
-        Garman-Klass variance, times the mean of 1 and the year's ratio of squared returns to that range
-        measure (kept within 1/2 to 2). The means are normalised by their weights: the first rows are noisy,
-        not biased. Row t is known at the close of t.
-
-    References
-    ----------
-    Corsi (2009), A simple approximate long-memory model of realized volatility; Garman, Klass (1980).
+    Weighted mean of four exponential means (spans `HAR_SPANS_BARS`) of overnight squared plus Garman-Klass
+    variance, times the mean of 1 and the year's ratio of squared returns to that range measure (kept within
+    1/2 to 2). The means are normalised by their weights: the first rows are noisy, not biased. After Corsi
+    (2009), A simple approximate long-memory model of realized volatility; Garman, Klass (1980).
     """
     n = moves.shape[1]
     ret, overnight, gk = moves[7], moves[8], moves[10]
@@ -117,12 +105,9 @@ def daily_volatility_log(bars: pd.DataFrame) -> "pd.Series[float]":
 def make_target(bars: pd.DataFrame, horizon_bars: int = DEFAULT_HORIZON_BARS) -> pd.DataFrame:
     """Return what the next ``horizon_bars`` bars brought, and the scale that was known before.
 
-    Returns
-    -------
-    DataFrame
-        Indexed like ``bars``. ``target_log`` = log(Close[t+h] / Close[t]), known at the close of t+h, NaN in
-        the last h rows; ``sigma_log``: volatility over h bars, known at the close of t, never missing;
-        ``target_scaled`` = ``target_log / sigma_log``; ``label_end``: session of t+h, NaT if not yet known.
+    ``target_log`` = log(Close[t+h] / Close[t]), known at the close of t+h, NaN in the last h rows;
+    ``sigma_log``: volatility over h bars, known at the close of t, never missing; ``target_scaled`` =
+    ``target_log / sigma_log``; ``label_end``: session of t+h, NaT if not yet known.
     """
     horizon = check_horizon(horizon_bars)
     n = len(bars)
@@ -149,12 +134,8 @@ def resolve_universe(spec: str) -> tuple[str, ...]:
     """Return the symbols that ``spec`` means, each once, in the order given.
 
     ``spec`` is the name of a set, symbols joined by commas, or the path of a text file with one symbol a line
-    (``#`` begins a comment). A name wins over a file, a file over a symbol.
-
-    Raises
-    ------
-    UsageError
-        If nothing is named; ``InvalidSymbolError`` for what cannot be a symbol.
+    (``#`` begins a comment). A name wins over a file, a file over a symbol. Raises ``UsageError`` if nothing
+    is named, ``InvalidSymbolError`` for what cannot be a symbol.
     """
     named = tomllib.loads(UNIVERSES_FILE.read_text(encoding="utf-8"))
     path = Path(spec)
@@ -180,12 +161,8 @@ def universe_mean(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Return the mean of a universe, from bars by symbol, as a market to compare its symbols with.
 
     ``Close`` over all sessions of any symbol is 1 in the first; it grows by the mean log return of the
-    symbols that have a close in the session and one before. Row t is known at the close of t.
-
-    Raises
-    ------
-    UsageError
-        If no symbol is given, or they close at different hours.
+    symbols that have a close in the session and one before. Row t is known at the close of t. Raises
+    ``UsageError`` if no symbol is given, or they close at different hours.
     """
     if not frames:
         raise UsageError("no symbol given: the mean of a universe needs the bars of at least one")
@@ -201,26 +178,19 @@ def universe_mean(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dataset:
-    """A panel of feature rows with their targets; a single symbol is a panel of one.
+    """A panel of n rows of p features with their targets; a single symbol is a panel of one.
 
     Attributes
     ----------
-    columns
-        Names of the p features.
-    features
-        float32, shape (n, p), finite; row i is known at the close of ``date[i]``.
-    date
-        datetime64[D], shape (n,), ascending; symbols of one session stand side by side.
-    label_end
-        datetime64[D], shape (n,): the session at whose close the target is known; NaT where not known yet.
+    features, columns
+        float32, (n, p), finite, row i known at the close of ``date[i]``; the names of the features.
+    date, label_end
+        datetime64[D], (n,): the session, ascending, symbols side by side; the one at whose close the target
+        is known, NaT where not known yet.
     symbol_code
-        int32, shape (n,): position in ``symbols``.
-    symbols
-        The symbols.
+        int32, (n,): position in ``symbols``.
     target_scaled, target_log, sigma_log
-        float64, shape (n,); see `make_target`. Targets are NaN where unknown.
-    horizon_bars
-        Number of bars that the target looks ahead.
+        float64, (n,); see `make_target`. Targets, ``horizon_bars`` ahead, are NaN where unknown.
     dropped_rows
         Rows after the warm-up that `build_dataset` left out because something in them was not finite.
     """
@@ -323,34 +293,24 @@ def build_dataset(
 ) -> Dataset:
     """Build the panel of all symbols: features of each bar, and its target where it is known.
 
-    The rows of a symbol's warm-up are left out; rows that are not finite are counted and left out. The panel
-    is allocated once and filled symbol by symbol.
+    Rows ascend by date, then in the order of ``frames``; those of a symbol's warm-up are left out, those that
+    are not finite are counted and left out, its last ``horizon_bars`` have no target.
 
     Parameters
     ----------
     frames
         Bars by symbol, adjusted OHLCV.
-    horizon_bars
-        Number of bars that the target looks ahead.
     vix, market
         Bars of ^VIX and of the market; each appends its optional family to the columns, see
         `engineer_features`. A symbol's rows begin once they have a value.
-
-    Returns
-    -------
-    Dataset
-        Rows ascending by date, then in the order of ``frames``. The last ``horizon_bars`` rows of each symbol
-        are there, without a target.
 
     Raises
     ------
     UsageError
         When no symbol is given, or ``vix`` or ``market`` with one whose exchange closes before New York.
-    InsufficientDataError
-        When a symbol has no labelled row after the warm-up.
-    DataError
-        When more than `MAX_DROPPED_FRACTION` of a symbol's rows would have to be dropped, or ``vix`` or
-        ``market`` cannot be used.
+    InsufficientDataError, DataError
+        When a symbol has no labelled row after the warm-up; when more than `MAX_DROPPED_FRACTION` of its rows
+        would have to be dropped, or ``vix`` or ``market`` cannot be used.
     """
     horizon = check_horizon(horizon_bars)
     if not frames:

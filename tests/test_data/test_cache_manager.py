@@ -27,8 +27,7 @@ from data.cache_manager import (
     seal,
     unseal,
 )
-from data.data_fetcher import CsvSource, SampleSource, fetch_stock_data, load_panel
-from data.data_validator import cached_features
+from data.data_fetcher import CsvSource, fetch_stock_data, load_panel
 from data.schema import RAW_COLUMNS, bars_hash, calendar_for
 from utils.errors import DataError, LockedError, StorageError, UnknownSymbolError, UpstreamError
 
@@ -428,7 +427,7 @@ def test_two_processes_never_show_a_reader_half_a_table(tmp_path, raw):
     source = LiveSource(raw.iloc[:400])
     cache = BarCache(tmp_path)
     cache.read_through("AAPL", source, now=after(raw.index[399]))
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")  # a fresh interpreter would import for seconds
     writers = [context.Process(target=_write_many, args=(tmp_path, raw, first)) for first in (440, 442)]
     for writer in writers:
         writer.start()
@@ -634,83 +633,3 @@ def test_tables_join_where_they_agree(raw):
 )
 def test_tables_that_disagree_do_not_join(raw, other):
     assert join_raw(raw.iloc[:200], other(raw), tolerance=1e-5) is None
-
-
-# -- features kept beside the bars
-
-
-class Engineer:
-    """A prefix-invariant engineer that counts its calls."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def __call__(self, bars: pd.DataFrame) -> pd.DataFrame:
-        self.calls += 1
-        returns = np.log(bars["Close"]).diff()
-        return pd.DataFrame({"mean_5": returns.rolling(5).mean(), "range": bars["High"] / bars["Low"] - 1.0})
-
-
-def ibm(until: str):
-    moment = datetime.fromisoformat(until).replace(tzinfo=UTC)
-    return fetch_stock_data("IBM", source=SampleSource(), now=moment)
-
-
-def test_features_are_computed_once_and_read_back_to_the_last_bit(cache):
-    bars, engineer = ibm("2010-01-05T23:00"), Engineer()
-    first = cached_features(bars, cache, engineer, feature_set_hash="a")
-    second = cached_features(bars, cache, engineer, feature_set_hash="a")
-    assert engineer.calls == 1
-    assert bars_hash(first) == bars_hash(second) == bars_hash(engineer(bars.frame))
-
-
-def test_features_of_longer_bars_equal_a_full_recomputation(cache, caplog):
-    engineer = Engineer()
-    cached_features(ibm("2010-01-05T23:00"), cache, engineer, feature_set_hash="a")
-    longer = ibm("2010-03-05T23:00")
-    extended = cached_features(longer, cache, engineer, feature_set_hash="a")
-    assert bars_hash(extended) == bars_hash(engineer(longer.frame))
-    assert len(cache.load("features", "IBM", "sample").frame) == len(longer.frame)
-    assert "look-ahead" not in caplog.text
-
-
-def test_a_feature_that_peeks_is_pointed_at(cache, caplog):
-    def peeking(bars: pd.DataFrame) -> pd.DataFrame:
-        return pd.DataFrame({"next": bars["Close"].shift(-1) / bars["Close"]})
-
-    cached_features(ibm("2010-01-05T23:00"), cache, peeking, feature_set_hash="a")
-    longer = ibm("2010-03-05T23:00")
-    got = cached_features(longer, cache, peeking, feature_set_hash="a")
-    assert "a look-ahead" in caplog.text
-    assert bars_hash(got) == bars_hash(peeking(longer.frame))
-
-
-@pytest.mark.parametrize("other", [{"feature_set_hash": "b"}, {"feature_set_hash": "a", "horizon_bars": 5}])
-def test_another_feature_set_or_horizon_is_computed_anew(cache, other):
-    bars, engineer = ibm("2010-01-05T23:00"), Engineer()
-    cached_features(bars, cache, engineer, feature_set_hash="a")
-    cached_features(bars, cache, engineer, **other)
-    assert engineer.calls == 2
-    assert cache.load("features", "IBM", "sample").meta.feature_set_hash == other["feature_set_hash"]
-
-
-def test_a_flipped_byte_in_the_features_is_never_read(cache, tmp_path):
-    bars, engineer = ibm("2010-01-05T23:00"), Engineer()
-    good = cached_features(bars, cache, engineer, feature_set_hash="a")
-    path = next((tmp_path / "cache").rglob("features-*.parquet"))
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(bytes(content))
-    assert bars_hash(cached_features(bars, cache, engineer, feature_set_hash="a")) == bars_hash(good)
-    assert engineer.calls == 2
-
-
-def test_the_real_features_survive_the_cache(cache):
-    engineering = pytest.importorskip("data.feature_engineer")
-    until, longer = ibm("2010-01-05T23:00"), ibm("2012-01-05T23:00")
-    key = engineering.feature_set_hash()
-    for bars in (until, until, longer):
-        kept = cached_features(
-            bars, cache, engineering.engineer_features, feature_set_hash=key, horizon_bars=5
-        )
-        assert bars_hash(kept) == bars_hash(engineering.engineer_features(bars.frame))
