@@ -13,7 +13,6 @@ import argparse
 import hashlib
 import io
 import json
-import logging
 import lzma
 import os
 import pickle
@@ -25,7 +24,7 @@ import subprocess
 import sys
 import uuid
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -34,6 +33,8 @@ from importlib import metadata as package_metadata
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from pydantic import (
     BaseModel,
@@ -41,7 +42,6 @@ from pydantic import (
     Field,
     StringConstraints,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
@@ -60,11 +60,10 @@ from utils.model_paths import (
     flush,
     point,
     saving,
+    serve,
     serve_linked,
     storage_errors,
 )
-
-logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 VERIFY_WAIT_S = 300.0
@@ -78,23 +77,9 @@ RECORD_COLUMNS = ("date", *_NUMBERS.split(), "fold", "trained_through")
 GOLDEN_ROWS, GOLDEN_TOLERANCE = 8, 1e-5
 SEAL = re.compile(rb'\{"seal": "([0-9a-f]{64})",')
 # What reading bytes of any kind may raise; an unpickler raises nearly everything.
-DAMAGE: tuple[type[Exception], ...] = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    lzma.LZMAError,
-    pickle.PickleError,
-    struct.error,
-    zlib.error,
-)
+_WORDLESS = (ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError)
+_BROKEN = (lzma.LZMAError, pickle.PickleError, struct.error, zlib.error)
+DAMAGE: tuple[type[Exception], ...] = (*_WORDLESS, *_BROKEN, OSError, RuntimeError, TypeError, ValueError)
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 T = TypeVar("T")
@@ -103,50 +88,63 @@ T = TypeVar("T")
 class Manifest(BaseModel):
     """What a version promises about itself; untrusted until validated.
 
-    Attributes
-    ----------
-    schema_version
-        Equals `SCHEMA` of the class that reads it.
-    kind, symbol, model_version
-        Whose version it is, so that a folder that was copied elsewhere is noticed.
-    files
-        sha256 of every other file by name.
+    Its symbol, kind and version tell whose it is, so that a folder that was copied elsewhere is noticed;
+    ``files`` is the sha256 of every other file by name. Golden inputs are rows of features, golden outputs
+    what the model said to them, in units of volatility: see `check_golden`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
     SCHEMA: ClassVar[int] = 0
+    FILES: ClassVar[tuple[str, ...]] = ()
 
     schema_version: int
     kind: str
     symbol: str
     model_version: str
     files: dict[str, Sha256]
+    libraries: dict[str, str] = Field(default_factory=dict)
+    data_hash: str = ""
+    golden_inputs: list[list[float]] = Field(default_factory=list)
+    golden_outputs: list[float] = Field(default_factory=list)
 
-    @field_validator("files")
-    @classmethod
-    def _names_are_plain(cls, files: dict[str, str]) -> dict[str, str]:
-        for name in files:
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the models that it is made of."""
+        return ()
+
+    def needed(self) -> set[str]:
+        """Return the files without which it is not whole."""
+        return set(self.FILES)
+
+    @model_validator(mode="after")
+    def _lists_plain_files(self) -> "Manifest":
+        for name in self.files:
             if not PLAIN_NAME.fullmatch(name) or name == MANIFEST:
                 raise ValueError(f"{name[:60]!a} is not a plain file of the bundle")
-        return files
+        if absent := self.needed() - set(self.files):
+            raise ValueError(f"{', '.join(sorted(absent))} is not listed")
+        return self
 
 
 ManifestT = TypeVar("ManifestT", bound=Manifest)
+DocumentT = TypeVar("DocumentT", bound=BaseModel)
 
 
 class ColumnNames(BaseModel):
-    """Content of ``feature_columns.json``."""
+    """Content of ``feature_columns.json``: of the same columns, each path model has its own selection."""
 
     columns: tuple[str, ...] = Field(min_length=1)
     selected: tuple[str, ...] = Field(min_length=1)
+    path_models: dict[int, Annotated[tuple[str, ...], Field(min_length=1)]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _are_names_of_columns(self) -> "ColumnNames":
-        if len(set(self.columns)) < len(self.columns) or len(set(self.selected)) < len(self.selected):
-            raise ValueError("a column is listed twice")
-        if unknown := [name for name in self.selected if name not in self.columns]:
-            raise ValueError(f"selected but unknown: {', '.join(map(ascii, unknown))}")
+        for names in (self.columns, self.selected, *self.path_models.values()):
+            if len(set(names)) < len(names):
+                raise ValueError("a column is listed twice")
+            if unknown := [name for name in names if name not in self.columns]:
+                raise ValueError(f"selected but unknown: {', '.join(map(ascii, unknown))}")
         return self
 
 
@@ -171,17 +169,7 @@ class PromisedMetadata(BaseModel):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Version(Generic[ManifestT]):
-    """One version whose every file is the one that was saved.
-
-    Attributes
-    ----------
-    folder
-        Where it lies.
-    manifest
-        Its validated manifest.
-    contents
-        The bytes of every file that the manifest lists, by name.
-    """
+    """One version whose every file is the one that was saved: its manifest, and their bytes by name."""
 
     folder: Path
     manifest: ManifestT
@@ -192,14 +180,8 @@ class Version(Generic[ManifestT]):
 class Description:
     """What a version says about itself, every file checked and nothing unpickled.
 
-    Attributes
-    ----------
-    metadata
-        Content of ``training_metadata.json``.
-    models
-        Names of its boosters.
-    warnings
-        Why it serves in the place of another version.
+    ``models`` are the names of those that it is made of; ``warnings`` say why it serves in the place of
+    another version.
     """
 
     metadata: Mapping[str, Any]
@@ -207,14 +189,142 @@ class Description:
     warnings: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """What a saved model of any kind has.
+
+    Attributes
+    ----------
+    symbol
+        The symbol it was trained for.
+    horizon_bars
+        Number of bars that a forecast looks ahead; what is decided, judged and recorded looks so far.
+    record
+        What it said out of sample, a row a session; every kind has columns of its own.
+    metadata
+        Content of ``training_metadata.json``.
+    path
+        Folder that it was loaded from; None before it is saved.
+    warnings
+        What was amiss while loading and did not prevent it.
+    """
+
+    symbol: str
+    horizon_bars: int
+    record: pd.DataFrame
+    metadata: Mapping[str, Any]
+    path: Path | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def model_version(self) -> str:
+        """Identifier of the saved version."""
+        return str(self.metadata["model_version"])
+
+
+SavedT = TypeVar("SavedT", bound=Saved)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format(Generic[ManifestT, SavedT]):
+    """How models of one kind are saved, described and loaded.
+
+    ``module`` is the kind's owner: ``python -m <module> FOLDER`` verifies a version. ``build`` makes a model
+    of a version whose files and metadata were found well.
+    """
+
+    kind: ArtifactKind
+    manifest: type[ManifestT]
+    module: str
+    build: Callable[[Version[ManifestT], Mapping[str, Any]], SavedT]
+
+    def save(
+        self, bundle: SavedT, models_dir: Path, contents: Mapping[str, bytes], promised: Mapping[str, object]
+    ) -> Path:
+        """Write a version aside, verify it in a fresh process, and let it serve; see `publish`.
+
+        To ``contents``, the files of its own by name, record and metadata are added; ``promised`` are the
+        fields of the manifest beside those that tell whose it is, and what its files are.
+        """
+        contents = {**contents, METADATA: as_json(bundle.metadata), RECORD: record_bytes(bundle.record)}
+        identity = {
+            "schema_version": self.manifest.SCHEMA,
+            "kind": self.kind.name,
+            "symbol": bundle.symbol,
+            "model_version": str(bundle.metadata["model_version"]),
+            "files": sha256_of(contents),
+            "data_hash": str(bundle.metadata["data_hash"]),
+        }
+        return publish(
+            models_dir,
+            self.kind,
+            manifest=self.manifest.model_validate({**identity, **promised}),
+            contents=contents,
+            verify=lambda folder: verify_in_fresh_process(folder, self.module),
+        )
+
+    def load(self, models_dir: Path, symbol: str) -> SavedT:
+        """Load the version that serves; an earlier one, with a warning, where it is damaged.
+
+        Raises
+        ------
+        ModelMissingError
+            If the symbol was never trained.
+        ModelCorruptError, ModelIncompatibleError
+            If no version can be used.
+        """
+        bundle, warnings = serve(models_dir, symbol, self.kind, self.load_folder)
+        return replace(bundle, warnings=warnings)
+
+    def load_linked(self, linked: Linked) -> SavedT:
+        """Load what a link names, see `load`; the link is not read again."""
+        bundle, warnings = serve_linked(linked, self.load_folder)
+        return replace(bundle, warnings=warnings)
+
+    def load_folder(self, folder: Path) -> SavedT:
+        """Check one version's files against its manifest, which vouches for all of them, then load them."""
+        version = read_version(folder, self.kind, self.manifest)
+        return replace(self.build(version, checked_metadata(version)), path=folder)
+
+    def describe(self, linked: Linked) -> Description:
+        """Describe the version that `load_linked` would load: its files are checked, none is unpickled."""
+
+        def tell(folder: Path) -> Description:
+            version = read_version(folder, self.kind, self.manifest)
+            return Description(metadata=checked_metadata(version), models=version.manifest.names)
+
+        description, warnings = serve_linked(linked, tell)
+        return replace(description, warnings=warnings)
+
+    def main(self, argv: list[str] | None = None) -> int:
+        """Load the version in a folder; return 0, or the exit code of what is wrong with it."""
+        parser = argparse.ArgumentParser(
+            prog=f"python -m {self.module}", description="Verify a saved version."
+        )
+        parser.add_argument("folder", type=Path)
+        try:
+            self.load_folder(parser.parse_args(argv).folder)
+        except AIStocksError as error:
+            sys.stderr.write(f"{error}\n")
+            return error.exit_code
+        sys.stdout.write(f"{VERIFIED}\n")
+        sys.stdout.flush()
+        return 0
+
+
 def sha256_of(contents: Mapping[str, bytes]) -> dict[str, str]:
     """Return the sha256 of each content, by name."""
     return {name: hashlib.sha256(content).hexdigest() for name, content in sorted(contents.items())}
 
 
+def as_json(content: object) -> bytes:
+    """Return plain data as the content of a file."""
+    return json.dumps(content, indent=1, allow_nan=False).encode()
+
+
 def sealed(manifest: Manifest) -> bytes:
     """Return a manifest as JSON whose first field is the sha256 of the rest."""
-    body = json.dumps(manifest.model_dump(mode="json"), indent=1, allow_nan=False).encode()
+    body = as_json(manifest.model_dump(mode="json"))
     return b'{"seal": "%s",' % hashlib.sha256(body).hexdigest().encode() + body[1:]
 
 
@@ -247,10 +357,8 @@ def read_manifest(folder: Path, manifest_type: type[ManifestT]) -> ManifestT:
 
     Raises
     ------
-    ModelCorruptError
-        If it is absent, changed since it was sealed, or promises nonsense.
-    ModelIncompatibleError
-        If another release of this program wrote it.
+    ModelCorruptError, ModelIncompatibleError
+        If it is absent, changed, or promises nonsense; if another release of this program wrote it.
     """
     raw = _read_plain(folder, MANIFEST)
     seal = SEAL.match(raw)
@@ -291,72 +399,49 @@ def read_version(folder: Path, kind: ArtifactKind, manifest_type: type[ManifestT
     return Version(folder=folder, manifest=manifest, contents=contents)
 
 
-def document(version: Version[Any], name: str) -> dict[str, Any]:
-    """Return the content of a JSON file."""
+def document(version: Version[Any], name: str, kind: type[DocumentT]) -> DocumentT:
+    """Return the validated content of a JSON file."""
     with unusable(version.folder, name):
-        return dict(json.loads(version.contents[name]))
+        return kind.model_validate_json(version.contents[name])
 
 
 @cache
 def expected_features() -> tuple[tuple[str, ...], str]:
-    """Return the columns and the hash of the feature set that is computed here; constant in a process.
-
-    Optional families are arguments to add here, to be read from the metadata by the caller.
-    """
+    """Return the columns and the hash of the feature set that is computed here; constant in a process."""
     return tuple(get_feature_columns()), feature_set_hash()
 
 
-def promised_metadata(version: Version[Any]) -> tuple[dict[str, Any], PromisedMetadata]:
-    """Return the metadata, once they agree with the manifest, and what serving rests on of them."""
+def checked_metadata(version: Version[Any]) -> dict[str, Any]:
+    """Return the metadata, once they agree with the manifest, and its columns with the features of here."""
     folder, manifest = version.folder, version.manifest
-    with unusable(folder, METADATA):
-        metadata = document(version, METADATA)
-        promised = PromisedMetadata.model_validate(metadata)
+    promised = document(version, METADATA, PromisedMetadata)
     named = (promised.symbol, promised.model_version, promised.data_hash)
     if named != (manifest.symbol, manifest.model_version, manifest.data_hash):
         raise corrupt(folder, f"{METADATA} speaks of another version than the manifest")
-    return metadata, promised
+    if COLUMNS in version.contents:
+        known, expected_hash = expected_features()
+        columns = document(version, COLUMNS, ColumnNames).columns
+        if missing := [name for name in columns if name not in known]:
+            raise ModelIncompatibleError(
+                f"the model of {promised.symbol} needs features that are not computed any more, "
+                f"{', '.join(missing)}: train again with --overwrite"
+            )
+        if promised.feature_set_hash != expected_hash:
+            raise ModelIncompatibleError(
+                f"the features of {promised.symbol} are computed differently since bundle {folder.name} was "
+                "trained: train again with --overwrite"
+            )
+    return dict(json.loads(version.contents[METADATA]))
 
 
-def checked_metadata(version: Version[Any]) -> dict[str, Any]:
-    """Return the metadata, once they agree with the manifest and with the features computed here."""
-    folder = version.folder
-    metadata, promised = promised_metadata(version)
-    with unusable(folder, COLUMNS):
-        columns = ColumnNames.model_validate_json(version.contents[COLUMNS]).columns
-    known, expected_hash = expected_features()
-    if missing := [name for name in columns if name not in known]:
-        raise ModelIncompatibleError(
-            f"the model of {promised.symbol} needs features that are not computed any more, "
-            f"{', '.join(missing)}: train again with --overwrite"
-        )
-    if promised.feature_set_hash != expected_hash:
-        raise ModelIncompatibleError(
-            f"the features of {promised.symbol} are computed differently since bundle {folder.name} was "
-            "trained: train again with --overwrite"
-        )
-    return metadata
-
-
-def describe(
-    linked: Linked,
-    kind: ArtifactKind,
-    manifest: type[ManifestT],
-    tell: Callable[[Version[ManifestT]], Description],
-) -> Description:
-    """Describe the version that would be loaded for a link: its files are checked, none is unpickled."""
-    description, warnings = serve_linked(linked, lambda folder: tell(read_version(folder, kind, manifest)))
-    return replace(description, warnings=warnings)
-
-
-def read_record(version: Version[Any], models: Iterable[str]) -> pd.DataFrame:
-    """Return the out-of-sample record: one row per session, with a column for each of ``models``."""
+def read_record(version: Version[Any], *columns: str) -> pd.DataFrame:
+    """Return the out-of-sample record: one row per session, ascending, with ``columns``, one the ``date``."""
     with unusable(version.folder, RECORD):
         record = pd.read_parquet(io.BytesIO(version.contents[RECORD]))
-        needed = {*RECORD_COLUMNS, *(f"model_{name}" for name in models)}
-        if absent := sorted(needed - set(record.columns)):
+        if absent := sorted(set(columns) - set(record.columns)):
             raise corrupt(version.folder, f"{RECORD} lacks {', '.join(absent)}")
-        if record["date"].dtype.kind != "M" or not record["date"].is_unique:
+        dates = record["date"]
+        if dates.dtype.kind != "M" or not dates.is_unique or not dates.is_monotonic_increasing or dates.empty:
             raise corrupt(version.folder, f"{RECORD} does not hold one row per session")
     return record
 
@@ -377,14 +462,28 @@ def library_versions(names: Iterable[str]) -> dict[str, str]:
     return {name: package_metadata.version(name) for name in names}
 
 
-def refuse_skew(error: float, model_version: str, then: Mapping[str, str], names: Iterable[str]) -> None:
-    """Refuse a model whose golden outputs are off by more than `GOLDEN_TOLERANCE`; say what changed."""
+def check_golden(
+    version: Version[Any],
+    say: Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]],
+    expected: Sequence[float],
+    *damage: type[Exception],
+) -> None:
+    """Refuse a model that does not say to the golden inputs what it said before; name what changed since.
+
+    ``damage`` are errors of libraries that also mean a damaged file.
+    """
+    manifest = version.manifest
+    with unusable(version.folder, "what it forecasts", *damage):
+        said = say(np.asarray(manifest.golden_inputs, dtype=np.float64))
+        if len(said) != len(expected):
+            raise corrupt(version.folder, "there is not one golden output for each golden forecast")
+        error = float(np.abs(said - np.asarray(expected)).max())
     if error <= GOLDEN_TOLERANCE:
         return
-    here = library_versions(names)
-    changed = [f"{name} {then[name]} -> {here[name]}" for name in here if here[name] != then.get(name)]
+    then, here = manifest.libraries, library_versions(manifest.libraries)
+    changed = [f"{name} {then[name]} -> {here[name]}" for name in here if here[name] != then[name]]
     raise ModelIncompatibleError(
-        f"bundle {model_version} forecasts differently here (by {error:.2g}; changed: "
+        f"bundle {manifest.model_version} forecasts differently here (by {error:.2g}; changed: "
         f"{', '.join(changed) or 'no library'}): train again with --overwrite"
     )
 
@@ -406,25 +505,7 @@ def publish(
     contents: Mapping[str, bytes],
     verify: Callable[[Path], None],
 ) -> Path:
-    """Write a version aside, verify it, and let it serve.
-
-    Parameters
-    ----------
-    models_dir
-        Root of the saved models.
-    kind
-        What it is.
-    manifest
-        Lists exactly the files of ``contents``.
-    contents
-        Bytes of every file by name.
-    verify
-        Raises unless the version in the given folder can be used.
-
-    Returns
-    -------
-    Path
-        Folder of the new version.
+    """Write a version aside, let ``verify`` raise unless it can be used, then let it serve.
 
     Raises
     ------
@@ -477,17 +558,3 @@ def verify_in_fresh_process(folder: Path, module: str) -> None:
     if VERIFIED not in done.stdout:
         last_line = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise ModelCorruptError(f"the new bundle does not load in a fresh process: {last_line}")
-
-
-def command_line(argv: list[str] | None, module: str, load: Callable[[Path], object]) -> int:
-    """Load the version in a folder; return 0, or the exit code of what is wrong with it."""
-    parser = argparse.ArgumentParser(prog=f"python -m {module}", description="Verify a saved version.")
-    parser.add_argument("folder", type=Path)
-    try:
-        load(parser.parse_args(argv).folder)
-    except AIStocksError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
-    sys.stdout.write(f"{VERIFIED}\n")
-    sys.stdout.flush()
-    return 0

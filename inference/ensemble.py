@@ -1,33 +1,30 @@
-"""Several models as one forecaster of the volatility-scaled return: scale, predict, weigh, calibrate.
+"""Several models as one forecaster of the volatility-scaled return: weigh, calibrate, learn from both.
 
-A `BoosterEnsemble` holds everything that a fold fits. The trainer makes one per fold and one for the bundle,
-so what is validated is what is served. A `SimpleEnsemble` joins models of different kinds by what their
-signals were worth before.
+A `SimpleEnsemble` joins models of different kinds by what their signals were worth before; a `MetaModel`
+learns when to listen to which.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Literal
 
-import lightgbm
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import xgboost
 from scipy.optimize import nnls
-from sklearn.preprocessing import RobustScaler
+
+from data.target_engineering import make_target
 
 FloatArray = npt.NDArray[np.float64]
 FloatMatrix = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.intp]
 BoolArray = npt.NDArray[np.bool_]
-# CatBoost's models, where they are installed, answer to `predict` like LightGBM's.
-Booster = xgboost.Booster | lightgbm.Booster | Any
-
 MODEL_NAMES = ("xgb", "lgb")
+Method = Literal["simple", "stacking", "xgb-meta"]
+GBM_NAME, LSTM_NAME = "gbm", "lstm"
 # Fewer independent rows than this say nothing about a slope.
 MIN_INDEPENDENT = 30
-FEW_ROWS = 512
 # A signal is at most doubled.
 MAX_SLOPE = 2.0
 # How far the slopes of symbols are thought to lie from the pooled one.
@@ -64,134 +61,6 @@ class Calibration:
     def apply(self, raw_scaled: FloatArray) -> FloatArray:
         """Return the calibrated forecast, in units of the h-day volatility, shape (n,)."""
         return self.drift + self.slope * (raw_scaled - self.raw_mean)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BoosterEnsemble:
-    """Scaler, boosters, weights and calibration that were fitted on one set of training rows.
-
-    Attributes
-    ----------
-    columns
-        Names of all columns that the scaler was fitted on, in its order.
-    selected
-        Positions in ``columns`` of the features that the boosters use, ascending.
-    scaler
-        Fitted on the training rows' ``columns``.
-    models
-        Boosters by name (``xgb``, ``lgb``, ``cat``).
-    weights
-        Non-negative weights by name, summing to one.
-    calibration
-        See `Calibration`.
-    """
-
-    columns: tuple[str, ...]
-    selected: tuple[int, ...]
-    scaler: RobustScaler
-    models: Mapping[str, Booster]
-    weights: Mapping[str, float]
-    calibration: Calibration
-
-    @property
-    def selected_features(self) -> tuple[str, ...]:
-        """Names of the features that the boosters use."""
-        return tuple(self.columns[i] for i in self.selected)
-
-    def prepare(self, features: FloatMatrix) -> FloatMatrix:
-        """Scale (n, len(columns)) features and keep the selected ones, shape (n, len(selected))."""
-        if features.shape[1] != len(self.columns):
-            raise ValueError(f"got {features.shape[1]} features, the model knows {len(self.columns)}")
-        return select_scaled(self.scaler, features, self.selected)
-
-    def per_model(self, features: FloatMatrix) -> dict[str, FloatArray]:
-        """Return each booster's raw prediction in units of the h-day volatility, shape (n,)."""
-        prepared = self.prepare(features)
-        return {name: predict_booster(model, prepared) for name, model in self.models.items()}
-
-    def combine(self, per_model: Mapping[str, FloatArray]) -> FloatArray:
-        """Weigh the boosters' raw predictions into one signal, shape (n,)."""
-        parts = [self.weights[name] * values for name, values in per_model.items()]
-        return np.asarray(np.sum(parts, axis=0), dtype=np.float64)
-
-    def contributions(self, features: FloatMatrix) -> FloatArray:
-        """Return the boosters' own SHAP values, weighed, shape (n, len(selected)), in volatility units."""
-        prepared = self.prepare(features)
-        parts = [self.weights[name] * shap_values(model, prepared) for name, model in self.models.items()]
-        return np.asarray(np.sum(parts, axis=0), dtype=np.float64)
-
-
-def select_scaled(scaler: RobustScaler, features: FloatMatrix, selected: tuple[int, ...]) -> FloatMatrix:
-    """Scale every column and keep the selected ones as contiguous float32, holding one copy."""
-    columns = list(selected)
-    scaled = np.ascontiguousarray(features[:, columns], dtype=np.float32)
-    scaled -= scaler.center_[columns].astype(np.float32)
-    scaled /= scaler.scale_[columns].astype(np.float32)
-    return scaled
-
-
-def predict_booster(model: Booster, prepared: FloatMatrix) -> FloatArray:
-    """Predict on an array; both boosters check nothing about columns, so callers select by saved names."""
-    if isinstance(model, xgboost.Booster):
-        return np.asarray(model.inplace_predict(prepared), dtype=np.float64)
-    if isinstance(model, lightgbm.Booster):
-        return np.asarray(model.predict(prepared, num_threads=_threads(prepared)), dtype=np.float64)
-    return np.asarray(model.predict(prepared), dtype=np.float64)
-
-
-def _threads(prepared: FloatMatrix) -> int:
-    """Return how many threads a library should use, 0 for its own choice; the result is the same.
-
-    Waking threads for a few rows takes longer than the work, most of all beside other requests.
-    """
-    return 1 if len(prepared) < FEW_ROWS else 0
-
-
-def shap_values(model: Booster, prepared: FloatMatrix) -> FloatArray:
-    """Return exact SHAP values without the bias column, shape (n, p)."""
-    values: Any
-    if isinstance(model, xgboost.Booster):
-        values = model.predict(xgboost.DMatrix(prepared, nthread=_threads(prepared)), pred_contribs=True)
-    elif isinstance(model, lightgbm.Booster):
-        values = model.predict(prepared, pred_contrib=True, num_threads=_threads(prepared))
-    else:
-        import catboost  # noqa: PLC0415 - large, and only there when a model was trained with it
-
-        values = model.get_feature_importance(catboost.Pool(prepared), type="ShapValues")
-    return np.asarray(values, dtype=np.float64)[:, :-1]
-
-
-def shrunk_weights(
-    per_model: Mapping[str, FloatArray], realised_scaled: FloatArray, *, half_trust_rows: int = 2_000
-) -> dict[str, float]:
-    """Weigh models by their out-of-sample covariance with what happened, shrunk towards equal weights.
-
-    Parameters
-    ----------
-    per_model
-        Out-of-sample raw predictions by model, each (n,).
-    realised_scaled
-        Realised volatility-scaled returns of the same rows, (n,).
-    half_trust_rows
-        Number of rows at which half of the way from equal weights to the estimated ones is gone.
-
-    Returns
-    -------
-    dict
-        Non-negative weights that sum to one; equal where nothing is known.
-    """
-    equal = 1.0 / len(per_model)
-    n_rows = len(realised_scaled)
-    skill = {}
-    for name, values in per_model.items():
-        spread = float(np.std(values)) if n_rows > 1 else 0.0
-        centred = values - np.mean(values) if n_rows else values
-        skill[name] = max(float(np.mean(centred * realised_scaled)) / spread, 0.0) if spread > 0 else 0.0
-    total = sum(skill.values())
-    if total <= 0:
-        return dict.fromkeys(per_model, equal)
-    trust = n_rows / (n_rows + half_trust_rows)
-    return {name: equal + trust * (value / total - equal) for name, value in skill.items()}
 
 
 def overlap_error(scores: FloatArray, horizon_bars: int) -> float:
@@ -467,3 +336,112 @@ def spread_of(signals: FloatArray) -> FloatArray:
     """Return how far each signal has been from zero lately, as known then, (n, k); NaN where unknown."""
     squares = pd.DataFrame(signals**2).ewm(span=SPREAD_ROWS, min_periods=LEAST_SPREAD_ROWS).mean()
     return np.asarray(np.sqrt(squares), dtype=np.float64)
+
+
+# Bars whose volatility is the storm or calm that a bar is compared with, and those of a trend.
+REGIME_BARS, TREND_BARS, LEAST_REGIME_BARS = 1260, 200, 60
+MAX_TREND = 3.0
+# What the linear meta-learner sees, whose weights are not negative: each member in calm and in storm, and
+# what both say. The trees find such products themselves.
+META_COLUMNS: dict[str, tuple[str, ...]] = {
+    "stacking": ("gbm_calm", "gbm_storm", "lstm_calm", "lstm_storm", "agreed"),
+    "xgb-meta": ("gbm", "lstm", "agreed", "storm", "trend"),
+}
+
+
+def meta_features(bars: pd.DataFrame, signals: Mapping[str, FloatArray]) -> pd.DataFrame:
+    """Return what meta-learners see of each bar: the members, the regime, and how far the members agree.
+
+    Parameters
+    ----------
+    bars
+        Adjusted OHLCV.
+    signals
+        Raw signals in units of the h-day volatility by member, (n,).
+
+    Returns
+    -------
+    DataFrame
+        Indexed like ``bars``; row t is known at the close of t. ``storm``: rank of the volatility among its
+        last `REGIME_BARS`, 0 to 1. ``trend``: distance from the mean of `TREND_BARS` closes, in volatilities
+        over as many bars. ``agreed``: what both members say at least, zero where they differ in sign.
+    """
+    gbm, lstm = signals[GBM_NAME], signals[LSTM_NAME]
+    sigma_log = make_target(bars, 1)["sigma_log"]
+    storm = sigma_log.rolling(REGIME_BARS, min_periods=LEAST_REGIME_BARS).rank(pct=True).fillna(0.5)
+    close_log = np.log(bars["Close"])
+    distance = close_log - close_log.rolling(TREND_BARS, min_periods=LEAST_REGIME_BARS).mean()
+    trend = (distance / (sigma_log * np.sqrt(TREND_BARS))).clip(-MAX_TREND, MAX_TREND).fillna(0.0)
+    in_storm = np.asarray(storm, dtype=np.float64)
+    common = np.where(np.sign(gbm) == np.sign(lstm), np.minimum(np.abs(gbm), np.abs(lstm)), 0.0)
+    return pd.DataFrame(
+        {
+            "gbm": gbm,
+            "lstm": lstm,
+            "gbm_calm": gbm * (1.0 - in_storm),
+            "gbm_storm": gbm * in_storm,
+            "lstm_calm": lstm * (1.0 - in_storm),
+            "lstm_storm": lstm * in_storm,
+            "agreed": np.sign(gbm) * common,
+            "storm": in_storm,
+            "trend": np.asarray(trend, dtype=np.float64),
+        },
+        index=bars.index,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetaModel:
+    """A fitted meta-learner: from `meta_features` to one signal in units of the h-day volatility.
+
+    Attributes
+    ----------
+    method
+        ``stacking`` (linear) or ``xgb-meta``; it sees `META_COLUMNS` of it.
+    centre, scale
+        Of these columns on the rows that it was fitted on, (p,).
+    coefficients
+        Of the standardised columns, none negative, (p,); empty for ``xgb-meta``.
+    booster
+        The trees of ``xgb-meta``.
+    """
+
+    method: Method
+    centre: tuple[float, ...]
+    scale: tuple[float, ...]
+    coefficients: tuple[float, ...] = ()
+    booster: xgboost.Booster | None = None
+
+    def predict(self, features: pd.DataFrame) -> FloatArray:
+        """Return the signal of rows with both members, (n,)."""
+        known = features[list(META_COLUMNS[self.method])].to_numpy(dtype=np.float64)
+        standard = (known - np.array(self.centre)) / np.array(self.scale)
+        if self.booster is None:
+            return np.asarray((standard * np.array(self.coefficients)).sum(axis=1), dtype=np.float64)
+        return np.asarray(self.booster.inplace_predict(standard.astype(np.float32)), dtype=np.float64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stacked:
+    """What a meta-learner said out of sample, and its final fit.
+
+    Attributes
+    ----------
+    said
+        Signal by session, made by fits whose labels had ended before; sessions ascending.
+    meta
+        The final fit, for the bars after the last of these sessions.
+    """
+
+    said: "pd.Series[float]"
+    meta: MetaModel
+
+    def signal(self, bars: pd.DataFrame, signals: Mapping[str, FloatArray], simple: FloatArray) -> FloatArray:
+        """Return the meta-learner's signal of each bar; the simple ensemble's before its first, (n,)."""
+        index = pd.DatetimeIndex(bars.index)
+        known = np.array(self.said.reindex(index), dtype=np.float64)
+        both = np.isfinite(np.column_stack(list(signals.values()))).all(axis=1)
+        after = both & np.asarray(index > self.said.index[-1])
+        if after.any():
+            known[after] = self.meta.predict(meta_features(bars, signals)[after])
+        return np.where(both & np.isfinite(known), known, simple)

@@ -7,8 +7,7 @@ what deciding on all bars gives at t.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +17,7 @@ from data.feature_engineer import MAX_WARMUP_BARS, engineer_features
 from data.target_engineering import make_target, rescale_sigma
 from evaluation.accounting import DEFAULT_CAPITAL, CostModel
 from evaluation.advanced_backtester import AdvancedBacktester, BacktestReport
+from inference.artifact import Saved
 from inference.ensemble import Calibration, FloatArray, FloatMatrix, IntArray
 from inference.intervals import ANCHORS_BARS, ForecastPath, forecast_path, with_bands
 from inference.position_sizing import Sizer, SizingInputs
@@ -56,45 +56,23 @@ def further_column(bars: int) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Bundle(ABC):
-    """A trained model of any kind with the out-of-sample record that vouches for it.
+class Bundle(Saved, ABC):
+    """A trained model with the out-of-sample record that vouches for it.
+
+    The record has `inference.artifact.RECORD_COLUMNS`, and a ``model_<name>`` column for each of `models`.
 
     Attributes
     ----------
-    symbol
-        The symbol it was trained for.
-    horizon_bars
-        Number of bars that a forecast looks ahead; what is decided, judged and recorded looks so far.
-    record
-        Walk-forward predictions: `inference.artifact.RECORD_COLUMNS`, and a ``model_<name>`` column for each
-        of `models`.
-    metadata
-        Content of ``training_metadata.json``.
     importance
         What each feature contributes to the final fit, normalised; empty where nobody measured it.
     hyperparameters
         How the final fit came about, as plain data.
-    path
-        Folder that it was loaded from; None before it is saved.
-    warnings
-        What was amiss while loading and did not prevent it.
     """
 
     KIND: ClassVar[ArtifactKind]
 
-    symbol: str
-    horizon_bars: int
-    record: pd.DataFrame
-    metadata: Mapping[str, Any]
     importance: Mapping[str, float]
     hyperparameters: Mapping[str, object]
-    path: Path | None = None
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def model_version(self) -> str:
-        """Identifier of the saved version."""
-        return str(self.metadata["model_version"])
 
     @property
     @abstractmethod

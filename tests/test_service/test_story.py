@@ -15,8 +15,8 @@ from fastapi.testclient import TestClient
 from app import create_app
 from data.data_fetcher import CsvSource, fetch_stock_data
 from data.markets import calendar_for
+from inference.load_ensemble_model import forecaster_for, load_parts
 from inference.load_gbm_models import load_bundle
-from inference.modes import forecaster_for, load_parts
 from inference.pipeline import GBMForecaster, decide
 from inference.position_sizing import make_sizer
 from service.backtest_service import BacktestRequest, backtest

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from inference.load_gbm_models import load_bundle, read_metadata
+from inference.load_gbm_models import load_bundle
 from inference.pipeline import GBMForecaster, decide, path_ahead
 from inference.position_sizing import make_sizer
 from training import run_log, train_gbm
@@ -35,12 +35,12 @@ def places(tmp_path: Path, csv_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         monkeypatch.setenv(f"AI_STOCKS_{name.upper()}_DIR", str(tmp_path / name))
     monkeypatch.setenv("AI_STOCKS_SOURCE", f"csv:{csv_dir}")
     # What it checks is tested with the store; it takes longer than the training.
-    monkeypatch.setattr("inference.load_gbm_models.verify_in_fresh_process", lambda _folder: None)
+    monkeypatch.setattr("inference.artifact.verify_in_fresh_process", lambda *_: None)
     return tmp_path
 
 
 def test_a_planted_signal_is_an_edge_and_noise_is_not(tiny_bundle: Path):
-    signal, noise = (read_metadata(tiny_bundle, name)["verdict"] for name in ("SIGNAL", "NOISE"))
+    signal, noise = (load_bundle(tiny_bundle, name).metadata["verdict"] for name in ("SIGNAL", "NOISE"))
     assert signal["label"] == "edge", signal["reasons"]
     assert noise["label"] == "no-edge", noise["reasons"]
     assert signal["evidence"]["p_ic"] <= 0.05
