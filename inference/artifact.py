@@ -1,15 +1,12 @@
 """The saved folder of any kind of model: versioned, written atomically, vouched for by a sealed manifest.
 
-Nothing in here knows what the files mean. A version is written aside, flushed to disk and verified, and only
-then does the symbol's link move, in one atomic step; a lock that dies with its process lets one save of a
-symbol run at a time, so whatever lies aside when a save begins was left by a process that was killed.
-
-Reading gives the bytes that were hashed, so no file can change between its check and its use. The manifest
-begins with the sha256 of the rest of itself: a flipped byte anywhere in a version is noticed. This guards
-against accidents, not against somebody who may write into the folder.
+A version is written aside, flushed to disk and verified; then the symbol's link moves, in one atomic step. A
+lock that dies with its process lets one save of a symbol run at a time. Reading gives the bytes that were
+hashed, so no file can change between its check and its use. The manifest begins with the sha256 of the rest
+of itself: a flipped byte anywhere is noticed. This guards against accidents, not against somebody who may
+write into the folder.
 """
 
-import argparse
 import hashlib
 import io
 import json
@@ -24,7 +21,7 @@ import subprocess
 import sys
 import uuid
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -33,10 +30,9 @@ from importlib import metadata as package_metadata
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
-import numpy as np
-import numpy.typing as npt
 import pandas as pd
 from pydantic import (
+    AliasPath,
     BaseModel,
     ConfigDict,
     Field,
@@ -46,12 +42,7 @@ from pydantic import (
 )
 
 from data.feature_engineer import feature_set_hash, get_feature_columns
-from utils.errors import (
-    AIStocksError,
-    ModelCorruptError,
-    ModelExistsError,
-    ModelIncompatibleError,
-)
+from utils.errors import ModelCorruptError, ModelExistsError, ModelIncompatibleError
 from utils.model_paths import (
     ASIDE,
     ArtifactKind,
@@ -81,8 +72,9 @@ _WORDLESS = (ArithmeticError, AssertionError, AttributeError, EOFError, ImportEr
 _BROKEN = (lzma.LZMAError, pickle.PickleError, struct.error, zlib.error)
 DAMAGE: tuple[type[Exception], ...] = (*_WORDLESS, *_BROKEN, OSError, RuntimeError, TypeError, ValueError)
 
+Contents = Mapping[str, bytes]
+Verify = Callable[[Path], None]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-T = TypeVar("T")
 
 
 class Manifest(BaseModel):
@@ -90,7 +82,7 @@ class Manifest(BaseModel):
 
     Its symbol, kind and version tell whose it is, so that a folder that was copied elsewhere is noticed;
     ``files`` is the sha256 of every other file by name. Golden inputs are rows of features, golden outputs
-    what the model said to them, in units of volatility: see `check_golden`.
+    what the model said to them, in units of volatility: see `inference.pipeline.check_golden`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
@@ -148,23 +140,15 @@ class ColumnNames(BaseModel):
         return self
 
 
-class PromisedVerdict(BaseModel):
-    """The part of the verdict that serving rests on."""
-
-    label: str
-
-
 class PromisedMetadata(BaseModel):
     """The part of the metadata that serving rests on."""
-
-    model_config = ConfigDict(protected_namespaces=())
 
     symbol: str
     horizon_bars: int = Field(ge=1)
     model_version: str
     data_hash: str
     feature_set_hash: str
-    verdict: PromisedVerdict
+    label: str = Field(validation_alias=AliasPath("verdict", "label"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,16 +157,12 @@ class Version(Generic[ManifestT]):
 
     folder: Path
     manifest: ManifestT
-    contents: Mapping[str, bytes]
+    contents: Contents
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
-    """What a version says about itself, every file checked and nothing unpickled.
-
-    ``models`` are the names of those that it is made of; ``warnings`` say why it serves in the place of
-    another version.
-    """
+    """What a version says about itself, all files checked, none unpickled; and why it serves."""
 
     metadata: Mapping[str, Any]
     models: tuple[str, ...]
@@ -193,20 +173,9 @@ class Description:
 class Saved:
     """What a saved model of any kind has.
 
-    Attributes
-    ----------
-    symbol
-        The symbol it was trained for.
-    horizon_bars
-        Number of bars that a forecast looks ahead; what is decided, judged and recorded looks so far.
-    record
-        What it said out of sample, a row a session; every kind has columns of its own.
-    metadata
-        Content of ``training_metadata.json``.
-    path
-        Folder that it was loaded from; None before it is saved.
-    warnings
-        What was amiss while loading and did not prevent it.
+    It forecasts, and is judged, ``horizon_bars`` ahead; its ``record`` is what it said out of sample, a row a
+    session, and ``metadata`` the content of ``training_metadata.json``. ``path`` is None before it is saved;
+    ``warnings`` tell what was amiss while loading and did not prevent it.
     """
 
     symbol: str
@@ -229,8 +198,8 @@ SavedT = TypeVar("SavedT", bound=Saved)
 class Format(Generic[ManifestT, SavedT]):
     """How models of one kind are saved, described and loaded.
 
-    ``module`` is the kind's owner: ``python -m <module> FOLDER`` verifies a version. ``build`` makes a model
-    of a version whose files and metadata were found well.
+    ``module`` is the kind's owner, whose ``load_folder`` verifies a new version in a fresh process. ``build``
+    makes a model of a version whose files and metadata were found well.
     """
 
     kind: ArtifactKind
@@ -239,7 +208,7 @@ class Format(Generic[ManifestT, SavedT]):
     build: Callable[[Version[ManifestT], Mapping[str, Any]], SavedT]
 
     def save(
-        self, bundle: SavedT, models_dir: Path, contents: Mapping[str, bytes], promised: Mapping[str, object]
+        self, bundle: SavedT, models_dir: Path, contents: Contents, promised: Mapping[str, object]
     ) -> Path:
         """Write a version aside, verify it in a fresh process, and let it serve; see `publish`.
 
@@ -266,12 +235,7 @@ class Format(Generic[ManifestT, SavedT]):
     def load(self, models_dir: Path, symbol: str) -> SavedT:
         """Load the version that serves; an earlier one, with a warning, where it is damaged.
 
-        Raises
-        ------
-        ModelMissingError
-            If the symbol was never trained.
-        ModelCorruptError, ModelIncompatibleError
-            If no version can be used.
+        `ModelMissingError` if the symbol was never trained, another `ModelError` if no version can be used.
         """
         bundle, warnings = serve(models_dir, symbol, self.kind, self.load_folder)
         return replace(bundle, warnings=warnings)
@@ -296,23 +260,8 @@ class Format(Generic[ManifestT, SavedT]):
         description, warnings = serve_linked(linked, tell)
         return replace(description, warnings=warnings)
 
-    def main(self, argv: list[str] | None = None) -> int:
-        """Load the version in a folder; return 0, or the exit code of what is wrong with it."""
-        parser = argparse.ArgumentParser(
-            prog=f"python -m {self.module}", description="Verify a saved version."
-        )
-        parser.add_argument("folder", type=Path)
-        try:
-            self.load_folder(parser.parse_args(argv).folder)
-        except AIStocksError as error:
-            sys.stderr.write(f"{error}\n")
-            return error.exit_code
-        sys.stdout.write(f"{VERIFIED}\n")
-        sys.stdout.flush()
-        return 0
 
-
-def sha256_of(contents: Mapping[str, bytes]) -> dict[str, str]:
+def sha256_of(contents: Contents) -> dict[str, str]:
     """Return the sha256 of each content, by name."""
     return {name: hashlib.sha256(content).hexdigest() for name, content in sorted(contents.items())}
 
@@ -353,13 +302,7 @@ def _reason(error: BaseException) -> str:
 
 
 def read_manifest(folder: Path, manifest_type: type[ManifestT]) -> ManifestT:
-    """Read a manifest, check its seal, and validate it.
-
-    Raises
-    ------
-    ModelCorruptError, ModelIncompatibleError
-        If it is absent, changed, or promises nonsense; if another release of this program wrote it.
-    """
+    """Read a manifest, check its seal, and validate it; `ModelIncompatibleError` if of another release."""
     raw = _read_plain(folder, MANIFEST)
     seal = SEAL.match(raw)
     body = b"{" + raw[seal.end() :] if seal else raw
@@ -379,13 +322,7 @@ def read_manifest(folder: Path, manifest_type: type[ManifestT]) -> ManifestT:
 
 
 def read_version(folder: Path, kind: ArtifactKind, manifest_type: type[ManifestT]) -> Version[ManifestT]:
-    """Read every file that the manifest lists, and nothing else.
-
-    Raises
-    ------
-    ModelCorruptError, ModelIncompatibleError
-        See `read_manifest`; also if a file is not the one that was saved, or the version is another symbol's.
-    """
+    """Read every file that the manifest of this kind lists, and nothing else; `ModelError` if it is amiss."""
     manifest = read_manifest(folder, manifest_type)
     at_home = folder.parent.name == kind.versions
     if manifest.kind != kind.name or (at_home and folder.parents[1].name != manifest.symbol):
@@ -434,18 +371,6 @@ def checked_metadata(version: Version[Any]) -> dict[str, Any]:
     return dict(json.loads(version.contents[METADATA]))
 
 
-def read_record(version: Version[Any], *columns: str) -> pd.DataFrame:
-    """Return the out-of-sample record: one row per session, ascending, with ``columns``, one the ``date``."""
-    with unusable(version.folder, RECORD):
-        record = pd.read_parquet(io.BytesIO(version.contents[RECORD]))
-        if absent := sorted(set(columns) - set(record.columns)):
-            raise corrupt(version.folder, f"{RECORD} lacks {', '.join(absent)}")
-        dates = record["date"]
-        if dates.dtype.kind != "M" or not dates.is_unique or not dates.is_monotonic_increasing or dates.empty:
-            raise corrupt(version.folder, f"{RECORD} does not hold one row per session")
-    return record
-
-
 def record_bytes(record: pd.DataFrame) -> bytes:
     """Return a record as the content of its file; with checksums, or a flipped byte loads as a number."""
     record.to_parquet(buffer := io.BytesIO(), write_page_checksum=True)
@@ -462,32 +387,6 @@ def library_versions(names: Iterable[str]) -> dict[str, str]:
     return {name: package_metadata.version(name) for name in names}
 
 
-def check_golden(
-    version: Version[Any],
-    say: Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]],
-    expected: Sequence[float],
-    *damage: type[Exception],
-) -> None:
-    """Refuse a model that does not say to the golden inputs what it said before; name what changed since.
-
-    ``damage`` are errors of libraries that also mean a damaged file.
-    """
-    manifest = version.manifest
-    with unusable(version.folder, "what it forecasts", *damage):
-        said = say(np.asarray(manifest.golden_inputs, dtype=np.float64))
-        if len(said) != len(expected):
-            raise corrupt(version.folder, "there is not one golden output for each golden forecast")
-        error = float(np.abs(said - np.asarray(expected)).max())
-    if error <= GOLDEN_TOLERANCE:
-        return
-    then, here = manifest.libraries, library_versions(manifest.libraries)
-    changed = [f"{name} {then[name]} -> {here[name]}" for name in here if here[name] != then[name]]
-    raise ModelIncompatibleError(
-        f"bundle {manifest.model_version} forecasts differently here (by {error:.2g}; changed: "
-        f"{', '.join(changed) or 'no library'}): train again with --overwrite"
-    )
-
-
 def _read_plain(folder: Path, name: str) -> bytes:
     """Read a file that is no link, no pipe and no folder, so that reading neither escapes nor waits."""
     with unusable(folder, name):
@@ -498,21 +397,12 @@ def _read_plain(folder: Path, name: str) -> bytes:
 
 
 def publish(
-    models_dir: Path,
-    kind: ArtifactKind,
-    *,
-    manifest: Manifest,
-    contents: Mapping[str, bytes],
-    verify: Callable[[Path], None],
+    models_dir: Path, kind: ArtifactKind, *, manifest: Manifest, contents: Contents, verify: Verify
 ) -> Path:
     """Write a version aside, let ``verify`` raise unless it can be used, then let it serve.
 
-    Raises
-    ------
-    StorageError
-        If the disk is full or not writable; what served before still serves.
-    LockedError
-        If another process saves the same symbol and does not come to an end.
+    `StorageError` if the disk is full or not writable: what served before still serves. `LockedError` if
+    another process saves the same symbol and does not come to an end.
     """
     link = artifact_link(models_dir, manifest.symbol, kind)
     final = link.parent / kind.versions / manifest.model_version
@@ -534,7 +424,7 @@ def publish(
     return final
 
 
-def _write(folder: Path, contents: Mapping[str, bytes]) -> None:
+def _write(folder: Path, contents: Contents) -> None:
     folder.mkdir()
     for name, content in contents.items():
         with (folder / name).open("wb") as file:
@@ -545,8 +435,9 @@ def _write(folder: Path, contents: Mapping[str, bytes]) -> None:
 
 
 def verify_in_fresh_process(folder: Path, module: str) -> None:
-    """Let ``python -m <module>`` load ``folder``, with nothing of this process."""
-    command = [sys.executable, "-m", module, str(folder.resolve())]
+    """Let ``module`` load ``folder`` in a new interpreter, with nothing of this process."""
+    code = f"import sys, {module} as owner; from pathlib import Path; owner.load_folder(Path(sys.argv[1]))"
+    command = [sys.executable, "-c", f"{code}; print({VERIFIED!r}, flush=True)", str(folder.resolve())]
     root = Path(__file__).resolve().parents[1]
     try:
         done = subprocess.run(  # noqa: S603

@@ -35,21 +35,11 @@ SYMBOL_SLOPE_STD = 0.25
 class Calibration:
     """What earlier out-of-sample rows say about the raw signal.
 
-    The calibrated forecast in units of the h-day volatility is ``drift + slope * (raw - raw_mean)``.
-
-    Attributes
-    ----------
-    drift
-        Mean of the volatility-scaled target over the training rows: the forecast of a model without skill.
-    raw_mean
-        Mean of the raw signal over the rows that the slope was estimated on.
-    slope
-        Slope of realised on raw, shrunk towards zero by its own standard error, within [0, `MAX_SLOPE`].
-    skill_lower
-        Lower confidence bound of the slope over the slope itself, within [0, 1]; 0 means that the
-        out-of-sample rows do not rule out a signal without skill.
-    n_rows
-        Number of out-of-sample rows behind the slope.
+    In units of the h-day volatility, the calibrated forecast is ``drift + slope * (raw - raw_mean)``. The
+    drift, the mean target of the training rows, is the forecast of a model without skill. The slope of
+    realised on raw is shrunk towards zero by its own standard error, within [0, `MAX_SLOPE`]; ``skill_lower``
+    is its lower confidence bound over itself, within [0, 1]: at 0 the ``n_rows`` behind it do not rule out no
+    skill at all.
     """
 
     drift: float
@@ -66,12 +56,8 @@ class Calibration:
 def overlap_error(scores: FloatArray, horizon_bars: int) -> float:
     """Return the standard error of the sum of scores, one per session, that come from labels of h bars.
 
-    Newey and West's with 3 (h - 1) lags: how far overlapping labels repeat each other depends on how slowly
-    the signal moves.
-
-    References
-    ----------
-    Newey, West (1987), Econometrica 55.
+    Newey and West's (1987, Econometrica 55) with 3 (h - 1) lags: how far overlapping labels repeat each other
+    depends on how slowly the signal moves.
     """
     lags = min(3 * (horizon_bars - 1), len(scores) - 1)
     variance = float(scores @ scores)
@@ -103,8 +89,6 @@ def calibrate(
         Signal and outcome of the same out-of-sample rows, (n,), both known before the calibration is used.
     drift
         Mean of the scaled target over the training rows.
-    horizon_bars
-        Length of the labels.
     session_code
         Number of each row's session, from 0, (n,); None where every row is a session of its own.
     prior_slope, prior_std
@@ -149,16 +133,8 @@ def calibrate_symbols(
 ) -> dict[str, Calibration]:
     """Calibrate each symbol of a panel by its own out-of-sample rows, shrunk towards the pooled slope.
 
-    Parameters
-    ----------
-    pooled
-        Calibration over all rows; a symbol without rows of its own takes its slope and bound.
-    raw_scaled, realised_scaled, session_code, symbol
-        As for `calibrate`, with the symbol of each row, (n,).
-    drifts
-        Mean of the scaled target by symbol, over the training rows.
-    horizon_bars
-        Length of the labels.
+    A symbol with few rows of its own takes the pooled calibration. Arrays are those of `calibrate`, with the
+    symbol of each row; ``drifts`` holds the mean scaled target of each symbol's training rows.
     """
     found = {}
     for name, drift in drifts.items():
@@ -197,18 +173,9 @@ OUTCOME_LIMIT_SIGMA = 4.0
 class SignalRows:
     """What the members said of one symbol, session by session, what came, and when that was known.
 
-    Attributes
-    ----------
-    signals
-        Raw signals in units of the h-day volatility, a column a member, (n, k); NaN where one has none.
-    outcome
-        What came, in the same units, (n,); NaN where not known yet.
-    is_out_of_sample
-        Rows that no member was fitted on, (n,); only these are learned from.
-    known_from
-        First row that may use each row's outcome, (n,).
-    horizon_bars
-        Length of the labels.
+    Signals (n, k), a column a member, and outcomes (n,) are in units of the h-day volatility, NaN where there
+    is none. Only rows that no member was fitted on, ``is_out_of_sample``, are learned from; ``known_from`` is
+    the first row that may use each row's outcome.
     """
 
     signals: FloatArray
@@ -236,21 +203,12 @@ class SignalRows:
 class SimpleEnsemble:
     """Joins members' signals by weights that start at a prior and move by out-of-sample skill alone.
 
-    Every member speaks as loudly as the first one: each signal is brought to that one's spread, as known by
-    then, so that a weight is a share of what is said. The skills (information coefficients given the others)
-    have a normal prior around the prior weights times `typical_ic`, with `ic_std` as its standard deviation;
-    the weights are the shares of their most likely values that are not negative. A member that adds nothing
-    gets exactly zero.
-
-    Attributes
-    ----------
-    prior
-        Weight by member, before anything is known.
-    typical_ic, ic_std
-        Information coefficient that prices allow, and how far those of symbols lie apart: of 45 series, .034
-        and some .013 once the error of each is taken off. .015 counts as much as 4,400 independent rows.
-    refresh_rows
-        Weights and calibration are renewed every so many sessions.
+    Every member speaks as loudly as the first one, as known by then, so that a weight is a share of what is
+    said. The skills (information coefficients given the others) have a normal prior: the prior weights times
+    `typical_ic`, give or take `ic_std`. The weights are the shares of their most likely values that are not
+    negative: a member that adds nothing gets exactly zero. Both constants come from 45 series, of .034 on
+    average and some .013 apart once the error of each is taken off; .015 counts as much as 4,400 independent
+    rows. Weights and calibration are renewed every `refresh_rows` sessions.
     """
 
     prior: Mapping[str, float] = field(default_factory=lambda: dict(PRIOR))
@@ -261,18 +219,11 @@ class SimpleEnsemble:
     def weigh(self, rows: SignalRows, members: Sequence[str]) -> tuple[FloatArray, FloatArray]:
         """Follow the weights over time; row t uses outcomes that were known before t.
 
-        Parameters
-        ----------
-        rows
-            Signals, a column for each of ``members``.
-        members
-            Their names, the one that sets the loudness first.
-
         Returns
         -------
         tuple of arrays
-            Weights (n, k), zero for a member without a forecast, summing to one where there is any; and the
-            joined signal (n,), in the units of the first member that has one.
+            Weights of ``members`` (n, k), zero for one without a forecast, summing to one where there is any;
+            and the joined signal (n,), in the units of the first member that has one.
         """
         spread = spread_of(rows.signals)
         heard = np.isfinite(rows.signals) & ~(spread <= CONSTANT)
@@ -319,10 +270,7 @@ class SimpleEnsemble:
     ) -> tuple[FloatArray, FloatArray, FloatArray]:
         """Follow `calibrate` over time; row t uses outcomes that were known before t.
 
-        Returns
-        -------
-        tuple of arrays
-            Slope, mean of the raw signal, and lower bound of the skill as of each row, (n,).
+        Returns slope, mean of the raw signal, and lower bound of the skill as of each row, (n,).
         """
         found = np.zeros((3, len(raw_scaled)))
         for known, now in rows.refreshes(np.isfinite(raw_scaled), self.refresh_rows):
@@ -350,21 +298,12 @@ META_COLUMNS: dict[str, tuple[str, ...]] = {
 
 
 def meta_features(bars: pd.DataFrame, signals: Mapping[str, FloatArray]) -> pd.DataFrame:
-    """Return what meta-learners see of each bar: the members, the regime, and how far the members agree.
+    """Return what meta-learners see of each bar; row t is known at the close of t.
 
-    Parameters
-    ----------
-    bars
-        Adjusted OHLCV.
-    signals
-        Raw signals in units of the h-day volatility by member, (n,).
-
-    Returns
-    -------
-    DataFrame
-        Indexed like ``bars``; row t is known at the close of t. ``storm``: rank of the volatility among its
-        last `REGIME_BARS`, 0 to 1. ``trend``: distance from the mean of `TREND_BARS` closes, in volatilities
-        over as many bars. ``agreed``: what both members say at least, zero where they differ in sign.
+    ``signals`` are raw, in units of the h-day volatility, by member, (n,). ``storm``: rank of the volatility
+    among its last `REGIME_BARS`, 0 to 1. ``trend``: distance from the mean of `TREND_BARS` closes, in
+    volatilities over as many bars. ``agreed``: what both members say at least, zero where they differ in
+    sign.
     """
     gbm, lstm = signals[GBM_NAME], signals[LSTM_NAME]
     sigma_log = make_target(bars, 1)["sigma_log"]
@@ -394,16 +333,8 @@ def meta_features(bars: pd.DataFrame, signals: Mapping[str, FloatArray]) -> pd.D
 class MetaModel:
     """A fitted meta-learner: from `meta_features` to one signal in units of the h-day volatility.
 
-    Attributes
-    ----------
-    method
-        ``stacking`` (linear) or ``xgb-meta``; it sees `META_COLUMNS` of it.
-    centre, scale
-        Of these columns on the rows that it was fitted on, (p,).
-    coefficients
-        Of the standardised columns, none negative, (p,); empty for ``xgb-meta``.
-    booster
-        The trees of ``xgb-meta``.
+    It sees `META_COLUMNS` of its method, standardised by ``centre`` and ``scale`` of the rows that it was
+    fitted on, (p,); ``stacking`` has ``coefficients``, none negative, and ``xgb-meta`` a ``booster``.
     """
 
     method: Method
@@ -423,15 +354,7 @@ class MetaModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stacked:
-    """What a meta-learner said out of sample, and its final fit.
-
-    Attributes
-    ----------
-    said
-        Signal by session, made by fits whose labels had ended before; sessions ascending.
-    meta
-        The final fit, for the bars after the last of these sessions.
-    """
+    """What a meta-learner said out of sample, by session, ascending; its final fit, for the bars after."""
 
     said: "pd.Series[float]"
     meta: MetaModel

@@ -4,7 +4,6 @@ An ensemble holds no copy of its members. It names the versions that it was judg
 with others: then, as where no network was trained, the boosters forecast alone, and a note says so.
 """
 
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -32,7 +31,7 @@ from inference.ensemble import (
 from inference.intervals import with_bands
 from inference.load_gbm_models import load_bundle
 from inference.load_lstm_model import load_bundle as load_lstm
-from inference.pipeline import Bundle, BundleForecaster, Member
+from inference.pipeline import Bundle, BundleForecaster, Member, check_golden, read_record
 from utils.errors import ModelError, ModelIncompatibleError, ModelMissingError, UsageError
 from utils.model_paths import ENSEMBLE, GBM, LSTM, ArtifactKind
 
@@ -56,18 +55,9 @@ class EnsembleForecaster:
     """Members joined into one signal, which is calibrated by its own out-of-sample past.
 
     Nothing of it is stored: weights and calibration of every bar are learned anew from the bars before it,
-    whose outcomes were known, see `SimpleEnsemble`.
-
-    Attributes
-    ----------
-    members
-        By name; the first one sets the scale.
-    weights
-        How they are weighed.
-    stacked
-        A meta-learner in the place of the weights.
-    distrusted_after
-        None for a verdict of ``edge``. Else no row has skill, and forecasts after this session are the drift.
+    whose outcomes were known, see `SimpleEnsemble`. The first of ``members`` sets the scale; ``stacked``
+    speaks in the place of the weights. Unless ``distrusted_after`` is None, for a verdict of ``edge``, no row
+    has skill, and forecasts after this session are the drift.
     """
 
     members: Mapping[str, Member]
@@ -210,12 +200,7 @@ class EnsembleBundle(Saved):
         return f"{self.metadata['model_version']}+{parts}"
 
     def join(
-        self,
-        gbm: Bundle,
-        lstm: Bundle,
-        *,
-        include_in_sample: bool = False,
-        as_lived: bool = False,
+        self, gbm: Bundle, lstm: Bundle, *, include_in_sample: bool = False, as_lived: bool = False
     ) -> EnsembleForecaster:
         """Return the forecaster of the members; the flags are those of `BundleForecaster`."""
         trusted = as_lived or self.metadata["verdict"]["label"] == "edge"
@@ -258,7 +243,7 @@ def _golden_outputs(meta: MetaModel, inputs: FloatArray) -> FloatArray:
 
 def _build(version: Version[EnsembleManifest], metadata: Mapping[str, Any]) -> EnsembleBundle:
     told = artifact.document(version, ENSEMBLE_FILE, EnsembleDocument)
-    record = artifact.read_record(version, *RECORD_COLUMNS, *(["stacked_scaled"] if told.meta else []))
+    record = read_record(version, *RECORD_COLUMNS, *(["stacked_scaled"] if told.meta else []))
     stacked = None
     if told.meta is not None:
         booster = None
@@ -266,9 +251,7 @@ def _build(version: Version[EnsembleManifest], metadata: Mapping[str, Any]) -> E
             with artifact.unusable(version.folder, META_BOOSTER):
                 booster = xgboost.Booster(model_file=bytearray(version.contents[META_BOOSTER]))
         meta = MetaModel(method=told.method, booster=booster, **told.meta.model_dump())
-        artifact.check_golden(
-            version, lambda rows: _golden_outputs(meta, rows), version.manifest.golden_outputs
-        )
+        check_golden(version, lambda rows: _golden_outputs(meta, rows), version.manifest.golden_outputs)
         stacked = Stacked(said=record.set_index("date")["stacked_scaled"], meta=meta)
     return EnsembleBundle(
         symbol=metadata["symbol"],
@@ -302,19 +285,7 @@ class Parts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chosen:
-    """The forecaster of a mode.
-
-    Attributes
-    ----------
-    forecaster
-        See `pipeline.Forecaster`.
-    model
-        What it was made from: symbol, metadata with the verdict, version.
-    mode
-        What forecasts in fact.
-    notes
-        What a person must know about the choice, in words.
-    """
+    """The forecaster of a mode, what it was made from, what forecasts in fact, and what one must know."""
 
     forecaster: Member
     model: Bundle | EnsembleBundle
@@ -348,13 +319,7 @@ def mode_of(name: str) -> Mode:
 
 
 def load_parts(models_dir: Path, symbol: str, mode: str) -> Parts:
-    """Load what a mode needs of one symbol.
-
-    Raises
-    ------
-    ModelError
-        When what the mode cannot do without cannot be had.
-    """
+    """Load what a mode needs of one symbol; `ModelError` when what it cannot do without cannot be had."""
     if (wanted := mode_of(mode)) == "lstm_only":
         return Parts(symbol=symbol, lstm=load_lstm(models_dir, symbol))
     parts = Parts(symbol=symbol, gbm=load_bundle(models_dir, symbol))
@@ -370,14 +335,7 @@ def load_parts(models_dir: Path, symbol: str, mode: str) -> Parts:
 def forecaster_for(mode: str, parts: Parts, *, include_in_sample: bool = False) -> Chosen:
     """Turn a mode into a forecaster; where the ensemble cannot be had, the boosters forecast alone.
 
-    Parameters
-    ----------
-    mode
-        One of `MODES`, or of `OLDER_MODES`.
-    parts
-        What is saved, see `load_parts`.
-    include_in_sample
-        As for `BundleForecaster`.
+    ``mode`` is one of `MODES` or `OLDER_MODES`; ``include_in_sample`` is that of `BundleForecaster`.
     """
     wanted = mode_of(mode)
 
@@ -416,7 +374,3 @@ def why_not_joined(parts: Parts) -> str:
             f"{ENSEMBLE.train(parts.symbol, anew=True)}"
         )
     return ""
-
-
-if __name__ == "__main__":
-    sys.exit(FORMAT.main())

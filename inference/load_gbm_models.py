@@ -7,7 +7,6 @@ manifest, and nothing is served before the golden inputs give the golden outputs
 
 import io
 import math
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ from inference.artifact import (
     Version,
 )
 from inference.ensemble import Calibration, FloatArray, FloatMatrix, IntArray
-from inference.pipeline import Bundle
+from inference.pipeline import Bundle, check_golden, read_record
 from utils.errors import ModelIncompatibleError
 from utils.model_paths import GBM, ArtifactKind
 
@@ -51,20 +50,8 @@ FEW_ROWS = 512
 class BoosterEnsemble:
     """Scaler, boosters, weights and calibration that were fitted on one set of training rows.
 
-    Attributes
-    ----------
-    columns
-        Names of all columns that the scaler was fitted on, in its order.
-    selected
-        Positions in ``columns`` of the features that the boosters use, ascending.
-    scaler
-        Fitted on the training rows' ``columns``.
-    models
-        Boosters by name (``xgb``, ``lgb``, ``cat``).
-    weights
-        Non-negative weights by name, summing to one.
-    calibration
-        See `Calibration`.
+    The scaler knows all ``columns``; ``selected`` are the positions of those that the boosters use,
+    ascending. The weights, by booster (``xgb``, ``lgb``, ``cat``), are not negative and sum to one.
     """
 
     columns: tuple[str, ...]
@@ -147,19 +134,9 @@ def shrunk_weights(
 ) -> dict[str, float]:
     """Weigh models by their out-of-sample covariance with what happened, shrunk towards equal weights.
 
-    Parameters
-    ----------
-    per_model
-        Out-of-sample raw predictions by model, each (n,).
-    realised_scaled
-        Realised volatility-scaled returns of the same rows, (n,).
-    half_trust_rows
-        Number of rows at which half of the way from equal weights to the estimated ones is gone.
-
-    Returns
-    -------
-    dict
-        Non-negative weights that sum to one; equal where nothing is known.
+    Raw predictions by model and realised volatility-scaled returns are of the same rows, (n,); at
+    ``half_trust_rows`` of them half of the way from equal weights is gone. The weights are not negative, sum
+    to one, and are equal where nothing is known.
     """
     equal = 1.0 / len(per_model)
     n_rows = len(realised_scaled)
@@ -341,11 +318,7 @@ def _contents(bundle: GBMBundle) -> dict[str, bytes]:
 
 
 def _fitted_document(ensemble: BoosterEnsemble, boosters: Mapping[str, object]) -> dict[str, object]:
-    return {
-        "boosters": boosters,
-        "weights": ensemble.weights,
-        "calibration": asdict(ensemble.calibration),
-    }
+    return {"boosters": boosters, "weights": ensemble.weights, "calibration": asdict(ensemble.calibration)}
 
 
 def golden_outputs(ensemble: BoosterEnsemble, inputs: FloatMatrix) -> FloatArray:
@@ -373,7 +346,7 @@ def _build(version: Version[GBMManifest], metadata: Mapping[str, Any]) -> GBMBun
         symbol=metadata["symbol"],
         horizon_bars=metadata["horizon_bars"],
         ensemble=_ensemble(version, names.columns, names.selected, fitted),
-        record=artifact.read_record(version, *RECORD_COLUMNS, *(f"model_{name}" for name in manifest.models)),
+        record=read_record(version, *RECORD_COLUMNS, *(f"model_{name}" for name in manifest.models)),
         metadata=metadata,
         importance=artifact.document(version, IMPORTANCE, Importance).root,
         hyperparameters=fitted.boosters,
@@ -405,7 +378,7 @@ def _ensemble(
         calibration=fitted.calibration,
     )
     expected = manifest.golden_outputs if bars is None else manifest.path_golden_outputs[bars]
-    artifact.check_golden(
+    check_golden(
         version, lambda rows: golden_outputs(ensemble, rows.astype(np.float32)), expected, LightGBMError
     )
     return ensemble
@@ -431,6 +404,3 @@ def _booster(version: Version[GBMManifest], name: str, pickled: str) -> Booster:
 FORMAT = artifact.Format(kind=GBM, manifest=GBMManifest, module="inference.load_gbm_models", build=_build)
 load_bundle, load_linked, load_folder = FORMAT.load, FORMAT.load_linked, FORMAT.load_folder
 describe_linked = FORMAT.describe
-
-if __name__ == "__main__":
-    sys.exit(FORMAT.main())

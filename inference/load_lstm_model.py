@@ -5,7 +5,6 @@ arrays, which serving runs. Serving imports no TensorFlow, and unpickles nothing
 """
 
 import io
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from inference.artifact import (
     unusable,
 )
 from inference.ensemble import Calibration, FloatArray, FloatMatrix, IntArray
-from inference.pipeline import Bundle
+from inference.pipeline import Bundle, check_golden, read_record
 from utils.model_paths import LSTM, ArtifactKind
 
 KERAS, WEIGHTS, SCALER = "network.keras", "weights.npz", "scaler.json"
@@ -50,20 +49,10 @@ BATCH_ROWS = 4_096
 class Network:
     """A trained network as plain arrays: scale, run the recurrent layers, calibrate.
 
-    Attributes
-    ----------
-    columns
-        Names of the p features, in its order.
-    sequence_length
-        How many rows the network reads: the forecast row and those before it.
-    centre, scale, limit
-        A feature is read as ``(value - centre) / scale``, clipped to plus or minus ``limit``; (p,) each.
-    target_scale
-        What the network's output is multiplied with to be in units of the h-day volatility.
-    weights
-        `ARRAYS` by name, float32; of several outputs the middle one is the forecast.
-    calibration
-        How far the signal may be believed.
+    It reads ``sequence_length`` rows, the forecast row and those before it, of p ``columns``, each value as
+    ``(value - centre) / scale``, clipped to plus or minus ``limit``. ``weights`` are `ARRAYS` by name,
+    float32; of several outputs the middle one is the forecast, in units of the h-day volatility once
+    multiplied with ``target_scale``.
     """
 
     columns: tuple[str, ...]
@@ -84,12 +73,8 @@ class Network:
     def raw_scaled(self, features: FloatMatrix, windows: IntArray) -> FloatArray:
         """Return the signal of sequences of rows, in units of the h-day volatility, (n,).
 
-        Parameters
-        ----------
-        features
-            Unscaled and finite, (m, p).
-        windows
-            Rows of each sequence, oldest first, (n, sequence_length).
+        ``features`` are unscaled and finite, (m, p); ``windows`` are the rows of each sequence, oldest first,
+        (n, sequence_length).
         """
         prepared = self.prepare(features)
         arrays = tuple(self.weights[name] for name in ARRAYS)
@@ -121,11 +106,7 @@ def windows_of(ends: IntArray, starts: IntArray, length: int) -> IntArray:
     return np.asarray(np.maximum(ends[:, np.newaxis] + back, starts[:, np.newaxis]), dtype=np.intp)
 
 
-def batch_outputs(
-    projected: FloatMatrix,
-    windows: IntArray,
-    weights: Weights,
-) -> FloatMatrix:
+def batch_outputs(projected: FloatMatrix, windows: IntArray, weights: Weights) -> FloatMatrix:
     """Run the network over many sequences; ``projected`` is what the first kernel makes of each row."""
     _, recurrent_1, _, kernel_2, recurrent_2, bias_2, dense, dense_bias, output, output_bias = weights
     n_rows = len(windows)
@@ -160,10 +141,7 @@ def _step(sums: FloatMatrix, hidden: FloatMatrix, cell: FloatMatrix) -> None:
 
 
 @njit(cache=True, fastmath=True)
-def latest_output(
-    sequence: FloatMatrix,
-    weights: Weights,
-) -> FloatMatrix:
+def latest_output(sequence: FloatMatrix, weights: Weights) -> FloatMatrix:
     """Run the network over one prepared sequence, (length, p), as `batch_outputs` does over many."""
     kernel_1, recurrent_1, bias_1, kernel_2, recurrent_2, bias_2, dense, dense_bias, output, output_bias = (
         weights
@@ -278,7 +256,8 @@ def _contents(bundle: LSTMBundle) -> dict[str, bytes]:
             "fitted": bundle.hyperparameters,
         },
     }
-    np.savez(buffer := io.BytesIO(), **{name: network.weights[name] for name in ARRAYS})  # type: ignore[arg-type]
+    arrays: dict[str, Any] = {name: network.weights[name] for name in ARRAYS}
+    np.savez(buffer := io.BytesIO(), **arrays)
     texts = {name: artifact.as_json(text) for name, text in documents.items()}
     return {**texts, WEIGHTS: buffer.getvalue(), KERAS: bundle.keras}
 
@@ -292,7 +271,7 @@ def golden_outputs(network: Network, inputs: FloatMatrix) -> FloatArray:
 def _build(version: Version[LSTMManifest], metadata: Mapping[str, Any]) -> LSTMBundle:
     fitted = artifact.document(version, HYPERPARAMETERS, FittedDocument)
     network = _network(version, fitted)
-    artifact.check_golden(
+    check_golden(
         version,
         lambda rows: golden_outputs(network, rows.astype(np.float32)),
         version.manifest.golden_outputs,
@@ -300,7 +279,7 @@ def _build(version: Version[LSTMManifest], metadata: Mapping[str, Any]) -> LSTMB
     return LSTMBundle(
         symbol=metadata["symbol"],
         horizon_bars=metadata["horizon_bars"],
-        record=artifact.read_record(version, *RECORD_COLUMNS, f"model_{MODEL}"),
+        record=read_record(version, *RECORD_COLUMNS, f"model_{MODEL}"),
         metadata=metadata,
         importance={},
         hyperparameters=fitted.fitted,
@@ -335,6 +314,3 @@ def _network(version: Version[LSTMManifest], fitted: FittedDocument) -> Network:
 FORMAT = artifact.Format(kind=LSTM, manifest=LSTMManifest, module="inference.load_lstm_model", build=_build)
 load_bundle, load_linked, load_folder = FORMAT.load, FORMAT.load_linked, FORMAT.load_folder
 describe_linked = FORMAT.describe
-
-if __name__ == "__main__":
-    sys.exit(FORMAT.main())

@@ -533,15 +533,6 @@ def test_a_link_that_dangles_or_loops_is_served_around(models: Path, target: str
     assert load_bundle(models, "AAPL").metadata["seed"] == 1, "never a newer one than the link named"
 
 
-def test_the_command_line_verifies_one_version(models: Path, capsys: pytest.CaptureFixture[str]):
-    folder = current_version(models, "AAPL")
-    assert store.FORMAT.main([str(folder)]) == 0
-    assert capsys.readouterr() == (f"{artifact.VERIFIED}\n", "")
-    (folder / "scaler.joblib").write_bytes(b"")
-    assert store.FORMAT.main([str(folder)]) == 5
-    assert "scaler.joblib is not the file that was saved" in capsys.readouterr().err
-
-
 def test_a_verification_that_hangs_is_given_up(models: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(artifact, "VERIFY_WAIT_S", 0.01)
     with pytest.raises(ModelCorruptError, match="it hangs"):
@@ -683,7 +674,7 @@ KILLED = textwrap.dedent(
         if (child := os.fork()) == 0:
             case.save_bundle(case.make_bundle(seed=7), Path(sys.argv[1], number), golden_inputs=case.GOLDEN)
             os._exit(0)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
     """
 )
 
@@ -694,7 +685,9 @@ def test_kill_9_while_saving_leaves_old_or_new_never_a_mixture(saved: Path, tmp_
         shutil.copytree(saved, tmp_path / number, symlinks=True)
     script = KILLED.format(tests=str(here.parent), root=str(here.parents[2]))
     command = [sys.executable, "-c", script, str(tmp_path), *after_flushes]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    # With more threads than one, what OpenMP started would not be there after a fork.
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=env, timeout=200)
     codes = [int(line) for line in done.stdout.split()]
     assert codes == [-signal.SIGKILL] * 3 + [0]
     for number, code in zip(after_flushes, codes, strict=True):

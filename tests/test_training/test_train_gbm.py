@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from inference.load_gbm_models import load_bundle
-from inference.pipeline import GBMForecaster, decide, path_ahead
+from inference.pipeline import BundleForecaster, decide, path_ahead
 from inference.position_sizing import make_sizer
 from training import run_log, train_gbm
 from training.gbm_search import DeviceChoice
@@ -229,7 +229,7 @@ def test_the_path_passes_through_the_forecasts_of_every_horizon(places, capsys):
 
     bundle = load_bundle(places / "models", "SIGNAL")
     frame = load_bars(places)
-    decisions = decide("SIGNAL", frame, GBMForecaster(bundle=bundle), make_sizer())
+    decisions = decide("SIGNAL", frame, BundleForecaster(bundle=bundle), make_sizer())
     last, sessions = decisions.frame.iloc[-1], pd.bdate_range(frame.index[-1], periods=31)[1:]
     path = np.log(path_ahead(decisions, sessions).prices / last["close"])
     assert path[0] == pytest.approx(last["expected_log_h1"], abs=1e-12)
@@ -245,7 +245,7 @@ def test_the_path_passes_through_the_forecasts_of_every_horizon(places, capsys):
     single = load_bundle(places / "models", "SIGNAL")
     assert (single.path_models, alone["path_models"]) == ((), {})
     pd.testing.assert_frame_equal(single.record, bundle.record)
-    plain = decide("SIGNAL", frame, GBMForecaster(bundle=single), make_sizer()).frame
+    plain = decide("SIGNAL", frame, BundleForecaster(bundle=single), make_sizer()).frame
     pd.testing.assert_frame_equal(plain, decisions.frame.drop(columns="expected_log_h1"))
 
 
