@@ -3,8 +3,7 @@
 A version is written aside, flushed to disk and verified; then the symbol's link moves, in one atomic step. A
 lock that dies with its process lets one save of a symbol run at a time. Reading gives the bytes that were
 hashed, so no file can change between its check and its use. The manifest begins with the sha256 of the rest
-of itself: a flipped byte anywhere is noticed. This guards against accidents, not against somebody who may
-write into the folder.
+of itself: a flipped byte anywhere is noticed. It guards against accidents, not against who may write there.
 """
 
 import hashlib

@@ -220,8 +220,6 @@ def decide(
 
     Parameters
     ----------
-    bars
-        Adjusted OHLCV, ascending sessions.
     sizer
         A state machine whose step sees the forecasts and returns up to bar t.
     costs

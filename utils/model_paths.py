@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 # A link is read so often before a reader gives up on a writer that prunes faster than it reads.
 READS = 5
-
 KEEP_VERSIONS = 5
 # Verifying a version takes seconds; whoever waits longer waits for something that hangs.
 LOCK_WAIT_S = 300.0
@@ -70,10 +69,7 @@ class VersionPrunedError(ModelCorruptError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Linked:
-    """What a symbol's link names, or the newest kept version where the link itself cannot be read.
-
-    ``damage`` says in words why the link does not lead to a version; None when it does.
-    """
+    """The version that a link names, or the newest kept one; ``damage`` says why the link leads to none."""
 
     folder: Path
     damage: str | None = None
@@ -131,7 +127,7 @@ def linked_version(models_dir: Path, symbol: str, kind: ArtifactKind = GBM) -> L
 
 
 def _target(link: Path, versions: Path) -> Path:
-    """Return the version that ``link`` names, which need not exist; `ModelCorruptError` if it lies elsewhere."""
+    """Return the version that ``link`` names; it need not exist, but not elsewhere: `ModelCorruptError`."""
     if versions.is_symlink():
         raise ModelCorruptError(f"the versions of {link.parent.name} lie outside its folder: train again")
     target = link.parent / link.readlink()
@@ -216,23 +212,24 @@ def serve_linked(linked: Linked, load: Callable[[Path], T]) -> tuple[T, tuple[st
         if not linked.folder.is_dir():
             raise VersionPrunedError(f"version {linked.folder.name} is gone: ask again") from error
         problem = error
-    for version in _earlier(linked):
-        try:
-            content = load(version)
-        except ModelError as error:
-            logger.warning("version %s cannot serve either: %s", version.name, error)
-            continue
+    for version, content in _that_load(linked, load):
         message = f"{problem}; the earlier version {version.name} serves instead"
         logger.warning(message)
         return content, (message,)
     raise problem
 
 
-def _earlier(linked: Linked) -> list[Path]:
-    """Return the kept versions that may serve instead, newest first."""
-    kept = reversed(kept_versions(linked.folder.parent))
-    # Behind a link that cannot be read, the newest version is the best guess.
-    return [one for one in kept if one.name < linked.folder.name or (linked.damage and one == linked.folder)]
+def _that_load(linked: Linked, load: Callable[[Path], T]) -> Iterator[tuple[Path, T]]:
+    """Yield the kept versions that may serve instead, and what is loaded of them, newest first."""
+    for version in reversed(kept_versions(linked.folder.parent)):
+        # Behind a link that cannot be read, the newest version is the best guess.
+        if version.name < linked.folder.name or (linked.damage and version == linked.folder):
+            try:
+                content = load(version)
+            except ModelError as error:
+                logger.warning("version %s cannot serve either: %s", version.name, error)
+            else:
+                yield version, content
 
 
 @contextmanager
@@ -317,10 +314,9 @@ def training_holder(models_dir: Path, symbol: str) -> str | None:
 
 
 def _read_holder(path: Path) -> str:
-    try:
+    with suppress(OSError):
         return path.read_text()[:20] or "unknown"
-    except OSError:
-        return "unknown"
+    return "unknown"
 
 
 def flush(folder: Path) -> None:
@@ -354,15 +350,10 @@ def _swap(link: Path, target: Path) -> None:
 
 
 def roll_back(models_dir: Path, symbol: str, kind: ArtifactKind, load: Callable[[Path], object]) -> Path:
-    """Let the newest version before the current one that loads serve again; `ModelMissingError` if none does."""
+    """Let the newest earlier version that loads serve again; `ModelMissingError` if there is none."""
     with storage_errors(symbol), saving(models_dir, symbol, kind):
         linked = linked_version(models_dir, symbol, kind)
-        for version in _earlier(linked):
-            try:
-                load(version)
-            except ModelError as error:
-                logger.warning("skipped: %s", error)
-                continue
+        for version, _ in _that_load(linked, load):
             point(artifact_link(models_dir, symbol, kind), version)
             return version
     raise ModelMissingError(f"{symbol} has no version before {linked.folder.name} that loads")
