@@ -542,8 +542,8 @@ def test_a_verification_that_hangs_is_given_up(models: Path, monkeypatch: pytest
 
 def test_when_every_version_is_damaged_the_answer_is_an_error(models: Path):
     for folder in list_versions(models, "AAPL"):
-        (folder / "scaler.joblib").write_bytes(b"")
-    with pytest.raises(ModelCorruptError):
+        (folder / "xgb_model.joblib").write_bytes(b"")
+    with pytest.raises(ModelCorruptError, match=r"xgb_model\.joblib is not the file .*: train again with"):
         load_bundle(models, "AAPL")
 
 
