@@ -162,7 +162,7 @@ def check_answer(
         frame, report = clean_bars(settled)
         closed = calendar.off_calendar(pd.DatetimeIndex(frame.index))
         refuse_above(len(closed), len(frame), MAX_OFF_CALENDAR, "rows lie on days without a session")
-        frame = frame.drop(index=closed)
+        frame = frame.drop(index=closed) if len(closed) else frame
         missing = len(calendar.missing(pd.DatetimeIndex(frame.index)))
         refuse_above(missing, len(frame) + missing, MAX_MISSING_SESSIONS, "sessions are missing")
     except DataError as error:
