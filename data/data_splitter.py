@@ -5,9 +5,9 @@ label ended before the block began (purge), with a further distance where featur
 where many symbols share a session, are split by session, never by row.
 """
 
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import cast
 
 import numpy as np
@@ -17,6 +17,7 @@ from utils.errors import DataError, InsufficientDataError, ModelError, UsageErro
 
 IntArray = npt.NDArray[np.intp]
 DateArray = npt.NDArray[np.datetime64]
+BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float64]
 
 
@@ -144,6 +145,75 @@ def split_latest(
             f"{at_least_rows} of each are needed: give a longer history"
         )
     return earlier, later
+
+
+class CombinatorialPurgedSplit:
+    """Every choice of ``n_test_blocks`` out of ``n_blocks`` as the test, purged on both sides.
+
+    Training rows may follow a test block here: those that its labels reach into are dropped, and an embargo.
+
+    Parameters
+    ----------
+    n_blocks, n_test_blocks
+        Number of consecutive blocks of nearly equal length, and how many are the test of one split.
+    purge_bars
+        Rows that a label spans at least.
+    embargo_bars
+        Further rows dropped after a test block.
+
+    References
+    ----------
+    Lopez de Prado (2018), Advances in Financial Machine Learning, chapter 12.
+    """
+
+    def __init__(
+        self, n_blocks: int = 6, n_test_blocks: int = 2, *, purge_bars: int = 0, embargo_bars: int = 0
+    ) -> None:
+        if n_test_blocks >= n_blocks:
+            raise UsageError(
+                f"{n_test_blocks} of {n_blocks} blocks as the test: choose fewer than {n_blocks}"
+            )
+        self.n_blocks = n_blocks
+        self.n_test_blocks = n_test_blocks
+        self.purge_bars = purge_bars
+        self.embargo_bars = embargo_bars
+        _check_at_least(1, self, "n_blocks", "n_test_blocks")
+        _check_at_least(0, self, "purge_bars", "embargo_bars")
+
+    def split(
+        self, n_rows_or_x: int | Sized, label_end_position: npt.ArrayLike | None = None
+    ) -> Iterator[tuple[IntArray, tuple[IntArray, ...]]]:
+        """Yield (training rows, the test blocks' rows), in the order of `itertools.combinations`.
+
+        All rows are taken to be labelled: drop those that are not before splitting.
+
+        Raises
+        ------
+        InsufficientDataError
+            If a split has no training row left.
+        """
+        n_rows = n_rows_or_x if isinstance(n_rows_or_x, int) else len(n_rows_or_x)
+        label_end = _label_ends(n_rows, label_end_position, self.purge_bars)
+        blocks = np.array_split(np.arange(n_rows), self.n_blocks)
+        for chosen in combinations(range(self.n_blocks), self.n_test_blocks):
+            tests = tuple(blocks[i] for i in chosen)
+            train = np.flatnonzero(self._allowed(n_rows, label_end, tests))
+            if not len(train) or min(len(test) for test in tests) < 1:
+                raise InsufficientDataError(
+                    f"{n_rows} rows in {self.n_blocks} blocks leave no training rows beside test blocks "
+                    f"{chosen}: give more rows or fewer blocks"
+                )
+            yield train, tests
+
+    def _allowed(self, n_rows: int, label_end: IntArray, tests: Sequence[IntArray]) -> BoolArray:
+        rows = np.arange(n_rows)
+        allowed = np.ones(n_rows, dtype=np.bool_)
+        for test in tests:
+            first, last_known = int(test[0]), int(label_end[test].max())
+            before = (rows < first) & (label_end < first)
+            after = rows > max(last_known, int(test[-1])) + self.embargo_bars
+            allowed &= before | after
+        return allowed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
