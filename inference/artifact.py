@@ -173,8 +173,7 @@ class Saved:
     """What a saved model of any kind has.
 
     It forecasts, and is judged, ``horizon_bars`` ahead; its ``record`` is what it said out of sample, a row a
-    session, and ``metadata`` the content of ``training_metadata.json``. ``path`` is None before it is saved;
-    ``warnings`` tell what was amiss while loading and did not prevent it.
+    session. ``path`` is None before it is saved; ``warnings`` tell what was amiss and did not prevent it.
     """
 
     symbol: str
@@ -367,7 +366,8 @@ def checked_metadata(version: Version[Any]) -> dict[str, Any]:
                 f"the features of {promised.symbol} are computed differently since bundle {folder.name} was "
                 "trained: train again with --overwrite"
             )
-    return dict(json.loads(version.contents[METADATA]))
+    with unusable(folder, METADATA):
+        return dict(json.loads(version.contents[METADATA]))
 
 
 def record_bytes(record: pd.DataFrame) -> bytes:

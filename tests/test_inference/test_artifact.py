@@ -535,7 +535,7 @@ def kill_writers_beside_a_reader(root: Path) -> bool:
         start = int(list_versions(root, "AAPL", TEXT)[-1].name[1:]) + 1
         writer = forked(write_for_ever, root, start, theirs)
         os.close(theirs)
-        time.sleep(pace_s * rng.uniform(0.2, 8.0))
+        time.sleep(pace_s * rng.uniform(0.2, 5.0))
         os.kill(writer, signal.SIGKILL)
         _, status = os.waitpid(writer, 0)
         assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL, "the writer failed by itself"
