@@ -621,8 +621,13 @@ class TrainingEvent(Wire):
     message: str | None = None
 
 
-class TrackRecordForecast(Wire):
-    """One served forecast and what became of it; returns are simple, from the as-of to the target session."""
+class ForecastContent(Wire):
+    """One forecast as it went out: the median of the simple return to a session, and the 80 % band around it.
+
+    ``close`` is the adjusted close of ``as_of`` as known then, ``position`` the target weight decided at it,
+    ``model_id`` what answered, whatever was asked for, and ``sigma_log`` the standard deviation of the normal
+    log return with a band as wide.
+    """
 
     symbol: str
     source: str
@@ -637,6 +642,11 @@ class TrackRecordForecast(Wire):
     upper_return: float
     sigma_log: float
     position: float
+
+
+class TrackRecordForecast(ForecastContent):
+    """One served forecast and what became of it; returns are simple, from the as-of to the target session."""
+
     served_at: str
     status: TrackRecordStatus
     counts: bool

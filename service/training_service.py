@@ -7,6 +7,7 @@ training...`` in a session of its own, so that it can be ended with everything t
 
 import asyncio
 import logging
+import os
 import re
 import signal
 import subprocess
@@ -14,43 +15,45 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
+import sqlalchemy as sql
 from filelock import FileLock, Timeout
+from pydantic import ValidationError
+from sqlalchemy import exc
 
 from data.schema import normalise_symbol
-from service.schemas import JobStatus, TrainingEvent, TrainingJob, TrainingParams
-from service.training_jobs import (
-    ACTIVE,
-    DATABASE_WAIT_S,
-    GRACE_S,
-    Job,
-    JobStore,
-    Told,
-    birth,
-    end_trainer,
-    ended,
-    event_of,
-    now,
-    signal_group,
-    start_trainer,
-    wire_text,
+from service.ledger import Database
+from service.schemas import JobStatus, TrainingEvent, TrainingJob, TrainingJobMetrics, TrainingParams
+from utils.errors import (
+    ConflictError,
+    JobMissingError,
+    ModelExistsError,
+    OverloadError,
+    StorageError,
+    without_paths,
 )
-from utils.errors import ConflictError, JobMissingError, ModelExistsError, OverloadError, StorageError
 from utils.model_paths import symbol_dir, training_holder
 
 logger = logging.getLogger(__name__)
 
-POLL_S, HEARTBEAT_S, RETRY_S = 0.5, 15.0, 5.0
-# Who cancels waits a little longer than the trainer has for its end.
-CANCEL_WAIT_S, MAX_QUEUED = 12.0, 100
-ENDS = ("completed", "failed", "cancelled")
+POLL_S, HEARTBEAT_S, RETRY_S, DATABASE_WAIT_S = 0.5, 15.0, 5.0, 10.0
+# A trainer that is asked to end has so long before it is made to; who cancels waits a little longer.
+GRACE_S, CANCEL_WAIT_S, NICENESS = 5.0, 12.0, 10
+MAX_QUEUED, KEPT_JOBS, KEPT_LOGS, KEPT_EVENTS = 100, 500, 1_000, 12_000
+EVENTS_AT_A_TIME, LOGS_AT_A_TIME, LINE_CHARS, MESSAGE_CHARS, TAIL_LINES = 1_000, 50, 1 << 13, 1_000, 5
+ACTIVE, ENDS = ("queued", "running"), ("completed", "failed", "cancelled")
 CANCELLED = "cancelled: nothing was saved"
+_SHARED = {"progress", "total_epochs"}
 TOO_LATE = "the model was saved before the training could be cancelled"
 INTERRUPTED = "interrupted: the service ended while it ran, start it again"
+BROKEN = "something broke in the service: its log says what"
 
 
 class Trainer(NamedTuple):
@@ -63,33 +66,32 @@ class Trainer(NamedTuple):
     most_horizons: int = 1
 
 
-_ANY = ("base_seed", "target_horizons")
 _NETWORK = ("epochs", "batch_size", "sequence_length", "loss", "dropout", "learning_rate")
 _BOOSTERS = ("n_trials", "max_features", "use_lgb", "allow_cpu_fallback")
-_LSTM = Trainer("training.train_lstm", "lstm", (*_ANY, *_NETWORK))
-TRAINERS: Mapping[str, Trainer] = {
-    "gbm": Trainer("training.train_gbm", "gbm", (*_ANY, *_BOOSTERS), most_horizons=4),
+_GBM = Trainer("training.train_gbm", "gbm", ("base_seed", "target_horizons", *_BOOSTERS), most_horizons=4)
+_LSTM = Trainer("training.train_lstm", "lstm", ("base_seed", "target_horizons", *_NETWORK))
+_SIMPLE = Trainer("training.train_ensemble", "ensemble", ("base_seed",), ("--method", "simple"))
+_STACKED = _SIMPLE._replace(arguments=("--method", "stacking"))
+TRAINERS: Mapping[str | None, Trainer] = {
+    None: _GBM,
+    "gbm": _GBM,
     "lstm": _LSTM,
     "lstm_transformer": _LSTM,
-    "ensemble": Trainer("training.train_ensemble", "ensemble", _ANY[:1], ("--method", "simple")),
-    "stacking": Trainer("training.train_ensemble", "ensemble", _ANY[:1], ("--method", "stacking")),
+    "ensemble": _SIMPLE,
+    "stacking": _STACKED,
 }
+_OF_ALL = {"symbol", "model_type", "overwrite", "overwrite_existing"}
 # Flags that are not called like their field; those without a value, and for which value they are given.
 _FLAGS = {"base_seed": "--seed", "target_horizons": "--target-horizon", "use_lgb": "--no-lgb"}
 _SWITCHES = {"use_lgb": False, "allow_cpu_fallback": True}
 
 
-def trainer_of(params: TrainingParams) -> Trainer:
-    """Return the trainer of the wanted kind of model."""
-    return TRAINERS[params.model_type or "gbm"]
-
-
 def trainer_command(params: TrainingParams, events: str, *, source: str) -> list[str]:
     """Return the command of a training; what the caller left out stays the trainer's own default."""
-    trainer = trainer_of(params)
+    trainer = TRAINERS[params.model_type]
     command = [sys.executable, "-m", trainer.module, params.symbol, "--source", source, "--events", events]
     command += [*trainer.arguments, *["--overwrite"] * bool(params.overwrite or params.overwrite_existing)]
-    for name, value in _given(params).items():
+    for name, value in asked_for(params)[0].items():
         flag = _FLAGS.get(name, "--" + name.replace("_", "-"))
         if name in _SWITCHES:
             command += [flag] * (value is _SWITCHES[name])
@@ -98,34 +100,274 @@ def trainer_command(params: TrainingParams, events: str, *, source: str) -> list
     return command
 
 
-def unused_fields(params: TrainingParams) -> list[str]:
-    """Return the wire names of what the caller asked for and the trainer does not take."""
-    asked = {"symbol", "model_type", "overwrite", "overwrite_existing", *_given(params)}
-    names = [name for name in params.model_fields_set - asked if getattr(params, name) not in (None, {}, [])]
-    return sorted(str(TrainingParams.model_fields[name].alias) for name in names)
-
-
-def _given(params: TrainingParams) -> dict[str, Any]:
-    """Return what the caller gave and the trainer takes, by field."""
-    trainer = trainer_of(params)
-    values = {name: getattr(params, name) for name in trainer.fields if name in params.model_fields_set}
+def asked_for(params: TrainingParams) -> tuple[dict[str, Any], list[str]]:
+    """Return what the caller gave and the trainer takes, by field; and the wire names of what it does not."""
+    trainer, names = TRAINERS[params.model_type], params.model_fields_set - _OF_ALL
+    given = {name: value for name in names if (value := getattr(params, name)) not in (None, {}, [])}
+    taken = {name: given[name] for name in trainer.fields if name in given}
     if len(params.target_horizons or []) > trainer.most_horizons:
-        values.pop("target_horizons", None)
-    return {name: value for name, value in values.items() if value not in (None, [])}
+        taken.pop("target_horizons", None)
+    return taken, sorted(str(TrainingParams.model_fields[name].alias) for name in given.keys() - taken)
+
+
+METADATA = sql.MetaData()
+_JOBS = sql.Table(
+    "training_jobs",
+    METADATA,
+    sql.Column("number", sql.Integer, primary_key=True),
+    sql.Column("id", sql.String, nullable=False, unique=True),
+    *(sql.Column(name, sql.String, nullable=False) for name in ("home", "symbol", "status")),
+    *(sql.Column(name, sql.Text, nullable=False) for name in ("params", "state")),
+    *(sql.Column("pid", sql.Integer), sql.Column("born", sql.String)),
+    sql.Column("cancel", sql.Boolean, nullable=False, default=False),
+)
+_IS_ACTIVE, _WHERE = _JOBS.c.status.in_(ACTIVE), sql.text(f"status IN {ACTIVE}")
+_ONE = (_JOBS.c.home, _JOBS.c.symbol)
+sql.Index("training_jobs_one_at_a_time", *_ONE, unique=True, sqlite_where=_WHERE, postgresql_where=_WHERE)
+_EVENTS = sql.Table(
+    "training_events",
+    METADATA,
+    sql.Column("job_id", sql.String, primary_key=True),
+    sql.Column("number", sql.Integer, primary_key=True, autoincrement=False),
+    *(sql.Column("type", sql.String, nullable=False), sql.Column("text", sql.Text, nullable=False)),
+)
+
+
+class Job(NamedTuple):
+    """A job: what is told of it, the process that trains (see `birth`), whether somebody wants it to end."""
+
+    state: TrainingJob
+    params: TrainingParams
+    pid: int | None
+    born: str | None
+    cancel: bool
+
+
+class JobStore:
+    """The jobs of one folder of models; safe to use from many threads and processes."""
+
+    def __init__(self, url: str, home: Path) -> None:
+        self._database = Database(url, METADATA, "the list of trainings", DATABASE_WAIT_S)
+        self._home = str(home.resolve())
+
+    def add(self, state: TrainingJob, params: TrainingParams) -> None:
+        """Queue a job; raise `ConflictError` if its symbol has one that is queued or runs."""
+        row = {"home": self._home, **state.model_dump(include={"id", "symbol", "status"})}
+        row |= {"state": wire_text(state), "params": wire_text(params)}
+        with self._database.begin() as connection:
+            try:
+                (number,) = connection.execute(sql.insert(_JOBS).values(row)).inserted_primary_key or (0,)
+            except exc.IntegrityError as error:
+                words = f"{state.symbol} was queued by somebody else"
+                raise ConflictError(f"{words}: GET /api/training lists what there is") from error
+            self._tell(connection, state.id, [event_of(state, "stage", stage="queued")])
+            is_old = (_JOBS.c.number <= number - KEPT_JOBS) & ~_IS_ACTIVE
+            old = sql.select(_JOBS.c.id).where(is_old)
+            connection.execute(sql.delete(_EVENTS).where(_EVENTS.c.job_id.in_(old)))
+            connection.execute(sql.delete(_JOBS).where(is_old))
+
+    def jobs(self, *wanted: sql.ColumnElement[bool]) -> list[Job]:
+        """Return the wanted jobs that this release can read, oldest first."""
+        found = []
+        query = sql.select(_JOBS).where(_JOBS.c.home == self._home, *wanted).order_by(_JOBS.c.number)
+        for row in self._database.read(query):
+            with suppress(ValidationError):
+                state = TrainingJob.model_validate_json(row["state"])
+                params = TrainingParams.model_validate_json(row["params"])
+                found.append(Job(state, params, row["pid"], row["born"], row["cancel"]))
+        return found
+
+    def change(self, state: TrainingJob, events: Sequence[TrainingEvent], *, was: JobStatus) -> bool:
+        """Replace what is told of a job and add to its history, unless its status is not ``was`` any more."""
+        wanted = sql.update(_JOBS).where(_JOBS.c.id == state.id, _JOBS.c.status == was)
+        with self._database.begin() as connection:
+            changed = connection.execute(wanted.values(status=state.status, state=wire_text(state)))
+            if changed.rowcount == 1:
+                self._tell(connection, state.id, events)
+        return changed.rowcount == 1
+
+    def note(self, job_id: str, columns: Mapping[str, object]) -> None:
+        """Write down the process of a job, or that somebody wants it to end."""
+        with self._database.begin() as connection:
+            connection.execute(sql.update(_JOBS).where(_JOBS.c.id == job_id).values(columns))
+
+    def history(self, job_id: str, after: int) -> list[tuple[int, str, str]]:
+        """Return number, type and JSON of the events that came after the one of that number."""
+        wanted = sql.select(_EVENTS).where(_EVENTS.c.job_id == job_id, _EVENTS.c.number > after)
+        rows = self._database.read(wanted.order_by(_EVENTS.c.number).limit(EVENTS_AT_A_TIME))
+        return [(row["number"], row["type"], row["text"]) for row in rows]
+
+    def _tell(self, connection: sql.Connection, job_id: str, events: Sequence[TrainingEvent]) -> None:
+        of_job, number = _EVENTS.c.job_id == job_id, _EVENTS.c.number
+        last = connection.scalar(sql.select(sql.func.max(number)).where(of_job)) or 0
+        for place, event in enumerate(events, start=last + 1):
+            row = {"job_id": job_id, "number": place, "type": event.type, "text": wire_text(event)}
+            connection.execute(sql.insert(_EVENTS).values(row))
+        # Log lines may come without end; of an epoch the page's chart wants every one.
+        old = ((_EVENTS.c.type == "log") & (number <= last - KEPT_LOGS)) | (number <= last - KEPT_EVENTS)
+        connection.execute(sql.delete(_EVENTS).where(of_job, old))
+
+
+def wire_text(wire: TrainingJob | TrainingParams | TrainingEvent) -> str:
+    """Return the JSON that is kept and sent; of parameters only what the caller gave."""
+    as_given = isinstance(wire, TrainingParams)
+    return wire.model_dump_json(by_alias=True, exclude_none=True, exclude_unset=as_given)
+
+
+def now() -> str:
+    """Return the present as the wire writes it."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def event_of(
+    state: TrainingJob, kind: str, *, stage: str | None = None, message: str | None = None
+) -> TrainingEvent:
+    """Return an event of the present about a job."""
+    told = {"type": kind, "status": state.status, "progress": state.progress, "timestamp": now()}
+    return TrainingEvent.model_validate({**told, "stage": stage, "message": message})
+
+
+def ended(state: TrainingJob, status: JobStatus, words: str) -> tuple[TrainingJob, TrainingEvent]:
+    """Return a job as it is after its end, and the event that says so."""
+    seen: dict[str, Any] = {"status": status, "completed_at": now(), "current_step": status}
+    seen |= {"completed": {"progress": 1.0}, "failed": {"error": words}}.get(status, {})
+    last = state.model_copy(update=seen)
+    return last, event_of(last, status, message=words)
+
+
+class Told:
+    """What a running job has told and the database does not have yet; bounded, whatever is told."""
+
+    def __init__(self, state: TrainingJob) -> None:
+        self.state = state
+        self._tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self._events: deque[TrainingEvent] = deque(maxlen=EVENTS_AT_A_TIME)
+        self._logs, self._last_words = 0, ""
+        self._lock = threading.Lock()
+
+    def take(self, kind: str, line: str) -> None:
+        """Take a line that the trainer wrote, an ``"event"`` or of the ``"log"``."""
+        event = None
+        if kind == "event":
+            with suppress(ValidationError):
+                event = TrainingEvent.model_validate_json(line)
+        text = without_paths(line if event is None else event.message or "")[:MESSAGE_CHARS]
+        with self._lock:
+            if event is None or event.type == "log":
+                self._log(text)
+            elif event.type in {"completed", "failed"}:
+                # Whether it did is for its exit code to say.
+                self._last_words = text
+            elif event.type in {"stage", "epoch"}:
+                self._advance(event)
+
+    def _advance(self, event: TrainingEvent) -> None:
+        stage = None if event.stage is None else event.stage[:MESSAGE_CHARS]
+        seen = {"current_step": stage, "current_epoch": event.epoch, **event.model_dump(include=_SHARED)}
+        measures = event.model_dump(include=set(TrainingJobMetrics.model_fields))
+        if None not in measures.values():
+            seen["metrics"] = TrainingJobMetrics(**measures)
+        self.state = self.state.model_copy(update={k: v for k, v in seen.items() if v is not None})
+        known = {"status": "running", "stage": stage, "timestamp": event.timestamp or now()}
+        self._events.append(event.model_copy(update=known))
+
+    def _log(self, text: str) -> None:
+        # Of a traceback only what it says: the rest is for the server's eyes.
+        if not text.startswith((" ", "Traceback")):
+            self._tail.append(text)
+        self._logs += 1
+        if self._logs <= LOGS_AT_A_TIME:
+            self._events.append(event_of(self.state, "log", message=text))
+
+    def events(self) -> list[TrainingEvent]:
+        """Return what came since the last call."""
+        with self._lock:
+            if self._logs > LOGS_AT_A_TIME:
+                left_out = f"{self._logs - LOGS_AT_A_TIME} more lines are left out"
+                self._events.append(event_of(self.state, "log", message=left_out))
+            self._logs, found = 0, list(self._events)
+            self._events.clear()
+        return found
+
+    def outcome(self, code: int | None) -> tuple[JobStatus, str]:
+        """Return what became of a trainer that ended by itself, and say it."""
+        if code == 0:
+            return "completed", self._last_words or "completed"
+        how = "cannot be ended" if code is None else f"ended with exit code {code}"
+        if code is not None and code < 0:
+            name = next((known.name for known in signal.Signals if known == -code), f"signal {-code}")
+            how = f"was killed by {name}{' (out of memory, or by somebody)' * (name == 'SIGKILL')}"
+        return (
+            "failed",
+            f"the trainer {how}: {self._last_words or '; '.join(self._tail) or 'it said nothing'}",
+        )
+
+
+def start_trainer(
+    command_of: Callable[[str], Sequence[str]], environment: Mapping[str, str], told: Told
+) -> tuple[subprocess.Popen[str], list[threading.Thread]]:
+    """Start a command in a session of its own, and threads that take down its lines until it is silent.
+
+    ``command_of`` takes the path to which the command writes its events. Raises `OSError` if it cannot start.
+    """
+
+    def taken_down(kind: str, stream: IO[str]) -> threading.Thread:
+        def take_down() -> None:
+            with stream:
+                for line in lines_of(stream):
+                    told.take(kind, line)
+
+        thread = threading.Thread(target=take_down, daemon=True)
+        thread.start()
+        return thread
+
+    read, write = os.pipe()
+    output, at_end = os.pipe()
+    text: Any = {"encoding": "utf-8", "errors": "replace"}
+    readers = [taken_down("event", os.fdopen(read, **text)), taken_down("log", os.fdopen(output, **text))]
+    try:
+        own = {"pass_fds": (write,), "start_new_session": True, "env": dict(environment)}
+        trainer = subprocess.Popen(  # noqa: S603  the command is ours, its values are checked
+            command_of(f"/dev/fd/{write}"), stdin=subprocess.DEVNULL, stdout=at_end, stderr=at_end, **own
+        )
+    finally:
+        os.close(write)
+        os.close(at_end)
+    # Whoever asks for a forecast comes first.
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, trainer.pid, NICENESS)
+    return trainer, readers
+
+
+def lines_of(stream: IO[str]) -> Iterator[str]:
+    """Yield the lines that are not empty; what goes beyond `LINE_CHARS` of one is thrown away."""
+    is_start = True
+    while piece := stream.readline(LINE_CHARS):
+        if is_start and (line := piece.rstrip()):
+            yield line
+        is_start = piece.endswith("\n")
+
+
+def signal_group(group: int, number: int) -> None:
+    """Send a signal to what is left of a group of processes."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, number)
+
+
+def birth(pid: int) -> str | None:
+    """Return what tells a process from a later one with the same id; None where that is not known."""
+    with suppress(OSError, IndexError):
+        started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()[:36]}/{started}"
+    return None
 
 
 @dataclass(kw_only=True, eq=False)
 class TrainingService:
     """Starts, shows, follows and cancels the trainings of one folder of models.
 
-    Attributes
-    ----------
-    command
-        Returns the command of a job, given its parameters and the path for its events.
-    environment
-        Of the commands.
-    workers, hours
-        Trainings at a time, and hours after which one is stopped.
+    ``command`` returns the command of a job, given its parameters and the path for its events, and
+    ``environment`` is that of the commands; ``workers`` run at a time, and none longer than ``hours``.
     """
 
     models_dir: Path
@@ -138,29 +380,26 @@ class TrainingService:
     def __post_init__(self) -> None:
         self._store = JobStore(self.database_url, self.models_dir)
         self._stop = threading.Event()
-        self._runner: threading.Thread | None = None
+        self._runner = threading.Thread(target=self._run, name="trainings", daemon=True)
 
     def open(self) -> None:
         """Begin to run what is queued."""
-        self._stop.clear()
-        self._runner = threading.Thread(target=self._run, name="trainings", daemon=True)
         self._runner.start()
 
     def close(self) -> None:
         """End what runs; what is queued stays queued."""
         self._stop.set()
-        if self._runner is not None:
+        if self._runner.is_alive():
             self._runner.join(GRACE_S + DATABASE_WAIT_S)
 
     def start(self, params: TrainingParams) -> TrainingJob:
         """Queue a training; refuse a symbol that is being trained, or whose model is not to be replaced."""
-        symbol = normalise_symbol(params.symbol)
-        params, trainer = params.model_copy(update={"symbol": symbol}), trainer_of(params)
+        params = params.model_copy(update={"symbol": normalise_symbol(params.symbol)})
+        symbol, trainer = params.symbol, TRAINERS[params.model_type]
         self.refuse_busy(symbol)
         if self._artifact(params) is not None and not (params.overwrite or params.overwrite_existing):
-            raise ModelExistsError(
-                f"{symbol} has a model ({trainer.artifact}) already: send overwrite to train it anew"
-            )
+            words = f"{symbol} has a model ({trainer.artifact}) already: send overwrite to train it anew"
+            raise ModelExistsError(words)
         if self.waiting() >= MAX_QUEUED:
             raise OverloadError(f"{MAX_QUEUED} trainings are waiting: try again when some are done")
         state = TrainingJob(
@@ -183,16 +422,26 @@ class TrainingService:
 
     def waiting(self) -> int:
         """Return how many jobs wait for a worker."""
-        return len(self._store.jobs(Job.status == "queued"))
+        return len(self._store.jobs(_JOBS.c.status == "queued"))
 
     def get(self, job_id: str) -> TrainingJob:
         """Return one job, or raise `JobMissingError`."""
         return self._job(job_id).state
 
-    def is_training(self, symbol: str) -> bool:
-        """Whether a job of this service, or somebody's command line, trains a normalised symbol right now."""
-        running = self._store.jobs(Job.status == "running", Job.symbol == symbol)
-        return bool(running) or training_holder(self.models_dir, symbol) is not None
+    def _job(self, job_id: str) -> Job:
+        found = self._store.jobs(_JOBS.c.id == job_id) if re.fullmatch(r"[0-9a-f]{32}", job_id) else []
+        if not found:
+            raise JobMissingError(f"no training job {job_id[:40]!a}: GET /api/training lists what there is")
+        return found[0]
+
+    def refuse_busy(self, symbol: str) -> None:
+        """Raise `ConflictError` where a job, or somebody's command line, trains a symbol, or will."""
+        for job, *_ in self._store.jobs(_JOBS.c.symbol == symbol, _IS_ACTIVE):
+            words = f"{symbol} is {job.status} as job {job.id}"
+            raise ConflictError(f"{words}: wait for it, or DELETE /api/training/{job.id}")
+        holder = training_holder(self.models_dir, symbol)
+        if holder is not None:
+            raise ConflictError(f"{symbol} is being trained by process {holder}: wait or stop it")
 
     def cancel(self, job_id: str) -> TrainingJob:
         """End a job and all that it has started; return what became of it.
@@ -239,26 +488,9 @@ class TrainingService:
             logger.warning("the events of job %s are late: %s", job_id, error)
             return []
 
-    def _job(self, job_id: str) -> Job:
-        found = self._store.jobs(Job.id == job_id) if re.fullmatch(r"[0-9a-f]{32}", job_id) else []
-        if not found:
-            raise JobMissingError(f"no training job {job_id[:40]!a}: GET /api/training lists what there is")
-        return found[0]
-
-    def refuse_busy(self, symbol: str) -> None:
-        """Raise `ConflictError` where a job, or somebody's command line, trains a symbol, or will."""
-        for job in self._store.jobs(Job.symbol == symbol, Job.status.in_(ACTIVE)):
-            words = f"{symbol} is {job.status} as job {job.id}"
-            raise ConflictError(f"{words}: wait for it, or DELETE /api/training/{job.id}")
-        holder = training_holder(self.models_dir, symbol)
-        if holder is not None:
-            raise ConflictError(f"{symbol} is being trained by process {holder}: wait or stop it")
-
     def _artifact(self, params: TrainingParams) -> Path | None:
-        link = symbol_dir(self.models_dir, params.symbol) / trainer_of(params).artifact
-        if link.is_symlink():
-            return link.readlink()
-        return link if link.exists() else None
+        link = symbol_dir(self.models_dir, params.symbol) / TRAINERS[params.model_type].artifact
+        return link.readlink() if link.is_symlink() else link if link.exists() else None
 
     def _run(self) -> None:
         """Look for something to do, by the right of who holds the lock, until the end."""
@@ -283,21 +515,21 @@ class TrainingService:
         """Close what another process left behind, and start what is queued while a worker is free."""
         for job_id in [job_id for job_id, thread in mine.items() if not thread.is_alive()]:
             del mine[job_id]
-        if not lock.is_locked:
-            if not self._store.jobs(Job.status.in_(ACTIVE)):
-                return
+        active = self._store.jobs(_IS_ACTIVE)
+        if active and not lock.is_locked:
             self.models_dir.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
-        for job in self._store.jobs(Job.status.in_(ACTIVE)):
-            if job.status == "running" and job.id not in mine:
+            active = self._store.jobs(_IS_ACTIVE)
+        for job in active:
+            if job.state.status == "running" and job.state.id not in mine:
                 self._close_left_behind(job)
-            elif job.status == "queued" and len(mine) < self.workers:
+            elif job.state.status == "queued" and len(mine) < self.workers:
                 running = {"status": "running", "started_at": now(), "current_step": "starting"}
                 state = job.state.model_copy(update=running)
                 if self._store.change(state, [event_of(state, "started")], was="queued"):
-                    mine[job.id] = threading.Thread(target=self._train, args=(job.params, Told(state)))
-                    mine[job.id].daemon = True
-                    mine[job.id].start()
+                    thread = threading.Thread(target=self._train, args=(job.params, Told(state)), daemon=True)
+                    mine[state.id] = thread
+                    thread.start()
 
     def _close_left_behind(self, job: Job) -> None:
         # The id alone may be that of a process which has nothing to do with it.
@@ -308,7 +540,7 @@ class TrainingService:
 
     def _train(self, params: TrainingParams, told: Told) -> None:
         """Run one job and write down how it ended, whatever that is."""
-        end: tuple[JobStatus, str] = "failed", "something broke in the service: its log says what"
+        end: tuple[JobStatus, str] = "failed", BROKEN
         try:
             end = self._end_of(params, told)
         except Exception:
@@ -318,29 +550,34 @@ class TrainingService:
     def _end_of(self, params: TrainingParams, told: Told) -> tuple[JobStatus, str]:
         before = self._artifact(params)
         try:
-            process, readers = start_trainer(
-                lambda events: self.command(params, events), self.environment, told.take
-            )
+            trainer, readers = start_trainer(lambda to: self.command(params, to), self.environment, told)
         except OSError as error:
             return "failed", f"the trainer cannot be started ({error.strerror})"
         try:
-            reason = self._attend(process, params, told)
+            reason = self._attend(trainer, params, told)
         finally:
-            end_trainer(process, readers)
-        if reason is None or process.returncode == 0:
-            return told.outcome(process.returncode)
+            # The whole group, even where its leader has ended: politely first.
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                signal_group(trainer.pid, number)
+                # What a broken disk or driver holds in the kernel, nothing ends: the queue goes on.
+                with suppress(subprocess.TimeoutExpired):
+                    trainer.wait(GRACE_S)
+            for reader in readers:
+                reader.join(1.0)
+        if reason is None or trainer.returncode == 0:
+            return told.outcome(trainer.returncode)
         if reason != CANCELLED:
             return "failed", reason
         return ("completed", TOO_LATE) if self._artifact(params) != before else ("cancelled", CANCELLED)
 
-    def _attend(self, process: subprocess.Popen[str], params: TrainingParams, told: Told) -> str | None:
+    def _attend(self, trainer: subprocess.Popen[bytes], params: TrainingParams, told: Told) -> str | None:
         """Write down what the trainer tells until it ends (None), or should (why)."""
-        unused = unused_fields(params)
+        unused = asked_for(params)[1]
         if unused:
-            told.take("log", f"not used by {trainer_of(params).module}: {', '.join(unused)}")
+            told.take("log", f"not used by {TRAINERS[params.model_type].module}: {', '.join(unused)}")
         until = time.monotonic() + 3600.0 * self.hours
-        while process.poll() is None:
-            if self._is_unwanted(process.pid, told):
+        while trainer.poll() is None:
+            if self._is_unwanted(trainer.pid, told):
                 return CANCELLED
             if time.monotonic() > until:
                 return f"stopped: it took more than {self.hours:g} hours"
@@ -353,7 +590,7 @@ class TrainingService:
         try:
             job = self._job(told.state.id)
             if job.pid is None:
-                self._store.note(job.id, {"pid": pid, "born": birth(pid)})
+                self._store.note(told.state.id, {"pid": pid, "born": birth(pid)})
             if events := told.events():
                 self._store.change(told.state, events, was="running")
         except StorageError as error:
@@ -368,12 +605,11 @@ class TrainingService:
         last, event = ended(state, status, words)
         level = logging.WARNING if status == "failed" else logging.INFO
         logger.log(level, "training %s of %s: %s: %s", last.id, last.symbol, status, words)
-        while True:
+        is_written = False
+        while not is_written:
             try:
                 self._store.change(last, [*events, event], was="running")
+                is_written = True
             except StorageError as error:
                 logger.warning("the end of job %s is not written yet: %s", last.id, error)
-                if self._stop.wait(RETRY_S):
-                    return
-            else:
-                return
+                is_written = self._stop.wait(RETRY_S)

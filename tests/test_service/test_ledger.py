@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -57,12 +57,16 @@ def told(**changes: object) -> ServedForecast:
         sigma_log=0.03,
         position=0.5,
     )
-    return replace(usual, **changes)
+    return usual.model_copy(update=changes)
 
 
 def path_of(ledger: ForecastLedger) -> Path:
-    assert ledger._file is not None
-    return ledger._file
+    assert ledger._database.file is not None
+    return ledger._database.file
+
+
+def url_of(ledger: ForecastLedger) -> str:
+    return f"sqlite:///{path_of(ledger)}"
 
 
 def filled(ledger: ForecastLedger, n: int = 5) -> ForecastLedger:
@@ -96,7 +100,7 @@ def test_the_same_forecast_twice_is_one_row(ledger: ForecastLedger, outbox: Outb
     assert ledger.record(told())
     assert not ledger.record(told())
     outbox.keep(told())
-    assert not ForecastLedger(str(ledger._url)).record(told())
+    assert not ForecastLedger(url_of(ledger)).record(told())
     assert ledger.record(told(position=0.6))
     assert ledger.verify()[0] == 2
 
@@ -119,7 +123,7 @@ def test_many_threads_and_ledgers_write_one_chain(
     ledger: ForecastLedger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "LOCK_WAIT_S", 20.0)
-    others = [ForecastLedger(str(ledger._url)) for _ in range(3)]
+    others = [ForecastLedger(url_of(ledger)) for _ in range(3)]
     ledger.record(told(horizon_bars=250))
 
     def write(own: ForecastLedger, base: int) -> None:
@@ -134,21 +138,22 @@ def test_many_threads_and_ledgers_write_one_chain(
     assert ledger.verify()[0] == 1 + 3 * 5
 
 
-def test_two_that_begin_at_once_make_one_table(
-    ledger: ForecastLedger, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made, create = [], module._METADATA.create_all
+def test_two_that_begin_at_once_make_one_table(ledger: ForecastLedger) -> None:
+    ledgers = [ForecastLedger(url_of(ledger)) for _ in range(2)]
+    begin = threading.Barrier(2)
 
-    def late(engine: object) -> None:
-        made.append(engine)
-        if len(made) == 1:
-            create(engine)
-            raise module.exc.OperationalError("CREATE TABLE", {}, Exception("table already exists"))
-        create(engine)
+    def write(own: ForecastLedger, position: float) -> None:
+        begin.wait()
+        with contextlib.suppress(StorageError):  # locked: tried again later
+            own.record(told(position=position))
+        own.record(told(position=position))
 
-    monkeypatch.setattr(module._METADATA, "create_all", late)
-    assert ledger.record(told())
-    assert len(made) == 2
+    threads = [threading.Thread(target=write, args=(own, float(n))) for n, own in enumerate(ledgers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert ledger.verify()[0] == 2
 
 
 def test_a_url_without_sense_is_refused_without_its_password() -> None:
@@ -370,7 +375,7 @@ def test_killed_after_the_answer_the_row_is_there(
 ) -> None:
     bars.to_parquet(tmp_path / "bars.parquet")
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(ledger._url), str(tmp_path / "bars.parquet")],
+        [sys.executable, "-c", KILLED, url_of(ledger), str(tmp_path / "bars.parquet")],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -428,7 +433,7 @@ def test_models_are_summarised_apart(ledger: ForecastLedger, prices: Bars) -> No
 
 def test_a_row_of_the_first_ledgers_stays_good(ledger: ForecastLedger) -> None:
     # Written by the first release: with the mode that was asked for.
-    hashed = {name: value for name, value in asdict(told()).items() if name != "model_id"}
+    hashed = {name: value for name, value in dict(told()).items() if name != "model_id"}
     digest = sha256_of({**hashed, "fusion_mode": "hybrid"})
     ledger.record(told(model_id="hybrid"))
     (entry,) = ledger.entries()
@@ -703,7 +708,7 @@ def test_the_track_record_over_http(client: TestClient, source: FakeSource, bars
 def shell(
     ledger: ForecastLedger, csv_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> ForecastLedger:
-    monkeypatch.setenv("AI_STOCKS_DATABASE_URL", str(ledger._url))
+    monkeypatch.setenv("AI_STOCKS_DATABASE_URL", url_of(ledger))
     monkeypatch.setenv("AI_STOCKS_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("AI_STOCKS_SOURCE", f"csv:{csv_dir}")
     return ledger
@@ -721,7 +726,7 @@ def test_the_command_line(shell: ForecastLedger, csv_dir: Path, capsys: pytest.C
     assert main(["verify", "--head", found["head"]]) == 0
     assert main(["show", "noise", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {name: row[name] for name in asdict(told())} == asdict(told(symbol="NOISE", **days))
+    assert {name: row[name] for name in dict(told())} == dict(told(symbol="NOISE", **days))
     assert main(["score", "--json"]) == 0
     gone, summary = json.loads(capsys.readouterr().out)
     assert "not scored" in gone["status"]
