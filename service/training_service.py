@@ -19,17 +19,25 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-import sqlalchemy as sql
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
-from sqlalchemy import exc
 
 from data.schema import normalise_symbol
-from service.ledger import Database
+from service.database import (
+    ACTIVE,
+    DATABASE_WAIT_S,
+    EVENTS_AT_A_TIME,
+    IS_ACTIVE,
+    JOBS,
+    Job,
+    JobStore,
+    event_of,
+    now,
+    wire_text,
+)
 from service.schemas import JobStatus, TrainingEvent, TrainingJob, TrainingJobMetrics, TrainingParams
 from utils.errors import (
     ConflictError,
@@ -43,12 +51,12 @@ from utils.model_paths import symbol_dir, training_holder
 
 logger = logging.getLogger(__name__)
 
-POLL_S, HEARTBEAT_S, RETRY_S, DATABASE_WAIT_S = 0.5, 15.0, 5.0, 10.0
+POLL_S, HEARTBEAT_S, RETRY_S = 0.5, 15.0, 5.0
 # A trainer that is asked to end has so long before it is made to; who cancels waits a little longer.
 GRACE_S, CANCEL_WAIT_S, NICENESS = 5.0, 12.0, 10
-MAX_QUEUED, KEPT_JOBS, KEPT_LOGS, KEPT_EVENTS = 100, 500, 1_000, 12_000
-EVENTS_AT_A_TIME, LOGS_AT_A_TIME, LINE_CHARS, MESSAGE_CHARS, TAIL_LINES = 1_000, 50, 1 << 13, 1_000, 5
-ACTIVE, ENDS = ("queued", "running"), ("completed", "failed", "cancelled")
+MAX_QUEUED, KEPTJOBS, KEPT_LOGS, KEPT_EVENTS = 100, 500, 1_000, 12_000
+MAX_QUEUED, LOGS_AT_A_TIME, LINE_CHARS, MESSAGE_CHARS, TAIL_LINES = 100, 50, 1 << 13, 1_000, 5
+ENDS = ("completed", "failed", "cancelled")
 CANCELLED = "cancelled: nothing was saved"
 _SHARED = {"progress", "total_epochs"}
 TOO_LATE = "the model was saved before the training could be cancelled"
@@ -108,123 +116,6 @@ def asked_for(params: TrainingParams) -> tuple[dict[str, Any], list[str]]:
     if len(params.target_horizons or []) > trainer.most_horizons:
         taken.pop("target_horizons", None)
     return taken, sorted(str(TrainingParams.model_fields[name].alias) for name in given.keys() - taken)
-
-
-METADATA = sql.MetaData()
-_JOBS = sql.Table(
-    "training_jobs",
-    METADATA,
-    sql.Column("number", sql.Integer, primary_key=True),
-    sql.Column("id", sql.String, nullable=False, unique=True),
-    *(sql.Column(name, sql.String, nullable=False) for name in ("home", "symbol", "status")),
-    *(sql.Column(name, sql.Text, nullable=False) for name in ("params", "state")),
-    *(sql.Column("pid", sql.Integer), sql.Column("born", sql.String)),
-    sql.Column("cancel", sql.Boolean, nullable=False, default=False),
-)
-_IS_ACTIVE, _WHERE = _JOBS.c.status.in_(ACTIVE), sql.text(f"status IN {ACTIVE}")
-_ONE = (_JOBS.c.home, _JOBS.c.symbol)
-sql.Index("training_jobs_one_at_a_time", *_ONE, unique=True, sqlite_where=_WHERE, postgresql_where=_WHERE)
-_EVENTS = sql.Table(
-    "training_events",
-    METADATA,
-    sql.Column("job_id", sql.String, primary_key=True),
-    sql.Column("number", sql.Integer, primary_key=True, autoincrement=False),
-    *(sql.Column("type", sql.String, nullable=False), sql.Column("text", sql.Text, nullable=False)),
-)
-
-
-class Job(NamedTuple):
-    """A job: what is told of it, the process that trains (see `birth`), whether somebody wants it to end."""
-
-    state: TrainingJob
-    params: TrainingParams
-    pid: int | None
-    born: str | None
-    cancel: bool
-
-
-class JobStore:
-    """The jobs of one folder of models; safe to use from many threads and processes."""
-
-    def __init__(self, url: str, home: Path) -> None:
-        self._database = Database(url, METADATA, "the list of trainings", DATABASE_WAIT_S)
-        self._home = str(home.resolve())
-
-    def add(self, state: TrainingJob, params: TrainingParams) -> None:
-        """Queue a job; raise `ConflictError` if its symbol has one that is queued or runs."""
-        row = {"home": self._home, **state.model_dump(include={"id", "symbol", "status"})}
-        row |= {"state": wire_text(state), "params": wire_text(params)}
-        with self._database.begin() as connection:
-            try:
-                (number,) = connection.execute(sql.insert(_JOBS).values(row)).inserted_primary_key or (0,)
-            except exc.IntegrityError as error:
-                words = f"{state.symbol} was queued by somebody else"
-                raise ConflictError(f"{words}: GET /api/training lists what there is") from error
-            self._tell(connection, state.id, [event_of(state, "stage", stage="queued")])
-            is_old = (_JOBS.c.number <= number - KEPT_JOBS) & ~_IS_ACTIVE
-            old = sql.select(_JOBS.c.id).where(is_old)
-            connection.execute(sql.delete(_EVENTS).where(_EVENTS.c.job_id.in_(old)))
-            connection.execute(sql.delete(_JOBS).where(is_old))
-
-    def jobs(self, *wanted: sql.ColumnElement[bool]) -> list[Job]:
-        """Return the wanted jobs that this release can read, oldest first."""
-        found = []
-        query = sql.select(_JOBS).where(_JOBS.c.home == self._home, *wanted).order_by(_JOBS.c.number)
-        for row in self._database.read(query):
-            with suppress(ValidationError):
-                state = TrainingJob.model_validate_json(row["state"])
-                params = TrainingParams.model_validate_json(row["params"])
-                found.append(Job(state, params, row["pid"], row["born"], row["cancel"]))
-        return found
-
-    def change(self, state: TrainingJob, events: Sequence[TrainingEvent], *, was: JobStatus) -> bool:
-        """Replace what is told of a job and add to its history, unless its status is not ``was`` any more."""
-        wanted = sql.update(_JOBS).where(_JOBS.c.id == state.id, _JOBS.c.status == was)
-        with self._database.begin() as connection:
-            changed = connection.execute(wanted.values(status=state.status, state=wire_text(state)))
-            if changed.rowcount == 1:
-                self._tell(connection, state.id, events)
-        return changed.rowcount == 1
-
-    def note(self, job_id: str, columns: Mapping[str, object]) -> None:
-        """Write down the process of a job, or that somebody wants it to end."""
-        with self._database.begin() as connection:
-            connection.execute(sql.update(_JOBS).where(_JOBS.c.id == job_id).values(columns))
-
-    def history(self, job_id: str, after: int) -> list[tuple[int, str, str]]:
-        """Return number, type and JSON of the events that came after the one of that number."""
-        wanted = sql.select(_EVENTS).where(_EVENTS.c.job_id == job_id, _EVENTS.c.number > after)
-        rows = self._database.read(wanted.order_by(_EVENTS.c.number).limit(EVENTS_AT_A_TIME))
-        return [(row["number"], row["type"], row["text"]) for row in rows]
-
-    def _tell(self, connection: sql.Connection, job_id: str, events: Sequence[TrainingEvent]) -> None:
-        of_job, number = _EVENTS.c.job_id == job_id, _EVENTS.c.number
-        last = connection.scalar(sql.select(sql.func.max(number)).where(of_job)) or 0
-        for place, event in enumerate(events, start=last + 1):
-            row = {"job_id": job_id, "number": place, "type": event.type, "text": wire_text(event)}
-            connection.execute(sql.insert(_EVENTS).values(row))
-        # Log lines may come without end; of an epoch the page's chart wants every one.
-        old = ((_EVENTS.c.type == "log") & (number <= last - KEPT_LOGS)) | (number <= last - KEPT_EVENTS)
-        connection.execute(sql.delete(_EVENTS).where(of_job, old))
-
-
-def wire_text(wire: TrainingJob | TrainingParams | TrainingEvent) -> str:
-    """Return the JSON that is kept and sent; of parameters only what the caller gave."""
-    as_given = isinstance(wire, TrainingParams)
-    return wire.model_dump_json(by_alias=True, exclude_none=True, exclude_unset=as_given)
-
-
-def now() -> str:
-    """Return the present as the wire writes it."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def event_of(
-    state: TrainingJob, kind: str, *, stage: str | None = None, message: str | None = None
-) -> TrainingEvent:
-    """Return an event of the present about a job."""
-    told = {"type": kind, "status": state.status, "progress": state.progress, "timestamp": now()}
-    return TrainingEvent.model_validate({**told, "stage": stage, "message": message})
 
 
 def ended(state: TrainingJob, status: JobStatus, words: str) -> tuple[TrainingJob, TrainingEvent]:
@@ -305,7 +196,7 @@ class Told:
 
 def start_trainer(
     command_of: Callable[[str], Sequence[str]], environment: Mapping[str, str], told: Told
-) -> tuple[subprocess.Popen[str], list[threading.Thread]]:
+) -> tuple[subprocess.Popen[bytes], list[threading.Thread]]:
     """Start a command in a session of its own, and threads that take down its lines until it is silent.
 
     ``command_of`` takes the path to which the command writes its events. Raises `OSError` if it cannot start.
@@ -323,12 +214,17 @@ def start_trainer(
 
     read, write = os.pipe()
     output, at_end = os.pipe()
-    text: Any = {"encoding": "utf-8", "errors": "replace"}
-    readers = [taken_down("event", os.fdopen(read, **text)), taken_down("log", os.fdopen(output, **text))]
+    streams = {"event": read, "log": output}
+    readers = [taken_down(k, os.fdopen(fd, encoding="utf-8", errors="replace")) for k, fd in streams.items()]
     try:
-        own = {"pass_fds": (write,), "start_new_session": True, "env": dict(environment)}
         trainer = subprocess.Popen(  # noqa: S603  the command is ours, its values are checked
-            command_of(f"/dev/fd/{write}"), stdin=subprocess.DEVNULL, stdout=at_end, stderr=at_end, **own
+            command_of(f"/dev/fd/{write}"),
+            stdin=subprocess.DEVNULL,
+            stdout=at_end,
+            stderr=at_end,
+            pass_fds=(write,),
+            start_new_session=True,
+            env=dict(environment),
         )
     finally:
         os.close(write)
@@ -422,21 +318,21 @@ class TrainingService:
 
     def waiting(self) -> int:
         """Return how many jobs wait for a worker."""
-        return len(self._store.jobs(_JOBS.c.status == "queued"))
+        return len(self._store.jobs(JOBS.c.status == "queued"))
 
     def get(self, job_id: str) -> TrainingJob:
         """Return one job, or raise `JobMissingError`."""
         return self._job(job_id).state
 
     def _job(self, job_id: str) -> Job:
-        found = self._store.jobs(_JOBS.c.id == job_id) if re.fullmatch(r"[0-9a-f]{32}", job_id) else []
+        found = self._store.jobs(JOBS.c.id == job_id) if re.fullmatch(r"[0-9a-f]{32}", job_id) else []
         if not found:
             raise JobMissingError(f"no training job {job_id[:40]!a}: GET /api/training lists what there is")
         return found[0]
 
     def refuse_busy(self, symbol: str) -> None:
         """Raise `ConflictError` where a job, or somebody's command line, trains a symbol, or will."""
-        for job, *_ in self._store.jobs(_JOBS.c.symbol == symbol, _IS_ACTIVE):
+        for job, *_ in self._store.jobs(JOBS.c.symbol == symbol, IS_ACTIVE):
             words = f"{symbol} is {job.status} as job {job.id}"
             raise ConflictError(f"{words}: wait for it, or DELETE /api/training/{job.id}")
         holder = training_holder(self.models_dir, symbol)
@@ -515,11 +411,11 @@ class TrainingService:
         """Close what another process left behind, and start what is queued while a worker is free."""
         for job_id in [job_id for job_id, thread in mine.items() if not thread.is_alive()]:
             del mine[job_id]
-        active = self._store.jobs(_IS_ACTIVE)
+        active = self._store.jobs(IS_ACTIVE)
         if active and not lock.is_locked:
             self.models_dir.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
-            active = self._store.jobs(_IS_ACTIVE)
+            active = self._store.jobs(IS_ACTIVE)
         for job in active:
             if job.state.status == "running" and job.state.id not in mine:
                 self._close_left_behind(job)

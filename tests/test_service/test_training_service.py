@@ -26,13 +26,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import app
-from service import training_service
+from service import database, training_service
 from service.api import Services, create_api
 from service.edge import OverloadError
 from service.model_registry import ModelRegistry
 from service.schemas import ModelType, TrainingEvent, TrainingJob, TrainingParams
 from service.training_service import (
-    KEPT_LOGS,
     LINE_CHARS,
     Told,
     TrainingService,
@@ -287,9 +286,9 @@ def test_many_starts_at_once_are_one_job(make: MakeService) -> None:
 
 def test_a_training_of_the_command_line_is_named(make: MakeService, tmp_path: Path) -> None:
     service = make()
-    with training_lock(tmp_path / "models", "AAPL"):
-        with pytest.raises(ConflictError, match=f"by process {os.getpid()}"):
-            service.start(params())
+    held = training_lock(tmp_path / "models", "AAPL")
+    with held, pytest.raises(ConflictError, match=f"by process {os.getpid()}"):
+        service.start(params())
     service.start(params())
 
 
@@ -326,7 +325,7 @@ def test_the_queue_is_bounded(make: MakeService, monkeypatch: pytest.MonkeyPatch
 def test_old_jobs_are_forgotten_and_active_ones_never(
     make: MakeService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training_service, "KEPT_JOBS", 3)
+    monkeypatch.setattr(database, "KEPT_JOBS", 3)
     service = make()
     waits = service.start(params("WAITS")).id
     ids = []
@@ -646,18 +645,18 @@ def test_a_flood_of_lines_is_counted_and_not_kept(make: MakeService, monkeypatch
     job_id = service.start(params()).id
     assert ended(service, job_id).status == "completed"
     told = events_of(service, job_id)
-    assert len(told) <= KEPT_LOGS + 100
+    assert len(told) <= database.KEPT_LOGS + 100
     assert any("more lines are left out" in event.get("message", "") for event in told)
     assert "after" in [event.get("stage") for event in told]
 
 
 def test_old_log_lines_go_and_epochs_stay(make: MakeService, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_service, "KEPT_LOGS", 5)
+    monkeypatch.setattr(database, "KEPT_LOGS", 5)
     store = make()._store
     state = make().start(params())
     for i in range(10):
-        logs = [training_service.event_of(state, "log", message=f"{i} {j}") for j in range(4)]
-        assert store.change(state, [training_service.event_of(state, "epoch"), *logs], was="queued")
+        logs = [database.event_of(state, "log", message=f"{i} {j}") for j in range(4)]
+        assert store.change(state, [database.event_of(state, "epoch"), *logs], was="queued")
     kinds = [kind for _, kind, _ in store.history(state.id, 0)]
     assert kinds.count("epoch") == 10
     assert kinds.count("log") <= 9
@@ -754,7 +753,7 @@ def test_the_end_of_a_job_waits_for_a_locked_database(
 
     # Another one, which waits for the database as long as one does.
     reader = make()
-    monkeypatch.setattr(training_service, "DATABASE_WAIT_S", 0.05)
+    monkeypatch.setattr(database, "DATABASE_WAIT_S", 0.05)
     monkeypatch.setattr(training_service, "RETRY_S", 0.05)
     service = make("time.sleep(0.3)")
     job_id = reader.start(params()).id
@@ -773,7 +772,7 @@ def test_the_tables_hold_one_active_job_of_a_symbol_in_postgresql_too() -> None:
     from sqlalchemy.dialects import postgresql
     from sqlalchemy.schema import CreateIndex, CreateTable
 
-    tables = training_service.METADATA.sorted_tables
+    tables = database.METADATA.sorted_tables
     text = " ".join(
         str(ddl.compile(dialect=postgresql.dialect()))
         for table in tables
