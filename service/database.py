@@ -208,3 +208,19 @@ def event_of(
     """Return an event of the present about a job."""
     told = {"type": kind, "status": state.status, "progress": state.progress, "timestamp": now()}
     return TrainingEvent.model_validate({**told, "stage": stage, "message": message})
+
+
+def ended(state: TrainingJob, status: JobStatus, words: str) -> tuple[TrainingJob, TrainingEvent]:
+    """Return a job as it is after its end, and the event that says so."""
+    seen: dict[str, Any] = {"status": status, "completed_at": now(), "current_step": status}
+    seen |= {"completed": {"progress": 1.0}, "failed": {"error": words}}.get(status, {})
+    last = state.model_copy(update=seen)
+    return last, event_of(last, status, message=words)
+
+
+def birth(pid: int) -> str | None:
+    """Return what tells a process from a later one with the same id; None where that is not known."""
+    with suppress(OSError, IndexError):
+        started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()[:36]}/{started}"
+    return None

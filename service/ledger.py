@@ -177,12 +177,15 @@ class Audit(NamedTuple):
     fault: str | None = None
 
 
+START = Audit()
+
+
 class ForecastLedger:
     """Append-only; safe to use from many threads and processes. ``url``: see `Database`."""
 
     def __init__(self, url: str) -> None:
         self._database = Database(url, _METADATA, "the ledger", LOCK_WAIT_S)
-        self._audited = Audit()
+        self._audited = START
 
     def record(self, forecast: ServedForecast, now: datetime | None = None) -> bool:
         """Append a row and commit it; return False when the same forecast is there already.
@@ -226,7 +229,7 @@ class ForecastLedger:
             for row in self._database.read(query.order_by(_ROWS.c.sequence))
         ]
 
-    def audit(self, known: Audit = Audit()) -> Audit:  # noqa: B008  a tuple
+    def audit(self, known: Audit = START) -> Audit:
         """Follow the chain from the last row that is known to be good, by default from the first one."""
         head, entries = self._head(), self.entries(after=known.good)
         while head != (again := self._head()):
@@ -256,10 +259,10 @@ class ForecastLedger:
         before = sql.select(_ROWS.c.sequence).where(_ROWS.c.sequence.between(1, known.good))
         is_whole = len(self._database.read(before)) == known.good
         is_whole = is_whole and all(entry.is_intact for entry in own if entry.sequence <= known.good)
-        found = self.audit(known if is_whole else Audit())
+        found = self.audit(known if is_whole else START)
         if found.fault is not None and is_whole and known.good:
             found = self.audit()
-        self._audited = found if found.fault is None else Audit()
+        self._audited = found if found.fault is None else START
         return found
 
     def verify(self, noted_head: str | None = None) -> tuple[int, str]:

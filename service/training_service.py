@@ -26,27 +26,11 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from data.schema import normalise_symbol
-from service.database import (
-    ACTIVE,
-    DATABASE_WAIT_S,
-    EVENTS_AT_A_TIME,
-    IS_ACTIVE,
-    JOBS,
-    Job,
-    JobStore,
-    event_of,
-    now,
-    wire_text,
-)
+from service import database
+from service.database import IS_ACTIVE, JOBS, Job, JobStore, birth, ended, event_of, now, wire_text
 from service.schemas import JobStatus, TrainingEvent, TrainingJob, TrainingJobMetrics, TrainingParams
-from utils.errors import (
-    ConflictError,
-    JobMissingError,
-    ModelExistsError,
-    OverloadError,
-    StorageError,
-    without_paths,
-)
+from utils import errors
+from utils.errors import ConflictError, StorageError, without_paths
 from utils.model_paths import symbol_dir, training_holder
 
 logger = logging.getLogger(__name__)
@@ -54,14 +38,11 @@ logger = logging.getLogger(__name__)
 POLL_S, HEARTBEAT_S, RETRY_S = 0.5, 15.0, 5.0
 # A trainer that is asked to end has so long before it is made to; who cancels waits a little longer.
 GRACE_S, CANCEL_WAIT_S, NICENESS = 5.0, 12.0, 10
-MAX_QUEUED, KEPTJOBS, KEPT_LOGS, KEPT_EVENTS = 100, 500, 1_000, 12_000
 MAX_QUEUED, LOGS_AT_A_TIME, LINE_CHARS, MESSAGE_CHARS, TAIL_LINES = 100, 50, 1 << 13, 1_000, 5
 ENDS = ("completed", "failed", "cancelled")
 CANCELLED = "cancelled: nothing was saved"
-_SHARED = {"progress", "total_epochs"}
 TOO_LATE = "the model was saved before the training could be cancelled"
 INTERRUPTED = "interrupted: the service ended while it ran, start it again"
-BROKEN = "something broke in the service: its log says what"
 
 
 class Trainer(NamedTuple):
@@ -79,14 +60,14 @@ _BOOSTERS = ("n_trials", "max_features", "use_lgb", "allow_cpu_fallback")
 _GBM = Trainer("training.train_gbm", "gbm", ("base_seed", "target_horizons", *_BOOSTERS), most_horizons=4)
 _LSTM = Trainer("training.train_lstm", "lstm", ("base_seed", "target_horizons", *_NETWORK))
 _SIMPLE = Trainer("training.train_ensemble", "ensemble", ("base_seed",), ("--method", "simple"))
-_STACKED = _SIMPLE._replace(arguments=("--method", "stacking"))
+_STACK = _SIMPLE._replace(arguments=("--method", "stacking"))
 TRAINERS: Mapping[str | None, Trainer] = {
     None: _GBM,
     "gbm": _GBM,
     "lstm": _LSTM,
     "lstm_transformer": _LSTM,
     "ensemble": _SIMPLE,
-    "stacking": _STACKED,
+    "stacking": _STACK,
 }
 _OF_ALL = {"symbol", "model_type", "overwrite", "overwrite_existing"}
 # Flags that are not called like their field; those without a value, and for which value they are given.
@@ -118,21 +99,13 @@ def asked_for(params: TrainingParams) -> tuple[dict[str, Any], list[str]]:
     return taken, sorted(str(TrainingParams.model_fields[name].alias) for name in given.keys() - taken)
 
 
-def ended(state: TrainingJob, status: JobStatus, words: str) -> tuple[TrainingJob, TrainingEvent]:
-    """Return a job as it is after its end, and the event that says so."""
-    seen: dict[str, Any] = {"status": status, "completed_at": now(), "current_step": status}
-    seen |= {"completed": {"progress": 1.0}, "failed": {"error": words}}.get(status, {})
-    last = state.model_copy(update=seen)
-    return last, event_of(last, status, message=words)
-
-
 class Told:
     """What a running job has told and the database does not have yet; bounded, whatever is told."""
 
     def __init__(self, state: TrainingJob) -> None:
         self.state = state
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
-        self._events: deque[TrainingEvent] = deque(maxlen=EVENTS_AT_A_TIME)
+        self._events: deque[TrainingEvent] = deque(maxlen=database.EVENTS_AT_A_TIME)
         self._logs, self._last_words = 0, ""
         self._lock = threading.Lock()
 
@@ -154,7 +127,8 @@ class Told:
 
     def _advance(self, event: TrainingEvent) -> None:
         stage = None if event.stage is None else event.stage[:MESSAGE_CHARS]
-        seen = {"current_step": stage, "current_epoch": event.epoch, **event.model_dump(include=_SHARED)}
+        seen: dict[str, Any] = {"current_step": stage, "current_epoch": event.epoch}
+        seen |= event.model_dump(include={"progress", "total_epochs"})
         measures = event.model_dump(include=set(TrainingJobMetrics.model_fields))
         if None not in measures.values():
             seen["metrics"] = TrainingJobMetrics(**measures)
@@ -250,14 +224,6 @@ def signal_group(group: int, number: int) -> None:
         os.killpg(group, number)
 
 
-def birth(pid: int) -> str | None:
-    """Return what tells a process from a later one with the same id; None where that is not known."""
-    with suppress(OSError, IndexError):
-        started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()[:36]}/{started}"
-    return None
-
-
 @dataclass(kw_only=True, eq=False)
 class TrainingService:
     """Starts, shows, follows and cancels the trainings of one folder of models.
@@ -286,7 +252,7 @@ class TrainingService:
         """End what runs; what is queued stays queued."""
         self._stop.set()
         if self._runner.is_alive():
-            self._runner.join(GRACE_S + DATABASE_WAIT_S)
+            self._runner.join(GRACE_S + database.DATABASE_WAIT_S)
 
     def start(self, params: TrainingParams) -> TrainingJob:
         """Queue a training; refuse a symbol that is being trained, or whose model is not to be replaced."""
@@ -295,9 +261,9 @@ class TrainingService:
         self.refuse_busy(symbol)
         if self._artifact(params) is not None and not (params.overwrite or params.overwrite_existing):
             words = f"{symbol} has a model ({trainer.artifact}) already: send overwrite to train it anew"
-            raise ModelExistsError(words)
+            raise errors.ModelExistsError(words)
         if self.waiting() >= MAX_QUEUED:
-            raise OverloadError(f"{MAX_QUEUED} trainings are waiting: try again when some are done")
+            raise errors.OverloadError(f"{MAX_QUEUED} trainings are waiting: try again when some are done")
         state = TrainingJob(
             id=uuid.uuid4().hex,
             symbol=symbol,
@@ -327,7 +293,8 @@ class TrainingService:
     def _job(self, job_id: str) -> Job:
         found = self._store.jobs(JOBS.c.id == job_id) if re.fullmatch(r"[0-9a-f]{32}", job_id) else []
         if not found:
-            raise JobMissingError(f"no training job {job_id[:40]!a}: GET /api/training lists what there is")
+            words = f"no training job {job_id[:40]!a}: GET /api/training lists what there is"
+            raise errors.JobMissingError(words)
         return found[0]
 
     def refuse_busy(self, symbol: str) -> None:
@@ -348,7 +315,7 @@ class TrainingService:
         if not self._store.change(state, [event], was="queued"):
             self._store.note(job_id, {"cancel": True})
         until = time.monotonic() + CANCEL_WAIT_S
-        while (state := self.get(job_id)).status in ACTIVE and time.monotonic() < until:
+        while (state := self.get(job_id)).status not in ENDS and time.monotonic() < until:
             time.sleep(0.05)
         return state
 
@@ -363,7 +330,7 @@ class TrainingService:
         state, told_at = await asyncio.to_thread(self.get, job_id), time.monotonic()
         while not should_end():
             found = await asyncio.to_thread(self._history, job_id, after)
-            if not found and state.status not in ACTIVE:
+            if not found and state.status in ENDS:
                 event = event_of(state, state.status, message=state.error)
                 found = [(after, event.type, wire_text(event))]
             for number, kind, text in found:
@@ -436,7 +403,7 @@ class TrainingService:
 
     def _train(self, params: TrainingParams, told: Told) -> None:
         """Run one job and write down how it ended, whatever that is."""
-        end: tuple[JobStatus, str] = "failed", BROKEN
+        end: tuple[JobStatus, str] = "failed", "something broke in the service: its log says what"
         try:
             end = self._end_of(params, told)
         except Exception:

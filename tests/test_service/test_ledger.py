@@ -585,6 +585,54 @@ def test_the_track_record_says_that_the_chain_is_broken(
     assert all(row.note for row in record.forecasts if not row.counts)
 
 
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Count the rows that are looked through in each call of `ForecastLedger.audit`."""
+    counts: list[int] = []
+    audit = ForecastLedger.audit
+
+    def counted(ledger: ForecastLedger, known: module.Audit = module.START) -> module.Audit:
+        found = audit(ledger, known)
+        counts.append(found.rows - known.good)
+        return found
+
+    monkeypatch.setattr(ForecastLedger, "audit", counted)
+    return counts
+
+
+def test_the_track_record_audits_only_what_is_new(
+    ledger: ForecastLedger, prices: Bars, read: list[int]
+) -> None:
+    for row in range(300, 305):
+        for symbol in ("AAPL", "MSFT"):
+            ledger.record(told(symbol=symbol, **days_of(prices, row, row + 5)), now=at_close(prices, row))
+        assert len(track_record(ledger, lambda _: prices, "AAPL", 99).notes) == 1
+    assert read == [2] * 5
+    # Another process knows nothing yet, and the command line always audits all.
+    assert len(track_record(ForecastLedger(url_of(ledger)), lambda _: prices, "AAPL", 99).notes) == 1
+    ledger.verify()
+    assert read[5:] == [10, 10]
+    # In place, and of another symbol: who asks for this one learns of it from `verify`, or after a restart.
+    change(ledger, "UPDATE served_forecasts SET position = 2 WHERE sequence = 2")
+    assert len(track_record(ledger, lambda _: prices, "AAPL", 99).notes) == 1
+    assert "row 2 " in track_record(ledger, lambda _: prices, "MSFT", 99).notes[-1]
+    assert "row 2 " in track_record(ledger, lambda _: prices, "AAPL", 99).notes[-1]
+    with pytest.raises(DataError, match="row 2 "):
+        ledger.verify()
+
+
+def test_a_ledger_that_was_begun_anew_is_audited_anew(
+    ledger: ForecastLedger, prices: Bars, read: list[int]
+) -> None:
+    for place in range(2):
+        for row in range(300, 303 + place):
+            days = days_of(prices, row, row + 5)
+            ledger.record(told(position=place / 2, **days), now=at_close(prices, row))
+        assert len(track_record(ledger, lambda _: prices, "AAPL", 99).notes) == 1
+        path_of(ledger).unlink()
+    assert read[-1] == 4
+
+
 BAD_CELLS = [
     "position = 9e999",
     "close = -9e999",

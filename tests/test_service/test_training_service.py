@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 import app
 from service import database, training_service
 from service.api import Services, create_api
+from service.database import birth
 from service.edge import OverloadError
 from service.model_registry import ModelRegistry
 from service.schemas import ModelType, TrainingEvent, TrainingJob, TrainingParams
@@ -36,7 +37,6 @@ from service.training_service import (
     Told,
     TrainingService,
     asked_for,
-    birth,
     lines_of,
     trainer_command,
 )
