@@ -68,12 +68,19 @@ class Database:
         # SQLite would make an empty file of a missing one.
         if self.file is not None and not self.file.exists():
             return []
-        with self._errors("read"), self._engine.connect() as connection:
-            names = (table.name for table in query.get_final_froms() if isinstance(table, sql.Table))
-            if not all(sql.inspect(connection).has_table(name) for name in names):
+        with self._errors("read"):
+            try:
+                return self._rows(query)
+            except (exc.OperationalError, exc.ProgrammingError):
+                tables = [table for table in query.get_final_froms() if isinstance(table, sql.Table)]
+                if all(sql.inspect(self._engine).has_table(table.name) for table in tables):
+                    raise
                 return []
+
+    def _rows(self, query: sql.Select[Any]) -> Sequence[sql.RowMapping]:
+        with self._engine.connect() as connection:
             if self.file is not None:
-                # Bytes that are no text are for `holds` to find.
+                # Bytes that are no text are for `data.schema.holds` to find.
                 driver: Any = connection.connection.dbapi_connection
                 driver.text_factory = functools.partial(str, encoding="utf-8", errors="replace")
             return connection.execute(query).mappings().all()
@@ -213,7 +220,8 @@ def event_of(
 def ended(state: TrainingJob, status: JobStatus, words: str) -> tuple[TrainingJob, TrainingEvent]:
     """Return a job as it is after its end, and the event that says so."""
     seen: dict[str, Any] = {"status": status, "completed_at": now(), "current_step": status}
-    seen |= {"completed": {"progress": 1.0}, "failed": {"error": words}}.get(status, {})
+    seen |= {"progress": 1.0} if status == "completed" else {}
+    seen |= {"error": words} if status == "failed" else {}
     last = state.model_copy(update=seen)
     return last, event_of(last, status, message=words)
 
