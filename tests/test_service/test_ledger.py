@@ -106,7 +106,7 @@ def test_the_same_forecast_twice_is_one_row(ledger: ForecastLedger, outbox: Outb
 
 
 @given(values=st.lists(FINITE, min_size=6, max_size=6))
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_number_survives_the_database(ledger: ForecastLedger, values: list[float]) -> None:
     names = ("close", "forecast_return", "lower_return", "upper_return", "sigma_log", "position")
     ledger.record(told(**{name: value + 0.0 for name, value in zip(names, values, strict=True)}))
@@ -625,9 +625,10 @@ def test_a_ledger_that_was_begun_anew_is_audited_anew(
     ledger: ForecastLedger, prices: Bars, read: list[int]
 ) -> None:
     for place in range(2):
+        another = ForecastLedger(url_of(ledger))
         for row in range(300, 303 + place):
             days = days_of(prices, row, row + 5)
-            ledger.record(told(position=place / 2, **days), now=at_close(prices, row))
+            another.record(told(position=place / 2, **days), now=at_close(prices, row))
         assert len(track_record(ledger, lambda _: prices, "AAPL", 99).notes) == 1
         path_of(ledger).unlink()
     assert read[-1] == 4
@@ -714,7 +715,7 @@ def test_a_session_without_a_move_has_no_direction(ledger: ForecastLedger, price
 
 def test_a_foresighted_record_beats_always_up_and_hold(ledger: ForecastLedger, prices: Bars) -> None:
     close = prices.frame["Close"].to_numpy()
-    for row in range(200, 400):
+    for row in range(200, 280):
         came = float(close[row + 5] / close[row] - 1)
         seen = told(
             close=float(close[row]),
@@ -726,7 +727,7 @@ def test_a_foresighted_record_beats_always_up_and_hold(ledger: ForecastLedger, p
         )
         ledger.record(seen, now=at_close(prices, row))
     (summary,) = summarise(score(ledger.entries(), prices))
-    assert (summary.scored, summary.direction_accuracy, summary.band_coverage) == (200, 1.0, 1.0)
+    assert (summary.scored, summary.direction_accuracy, summary.band_coverage) == (80, 1.0, 1.0)
     assert 0.3 < summary.always_up_accuracy < 0.7
     assert summary.mean_position_return > summary.mean_hold_return + 0.01
 
