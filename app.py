@@ -198,11 +198,15 @@ class LazyApplication:
     """An ASGI application that is built when the server first calls it, not when this module is imported."""
 
     def __init__(self, build: Callable[[], Application]) -> None:
-        self._built = functools.cache(build)
+        # Not `functools.cache`: what goes to another process must be one that can be pickled.
+        self._build = build
+        self._built: Application | None = None
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Handle one connection; a server opens with its start-up message."""
-        await self._built()(scope, receive, send)
+        if self._built is None:
+            self._built = self._build()
+        await self._built(scope, receive, send)
 
 
 def build(settings: Settings) -> Application:

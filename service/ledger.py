@@ -256,8 +256,9 @@ class ForecastLedger:
         was done since to a row of others in its place is found by `verify`.
         """
         known = self._audited
-        before = sql.select(_ROWS.c.sequence).where(_ROWS.c.sequence.between(1, known.good))
-        is_whole = len(self._database.read(before)) == known.good
+        before = sql.select(sql.func.count().label("rows")).select_from(_ROWS)
+        left = self._database.read(before.where(_ROWS.c.sequence.between(1, known.good)))
+        is_whole = sum(row["rows"] for row in left) == known.good
         is_whole = is_whole and all(entry.is_intact for entry in own if entry.sequence <= known.good)
         found = self.audit(known if is_whole else START)
         if found.fault is not None and is_whole and known.good:
