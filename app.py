@@ -3,7 +3,7 @@
 ::
 
     python app.py --host 127.0.0.1 --port 8000
-    uvicorn app:app
+    uvicorn app:app         (without `BoundedHttp`: behind a proxy that bounds headers)
 
 Importing this module reads no setting and loads nothing; both happen when the server starts.
 
@@ -31,7 +31,7 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -39,10 +39,6 @@ from uvicorn.supervisors import Multiprocess
 
 from utils.errors import AIStocksError, UsageError
 from utils.settings import Settings, configure_logging, read_settings
-
-if TYPE_CHECKING:
-    from service.edge import EdgeRules
-    from service.training_service import TrainingService
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +58,13 @@ MAX_HEAD_BYTES, HEAD_S = 64 << 10, 10.0
 # Who is refused may still be sending; so long it is read, and thrown away, so that the answer arrives.
 LINGER_S = 2.0
 FED_AT_ONCE, MOST_FILES = 16 << 10, 40_000
+UNBOUNDED = (
+    "headers are bounded neither in size nor in time, nor connections in number: "
+    "start `python app.py` instead, or put a proxy in front that bounds them"
+)
 
+# What a request may cost, by the names of `Settings` and `EdgeRules`.
+BOUNDS = ("rate_per_s", "rate_burst", "work_threads", "work_queue", "deadline_s")
 # After the start a collection walks only what requests leave behind; the thresholds make it rare.
 GC_THRESHOLDS = (10_000, 20, 100)
 
@@ -70,27 +72,28 @@ GC_THRESHOLDS = (10_000, 20, 100)
 def create_app(settings: Settings, listening: socket.socket | None = None) -> Application:
     """Wire the service together into an ASGI application.
 
-    Parameters
-    ----------
-    settings
-        Where models and prices lie, and who may ask.
-    listening
-        Where connections come in, if nobody else listens there.
-
-    Raises
-    ------
-    UsageError
-        If ``settings.source`` names no source, or ``settings.database_url`` no database.
+    ``listening`` is where connections come in, if nobody else listens there. Raises `UsageError` if
+    ``settings.source`` names no source, or ``settings.database_url`` no database.
     """
     # These rooms import every learner of the project: `--help` and the import of `app` need none of them.
     from data.cache_manager import BarCache  # noqa: PLC0415
     from data.data_fetcher import fetch_stock_data, make_source  # noqa: PLC0415
     from service.api import Services, create_api  # noqa: PLC0415
+    from service.edge import EdgeRules  # noqa: PLC0415
     from service.ledger import ForecastLedger, track_record  # noqa: PLC0415
     from service.model_registry import ModelRegistry  # noqa: PLC0415
     from service.prediction_service import Outbox, PredictionService  # noqa: PLC0415
+    from service.training_service import TrainingService, trainer_command  # noqa: PLC0415
 
-    registry, training = ModelRegistry(settings.models_dir), training_service(settings)
+    registry = ModelRegistry(settings.models_dir)
+    training = TrainingService(
+        models_dir=settings.models_dir,
+        database_url=settings.database,
+        command=functools.partial(trainer_command, source=settings.source),
+        environment=settings.child_environment(),
+        workers=settings.training_workers,
+        hours=settings.training_hours,
+    )
     source = make_source(settings.source, cache_dir=settings.cache_dir)
     cache, ledger = BarCache(settings.cache_dir), ForecastLedger(settings.database)
     outbox = Outbox(ledger.record)
@@ -102,47 +105,30 @@ def create_app(settings: Settings, listening: socket.socket | None = None) -> Ap
         settle_memory()
         drain.install()
 
-    return create_api(
-        Services(
-            registry=registry,
-            predictions=predictions,
-            training=training,
-            track_record=functools.partial(track_record, ledger, bars_of),
-            source_name=source.name,
-            origins=settings.origins,
-            on_start=on_start,
-            on_stop=outbox.close,
-            stopping=lambda: drain.should_exit,
-            rules=edge_rules(settings),
-            gauges={
-                "models_loaded": ("Models in memory", registry.loaded_count),
-                "training_queue": ("Trainings that wait for a worker", training.waiting),
-            },
-        )
+    keys = tuple(key.get_secret_value() for key in settings.api_keys)
+    services = Services(
+        registry=registry,
+        predictions=predictions,
+        training=training,
+        track_record=functools.partial(track_record, ledger, bars_of),
+        source_name=source.name,
+        origins=settings.origins,
+        on_start=on_start,
+        on_stop=outbox.close,
+        stopping=lambda: drain.should_exit,
+        rules=EdgeRules(**{name: getattr(settings, name) for name in BOUNDS}, api_keys=keys),
+        gauges={
+            "models_loaded": ("Models in memory", registry.loaded_count),
+            "training_queue": ("Trainings that wait for a worker", training.waiting),
+        },
     )
-
-
-def training_service(settings: Settings) -> "TrainingService":
-    """Return the service that runs trainings as commands on the same places and prices."""
-    from service.training_service import TrainingService, trainer_command  # noqa: PLC0415
-
-    return TrainingService(
-        models_dir=settings.models_dir,
-        database_url=settings.database,
-        command=functools.partial(trainer_command, source=settings.source),
-        environment=settings.child_environment(),
-        workers=settings.training_workers,
-        hours=settings.training_hours,
-    )
+    return create_api(services)
 
 
 class Drain:
     """Delays the signal that ends the server until nobody is left who would notice.
 
-    Attributes
-    ----------
-    should_exit
-        The end has begun. Streams of events look for this name at the signal's handler, and end.
+    ``should_exit`` says that the end has begun; streams of events look for this name at the signal's handler.
     """
 
     def __init__(self, seconds: float, listening: socket.socket | None) -> None:
@@ -198,20 +184,6 @@ def refuse_new_connections(listening: socket.socket) -> None:
         logger.warning("the last connections may be reset: %s", error)
 
 
-def edge_rules(settings: Settings) -> "EdgeRules":
-    """Return what a request may cost, as the settings have it."""
-    from service.edge import EdgeRules  # noqa: PLC0415
-
-    return EdgeRules(
-        rate_per_s=settings.rate_per_s,
-        rate_burst=settings.rate_burst,
-        work_threads=settings.work_threads,
-        work_queue=settings.work_queue,
-        deadline_s=settings.deadline_s,
-        api_keys=tuple(key.get_secret_value() for key in settings.api_keys),
-    )
-
-
 def settle_memory() -> None:
     """Take what the start left behind out of the garbage collector's sight.
 
@@ -226,6 +198,7 @@ class LazyApplication:
     """An ASGI application that is built when the server first calls it, not when this module is imported."""
 
     def __init__(self, build: Callable[[], Application]) -> None:
+        # Not `functools.cache`: what goes to another process must be one that can be pickled.
         self._build = build
         self._built: Application | None = None
 
@@ -242,7 +215,15 @@ def build(settings: Settings) -> Application:
     return create_app(settings)
 
 
-app = LazyApplication(lambda: build(read_settings()))
+def build_for_another_server() -> Application:
+    """Return the application for ``uvicorn app:app``, and say what is missing there."""
+    application = build(read_settings())
+    # A server's own command line takes no protocol but its own.
+    logger.warning(UNBOUNDED)
+    return application
+
+
+app = LazyApplication(build_for_another_server)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -254,17 +235,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
-    parser.add_argument(
-        "--workers", type=int, default=1, help="processes, each with its own models (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--source", help="yahoo, sample or csv:DIR (default: AI_STOCKS_SOURCE, or yahoo without it)"
-    )
-    parser.add_argument(
-        "--models-dir",
-        type=Path,
-        help="where saved models lie (default: AI_STOCKS_MODELS_DIR, or saved_models)",
-    )
+    parser.add_argument("--workers", type=int, default=1, help="processes, each with its own models")
+    parser.add_argument("--source", help="yahoo, sample or csv:DIR (default: AI_STOCKS_SOURCE, or yahoo)")
+    parser.add_argument("--models-dir", type=Path, help="default: AI_STOCKS_MODELS_DIR, or saved_models")
     return parser
 
 
@@ -289,10 +262,7 @@ def main(argv: list[str] | None = None) -> int:
 def serve(settings: Settings, host: str, port: int, workers: int) -> int:
     """Listen and serve until a signal ends it; return the exit code.
 
-    Raises
-    ------
-    UsageError
-        If the address or the source cannot be used, or ``workers`` is less than 1.
+    Raises `UsageError` if the address or the source cannot be used, or ``workers`` is less than 1.
     """
     if workers < 1:
         raise UsageError(f"--workers {workers} would serve nothing: choose 1 or more")
@@ -425,14 +395,9 @@ def refusal(status: int) -> bytes:
     details = {400: "this is not valid HTTP/1.1", 431: f"send less than {MAX_HEAD_BYTES} bytes of headers"}
     request_id = os.urandom(16).hex()
     body = problem_bytes({"state": {"request_id": request_id}}, status, details[status])
-    headers = [
-        (b"content-type", PROBLEM_TYPE.encode()),
-        (b"content-length", b"%d" % len(body)),
-        (b"connection", b"close"),
-        (b"x-request-id", request_id.encode()),
-        *SECURITY_HEADERS,
-        *DEFAULT_HEADERS,
-    ]
+    headers = [(b"content-type", PROBLEM_TYPE.encode()), (b"content-length", b"%d" % len(body))]
+    headers += [(b"connection", b"close"), (b"x-request-id", request_id.encode())]
+    headers += [*SECURITY_HEADERS, *DEFAULT_HEADERS]
     return STATUS_LINE[status] + b"".join(b"%s: %s\r\n" % pair for pair in headers) + b"\r\n" + body
 
 
@@ -467,22 +432,15 @@ class Workers(Multiprocess):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket.
-
-    Raises
-    ------
-    UsageError
-        If the address does not exist, is taken, or may not be used.
-    """
+    """Return a listening socket; raises `UsageError` if the address does not exist, or may not be used."""
     if not 0 <= port < 65_536:
         raise UsageError(f"port {port} does not exist: choose one from 0 to 65535 (0: any that is free)")
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
-        raise UsageError(
-            f"cannot listen on {host}:{port} ({error}): choose another --host or --port"
-        ) from error
+        words = f"cannot listen on {host}:{port} ({error}): choose another --host or --port"
+        raise UsageError(words) from error
 
 
 if __name__ == "__main__":

@@ -20,16 +20,9 @@ from evaluation.advanced_backtester import AdvancedBacktester, BacktestReport, b
 from evaluation.forward_simulator import Book, Evidence, ForwardSimulator, IntArray
 from evaluation.metrics import Measured, calibration_metrics, values
 from evaluation.report import Report, backtest_report, luck_section, provenance_of
+from inference import position_sizing as sizes
 from inference.load_ensemble_model import Chosen
 from inference.pipeline import Decisions, backtest_decisions, decide
-from inference.position_sizing import (
-    DEFAULT_SIZING,
-    PRESETS,
-    RuleSizer,
-    SizingInputs,
-    alternatives,
-    make_sizer,
-)
 from service import schemas as wire
 from service.prediction_chart import wire_metrics
 from utils.errors import AIStocksError, DataError, UsageError
@@ -63,25 +56,15 @@ WIRE_NAMES |= {"correlation": "information_coefficient", "transaction_costs": "t
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BacktestRequest:
-    """What a person may choose.
+    """What a person may choose; limits not given are the preset's, days all out of sample.
 
-    Attributes
-    ----------
-    start, end
-        First and last session; None: the first out of sample, the last bar.
-    sizing, max_long, max_short
-        Preset, and its limits where they are not the preset's.
-    costs, capital
-        What trading costs, and the money at the start.
-    include_in_sample
-        Also count rows that the model was trained on, stamped as such.
-    seeds
-        Resamples of every scenario.
+    ``include_in_sample`` also counts rows that the model was trained on, stamped as such; ``seeds`` are the
+    resamples of every scenario.
     """
 
     start: pd.Timestamp | None = None
     end: pd.Timestamp | None = None
-    sizing: str = DEFAULT_SIZING
+    sizing: str = sizes.DEFAULT_SIZING
     max_long: float | None = None
     max_short: float | None = None
     costs: CostModel = field(default_factory=CostModel)
@@ -90,9 +73,9 @@ class BacktestRequest:
     seeds: int = 0
 
     @property
-    def sizer(self) -> RuleSizer:
+    def sizer(self) -> sizes.RuleSizer:
         """The sizer that was asked for."""
-        return make_sizer(self.sizing, max_long=self.max_long, max_short=self.max_short)
+        return sizes.make_sizer(self.sizing, max_long=self.max_long, max_short=self.max_short)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,10 +105,7 @@ class Lived(NamedTuple):
 def backtest(bundle: Chosen, source: BarSource, cache: BarCache | None, request: BacktestRequest) -> Outcome:
     """Decide on every bar, book the window that was asked for, and weigh what came.
 
-    Raises
-    ------
-    DataError
-        When no row of the window is out of sample, and in-sample ones were not asked for.
+    Raises `DataError` when no row of the window is out of sample, and in-sample ones were not asked for.
     """
     symbol, sizer, costs = bundle.symbol, request.sizer, request.costs
     bars = fetch_stock_data(symbol, source=source, cache=cache)
@@ -143,19 +123,19 @@ def backtest(bundle: Chosen, source: BarSource, cache: BarCache | None, request:
         window, costs, initial_capital=request.capital, include_in_sample=request.include_in_sample
     )
     verdicts = int(bundle.metadata["verdict"]["evidence"].get("n_trials") or 1)
-    evidence = weigh(result, history, request, n_tries=verdicts * len(PRESETS))
+    evidence = weigh(result, history, request, n_tries=verdicts * len(sizes.PRESETS))
     return Outcome(
         request=request, result=result, history=history, bundle=bundle, bars=bars, evidence=evidence
     )
 
 
-def bookkeeper(history: Decisions, sizer: RuleSizer, capital: float) -> Book:
+def bookkeeper(history: Decisions, sizer: sizes.RuleSizer, capital: float) -> Book:
     """Return what sizes and books rows of the history in any order, see `Book`."""
     columns = {name: np.asarray(history.frame[name], dtype=np.float64) for name in SIZED_BY}
     moves = np.nan_to_num(np.asarray(history.frame["asset_return"], dtype=np.float64))
 
     def book(rows: IntArray, lead: int, costs: CostModel) -> tuple[Ledger, Ledger]:
-        inputs = SizingInputs(
+        inputs = sizes.SizingInputs(
             **{name: column[rows] for name, column in columns.items()},
             asset_return_simple=moves[rows],
             horizon_bars=history.horizon_bars,
@@ -179,7 +159,7 @@ def weigh(result: BacktestReport, history: Decisions, request: BacktestRequest, 
     net, market, same = (
         np.asarray(daily["net_return"], dtype=np.float64)[1:] for daily in (result.daily, *rivals)
     )
-    books = (bookkeeper(history, other, request.capital) for other in alternatives())
+    books = (bookkeeper(history, other, request.capital) for other in sizes.alternatives())
     tried = [book(np.arange(len(dates)), first, costs)[0].net_return[1:] for book in books]
     figures = {
         "n_tries": Measured(float(n_tries), "count"),
@@ -208,31 +188,23 @@ def _calibration(forecasts: pd.DataFrame, horizon_bars: int) -> dict[str, Measur
 def live(outcome: Outcome, days: int) -> Lived:
     """Live through the last days of the window again, bar by bar.
 
-    Raises
-    ------
-    UsageError
-        When the window has fewer days.
-    AIStocksError
-        When the backtest was not lived like that: some row knew more than it may.
+    Raises `UsageError` when it has fewer, and `AIStocksError` when the backtest was not lived like that.
     """
     request, judged = outcome.request, outcome.result.daily
     if not 1 <= days < len(judged):
         raise UsageError(f"--days must be 1 to {len(judged) - 1}, the window less its first row, got {days}")
-    forecaster = outcome.bundle.forecaster
-    sizer, costs, capital = request.sizer, request.costs, request.capital
+    bundle, sizer, costs, capital = outcome.bundle, request.sizer, request.costs, request.capital
 
     def decided(known: pd.DataFrame) -> float:
-        now = decide(outcome.bundle.symbol, known, forecaster, sizer, costs=costs)
+        now = decide(bundle.symbol, known, bundle.forecaster, sizer, costs=costs)
         return float(now.frame["target_weight"].iloc[-1])
 
-    lived = ForwardSimulator(costs=costs, initial_capital=capital).run(
-        outcome.bars.frame.loc[: judged.index[-1]], decided, days=days
-    )
+    known = outcome.bars.frame.loc[: judged.index[-1]]
+    lived = ForwardSimulator(costs=costs, initial_capital=capital).run(known, decided, days=days)
     gap = simulator.gap_to_books(lived, judged, costs, capital)
     if not gap <= SAME:
-        raise AIStocksError(
-            f"bar by bar differs from all bars at once by {gap:.3g}: some row knew more than it may"
-        )
+        words = f"bar by bar differs from all bars at once by {gap:.3g}: some row knew more than it may"
+        raise AIStocksError(words)
     return Lived(lived, gap)
 
 

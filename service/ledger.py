@@ -15,24 +15,23 @@ no harm. Of forecasts that differ only in the limits that were asked for, the fi
 """
 
 import argparse
-import contextlib
-import functools
 import hashlib
 import json
 import logging
+import math
 import re
 import sys
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import sqlalchemy as sql
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 from sqlalchemy import exc
 
 from data.cache_manager import BarCache
@@ -41,8 +40,9 @@ from data.schema import NO_DATE, NO_MOMENT, Bars, calendar_for, holds, normalise
 from evaluation.accounting import CostModel
 from evaluation.forward_simulator import forecast_outcome
 from service import schemas as wire
-from utils.errors import AIStocksError, DataError, StorageError, UpstreamError, UsageError
-from utils.settings import Settings, configure_logging, print_rows, read_settings
+from service.database import Database
+from utils.errors import DataError, StorageError, UpstreamError, UsageError
+from utils.settings import Settings, run_command
 
 logger = logging.getLogger(__name__)
 TableRows = list[dict[str, Any]]
@@ -78,28 +78,8 @@ COMMANDS = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServedForecast:
-    """One forecast as it went out: the median of the simple return to a session, and the 80 % band around it.
-
-    ``close`` is the adjusted close of ``as_of`` as known then, ``position`` the target weight decided at it,
-    ``model_id`` what answered, whatever was asked for, and ``sigma_log`` the standard deviation of the normal
-    log return with a band as wide. Sessions are ``YYYY-MM-DD``.
-    """
-
-    symbol: str
-    source: str
-    model_id: str
-    model_version: str
-    as_of: str
-    target_session: str
-    horizon_bars: int
-    close: float
-    forecast_return: float
-    lower_return: float
-    upper_return: float
-    sigma_log: float
-    position: float
+class ServedForecast(wire.ForecastContent):
+    """One forecast as it went out."""
 
     @property
     def digest(self) -> str:
@@ -109,7 +89,7 @@ class ServedForecast:
     @property
     def columns(self) -> dict[str, Any]:
         """The content as it is hashed and stored: the first ledgers had the mode in the model's place."""
-        return {FIRST_NAMES.get(name, name): value for name, value in asdict(self).items()}
+        return {FIRST_NAMES.get(name, name): value for name, value in self}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +115,7 @@ class Entry:
 
     @property
     def _cells(self) -> dict[str, Any]:
-        return {**asdict(self.forecast), "served_at": self.served_at}
+        return {**dict(self.forecast), "served_at": self.served_at}
 
     @property
     def is_intact(self) -> bool:
@@ -147,15 +127,20 @@ class Entry:
 
 
 _METADATA = sql.MetaData()
-_TYPES: dict[Any, Any] = {str: sql.String(128), int: sql.Integer(), float: sql.Double()}
-_CONTENT = {field.name: _TYPES[field.type] for field in fields(ServedForecast)}
+# By the kind of a field: the column, and what is shown where a cell holds no such value.
+_KINDS: dict[Any, tuple[Any, Any]] = {
+    str: (sql.String(128), "?"),
+    int: (sql.Integer(), 0),
+    float: (sql.Double(), 0.0),
+}
+_CONTENT = {name: _KINDS[field.annotation] for name, field in ServedForecast.model_fields.items()}
 _CELLS = {name: FIRST_NAMES.get(name, name) for name in _CONTENT}
 _CHAIN = ("served_at", "previous_hash", "row_hash", "digest")
 _ROWS = sql.Table(
     "served_forecasts",
     _METADATA,
     sql.Column("sequence", sql.Integer, primary_key=True, autoincrement=False),
-    *(sql.Column(_CELLS[n], kind, nullable=False, index=n == "symbol") for n, kind in _CONTENT.items()),
+    *(sql.Column(_CELLS[n], kind, nullable=False, index=n == "symbol") for n, (kind, _) in _CONTENT.items()),
     *(sql.Column(name, sql.String(64), nullable=False, unique=name == "digest") for name in _CHAIN),
 )
 # Without it nobody would miss rows that are gone from the end.
@@ -166,9 +151,9 @@ _HEAD = sql.Table(
     sql.Column("rows", sql.Integer, nullable=False),
     sql.Column("row_hash", sql.String(64), nullable=False),
 )
-_ZEROS: dict[Any, Any] = {str: "?", int: 0, float: 0.0}
-BLANKS: Mapping[str, Any] = {field.name: _ZEROS[field.type] for field in fields(ServedForecast)} | {
-    **dict.fromkeys(("as_of", "target_session"), NO_DATE),
+BLANKS: Mapping[str, Any] = {name: blank for name, (_, blank) in _CONTENT.items()} | {
+    "as_of": NO_DATE,
+    "target_session": NO_DATE,
     "served_at": NO_MOMENT,
 }
 
@@ -183,99 +168,103 @@ def _chained(sequence: int, served_at: str, previous_hash: str, forecast: Served
     return _sha256({**forecast.columns, **link})
 
 
-class ForecastLedger:
-    """Append-only; safe to use from many threads and processes.
+class Audit(NamedTuple):
+    """How many rows are good and the hash of the last of them, how many there are, and what is broken."""
 
-    ``url`` is that of the database, as SQLAlchemy writes it; it is not touched before the first row. Raises
-    `UsageError` if it makes no sense, or its driver is not installed.
-    """
+    good: int = 0
+    row_hash: str = GENESIS
+    rows: int = 0
+    fault: str | None = None
+
+
+START = Audit()
+
+
+class ForecastLedger:
+    """Append-only; safe to use from many threads and processes. ``url``: see `Database`."""
 
     def __init__(self, url: str) -> None:
-        try:
-            self._url = sql.make_url(url)
-            waits = {"timeout": LOCK_WAIT_S} if self._url.get_backend_name() == "sqlite" else {}
-            self._engine = sql.create_engine(self._url, connect_args=waits, poolclass=sql.NullPool)
-        except (exc.ArgumentError, ModuleNotFoundError, ValueError) as error:
-            raise UsageError(
-                f"AI_STOCKS_DATABASE_URL cannot be used ({type(error).__name__}): write "
-                "sqlite:////FOLDER/FILE.sqlite, or postgresql+psycopg://HOST/NAME with psycopg installed"
-            ) from error
-        self._is_ready = False
+        self._database = Database(url, _METADATA, "the ledger", LOCK_WAIT_S)
+        self._audited = START
 
     def record(self, forecast: ServedForecast, now: datetime | None = None) -> bool:
         """Append a row and commit it; return False when the same forecast is there already.
 
         ``now`` (UTC) is by default the present. Raises `StorageError` when the database cannot be written.
         """
-        try:
-            if not self._is_ready:
-                if self._file is not None:
-                    self._file.parent.mkdir(parents=True, exist_ok=True)
-                # The second call finds what another process made at the same moment.
-                with contextlib.suppress(exc.DBAPIError):
-                    _METADATA.create_all(self._engine)
-                _METADATA.create_all(self._engine)
-                self._is_ready = True
-            for _ in range(ATTEMPTS):
-                try:
-                    return self._append(forecast, now or datetime.now(UTC))
-                except exc.IntegrityError:
-                    # Another process was faster; its row comes before ours.
-                    continue
-        except (exc.SQLAlchemyError, OSError, TypeError, OverflowError) as error:
-            # The last two are of a head that is no head.
-            self._is_ready = False
-            raise StorageError(f"the ledger cannot be written ({_words(error)})") from error
+        for _ in range(ATTEMPTS):
+            try:
+                with self._database.begin() as connection:
+                    return self._append(connection, forecast, now or datetime.now(UTC))
+            except exc.IntegrityError:
+                # Another process was faster; its row comes before ours.
+                continue
+            except (TypeError, OverflowError) as error:
+                raise StorageError("the ledger cannot be written (its head is no head)") from error
         raise StorageError("the ledger takes no row: run `python -m service.ledger verify`")
 
-    def _append(self, forecast: ServedForecast, now: datetime) -> bool:
+    def _append(self, connection: sql.Connection, forecast: ServedForecast, now: datetime) -> bool:
         digest, served_at = forecast.digest, now.isoformat(timespec="milliseconds")
-        with self._engine.begin() as connection:
-            if connection.scalar(sql.select(_ROWS.c.sequence).where(_ROWS.c.digest == digest)) is not None:
-                return False
-            head = connection.execute(sql.select(_HEAD.c.rows, _HEAD.c.row_hash)).one_or_none()
-            rows, previous = (0, GENESIS) if head is None else head
-            row_hash = _chained(rows + 1, served_at, previous, forecast)
-            row = {**forecast.columns, "sequence": rows + 1, "served_at": served_at, "digest": digest}
-            connection.execute(sql.insert(_ROWS).values(**row, previous_hash=previous, row_hash=row_hash))
-            change = sql.insert(_HEAD).values(id=1) if head is None else sql.update(_HEAD)
-            connection.execute(change.values(rows=rows + 1, row_hash=row_hash))
+        if connection.scalar(sql.select(_ROWS.c.sequence).where(_ROWS.c.digest == digest)) is not None:
+            return False
+        head = connection.execute(sql.select(_HEAD.c.rows, _HEAD.c.row_hash)).one_or_none()
+        rows, previous = (0, GENESIS) if head is None else head
+        row_hash = _chained(rows + 1, served_at, previous, forecast)
+        row = {**forecast.columns, "sequence": rows + 1, "served_at": served_at, "digest": digest}
+        connection.execute(sql.insert(_ROWS).values(**row, previous_hash=previous, row_hash=row_hash))
+        change = sql.insert(_HEAD).values(id=1) if head is None else sql.update(_HEAD)
+        connection.execute(change.values(rows=rows + 1, row_hash=row_hash))
         return True
 
-    def entries(self, symbol: str | None = None) -> list[Entry]:
-        """Return the rows in the order of writing; raises `StorageError` when that cannot be done."""
+    def entries(self, symbol: str | None = None, *, after: int = 0) -> list[Entry]:
+        """Return the rows behind a place in the order of writing; raises `StorageError` if it cannot."""
+        query = sql.select(_ROWS) if symbol is None else sql.select(_ROWS).where(_ROWS.c.symbol == symbol)
+        query = query.where(_ROWS.c.sequence > after) if after else query
         return [
             Entry(
                 sequence=row["sequence"],
                 **{name: row[name] for name in _CHAIN},
-                forecast=ServedForecast(**{name: row[cell] for name, cell in _CELLS.items()}),
+                forecast=ServedForecast.model_construct(**{n: row[cell] for n, cell in _CELLS.items()}),
             )
-            for row in self._read(_ROWS, sql.true() if symbol is None else _ROWS.c.symbol == symbol)
+            for row in self._database.read(query.order_by(_ROWS.c.sequence))
         ]
 
-    def audit(self) -> tuple[list[Entry], int, str | None]:
-        """Return the rows, how many of them stand before a break of their chain, and what is broken."""
-        head, entries = self._head(), self.entries()
+    def audit(self, known: Audit = START) -> Audit:
+        """Follow the chain from the last row that is known to be good, by default from the first one."""
+        head, entries = self._head(), self.entries(after=known.good)
         while head != (again := self._head()):
             # Somebody wrote in between.
-            head, entries = again, self.entries()
-        previous = GENESIS
-        for place, entry in enumerate(entries, start=1):
+            head, entries = again, self.entries(after=known.good)
+        good, previous, rows = known.good, known.row_hash, known.good + len(entries)
+        for entry in entries:
             at = f"row {entry.sequence} ({entry.forecast.symbol}, {entry.forecast.as_of})"
             wrong = {
-                f"row {place} is missing, {at} stands in its place": entry.sequence != place,
+                f"row {good + 1} is missing, {at} stands in its place": entry.sequence != good + 1,
                 f"{at} is not what was written": not entry.is_intact,
                 f"{at} does not follow the row before it": entry.previous_hash != previous,
             }
             if any(wrong.values()):
-                return entries, place - 1, next(words for words, is_so in wrong.items() if is_so)
-            previous = entry.row_hash
-        broken = head != (len(entries), previous)
-        return (
-            entries,
-            len(entries),
-            f"{len(entries)} rows are not the {head[0]} of its head" if broken else None,
-        )
+                return Audit(good, previous, rows, next(words for words, is_so in wrong.items() if is_so))
+            good, previous = good + 1, entry.row_hash
+        fault = None if head == (good, previous) else f"{good} rows are not the {head[0]} of its head"
+        return Audit(good, previous, rows, fault)
+
+    def audit_new(self, own: Iterable[Entry]) -> Audit:
+        """Return what `audit` finds in the rows that came since this process asked for the last time.
+
+        All are audited again where one is gone, one of ``own`` was changed, or the new ones do not fit. What
+        was done since to a row of others in its place is found by `verify`.
+        """
+        known = self._audited
+        before = sql.select(sql.func.count().label("rows")).select_from(_ROWS)
+        left = self._database.read(before.where(_ROWS.c.sequence.between(1, known.good)))
+        is_whole = sum(row["rows"] for row in left) == known.good
+        is_whole = is_whole and all(entry.is_intact for entry in own if entry.sequence <= known.good)
+        found = self.audit(known if is_whole else START)
+        if found.fault is not None and is_whole and known.good:
+            found = self.audit()
+        self._audited = found if found.fault is None else START
+        return found
 
     def verify(self, noted_head: str | None = None) -> tuple[int, str]:
         """Return the number of rows and the hash of the last one.
@@ -283,54 +272,25 @@ class ForecastLedger:
         ``noted_head`` is a hash that an earlier call returned: it must still be in the chain. Raises
         `DataError` when a row was changed, removed, added or moved.
         """
-        entries, _, fault = self.audit()
-        hashes = [GENESIS, *(entry.row_hash for entry in entries)]
-        if fault is None and noted_head is not None and noted_head not in hashes:
+        found = self.audit()
+        fault, noted = found.fault, sql.select(_ROWS).where(_ROWS.c.row_hash == noted_head)
+        if fault is None and noted_head not in {None, GENESIS} and not self._database.read(noted):
             fault = "the chain does not hold the head that was noted"
         if fault is not None:
             raise DataError(f"the ledger is broken: {fault}")
-        return len(entries), hashes[-1]
+        return found.good, found.row_hash
 
     def _head(self) -> tuple[int, str]:
-        found = self._read(_HEAD)
+        found = self._database.read(sql.select(_HEAD))
         return (found[0]["rows"], found[0]["row_hash"]) if found else (0, GENESIS)
 
-    @property
-    def _file(self) -> Path | None:
-        is_file = self._url.get_backend_name() == "sqlite" and self._url.database
-        return Path(str(self._url.database)) if is_file else None
 
-    def _read(self, table: sql.Table, *wanted: sql.ColumnElement[bool]) -> Sequence[sql.RowMapping]:
-        try:
-            # SQLite would make an empty file of a missing one.
-            if self._file is not None and not self._file.exists():
-                return []
-            with self._engine.connect() as connection:
-                if not sql.inspect(connection).has_table(table.name):
-                    return []
-                if self._file is not None:
-                    # Bytes that are no text are for `holds` to find.
-                    driver: Any = connection.connection.dbapi_connection
-                    driver.text_factory = functools.partial(str, encoding="utf-8", errors="replace")
-                rows = sql.select(table).where(*wanted).order_by(*table.primary_key)
-                return connection.execute(rows).mappings().all()
-        except (exc.SQLAlchemyError, OSError) as error:
-            raise StorageError(f"the ledger cannot be read ({_words(error)})") from error
-
-
-def _words(error: Exception) -> str:
-    """Say what the database said, without the statement and its values."""
-    return str(getattr(error, "orig", None) or type(error).__name__).splitlines()[0][:200]
-
-
-def score(
-    entries: Iterable[Entry], bars: Bars, doubted: Container[int] = ()
-) -> list[wire.TrackRecordForecast]:
+def score(entries: Iterable[Entry], bars: Bars, good: float = math.inf) -> list[wire.TrackRecordForecast]:
     """Score the rows of one symbol, in the order of writing, by its bars.
 
     A position is entered from cash at the close of the as-of session and held until the target session, after
-    costs and financing; so is the whole capital in shares, beside it. Of ``doubted``, sequences of rows that
-    follow a break of the chain, none counts.
+    costs and financing; so is the whole capital in shares, beside it. Only of the first ``good`` rows of the
+    ledger any counts.
     """
     calendar = calendar_for(bars.symbol)
     costs, scored = CostModel(periods_per_year=calendar.sessions_per_year), []
@@ -340,7 +300,9 @@ def score(
         found = _outcome(entry, bars, costs)
         if found["status"] != "unscored":
             doubt = (
-                AFTER_BREAK if entry.sequence in doubted else calendar.hindsight(told.as_of, entry.served_at)
+                AFTER_BREAK
+                if not 1 <= entry.sequence <= good
+                else calendar.hindsight(told.as_of, entry.served_at)
             )
             found |= {} if doubt is None else {"counts": False, "note": doubt}
         key = (told.source, told.model_version, told.as_of, told.target_session)
@@ -399,12 +361,12 @@ def track_record(
 ) -> wire.TrackRecord:
     """Return what was served of a symbol, and how it did: a summary of all rows, and the last ``limit``."""
     symbol = normalise_symbol(symbol)
-    entries, good, fault = ledger.audit()
-    own = [entry for entry in entries if entry.forecast.symbol == symbol]
-    scored = score(own, bars_of(symbol), {e.sequence for e in entries[good:]}) if own else []
+    own = ledger.entries(symbol)
+    found = ledger.audit_new(own)
+    scored = score(own, bars_of(symbol), found.good) if own else []
     notes = [OVERLAP] if own else [f"nothing of {symbol} was served yet"]
-    if fault is not None:
-        notes.append(f"the ledger is broken: {fault}" + f"; {AFTER_BREAK}" * (good < len(entries)))
+    if found.fault is not None:
+        notes.append(f"the ledger is broken: {found.fault}" + f"; {AFTER_BREAK}" * (found.good < found.rows))
     means = summarise(scored)
     return wire.TrackRecord(symbol=symbol, summaries=means, forecasts=scored[-limit:], notes=notes)
 
@@ -439,9 +401,9 @@ def told_of(args: argparse.Namespace, settings: Settings) -> TableRows:
 
 def scored_rows(ledger: ForecastLedger, wanted: argparse.Namespace, settings: Settings) -> TableRows:
     """Return what became of the forecasts of each symbol, by prices of the source that each was made from."""
-    entries, good, fault = ledger.audit()
-    if fault is not None:
-        logger.warning("the ledger is broken: %s; %s", fault, AFTER_BREAK)
+    entries, audit = ledger.entries(), ledger.audit()
+    if audit.fault is not None:
+        logger.warning("the ledger is broken: %s; %s", audit.fault, AFTER_BREAK)
     groups: dict[tuple[str, str], list[Entry]] = {}
     for entry in entries:
         if wanted.symbol is None or entry.shown["symbol"] == normalise_symbol(wanted.symbol):
@@ -456,7 +418,7 @@ def scored_rows(ledger: ForecastLedger, wanted: argparse.Namespace, settings: Se
             failed.append(f"{symbol} of {name}: {error}")
             told.append({**of, "status": f"not scored: {error}"})
             continue
-        scored = score(own, bars, {entry.sequence for entry in entries[good:]})
+        scored = score(own, bars, audit.good)
         means = [{**x.model_dump(), "status": "scored" if x.scored else "open"} for x in summarise(scored)]
         why = next((row.note for row in scored if row.note), "")
         told += [{**of, **row} for row in means or [{"status": f"none counts: {why}"}]]
@@ -474,23 +436,29 @@ def _source_of(name: str, wanted: str | None, settings: Settings) -> BarSource:
     return source
 
 
+def print_rows(rows: TableRows, names: Sequence[str]) -> None:
+    """Print some columns as a table."""
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for name in names:
+        table.add_column(SAID_BY_ROW.sub("", name).replace("_", " "), overflow="fold")
+    for row in rows:
+        cells = (row.get(name, "") for name in names)
+        table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else escape(str(cell)) for cell in cells))
+    Console().print(table if rows else "none")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command; return the exit code that `utils.errors` lists, 4 for a broken chain."""
     args = build_parser().parse_args(argv)
-    settings = read_settings()
-    configure_logging("WARNING" if args.json else settings.log_level)
-    try:
+
+    def run(settings: Settings) -> None:
         rows = told_of(args, settings)
-    except AIStocksError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
-        return error.exit_code
-    if args.json:
-        sys.stdout.write(json.dumps(rows, allow_nan=False) + "\n")
-    else:
-        names = SHOWN[args.command].split()
-        shown = [{SAID_BY_ROW.sub("", name): row.get(name, "") for name in names} for row in rows]
-        print_rows(Console(), shown or [{"rows": "none"}])
-    return 0
+        if args.json:
+            sys.stdout.write(json.dumps(rows, allow_nan=False) + "\n")
+        else:
+            print_rows(rows, SHOWN[args.command].split())
+
+    return run_command(run, quiet=args.json)
 
 
 if __name__ == "__main__":

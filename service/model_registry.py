@@ -19,10 +19,10 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data.schema import normalise_symbol
 from inference import artifact
@@ -58,7 +58,7 @@ from utils.model_paths import (
     roll_back,
     serve_linked,
 )
-from utils.settings import configure_logging, read_settings
+from utils.settings import Settings, run_command
 
 logger = logging.getLogger(__name__)
 
@@ -68,16 +68,11 @@ LISTED = {"id", "symbol", "model_version", "trained_through", "verdict", "data_s
 ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelKind:
+class ModelKind(NamedTuple):
     """How one sort of model is found, described, loaded and asked; a model's id is ``<SYMBOL>-<name>``.
 
-    Attributes
-    ----------
-    paths, manifest
-        Where it lies, with the kind's name; and what its versions promise.
-    load, describe, check
-        Load what a link names; describe it without unpickling; load one folder, before rolling back to it.
+    ``load`` loads what a link names, ``describe`` tells of it without unpickling; ``check`` loads one folder,
+    before rolling back to it.
     """
 
     paths: ArtifactKind
@@ -92,16 +87,22 @@ class ModelKind:
         return next(mode for mode, parts in PARTS.items() if parts[-1].name == self.paths.name)
 
 
-def _kind(paths: ArtifactKind, manifest: type[Manifest], *how: Callable[[Any], Any]) -> ModelKind:
-    load, describe, check = how
-    return ModelKind(paths=paths, manifest=manifest, load=load, describe=describe, check=check)
-
-
 KINDS = (
-    _kind(GBM, gbm.GBMManifest, gbm.load_linked, gbm.describe_linked, gbm.load_folder),
-    _kind(LSTM, lstm.LSTMManifest, lstm.load_linked, lstm.describe_linked, lstm.load_folder),
-    _kind(ENSEMBLE, joint.EnsembleManifest, joint.load_linked, joint.describe_linked, joint.load_folder),
+    ModelKind(GBM, gbm.GBMManifest, gbm.load_linked, gbm.describe_linked, gbm.load_folder),
+    ModelKind(LSTM, lstm.LSTMManifest, lstm.load_linked, lstm.describe_linked, lstm.load_folder),
+    ModelKind(ENSEMBLE, joint.EnsembleManifest, joint.load_linked, joint.describe_linked, joint.load_folder),
 )
+
+
+class Place(NamedTuple):
+    """What a link names, and when the manifest there was written, in nanoseconds, 0 where there is none."""
+
+    folder: Path
+    stamp: int
+
+
+# Of what could not be loaded: it is tried again at every question.
+UNUSABLE = Place(Path(), -1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,71 +115,29 @@ class LoadedModel:
         What the list of models says about it, and what was amiss while loading, in words.
     bundle
         What was loaded: has ``metadata``, ``record``, ``warnings`` and ``model_version``, whatever its kind.
-    folder, stamp
-        What the symbol's link pointed to when it was loaded, or when a newer version failed to load, and when
-        the manifest there was written, in nanoseconds; 0 where there is none.
+    place
+        What the symbol's link named when it was loaded, or when a newer version failed to load.
     """
 
     meta: ModelMeta
     bundle: Any
-    folder: Path
+    place: Place
     warnings: tuple[str, ...]
-    stamp: int = 0
-
-    @property
-    def place(self) -> "PlaceId":
-        """What it was loaded from."""
-        return self.folder, self.stamp
-
-    def is_of(self, place: "Place") -> bool:
-        """Whether this is what ``place`` names."""
-        return self.place == place.id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel(LoadedModel):
     """What answers: a version, what `inference.pipeline.decide` takes of it, and all that it rests on.
 
-    Attributes
-    ----------
-    forecaster
-        Of the version, or of an ensemble and its members.
-    made_from
-        Where each part of its kind was loaded from; None for one that is not saved, `UNUSABLE` for one that
-        could not be loaded, which is tried again at every question.
+    ``made_from`` is where each part of its kind was loaded from, None for one that is not saved.
     """
 
     forecaster: Forecaster
-    made_from: "tuple[PlaceId | None, ...]" = ()
-
-
-PlaceId = tuple[Path, int]
-UNUSABLE: PlaceId = (Path(), -1)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """What a link names, and the stamp of the manifest there: a change in place is noticed too."""
-
-    linked: Linked
-    stamp: int
-
-    @property
-    def id(self) -> PlaceId:
-        """The folder and the stamp."""
-        return self.linked.folder, self.stamp
+    made_from: tuple[Place | None, ...] = ()
 
 
 class ModelRegistry:
-    """Thread-safe view of a folder of saved models.
-
-    Parameters
-    ----------
-    models_dir
-        Root of the saved models; need not exist.
-    kinds
-        The kinds of models that are served; the first one is meant where none is named.
-    """
+    """Thread-safe view of a folder of saved models, which need not exist."""
 
     def __init__(self, models_dir: Path, kinds: Sequence[ModelKind] = KINDS) -> None:
         self._models_dir = models_dir
@@ -228,7 +187,7 @@ class ModelRegistry:
             raise ModelMissingError(f"no {kind.upper()} model of {symbol} is served")
         wanted, found, amiss = self._kinds[kind], dict[str, LoadedModel](), ""
         first, *_ = parts = [part.name for part in PARTS[wanted.mode]]
-        places: list[PlaceId | None] = []
+        places: list[Place | None] = []
         for name in parts:
             try:
                 found[name] = self._part(symbol, self._kinds[name])
@@ -252,8 +211,7 @@ class ModelRegistry:
         key, now = _id(symbol, kind), time.monotonic()
         served = self._served.get(key)
         if served is not None and now - self._looked.get(key, -LOOK_EVERY_S) >= LOOK_EVERY_S:
-            parts = PARTS[self._kinds[kind].mode]
-            if served.made_from != tuple(self._place_id(symbol, part.name) for part in parts):
+            if served.made_from != tuple(self._places(symbol, self._kinds[kind])):
                 return None
             self._looked[key] = now
         return served
@@ -278,24 +236,8 @@ class ModelRegistry:
         """Return the kept versions of a model, the newest first, and which of them serves."""
         symbol, kind = self.parse(model_id)
         serving = linked_version(self._models_dir, symbol, kind.paths).folder
-        found = []
-        for folder in reversed(list_versions(self._models_dir, symbol, kind.paths)):
-            try:
-                told = kind.describe(Linked(folder=folder))
-                says, damage = {} if told.warnings else told.metadata, "; ".join(told.warnings) or None
-            except ModelError as error:
-                says, damage = {}, str(error)
-            found.append(
-                ModelVersion(
-                    model_version=folder.name,
-                    serving=folder == serving,
-                    created_at=says.get("created_at"),
-                    trained_through=says.get("trained_through"),
-                    verdict=(says.get("verdict") or {}).get("label"),
-                    damage=damage,
-                )
-            )
-        return tuple(found)
+        folders = reversed(list_versions(self._models_dir, symbol, kind.paths))
+        return tuple(_version_of(folder, kind, is_serving=folder == serving) for folder in folders)
 
     def roll_back(self, model_id: str) -> ModelMeta:
         """Let the newest earlier version that loads serve again; raises as `utils.model_paths.roll_back`."""
@@ -322,18 +264,19 @@ class ModelRegistry:
             raise _no_model(model_id)
         return symbol, self._kinds[kind]
 
-    def _place(self, symbol: str, kind: ModelKind) -> Place:
+    def _place(self, symbol: str, kind: ModelKind) -> tuple[Linked, Place]:
         linked = linked_version(self._models_dir, symbol, kind.paths)
         try:
-            return Place(linked=linked, stamp=(linked.folder / MANIFEST).stat().st_mtime_ns)
+            return linked, Place(linked.folder, (linked.folder / MANIFEST).stat().st_mtime_ns)
         except OSError:
-            return Place(linked=linked, stamp=0)
+            return linked, Place(linked.folder, 0)
 
-    def _place_id(self, symbol: str, name: str) -> PlaceId | None:
-        try:
-            return self._place(symbol, self._kinds[name]).id
-        except ModelError:
-            return None
+    def _places(self, symbol: str, kind: ModelKind) -> Iterator[Place | None]:
+        for part in PARTS[kind.mode]:
+            try:
+                yield self._place(symbol, self._kinds[part.name])[1]
+            except ModelError:
+                yield None
 
     def _forget(self, symbol: str, kind: ModelKind) -> None:
         self._loaded.pop(_id(symbol, kind.paths.name), None)
@@ -352,26 +295,28 @@ class ModelRegistry:
     def _part_now(self, symbol: str, kind: ModelKind) -> LoadedModel:
         key = _id(symbol, kind.paths.name)
         try:
-            place = self._place(symbol, kind)
+            linked, place = self._place(symbol, kind)
         except ModelMissingError:
             self._forget(symbol, kind)
             raise
         loaded, lock = self._loaded.get(key), self._locks.setdefault(key, threading.Lock())
-        if loaded is not None and loaded.is_of(place):
+        if loaded is not None and loaded.place == place:
             return loaded
         if not lock.acquire(blocking=loaded is None) and loaded is not None:
             return loaded
         try:
             loaded = self._loaded.get(key)
-            if loaded is None or not loaded.is_of(place):
-                loaded = self._loaded[key] = self._load(key, kind, place, loaded)
+            if loaded is None or loaded.place != place:
+                loaded = self._loaded[key] = self._load(key, kind, linked, place, loaded)
             return loaded
         finally:
             lock.release()
 
-    def _load(self, key: str, kind: ModelKind, place: Place, before: LoadedModel | None) -> LoadedModel:
+    def _load(
+        self, key: str, kind: ModelKind, linked: Linked, place: Place, before: LoadedModel | None
+    ) -> LoadedModel:
         try:
-            bundle = self._bundle(key, kind, place)
+            bundle = self._bundle(key, kind, linked, place)
             size, warnings = len(bundle.models), bundle.warnings
             meta = model_meta(bundle.metadata, ensemble_size=size, warnings=warnings)
         except ModelError as error:
@@ -383,16 +328,12 @@ class ModelRegistry:
             bundle, size = before.bundle, before.meta.ensemble_size
             warnings = (*bundle.warnings, message)
             meta = model_meta(bundle.metadata, ensemble_size=size, warnings=warnings)
-        return LoadedModel(
-            meta=meta, bundle=bundle, folder=place.linked.folder, warnings=warnings, stamp=place.stamp
-        )
+        return LoadedModel(meta=meta, bundle=bundle, place=place, warnings=warnings)
 
-    def _bundle(self, key: str, kind: ModelKind, place: Place) -> Any:  # noqa: ANN401
-        refused = self._refused.get(key)
-        if refused is not None and refused[0] == place:
-            raise refused[1]
+    def _bundle(self, key: str, kind: ModelKind, linked: Linked, place: Place) -> Any:  # noqa: ANN401
+        self._refuse_again(key, place)
         try:
-            return kind.load(place.linked)
+            return kind.load(linked)
         except OSError as error:
             raise ModelCorruptError(f"the model {key} cannot be read ({error.strerror})") from error
         except ModelIncompatibleError as error:
@@ -400,16 +341,20 @@ class ModelRegistry:
             self._refused[key] = (place, error)
             raise
 
-    def _meta(self, symbol: str, kind: ModelKind) -> ModelMeta:
-        key, place = _id(symbol, kind.paths.name), self._place(symbol, kind)
-        loaded, refused, known = self._loaded.get(key), self._refused.get(key), self._metas.get(key)
-        if loaded is not None and loaded.is_of(place):
-            return loaded.meta
+    def _refuse_again(self, key: str, place: Place) -> None:
+        refused = self._refused.get(key)
         if refused is not None and refused[0] == place:
             raise refused[1]
+
+    def _meta(self, symbol: str, kind: ModelKind) -> ModelMeta:
+        key, (linked, place) = _id(symbol, kind.paths.name), self._place(symbol, kind)
+        loaded, known = self._loaded.get(key), self._metas.get(key)
+        if loaded is not None and loaded.place == place:
+            return loaded.meta
+        self._refuse_again(key, place)
         if known is not None and known[0] == place:
             return known[1]
-        found = kind.describe(place.linked)
+        found = kind.describe(linked)
         meta = model_meta(found.metadata, ensemble_size=len(found.models), warnings=found.warnings)
         self._metas[key] = (place, meta)
         return meta
@@ -420,7 +365,7 @@ def _joined(
     wanted: ModelKind,
     found: Mapping[str, LoadedModel],
     amiss: str,
-    made_from: tuple[PlaceId | None, ...],
+    made_from: tuple[Place | None, ...],
 ) -> ServedModel:
     bundles = {name: one.bundle for name, one in found.items()}
     chosen = forecaster_for(wanted.mode, Parts(symbol=symbol, amiss=amiss, **bundles))
@@ -431,11 +376,26 @@ def _joined(
     return ServedModel(
         meta=told.meta,
         bundle=told.bundle,
-        folder=told.folder,
+        place=told.place,
         warnings=tuple(warnings),
-        stamp=told.stamp,
         forecaster=chosen.forecaster,
         made_from=made_from,
+    )
+
+
+def _version_of(folder: Path, kind: ModelKind, *, is_serving: bool) -> ModelVersion:
+    try:
+        told = kind.describe(Linked(folder=folder))
+        says, damage = {} if told.warnings else told.metadata, "; ".join(told.warnings) or None
+    except ModelError as error:
+        says, damage = {}, str(error)
+    return ModelVersion(
+        model_version=folder.name,
+        serving=is_serving,
+        created_at=says.get("created_at"),
+        trained_through=says.get("trained_through"),
+        verdict=(says.get("verdict") or {}).get("label"),
+        damage=damage,
     )
 
 
@@ -482,15 +442,12 @@ def run(args: argparse.Namespace, models_dir: Path) -> Sequence[Mapping[str, Any
 def main(argv: list[str] | None = None) -> int:
     """Show or change what is saved; one JSON object a line on stdout. Exit codes: see ``utils.errors``."""
     args = build_parser().parse_args(argv)
-    settings = read_settings()
-    configure_logging(settings.log_level)
-    try:
+
+    def work(settings: Settings) -> None:
         lines = run(args, args.models_dir or settings.models_dir)
-    except AIStocksError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return error.exit_code
-    sys.stdout.write("".join(json.dumps(line) + "\n" for line in lines))
-    return 0
+        sys.stdout.write("".join(json.dumps(line) + "\n" for line in lines))
+
+    return run_command(work)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Generic, TypeVar
 
@@ -266,7 +266,7 @@ class Outbox:
 
     def _lose(self, digest: str) -> None:
         forecast, served_at = self._pending.pop(digest)
-        logger.error("lost a served forecast of %s: %s", served_at.isoformat(), asdict(forecast))
+        logger.error("lost a served forecast of %s: %s", served_at.isoformat(), forecast.model_dump())
 
     def _write_pending(self, *, is_last: bool = False) -> None:
         if self._retry is not None:

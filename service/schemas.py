@@ -64,6 +64,34 @@ class Wire(BaseModel):
         return self.model_dump_json(by_alias=True, exclude_none=True).encode()
 
 
+class Dated(Wire):
+    """What belongs to one session."""
+
+    date: WireDate
+
+
+class Windowed(Wire):
+    """What was booked over a window, and what must be known beside it."""
+
+    window_start: WireDate | None = None
+    window_end: WireDate | None = None
+    notes: list[str] | None = None
+
+
+class Described(Wire):
+    """What a model says of itself wherever it is named."""
+
+    model_variant: str | None = None
+    data_interval: str | None = None
+    data_period: str | None = None
+    target_horizon_days: int | None = None
+    model_version: str | None = None
+    trained_through: WireDate | None = None
+    out_of_sample_from: WireDate | None = None
+    data_source: str | None = None
+    verdict: VerdictLabel | None = None
+
+
 class ConfidenceFloors(Wire):
     """Confidence below which a marker is not worth showing."""
 
@@ -72,15 +100,11 @@ class ConfidenceFloors(Wire):
 
 
 class RegimeFilters(Wire):
-    """In which market regimes positions are wanted."""
-
     bull: Flag = True
     bear: Flag = True
 
 
 class FusionSettings(Wire):
-    """How the models' opinions become one."""
-
     mode: FusionMode = "gbm_only"
     regressor_scale: Annotated[Number, Field(ge=0, le=10_000)] = 15.0
     buy_threshold: Fraction = 0.3
@@ -111,8 +135,6 @@ class PredictionParams(Wire):
 
 
 class PredictionRequest(PredictionParams):
-    """Body of POST /api/predict."""
-
     fusion: FusionSettings = FusionSettings()
 
 
@@ -124,10 +146,9 @@ class ClassProbabilities(Wire):
     hold: float
 
 
-class TradeMarker(Wire):
+class TradeMarker(Dated):
     """A mark on the chart; `shares` is negative when sold."""
 
-    date: WireDate
     price: float
     type: MarkerType
     shares: float
@@ -137,26 +158,20 @@ class TradeMarker(Wire):
     explanation: str | None = None
 
 
-class OverlayPoint(Wire):
-    """One point of a line over the chart."""
-
-    date: WireDate
+class OverlayPoint(Dated):
     value: float
 
 
 class OverlaySeries(Wire):
-    """A line over the chart; `upper` and `lower` are as long as `points`."""
-
     type: OverlayType
     points: list[OverlayPoint]
     upper: list[float] | None = None
     lower: list[float] | None = None
 
 
-class Candle(Wire):
+class Candle(Dated):
     """One session's prices, adjusted for splits and dividends."""
 
-    date: WireDate
     open: float
     high: float
     low: float
@@ -164,18 +179,13 @@ class Candle(Wire):
     volume: float | None = None
 
 
-class ForecastAction(Wire):
-    """What to do in one coming session."""
-
-    date: WireDate
+class ForecastAction(Dated):
     action: ForecastActionName
     price: float
     target_position: float
 
 
 class Forecast(Wire):
-    """The sessions to come; all arrays are equally long."""
-
     dates: list[WireDate]
     prices: list[float]
     returns: list[float]
@@ -185,7 +195,7 @@ class Forecast(Wire):
     actions: list[ForecastAction] | None = None
 
 
-class PredictionMetadata(Wire):
+class PredictionMetadata(Described):
     """What was asked, what answered, and how far it may be believed."""
 
     model_id: str
@@ -201,25 +211,16 @@ class PredictionMetadata(Wire):
     holdout_pred_target_std_ratio: float | None = None
     feature_profile: str | None = None
     feature_selection_mode: str | None = None
-    target_horizon_days: int | None = None
     execution_mode: str | None = None
     max_long: float | None = None
     max_short: float | None = None
-    model_variant: str | None = None
-    data_interval: str | None = None
-    data_period: str | None = None
     is_intraday: bool | None = None
     annualization_factor: float | None = None
     smoothing: Smoothing | None = None
     confidence_floors: ConfidenceFloors | None = None
-    out_of_sample_from: WireDate | None = None
-    trained_through: WireDate | None = None
     data_as_of: WireDate | None = None
     data_stale: bool | None = None
-    data_source: str | None = None
-    verdict: VerdictLabel | None = None
     evidence: dict[str, float] | None = None
-    model_version: str | None = None
     model_age_sessions: int | None = None
     model_is_old: bool | None = None
     notes: list[str] | None = None
@@ -243,10 +244,9 @@ class PredictionResult(Wire):
     metadata: PredictionMetadata
 
 
-class HistoricalBar(Wire):
+class HistoricalBar(Dated):
     """One session; the volume is whole."""
 
-    date: WireDate
     open: float
     high: float
     low: float
@@ -255,8 +255,6 @@ class HistoricalBar(Wire):
 
 
 class HistoricalResponse(Wire):
-    """Answer of GET /api/historical/{symbol}."""
-
     symbol: str
     data: list[HistoricalBar]
     data_as_of: WireDate | None = None
@@ -282,14 +280,10 @@ class RealtimeQuote(Wire):
 
 
 class Welcome(Wire):
-    """Answer of GET /."""
-
     message: str
 
 
 class StatusAnswer(Wire):
-    """Answer of the health routes, and of DELETE."""
-
     status: str
     version: str | None = None
     models: int | None = None
@@ -345,31 +339,20 @@ class BacktestRequest(Wire):
     params: BacktestParams = BacktestParams()
 
 
-class EquityPoint(Wire):
-    """Equity and drawdown (at most 0) at one close."""
-
-    date: WireDate
+class EquityPoint(Dated):
     equity: float
     drawdown: float
 
 
-class PricePoint(Wire):
-    """Price at one close."""
-
-    date: WireDate
+class PricePoint(Dated):
     price: float
 
 
-class BuyHoldPoint(Wire):
-    """Equity of buy and hold at one close."""
-
-    date: WireDate
+class BuyHoldPoint(Dated):
     equity: float
 
 
 class TradeExplanation(Wire):
-    """Why a trade was made."""
-
     classifier_prob: float
     regressor_return: float
     fusion_mode: str
@@ -377,8 +360,6 @@ class TradeExplanation(Wire):
 
 
 class TradeRecord(Wire):
-    """One booked trade."""
-
     id: str
     date: WireDate
     action: str
@@ -416,10 +397,7 @@ class BacktestMetrics(Wire):
     turnover: float | None = None
 
 
-class RollingDiagnostics(Wire):
-    """One session of the rolling view."""
-
-    date: WireDate
+class RollingDiagnostics(Dated):
     equity: float
     buy_hold_equity: float
     drawdown: float
@@ -431,8 +409,6 @@ class RollingDiagnostics(Wire):
 
 
 class MonthlyDiagnostics(Wire):
-    """One month."""
-
     period: str
     strategy_return: float
     buy_hold_return: float
@@ -440,8 +416,6 @@ class MonthlyDiagnostics(Wire):
 
 
 class ActionDiagnostics(Wire):
-    """All trades of one kind."""
-
     action: str
     count: int
     win_rate: float
@@ -450,8 +424,6 @@ class ActionDiagnostics(Wire):
 
 
 class RiskDiagnostics(Wire):
-    """Exposure and tails."""
-
     exposure_mean: float
     exposure_std: float
     tail_loss_p95: float
@@ -461,8 +433,6 @@ class RiskDiagnostics(Wire):
 
 
 class Diagnostics(Wire):
-    """Views of a backtest."""
-
     rolling: list[RollingDiagnostics]
     monthly: list[MonthlyDiagnostics]
     action_breakdown: list[ActionDiagnostics]
@@ -470,9 +440,7 @@ class Diagnostics(Wire):
     risk: RiskDiagnostics
 
 
-class ForwardSimResult(Wire):
-    """Answer of POST /api/forward_sim."""
-
+class ForwardSimResult(Windowed):
     dates: list[WireDate]
     prices: list[float]
     equity_curve: list[float]
@@ -480,8 +448,6 @@ class ForwardSimResult(Wire):
     max_drawdown: float
     trades: int
     source: Literal["historical_holdout"] | None = None
-    window_start: WireDate | None = None
-    window_end: WireDate | None = None
     cumulative_return: float | None = None
     win_rate: float | None = None
     profit_factor: float | None = None
@@ -489,12 +455,9 @@ class ForwardSimResult(Wire):
     markers: list[TradeMarker] | None = None
     total_costs: float | None = None
     borrow_fee: float | None = None
-    notes: list[str] | None = None
 
 
-class BacktestResult(Wire):
-    """Answer of POST /api/backtest."""
-
+class BacktestResult(Windowed):
     equity_curve: list[EquityPoint]
     price_series: list[PricePoint]
     trade_log: list[TradeRecord]
@@ -503,15 +466,10 @@ class BacktestResult(Wire):
     buy_hold_equity: list[BuyHoldPoint] | None = None
     csv: str | None = None
     forward_simulation: ForwardSimResult | None = None
-    window_start: WireDate | None = None
-    window_end: WireDate | None = None
     diagnostics: Diagnostics | None = None
-    notes: list[str] | None = None
 
 
-class ModelMeta(Wire):
-    """One saved model."""
-
+class ModelMeta(Described):
     id: str
     symbol: str
     created_at: str
@@ -522,18 +480,9 @@ class ModelMeta(Wire):
     ensemble_size: int
     last_training_job_id: str | None = None
     notes: str | None = None
-    model_variant: str | None = None
-    data_interval: str | None = None
-    data_period: str | None = None
     quality_gate_passed: bool | None = None
     quality_score: float | None = None
     quality_reasons: list[str] | None = None
-    target_horizon_days: int | None = None
-    model_version: str | None = None
-    trained_through: WireDate | None = None
-    out_of_sample_from: WireDate | None = None
-    data_source: str | None = None
-    verdict: VerdictLabel | None = None
 
 
 class ModelVersion(Wire):
@@ -548,8 +497,6 @@ class ModelVersion(Wire):
 
 
 class TrainingParams(Wire):
-    """Body of POST /api/training/start."""
-
     symbol: Symbol
     epochs: Annotated[int, Field(ge=1, le=10_000), WHOLE] = 100
     batch_size: Annotated[int, Field(ge=1, le=65_536), WHOLE] = 32
@@ -572,14 +519,10 @@ class TrainingParams(Wire):
 
 
 class TrainingStarted(Wire):
-    """Answer of POST /api/training/start."""
-
     job_id: str
 
 
 class TrainingJobMetrics(Wire):
-    """How the running training does."""
-
     train_loss: float
     val_loss: float
     directional_accuracy: float
@@ -587,8 +530,6 @@ class TrainingJobMetrics(Wire):
 
 
 class TrainingJob(Wire):
-    """One training."""
-
     id: str
     symbol: str
     status: JobStatus
@@ -604,8 +545,6 @@ class TrainingJob(Wire):
 
 
 class TrainingEvent(Wire):
-    """Data of one server-sent event."""
-
     type: TrainingEventType
     status: JobStatus
     progress: Annotated[float, Field(ge=0, le=1)]
@@ -621,8 +560,13 @@ class TrainingEvent(Wire):
     message: str | None = None
 
 
-class TrackRecordForecast(Wire):
-    """One served forecast and what became of it; returns are simple, from the as-of to the target session."""
+class ForecastContent(Wire):
+    """One forecast as it went out: the median of the simple return to a session, and the 80 % band around it.
+
+    ``close`` is the adjusted close of ``as_of`` as known then, ``position`` the target weight decided at it,
+    ``model_id`` what answered, whatever was asked for, and ``sigma_log`` the standard deviation of the normal
+    log return with a band as wide.
+    """
 
     symbol: str
     source: str
@@ -637,6 +581,11 @@ class TrackRecordForecast(Wire):
     upper_return: float
     sigma_log: float
     position: float
+
+
+class TrackRecordForecast(ForecastContent):
+    """One served forecast and what became of it; returns are simple, from the as-of to the target session."""
+
     served_at: str
     status: TrackRecordStatus
     counts: bool
@@ -666,8 +615,6 @@ class TrackRecordSummary(Wire):
 
 
 class TrackRecord(Wire):
-    """Answer of GET /api/track-record/{symbol}."""
-
     symbol: str
     summaries: list[TrackRecordSummary]
     forecasts: list[TrackRecordForecast]

@@ -7,6 +7,7 @@ training...`` in a session of its own, so that it can be ended with everything t
 
 import asyncio
 import logging
+import os
 import re
 import signal
 import subprocess
@@ -14,39 +15,30 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from filelock import FileLock, Timeout
+from pydantic import ValidationError
 
 from data.schema import normalise_symbol
-from service.schemas import JobStatus, TrainingEvent, TrainingJob, TrainingParams
-from service.training_jobs import (
-    ACTIVE,
-    DATABASE_WAIT_S,
-    GRACE_S,
-    Job,
-    JobStore,
-    Told,
-    birth,
-    end_trainer,
-    ended,
-    event_of,
-    now,
-    signal_group,
-    start_trainer,
-    wire_text,
-)
-from utils.errors import ConflictError, JobMissingError, ModelExistsError, OverloadError, StorageError
+from service import database
+from service.database import IS_ACTIVE, JOBS, Job, JobStore, birth, ended, event_of, now, wire_text
+from service.schemas import JobStatus, TrainingEvent, TrainingJob, TrainingJobMetrics, TrainingParams
+from utils import errors
+from utils.errors import ConflictError, StorageError, without_paths
 from utils.model_paths import symbol_dir, training_holder
 
 logger = logging.getLogger(__name__)
 
 POLL_S, HEARTBEAT_S, RETRY_S = 0.5, 15.0, 5.0
-# Who cancels waits a little longer than the trainer has for its end.
-CANCEL_WAIT_S, MAX_QUEUED = 12.0, 100
+# A trainer that is asked to end has so long before it is made to; who cancels waits a little longer.
+GRACE_S, CANCEL_WAIT_S, NICENESS = 5.0, 12.0, 10
+MAX_QUEUED, LOGS_AT_A_TIME, LINE_CHARS, MESSAGE_CHARS, TAIL_LINES = 100, 50, 1 << 13, 1_000, 5
 ENDS = ("completed", "failed", "cancelled")
 CANCELLED = "cancelled: nothing was saved"
 TOO_LATE = "the model was saved before the training could be cancelled"
@@ -63,33 +55,32 @@ class Trainer(NamedTuple):
     most_horizons: int = 1
 
 
-_ANY = ("base_seed", "target_horizons")
 _NETWORK = ("epochs", "batch_size", "sequence_length", "loss", "dropout", "learning_rate")
 _BOOSTERS = ("n_trials", "max_features", "use_lgb", "allow_cpu_fallback")
-_LSTM = Trainer("training.train_lstm", "lstm", (*_ANY, *_NETWORK))
-TRAINERS: Mapping[str, Trainer] = {
-    "gbm": Trainer("training.train_gbm", "gbm", (*_ANY, *_BOOSTERS), most_horizons=4),
+_GBM = Trainer("training.train_gbm", "gbm", ("base_seed", "target_horizons", *_BOOSTERS), most_horizons=4)
+_LSTM = Trainer("training.train_lstm", "lstm", ("base_seed", "target_horizons", *_NETWORK))
+_SIMPLE = Trainer("training.train_ensemble", "ensemble", ("base_seed",), ("--method", "simple"))
+_STACK = _SIMPLE._replace(arguments=("--method", "stacking"))
+TRAINERS: Mapping[str | None, Trainer] = {
+    None: _GBM,
+    "gbm": _GBM,
     "lstm": _LSTM,
     "lstm_transformer": _LSTM,
-    "ensemble": Trainer("training.train_ensemble", "ensemble", _ANY[:1], ("--method", "simple")),
-    "stacking": Trainer("training.train_ensemble", "ensemble", _ANY[:1], ("--method", "stacking")),
+    "ensemble": _SIMPLE,
+    "stacking": _STACK,
 }
+_OF_ALL = {"symbol", "model_type", "overwrite", "overwrite_existing"}
 # Flags that are not called like their field; those without a value, and for which value they are given.
 _FLAGS = {"base_seed": "--seed", "target_horizons": "--target-horizon", "use_lgb": "--no-lgb"}
 _SWITCHES = {"use_lgb": False, "allow_cpu_fallback": True}
 
 
-def trainer_of(params: TrainingParams) -> Trainer:
-    """Return the trainer of the wanted kind of model."""
-    return TRAINERS[params.model_type or "gbm"]
-
-
 def trainer_command(params: TrainingParams, events: str, *, source: str) -> list[str]:
     """Return the command of a training; what the caller left out stays the trainer's own default."""
-    trainer = trainer_of(params)
+    trainer = TRAINERS[params.model_type]
     command = [sys.executable, "-m", trainer.module, params.symbol, "--source", source, "--events", events]
     command += [*trainer.arguments, *["--overwrite"] * bool(params.overwrite or params.overwrite_existing)]
-    for name, value in _given(params).items():
+    for name, value in asked_for(params)[0].items():
         flag = _FLAGS.get(name, "--" + name.replace("_", "-"))
         if name in _SWITCHES:
             command += [flag] * (value is _SWITCHES[name])
@@ -98,34 +89,147 @@ def trainer_command(params: TrainingParams, events: str, *, source: str) -> list
     return command
 
 
-def unused_fields(params: TrainingParams) -> list[str]:
-    """Return the wire names of what the caller asked for and the trainer does not take."""
-    asked = {"symbol", "model_type", "overwrite", "overwrite_existing", *_given(params)}
-    names = [name for name in params.model_fields_set - asked if getattr(params, name) not in (None, {}, [])]
-    return sorted(str(TrainingParams.model_fields[name].alias) for name in names)
-
-
-def _given(params: TrainingParams) -> dict[str, Any]:
-    """Return what the caller gave and the trainer takes, by field."""
-    trainer = trainer_of(params)
-    values = {name: getattr(params, name) for name in trainer.fields if name in params.model_fields_set}
+def asked_for(params: TrainingParams) -> tuple[dict[str, Any], list[str]]:
+    """Return what the caller gave and the trainer takes, by field; and the wire names of what it does not."""
+    trainer, names = TRAINERS[params.model_type], params.model_fields_set - _OF_ALL
+    given = {name: value for name in names if (value := getattr(params, name)) not in (None, {}, [])}
+    taken = {name: given[name] for name in trainer.fields if name in given}
     if len(params.target_horizons or []) > trainer.most_horizons:
-        values.pop("target_horizons", None)
-    return {name: value for name, value in values.items() if value not in (None, [])}
+        taken.pop("target_horizons", None)
+    return taken, sorted(str(TrainingParams.model_fields[name].alias) for name in given.keys() - taken)
+
+
+class Told:
+    """What a running job has told and the database does not have yet; bounded, whatever is told."""
+
+    def __init__(self, state: TrainingJob) -> None:
+        self.state = state
+        self._tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self._events: deque[TrainingEvent] = deque(maxlen=database.EVENTS_AT_A_TIME)
+        self._logs, self._last_words = 0, ""
+        self._lock = threading.Lock()
+
+    def take(self, kind: str, line: str) -> None:
+        """Take a line that the trainer wrote, an ``"event"`` or of the ``"log"``."""
+        event = None
+        if kind == "event":
+            with suppress(ValidationError):
+                event = TrainingEvent.model_validate_json(line)
+        text = without_paths(line if event is None else event.message or "")[:MESSAGE_CHARS]
+        with self._lock:
+            if event is None or event.type == "log":
+                self._log(text)
+            elif event.type in {"completed", "failed"}:
+                # Whether it did is for its exit code to say.
+                self._last_words = text
+            elif event.type in {"stage", "epoch"}:
+                self._advance(event)
+
+    def _advance(self, event: TrainingEvent) -> None:
+        stage = None if event.stage is None else event.stage[:MESSAGE_CHARS]
+        seen: dict[str, Any] = {"current_step": stage, "current_epoch": event.epoch}
+        seen |= event.model_dump(include={"progress", "total_epochs"})
+        measures = event.model_dump(include=set(TrainingJobMetrics.model_fields))
+        if None not in measures.values():
+            seen["metrics"] = TrainingJobMetrics(**measures)
+        self.state = self.state.model_copy(update={k: v for k, v in seen.items() if v is not None})
+        known = {"status": "running", "stage": stage, "timestamp": event.timestamp or now()}
+        self._events.append(event.model_copy(update=known))
+
+    def _log(self, text: str) -> None:
+        # Of a traceback only what it says: the rest is for the server's eyes.
+        if not text.startswith((" ", "Traceback")):
+            self._tail.append(text)
+        self._logs += 1
+        if self._logs <= LOGS_AT_A_TIME:
+            self._events.append(event_of(self.state, "log", message=text))
+
+    def events(self) -> list[TrainingEvent]:
+        """Return what came since the last call."""
+        with self._lock:
+            if self._logs > LOGS_AT_A_TIME:
+                left_out = f"{self._logs - LOGS_AT_A_TIME} more lines are left out"
+                self._events.append(event_of(self.state, "log", message=left_out))
+            self._logs, found = 0, list(self._events)
+            self._events.clear()
+        return found
+
+    def outcome(self, code: int | None) -> tuple[JobStatus, str]:
+        """Return what became of a trainer that ended by itself, and say it."""
+        if code == 0:
+            return "completed", self._last_words or "completed"
+        how = "cannot be ended" if code is None else f"ended with exit code {code}"
+        if code is not None and code < 0:
+            name = next((known.name for known in signal.Signals if known == -code), f"signal {-code}")
+            how = f"was killed by {name}{' (out of memory, or by somebody)' * (name == 'SIGKILL')}"
+        return (
+            "failed",
+            f"the trainer {how}: {self._last_words or '; '.join(self._tail) or 'it said nothing'}",
+        )
+
+
+def start_trainer(
+    command_of: Callable[[str], Sequence[str]], environment: Mapping[str, str], told: Told
+) -> tuple[subprocess.Popen[bytes], list[threading.Thread]]:
+    """Start a command in a session of its own, and threads that take down its lines until it is silent.
+
+    ``command_of`` takes the path to which the command writes its events. Raises `OSError` if it cannot start.
+    """
+
+    def taken_down(kind: str, stream: IO[str]) -> threading.Thread:
+        def take_down() -> None:
+            with stream:
+                for line in lines_of(stream):
+                    told.take(kind, line)
+
+        thread = threading.Thread(target=take_down, daemon=True)
+        thread.start()
+        return thread
+
+    read, write = os.pipe()
+    output, at_end = os.pipe()
+    streams = {"event": read, "log": output}
+    readers = [taken_down(k, os.fdopen(fd, encoding="utf-8", errors="replace")) for k, fd in streams.items()]
+    try:
+        trainer = subprocess.Popen(  # noqa: S603  the command is ours, its values are checked
+            command_of(f"/dev/fd/{write}"),
+            stdin=subprocess.DEVNULL,
+            stdout=at_end,
+            stderr=at_end,
+            pass_fds=(write,),
+            start_new_session=True,
+            env=dict(environment),
+        )
+    finally:
+        os.close(write)
+        os.close(at_end)
+    # Whoever asks for a forecast comes first.
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, trainer.pid, NICENESS)
+    return trainer, readers
+
+
+def lines_of(stream: IO[str]) -> Iterator[str]:
+    """Yield the lines that are not empty; what goes beyond `LINE_CHARS` of one is thrown away."""
+    is_start = True
+    while piece := stream.readline(LINE_CHARS):
+        if is_start and (line := piece.rstrip()):
+            yield line
+        is_start = piece.endswith("\n")
+
+
+def signal_group(group: int, number: int) -> None:
+    """Send a signal to what is left of a group of processes."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, number)
 
 
 @dataclass(kw_only=True, eq=False)
 class TrainingService:
     """Starts, shows, follows and cancels the trainings of one folder of models.
 
-    Attributes
-    ----------
-    command
-        Returns the command of a job, given its parameters and the path for its events.
-    environment
-        Of the commands.
-    workers, hours
-        Trainings at a time, and hours after which one is stopped.
+    ``command`` returns the command of a job, given its parameters and the path for its events, and
+    ``environment`` is that of the commands; ``workers`` run at a time, and none longer than ``hours``.
     """
 
     models_dir: Path
@@ -138,31 +242,28 @@ class TrainingService:
     def __post_init__(self) -> None:
         self._store = JobStore(self.database_url, self.models_dir)
         self._stop = threading.Event()
-        self._runner: threading.Thread | None = None
+        self._runner = threading.Thread(target=self._run, name="trainings", daemon=True)
 
     def open(self) -> None:
         """Begin to run what is queued."""
-        self._stop.clear()
-        self._runner = threading.Thread(target=self._run, name="trainings", daemon=True)
         self._runner.start()
 
     def close(self) -> None:
         """End what runs; what is queued stays queued."""
         self._stop.set()
-        if self._runner is not None:
-            self._runner.join(GRACE_S + DATABASE_WAIT_S)
+        if self._runner.is_alive():
+            self._runner.join(GRACE_S + database.DATABASE_WAIT_S)
 
     def start(self, params: TrainingParams) -> TrainingJob:
         """Queue a training; refuse a symbol that is being trained, or whose model is not to be replaced."""
-        symbol = normalise_symbol(params.symbol)
-        params, trainer = params.model_copy(update={"symbol": symbol}), trainer_of(params)
+        params = params.model_copy(update={"symbol": normalise_symbol(params.symbol)})
+        symbol, trainer = params.symbol, TRAINERS[params.model_type]
         self.refuse_busy(symbol)
         if self._artifact(params) is not None and not (params.overwrite or params.overwrite_existing):
-            raise ModelExistsError(
-                f"{symbol} has a model ({trainer.artifact}) already: send overwrite to train it anew"
-            )
+            words = f"{symbol} has a model ({trainer.artifact}) already: send overwrite to train it anew"
+            raise errors.ModelExistsError(words)
         if self.waiting() >= MAX_QUEUED:
-            raise OverloadError(f"{MAX_QUEUED} trainings are waiting: try again when some are done")
+            raise errors.OverloadError(f"{MAX_QUEUED} trainings are waiting: try again when some are done")
         state = TrainingJob(
             id=uuid.uuid4().hex,
             symbol=symbol,
@@ -183,16 +284,27 @@ class TrainingService:
 
     def waiting(self) -> int:
         """Return how many jobs wait for a worker."""
-        return len(self._store.jobs(Job.status == "queued"))
+        return len(self._store.jobs(JOBS.c.status == "queued"))
 
     def get(self, job_id: str) -> TrainingJob:
         """Return one job, or raise `JobMissingError`."""
         return self._job(job_id).state
 
-    def is_training(self, symbol: str) -> bool:
-        """Whether a job of this service, or somebody's command line, trains a normalised symbol right now."""
-        running = self._store.jobs(Job.status == "running", Job.symbol == symbol)
-        return bool(running) or training_holder(self.models_dir, symbol) is not None
+    def _job(self, job_id: str) -> Job:
+        found = self._store.jobs(JOBS.c.id == job_id) if re.fullmatch(r"[0-9a-f]{32}", job_id) else []
+        if not found:
+            words = f"no training job {job_id[:40]!a}: GET /api/training lists what there is"
+            raise errors.JobMissingError(words)
+        return found[0]
+
+    def refuse_busy(self, symbol: str) -> None:
+        """Raise `ConflictError` where a job, or somebody's command line, trains a symbol, or will."""
+        for job, *_ in self._store.jobs(JOBS.c.symbol == symbol, IS_ACTIVE):
+            words = f"{symbol} is {job.status} as job {job.id}"
+            raise ConflictError(f"{words}: wait for it, or DELETE /api/training/{job.id}")
+        holder = training_holder(self.models_dir, symbol)
+        if holder is not None:
+            raise ConflictError(f"{symbol} is being trained by process {holder}: wait or stop it")
 
     def cancel(self, job_id: str) -> TrainingJob:
         """End a job and all that it has started; return what became of it.
@@ -203,7 +315,7 @@ class TrainingService:
         if not self._store.change(state, [event], was="queued"):
             self._store.note(job_id, {"cancel": True})
         until = time.monotonic() + CANCEL_WAIT_S
-        while (state := self.get(job_id)).status in ACTIVE and time.monotonic() < until:
+        while (state := self.get(job_id)).status not in ENDS and time.monotonic() < until:
             time.sleep(0.05)
         return state
 
@@ -218,7 +330,7 @@ class TrainingService:
         state, told_at = await asyncio.to_thread(self.get, job_id), time.monotonic()
         while not should_end():
             found = await asyncio.to_thread(self._history, job_id, after)
-            if not found and state.status not in ACTIVE:
+            if not found and state.status in ENDS:
                 event = event_of(state, state.status, message=state.error)
                 found = [(after, event.type, wire_text(event))]
             for number, kind, text in found:
@@ -239,26 +351,9 @@ class TrainingService:
             logger.warning("the events of job %s are late: %s", job_id, error)
             return []
 
-    def _job(self, job_id: str) -> Job:
-        found = self._store.jobs(Job.id == job_id) if re.fullmatch(r"[0-9a-f]{32}", job_id) else []
-        if not found:
-            raise JobMissingError(f"no training job {job_id[:40]!a}: GET /api/training lists what there is")
-        return found[0]
-
-    def refuse_busy(self, symbol: str) -> None:
-        """Raise `ConflictError` where a job, or somebody's command line, trains a symbol, or will."""
-        for job in self._store.jobs(Job.symbol == symbol, Job.status.in_(ACTIVE)):
-            words = f"{symbol} is {job.status} as job {job.id}"
-            raise ConflictError(f"{words}: wait for it, or DELETE /api/training/{job.id}")
-        holder = training_holder(self.models_dir, symbol)
-        if holder is not None:
-            raise ConflictError(f"{symbol} is being trained by process {holder}: wait or stop it")
-
     def _artifact(self, params: TrainingParams) -> Path | None:
-        link = symbol_dir(self.models_dir, params.symbol) / trainer_of(params).artifact
-        if link.is_symlink():
-            return link.readlink()
-        return link if link.exists() else None
+        link = symbol_dir(self.models_dir, params.symbol) / TRAINERS[params.model_type].artifact
+        return link.readlink() if link.is_symlink() else link if link.exists() else None
 
     def _run(self) -> None:
         """Look for something to do, by the right of who holds the lock, until the end."""
@@ -283,21 +378,21 @@ class TrainingService:
         """Close what another process left behind, and start what is queued while a worker is free."""
         for job_id in [job_id for job_id, thread in mine.items() if not thread.is_alive()]:
             del mine[job_id]
-        if not lock.is_locked:
-            if not self._store.jobs(Job.status.in_(ACTIVE)):
-                return
+        active = self._store.jobs(IS_ACTIVE)
+        if active and not lock.is_locked:
             self.models_dir.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
-        for job in self._store.jobs(Job.status.in_(ACTIVE)):
-            if job.status == "running" and job.id not in mine:
+            active = self._store.jobs(IS_ACTIVE)
+        for job in active:
+            if job.state.status == "running" and job.state.id not in mine:
                 self._close_left_behind(job)
-            elif job.status == "queued" and len(mine) < self.workers:
+            elif job.state.status == "queued" and len(mine) < self.workers:
                 running = {"status": "running", "started_at": now(), "current_step": "starting"}
                 state = job.state.model_copy(update=running)
                 if self._store.change(state, [event_of(state, "started")], was="queued"):
-                    mine[job.id] = threading.Thread(target=self._train, args=(job.params, Told(state)))
-                    mine[job.id].daemon = True
-                    mine[job.id].start()
+                    thread = threading.Thread(target=self._train, args=(job.params, Told(state)), daemon=True)
+                    mine[state.id] = thread
+                    thread.start()
 
     def _close_left_behind(self, job: Job) -> None:
         # The id alone may be that of a process which has nothing to do with it.
@@ -318,29 +413,34 @@ class TrainingService:
     def _end_of(self, params: TrainingParams, told: Told) -> tuple[JobStatus, str]:
         before = self._artifact(params)
         try:
-            process, readers = start_trainer(
-                lambda events: self.command(params, events), self.environment, told.take
-            )
+            trainer, readers = start_trainer(lambda to: self.command(params, to), self.environment, told)
         except OSError as error:
             return "failed", f"the trainer cannot be started ({error.strerror})"
         try:
-            reason = self._attend(process, params, told)
+            reason = self._attend(trainer, params, told)
         finally:
-            end_trainer(process, readers)
-        if reason is None or process.returncode == 0:
-            return told.outcome(process.returncode)
+            # The whole group, even where its leader has ended: politely first.
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                signal_group(trainer.pid, number)
+                # What a broken disk or driver holds in the kernel, nothing ends: the queue goes on.
+                with suppress(subprocess.TimeoutExpired):
+                    trainer.wait(GRACE_S)
+            for reader in readers:
+                reader.join(1.0)
+        if reason is None or trainer.returncode == 0:
+            return told.outcome(trainer.returncode)
         if reason != CANCELLED:
             return "failed", reason
         return ("completed", TOO_LATE) if self._artifact(params) != before else ("cancelled", CANCELLED)
 
-    def _attend(self, process: subprocess.Popen[str], params: TrainingParams, told: Told) -> str | None:
+    def _attend(self, trainer: subprocess.Popen[bytes], params: TrainingParams, told: Told) -> str | None:
         """Write down what the trainer tells until it ends (None), or should (why)."""
-        unused = unused_fields(params)
+        unused = asked_for(params)[1]
         if unused:
-            told.take("log", f"not used by {trainer_of(params).module}: {', '.join(unused)}")
+            told.take("log", f"not used by {TRAINERS[params.model_type].module}: {', '.join(unused)}")
         until = time.monotonic() + 3600.0 * self.hours
-        while process.poll() is None:
-            if self._is_unwanted(process.pid, told):
+        while trainer.poll() is None:
+            if self._is_unwanted(trainer.pid, told):
                 return CANCELLED
             if time.monotonic() > until:
                 return f"stopped: it took more than {self.hours:g} hours"
@@ -353,7 +453,7 @@ class TrainingService:
         try:
             job = self._job(told.state.id)
             if job.pid is None:
-                self._store.note(job.id, {"pid": pid, "born": birth(pid)})
+                self._store.note(told.state.id, {"pid": pid, "born": birth(pid)})
             if events := told.events():
                 self._store.change(told.state, events, was="running")
         except StorageError as error:
@@ -368,12 +468,11 @@ class TrainingService:
         last, event = ended(state, status, words)
         level = logging.WARNING if status == "failed" else logging.INFO
         logger.log(level, "training %s of %s: %s: %s", last.id, last.symbol, status, words)
-        while True:
+        is_written = False
+        while not is_written:
             try:
                 self._store.change(last, [*events, event], was="running")
+                is_written = True
             except StorageError as error:
                 logger.warning("the end of job %s is not written yet: %s", last.id, error)
-                if self._stop.wait(RETRY_S):
-                    return
-            else:
-                return
+                is_written = self._stop.wait(RETRY_S)

@@ -1,4 +1,4 @@
-"""Deployment settings, logging, numbers of a command line and lines for another program: for entry points.
+"""What entry points share: deployment settings, the log, numbers of a command line, lines for other programs.
 
 Algorithm parameters do not belong here: they are frozen dataclasses beside the code that uses them.
 """
@@ -13,18 +13,15 @@ import signal
 import stat
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from utils.errors import UsageError
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from utils.errors import AIStocksError, UsageError
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -33,37 +30,21 @@ CONTROL_CHARACTERS = {code: f"\\u{code:04x}" for code in (*range(32), *range(127
 DEFAULT_ORIGINS = ("http://localhost:3000", "http://127.0.0.1:3000")
 
 
+def _split_commas(value: object) -> object:
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
+
+
+COMMAS = BeforeValidator(_split_commas)
+Level = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], BeforeValidator(str.upper)]
+Style = Literal["text", "json"]
+Words = Annotated[tuple[str, ...], NoDecode, COMMAS]
 ApiKey = Annotated[SecretStr, Field(min_length=16)]
 
 
 class Settings(BaseSettings):
-    """Where things lie and who may ask; each field is ``AI_STOCKS_<NAME>`` in the environment or in ``.env``.
-
-    Attributes
-    ----------
-    source
-        ``yahoo``, ``sample`` or ``csv:DIR``.
-    models_dir, cache_dir, results_dir, logs_dir
-        Where bundles, price caches, backtest results and training logs are kept.
-    database_url
-        Where served forecasts and training jobs are kept, as SQLAlchemy writes it
-        (``postgresql+psycopg://HOST/NAME``); by default a SQLite file beside the models.
-    training_workers, training_hours
-        Trainings that the service runs at a time, and hours after which one is stopped.
-    allow_origins
-        Origins that browsers may call from, besides the two defaults; a comma list in
-        ``PYTHON_API_ALLOW_ORIGINS``.
-    log_level, log_format
-        Level of the root logger, and whether a line is text or JSON.
-    api_keys
-        Keys that may train, delete and roll back; a comma list. Without any, everybody may.
-    rate_per_s, rate_burst
-        Requests per second that one client may send, 0 for any number, and how many may come at once.
-    work_threads, work_queue, deadline_s
-        Requests that compute at a time, that wait for it, and seconds after which a caller is told so.
-    drain_s
-        Seconds between a request to end and the last connection that is accepted.
-    """
+    """Each field is ``AI_STOCKS_<NAME>`` in the environment or ``.env``; ``.env.example`` explains them."""
 
     model_config = SettingsConfigDict(
         env_prefix="AI_STOCKS_",
@@ -82,31 +63,16 @@ class Settings(BaseSettings):
     database_url: str = ""
     training_workers: Annotated[int, Field(ge=1, le=64)] = 1
     training_hours: Annotated[float, Field(gt=0, le=720, allow_inf_nan=False)] = 24.0
-    allow_origins: Annotated[tuple[str, ...], NoDecode] = Field(
-        default=(), validation_alias="PYTHON_API_ALLOW_ORIGINS"
-    )
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
-    log_format: Literal["text", "json"] = "text"
-    api_keys: Annotated[tuple[ApiKey, ...], NoDecode] = ()
+    allow_origins: Annotated[Words, Field(validation_alias="PYTHON_API_ALLOW_ORIGINS")] = ()
+    log_level: Level = "INFO"
+    log_format: Style = "text"
+    api_keys: Annotated[tuple[ApiKey, ...], NoDecode, COMMAS] = ()
     rate_per_s: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] = 100.0
     rate_burst: Annotated[int, Field(ge=1, le=1_000_000)] = 500
     work_threads: Annotated[int, Field(ge=1, le=64)] = 4
     work_queue: Annotated[int, Field(ge=0, le=10_000)] = 64
     deadline_s: Annotated[float, Field(gt=0, le=3_600, allow_inf_nan=False)] = 30.0
     drain_s: Annotated[float, Field(ge=0, le=600, allow_inf_nan=False)] = 2.0
-
-    @field_validator("log_level", mode="before")
-    @classmethod
-    def _known_level(cls, value: object) -> object:
-        # An empty variable is one that was not set.
-        return (value.upper() or "INFO") if isinstance(value, str) else value
-
-    @field_validator("allow_origins", "api_keys", mode="before")
-    @classmethod
-    def _split_commas(cls, value: object) -> object:
-        if isinstance(value, str):
-            return tuple(part.strip() for part in value.split(",") if part.strip())
-        return value
 
     @property
     def database(self) -> str:
@@ -162,28 +128,16 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the record's line."""
-        line = {
-            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
-            "level": record.levelname,
-            "logger": record.name,
-            "message": record.getMessage(),
-            **getattr(record, "fields", {}),
-        }
+        time, said = self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"), record.getMessage()
+        line = {"time": time, "level": record.levelname, "logger": record.name, "message": said}
+        line |= getattr(record, "fields", {})
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)
 
 
-def configure_logging(level: str = "INFO", style: Literal["text", "json"] = "text") -> None:
-    """Send log lines to stderr, so that stdout stays the result.
-
-    Parameters
-    ----------
-    level
-        Name of a level of the standard library.
-    style
-        ``text`` for people, ``json`` for machines.
-    """
+def configure_logging(level: str = "INFO", style: Style = "text") -> None:
+    """Send log lines to stderr, so that stdout stays the result."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if style == "json" else TextFormatter(LOG_FORMAT))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
@@ -193,25 +147,15 @@ def configure_logging(level: str = "INFO", style: Literal["text", "json"] = "tex
 def json_lines(path: str) -> Iterator[Callable[[Mapping[str, object]], None]]:
     """Write objects for another program, one a line; this process ends when nobody listens any more.
 
-    Figures that are not finite are left out, since they are no JSON.
-
-    Parameters
-    ----------
-    path
-        A file, or a pipe such as ``/dev/fd/5``.
-
-    Raises
-    ------
-    UsageError
-        If it cannot be written, or is a pipe that nobody reads.
+    ``path`` is a file, or a pipe such as ``/dev/fd/5``. Figures that are not finite are left out, since they
+    are no JSON. Raises `UsageError` if it cannot be written, or is a pipe that nobody reads.
     """
     try:
         # A pipe without a reader would be waited for without end.
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK, 0o644)
     except OSError as error:
-        raise UsageError(
-            f"{path} cannot be written ({error.strerror}): name a file or an open pipe"
-        ) from error
+        words = f"{path} cannot be written ({error.strerror}): name a file or an open pipe"
+        raise UsageError(words) from error
     os.set_blocking(descriptor, True)
     with os.fdopen(descriptor, "w", encoding="utf-8", buffering=1) as stream:
         if stat.S_ISFIFO(os.fstat(descriptor).st_mode):
@@ -252,31 +196,21 @@ def below(limit: float) -> Callable[[str], float]:
     """Return a reader of numbers of the command line from 0 to below a limit."""
 
     def read(text: str) -> float:
-        try:
-            number = float(text)
-        except ValueError:
-            number = -1.0
-        if 0 <= number < limit:
-            return number
+        with suppress(ValueError):
+            if 0 <= float(text) < limit:
+                return float(text)
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to below {limit}")
 
     return read
 
 
-def print_rows(console: "Console", rows: Sequence[Mapping[str, object]]) -> None:
-    """Print records that have the same names as a table."""
-    # Only who prints a table pays for the library.
-    from rich.markup import escape  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
-
-    table = Table(box=None, padding=(0, 1, 0, 0))
-    for name in rows[0]:
-        table.add_column(name.replace("_", " "), overflow="fold")
-    for row in rows:
-        table.add_row(
-            *(
-                f"{c:.4g}" if isinstance(c, float) else escape("" if c is None else str(c))
-                for c in row.values()
-            )
-        )
-    console.print(table)
+def run_command(work: Callable[[Settings], object], *, quiet: bool = False) -> int:
+    """Do the work of a command line, with warnings alone in the log if ``quiet``; return its exit code."""
+    settings = read_settings()
+    configure_logging("WARNING" if quiet else settings.log_level)
+    try:
+        work(settings)
+    except AIStocksError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+    return 0

@@ -19,7 +19,7 @@ from data.data_fetcher import fetch_stock_data
 from inference.load_gbm_models import SCHEMA_VERSION, GBMBundle
 from service.api import Services, create_api
 from service.ledger import ForecastLedger, track_record
-from service.model_registry import ModelRegistry, ServedModel
+from service.model_registry import ModelRegistry, Place, ServedModel
 from service.prediction_chart import model_meta
 from service.prediction_service import Outbox, PredictionService
 from service.training_service import TrainingService
@@ -110,7 +110,7 @@ def served(
         meta=model_meta(bundle.metadata),
         bundle=bundle,
         forecaster=forecaster or FakeForecaster(),
-        folder=Path("v1"),
+        place=Place(Path("v1"), 0),
         warnings=(),
     )
 

@@ -454,3 +454,12 @@ def test_connections_leave_files_for_the_rest() -> None:
     assert 0 < app.most_connections() <= 30_000
     if files > 0:
         assert app.most_connections() < files
+
+
+def test_another_server_is_told_what_it_lacks(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(app, "build", lambda _settings: "built")
+    assert app.build_for_another_server() == "built"
+    assert "headers are bounded neither in size" in caplog.text
+    assert "python app.py" in caplog.text

@@ -90,7 +90,7 @@ def save_version(tmp_path: Path) -> Save:
 
 
 def registry_of(tmp_path: Path, load: Callable[[Linked], GBMBundle]) -> ModelRegistry:
-    return ModelRegistry(tmp_path / "models", (replace(KINDS[0], load=load, check=lambda folder: None),))
+    return ModelRegistry(tmp_path / "models", (KINDS[0]._replace(load=load, check=lambda folder: None),))
 
 
 @pytest.fixture
@@ -551,11 +551,11 @@ def test_versions_and_rollback(registry: ModelRegistry, save_version: Save) -> N
 
 def test_another_kind_of_model_needs_one_entry(tmp_path: Path, loader: Loader, save_version: Save) -> None:
     save_version("AAPL")
-    other = replace(KINDS[1], paths=ArtifactKind(name="lstm", versions="versions", trainer="training.other"))
+    other = KINDS[1]._replace(paths=ArtifactKind(name="lstm", versions="versions", trainer="training.other"))
     (tmp_path / "models" / "AAPL" / "lstm").symlink_to("versions/v1")
     described = replace(KINDS[0].describe(linked_version(tmp_path / "models", "AAPL")))
     metadata = {**described.metadata, "model_id": "AAPL-lstm"}
-    other = replace(other, load=loader, describe=lambda linked: replace(described, metadata=metadata))
+    other = other._replace(load=loader, describe=lambda linked: replace(described, metadata=metadata))
     registry = ModelRegistry(tmp_path / "models", (KINDS[0], other))
     assert [meta.id for meta in registry.list()] == ["AAPL-gbm", "AAPL-lstm"]
     assert [meta.model_variant for meta in registry.list()] == ["gbm", "lstm"]
@@ -590,7 +590,7 @@ class Shelf:
     def __init__(self, models_dir: Path) -> None:
         self.folder, self.members = models_dir / "AAPL", {"gbm": "g1", "lstm": "l1"}
         self.broken: set[str] = set()
-        self.registry = ModelRegistry(models_dir, tuple(replace(kind, load=self.load) for kind in KINDS))
+        self.registry = ModelRegistry(models_dir, tuple(kind._replace(load=self.load) for kind in KINDS))
 
     def put(self, name: str, version: str) -> None:
         versions = "versions" if name == "gbm" else f"{name}_versions"

@@ -30,6 +30,9 @@ AI_TS = Path(__file__).resolve().parents[2] / "types" / "ai.ts"
 # Said in TypeScript alone: it only relaxes PredictionRequest for callers.
 TYPESCRIPT_ONLY = {"PredictRequestBody"}
 
+# Said in Python alone: what several of them have in common.
+PYTHON_ONLY = {"Wire", "Dated", "Described", "ForecastContent", "Windowed"}
+
 Fields = dict[str, tuple[str, bool]]
 
 
@@ -82,9 +85,8 @@ def python_models() -> dict[str, Fields]:
     """Return the same of the pydantic models; what defaults to None may be absent."""
     models = {
         name: model
-        for module in (service.schemas, service.schemas)
-        for name, model in inspect.getmembers(module, inspect.isclass)
-        if issubclass(model, Wire) and model is not Wire
+        for name, model in inspect.getmembers(service.schemas, inspect.isclass)
+        if issubclass(model, Wire) and name not in PYTHON_ONLY
     }
     return {
         name: {

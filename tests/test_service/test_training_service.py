@@ -26,13 +26,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import app
-from service import training_jobs, training_service
+from service import database, training_service
 from service.api import Services, create_api
+from service.database import birth
 from service.edge import OverloadError
 from service.model_registry import ModelRegistry
 from service.schemas import ModelType, TrainingEvent, TrainingJob, TrainingParams
-from service.training_jobs import KEPT_LOGS, LINE_CHARS, Told, birth, lines_of
-from service.training_service import TrainingService, trainer_command, unused_fields
+from service.training_service import (
+    LINE_CHARS,
+    Told,
+    TrainingService,
+    asked_for,
+    lines_of,
+    trainer_command,
+)
 from tests.test_service.test_api import check_problem
 from utils.errors import ConflictError, JobMissingError, ModelExistsError, StorageError, UsageError
 from utils.model_paths import training_lock
@@ -59,7 +66,7 @@ time.sleep(600)
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training_service, "POLL_S", 0.03)
-    monkeypatch.setattr(training_jobs, "GRACE_S", 0.4)
+    monkeypatch.setattr(training_service, "GRACE_S", 0.4)
 
 
 def stub(code: str) -> Callable[[TrainingParams, str], list[str]]:
@@ -253,10 +260,8 @@ def test_a_symbol_is_trained_once_at_a_time(make: MakeService) -> None:
     running(service, first.id)
     with pytest.raises(ConflictError, match=f"AAPL is running as job {first.id}"):
         service.start(params())
-    assert service.is_training("AAPL")
-    assert not service.is_training("MSFT")
+    service.refuse_busy("MSFT")
     service.cancel(first.id)
-    assert not service.is_training("AAPL")
     service.start(params())
 
 
@@ -281,11 +286,9 @@ def test_many_starts_at_once_are_one_job(make: MakeService) -> None:
 
 def test_a_training_of_the_command_line_is_named(make: MakeService, tmp_path: Path) -> None:
     service = make()
-    with training_lock(tmp_path / "models", "AAPL"):
-        assert service.is_training("AAPL")
-        with pytest.raises(ConflictError, match=f"by process {os.getpid()}"):
-            service.start(params())
-    assert not service.is_training("AAPL")
+    held = training_lock(tmp_path / "models", "AAPL")
+    with held, pytest.raises(ConflictError, match=f"by process {os.getpid()}"):
+        service.start(params())
     service.start(params())
 
 
@@ -293,7 +296,7 @@ def test_the_name_that_a_killed_trainer_left_holds_nobody_up(make: MakeService, 
     folder = tmp_path / "models" / "AAPL"
     folder.mkdir(parents=True)
     (folder / ".training.pid").write_text("1")
-    assert not make().is_training("AAPL")
+    make().refuse_busy("AAPL")
 
 
 @pytest.mark.parametrize(
@@ -322,7 +325,7 @@ def test_the_queue_is_bounded(make: MakeService, monkeypatch: pytest.MonkeyPatch
 def test_old_jobs_are_forgotten_and_active_ones_never(
     make: MakeService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training_jobs, "KEPT_JOBS", 3)
+    monkeypatch.setattr(database, "KEPT_JOBS", 3)
     service = make()
     waits = service.start(params("WAITS")).id
     ids = []
@@ -347,7 +350,7 @@ def test_what_the_caller_gave_becomes_flags() -> None:
     text = " ".join(command)
     for words in ("--n-trials 7", "--max-features 9", "--target-horizon 5,1", "--no-lgb", "--seed 3"):
         assert words in text
-    assert unused_fields(given_all) == ["epochs"]
+    assert asked_for(given_all)[1] == ["epochs"]
 
 
 def test_what_the_caller_left_out_stays_the_trainers_default() -> None:
@@ -404,7 +407,7 @@ def test_the_flags_are_those_of_the_trainer(kind: str) -> None:
 def test_horizons_that_a_trainer_cannot_take_are_named_and_not_guessed_at() -> None:
     several = params(modelType="lstm", targetHorizons=[5, 1], featureToggles={}, dataPeriod="5y")
     assert "--target-horizon" not in trainer_command(several, "e", source="sample")
-    assert unused_fields(several) == ["dataPeriod", "targetHorizons"]
+    assert asked_for(several)[1] == ["dataPeriod", "targetHorizons"]
     assert trainer_command(params(targetHorizons=[5, 1]), "e", source="sample")[-1] == "5,1"
 
 
@@ -642,18 +645,18 @@ def test_a_flood_of_lines_is_counted_and_not_kept(make: MakeService, monkeypatch
     job_id = service.start(params()).id
     assert ended(service, job_id).status == "completed"
     told = events_of(service, job_id)
-    assert len(told) <= KEPT_LOGS + 100
+    assert len(told) <= database.KEPT_LOGS + 100
     assert any("more lines are left out" in event.get("message", "") for event in told)
     assert "after" in [event.get("stage") for event in told]
 
 
 def test_old_log_lines_go_and_epochs_stay(make: MakeService, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_jobs, "KEPT_LOGS", 5)
+    monkeypatch.setattr(database, "KEPT_LOGS", 5)
     store = make()._store
     state = make().start(params())
     for i in range(10):
-        logs = [training_jobs.event_of(state, "log", message=f"{i} {j}") for j in range(4)]
-        assert store.change(state, [training_jobs.event_of(state, "epoch"), *logs], was="queued")
+        logs = [database.event_of(state, "log", message=f"{i} {j}") for j in range(4)]
+        assert store.change(state, [database.event_of(state, "epoch"), *logs], was="queued")
     kinds = [kind for _, kind, _ in store.history(state.id, 0)]
     assert kinds.count("epoch") == 10
     assert kinds.count("log") <= 9
@@ -724,7 +727,7 @@ def test_nothing_is_written_before_the_first_job(make: MakeService, tmp_path: Pa
     service = make()
     service.open()
     assert service.list() == []
-    assert not service.is_training("AAPL")
+    service.refuse_busy("AAPL")
     with pytest.raises(JobMissingError):
         service.get("0" * 32)
     assert list(tmp_path.iterdir()) == []
@@ -750,7 +753,7 @@ def test_the_end_of_a_job_waits_for_a_locked_database(
 
     # Another one, which waits for the database as long as one does.
     reader = make()
-    monkeypatch.setattr(training_jobs, "DATABASE_WAIT_S", 0.05)
+    monkeypatch.setattr(database, "DATABASE_WAIT_S", 0.05)
     monkeypatch.setattr(training_service, "RETRY_S", 0.05)
     service = make("time.sleep(0.3)")
     job_id = reader.start(params()).id
@@ -769,7 +772,7 @@ def test_the_tables_hold_one_active_job_of_a_symbol_in_postgresql_too() -> None:
     from sqlalchemy.dialects import postgresql
     from sqlalchemy.schema import CreateIndex, CreateTable
 
-    tables = training_jobs.Base.metadata.sorted_tables
+    tables = database.METADATA.sorted_tables
     text = " ".join(
         str(ddl.compile(dialect=postgresql.dialect()))
         for table in tables
