@@ -13,7 +13,8 @@ one of .05 in features that change every day promises less than a round trip cos
 at 1 bp a side, and `costly` shows that at 8 bps the same forecasts, whose skill is as plain, are no edge.
 
 An IC above .10 raises the leak alarm, which forbids `edge`: no real price gives that much away. In the single
-series it was planted, so the alarm is set aside there: counted is what only the alarm keeps from being an edge.
+series it was planted, so the alarm is set aside there: counted is what only the alarm keeps from being an
+edge.
 """
 
 import argparse

@@ -37,6 +37,7 @@ MAX_WEIGHT = 20.0
 _BPS = 1e-4
 # Orders below this fraction of equity are rounding, not trades.
 _DUST = 1e-9
+_ANNUAL = ("financing_annual", "borrow_annual")
 
 
 class Rates(NamedTuple):
@@ -70,25 +71,18 @@ class Booking(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostModel:
-    """What trading and holding cost.
+    """What trading and holding cost; raises `UsageError` when a figure makes no sense.
 
     Attributes
     ----------
     commission_bps, slippage_bps
-        One-way, in basis points of the traded value.
+        One-way, in basis points of the traded value; together below 10 %.
     minimum_commission
         Money per order at least.
-    financing_annual
-        Simple annual rate on borrowed cash (exposure over 1), a fraction.
-    borrow_annual
-        Simple annual rate on the value sold short, a fraction.
+    financing_annual, borrow_annual
+        Simple annual rates on borrowed cash (exposure over 1) and on the value sold short, fractions.
     periods_per_year
         Bars per year, over which the annual rates are spread.
-
-    Raises
-    ------
-    UsageError
-        When a figure is negative, not finite, or a one-way cost is 10 % or more.
     """
 
     commission_bps: float = 5.0
@@ -99,13 +93,7 @@ class CostModel:
     periods_per_year: int = 252
 
     def __post_init__(self) -> None:
-        for name in (
-            "commission_bps",
-            "slippage_bps",
-            "minimum_commission",
-            "financing_annual",
-            "borrow_annual",
-        ):
+        for name in ("commission_bps", "slippage_bps", "minimum_commission", *_ANNUAL):
             value = getattr(self, name)
             if not (np.isfinite(value) and value >= 0.0):
                 raise UsageError(f"{name} must be finite and at least 0, got {value!r}")
@@ -132,20 +120,10 @@ class CostModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ledger:
-    """The books, one entry per bar; every array is (n,) float64 and known at the close of its bar.
+    """The books, one entry per bar, (n,), in money but for the weight; known at the close of its bar.
 
-    Attributes
-    ----------
-    cash, position_value
-        Money at the close, and signed value of the shares.
-    held_weight
-        Weight in equity that earned during the bar.
-    gain
-        Money that the shares earned in the bar, before any cost.
-    traded_value
-        Signed value traded, money.
-    commission, slippage, financing_cost, borrow_cost
-        Money paid in the bar.
+    ``cash`` and the signed ``position_value`` of the shares are those at the close. ``held_weight`` earned
+    ``gain`` during the bar, before any cost; ``traded_value`` is signed; the rest was paid in the bar.
     """
 
     cash: FloatArray
@@ -187,11 +165,6 @@ class Ledger:
     def trade_cost(self) -> FloatArray:
         """Commission and slippage of each bar, money."""
         return self.commission + self.slippage
-
-    @property
-    def total_cost(self) -> FloatArray:
-        """All that was paid in each bar, money."""
-        return self.commission + self.slippage + self.financing_cost + self.borrow_cost
 
     @property
     def ruined_at(self) -> int | None:
@@ -249,17 +222,8 @@ def book_bar(cash: float, position: float, target: float, asset_return: float, r
     financing = rates.financing_per_bar * (0.0 - min(cash, 0.0))
     borrow = rates.borrow_per_bar * (0.0 - min(position, 0.0))
     gain = position * asset_return
-    return Booking(
-        cash - borrow - financing,
-        position + gain,
-        traded,
-        held,
-        gain,
-        commission,
-        slippage,
-        financing,
-        borrow,
-    )
+    cash, position = cash - borrow - financing, position + gain
+    return Booking(cash, position, traded, held, gain, commission, slippage, financing, borrow)
 
 
 @njit(cache=True, inline="always", error_model="numpy")
@@ -323,11 +287,6 @@ def account(
         Orders that would move less than this fraction of equity are not sent and the shares drift; 0 sends
         all. For constant benchmarks, which else would pay a minimum commission every day.
 
-    Returns
-    -------
-    Ledger
-        One entry per bar; row 0 earns nothing.
-
     Raises
     ------
     DataError
@@ -360,17 +319,7 @@ def new_books(n: int, capital: float) -> FloatArray:
 
 def ledger_of(books: FloatArray) -> Ledger:
     """Return filled books by name, without copying."""
-    return Ledger(
-        cash=books[:, 0],
-        position_value=books[:, 1],
-        held_weight=books[:, 2],
-        gain=books[:, 3],
-        traded_value=books[:, 4],
-        commission=books[:, 5],
-        slippage=books[:, 6],
-        financing_cost=books[:, 7],
-        borrow_cost=books[:, 8],
-    )
+    return Ledger(**{field.name: books[:, column] for column, field in enumerate(fields(Ledger))})
 
 
 def _check(target: FloatArray, returns: FloatArray, costs: CostModel) -> None:

@@ -13,11 +13,11 @@ positive semi-definite, heteroskedasticity and autocorrelation consistent covari
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import erf
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import ndtr
 
 from evaluation.accounting import Ledger
 from utils.errors import DataError
@@ -54,6 +54,10 @@ class Measured:
 Metrics = Mapping[str, Measured]
 
 
+def _none(reason: str, unit: Unit = "fraction") -> Measured:
+    return Measured(None, unit, reason)
+
+
 def values(metrics: Metrics) -> dict[str, float | None]:
     """Return the plain values, None where undefined."""
     return {name: measured.value for name, measured in metrics.items()}
@@ -67,9 +71,7 @@ def reasons(metrics: Metrics) -> dict[str, str]:
 def total_return(equity: FloatArray) -> Measured:
     """Last equity over first, minus 1; a fraction."""
     curve = _finite(equity, "equity")
-    if len(curve) < 2:
-        return Measured(None, "fraction", f"needs 2 bars, has {len(curve)}")
-    return Measured(float(curve[-1] / curve[0] - 1.0), "fraction")
+    return _short(curve, 2, what="bars") or Measured(float(curve[-1] / curve[0] - 1.0), "fraction")
 
 
 def cagr(equity: FloatArray, periods_per_year: int) -> Measured:
@@ -78,42 +80,35 @@ def cagr(equity: FloatArray, periods_per_year: int) -> Measured:
     if grown.value is None:
         return grown
     if grown.value <= -1.0:
-        return Measured(None, "fraction", "the capital was lost")
+        return _none("the capital was lost")
     years = (len(equity) - 1) / periods_per_year
     log_growth = float(np.log1p(grown.value)) / years
     if log_growth > 100.0:
-        return Measured(None, "fraction", f"{len(equity)} bars are too few to annualise")
+        return _none(f"{len(equity)} bars are too few to annualise")
     return Measured(float(np.expm1(log_growth)), "fraction")
 
 
 def volatility(returns: FloatArray, periods_per_year: int) -> Measured:
     """Standard deviation of returns (ddof 1), annualised; a fraction."""
     sample = _finite(returns, "returns")
-    if len(sample) < 2:
-        return Measured(None, "fraction", f"needs 2 returns, has {len(sample)}")
-    return Measured(float(sample.std(ddof=1) * np.sqrt(periods_per_year)), "fraction")
+    return _short(sample, 2) or Measured(float(sample.std(ddof=1) * np.sqrt(periods_per_year)), "fraction")
 
 
 def sharpe(returns: FloatArray, periods_per_year: int) -> Measured:
     """Mean over standard deviation (ddof 1), annualised; undefined when returns do not vary."""
     sample = _finite(returns, "returns")
-    if len(sample) < 2:
-        return Measured(None, "ratio", f"needs 2 returns, has {len(sample)}")
-    spread = sample.std(ddof=1)
-    if spread <= _TINY:
-        return Measured(None, "ratio", "returns do not vary")
-    return Measured(float(sample.mean() / spread * np.sqrt(periods_per_year)), "ratio")
+    if short := _short(sample, 2, "ratio"):
+        return short
+    return _annual_ratio(sample, float(sample.std(ddof=1)), periods_per_year, "returns do not vary")
 
 
 def sortino(returns: FloatArray, periods_per_year: int) -> Measured:
     """Mean over the root of the mean squared loss, annualised; undefined without a loss."""
     sample = _finite(returns, "returns")
-    if len(sample) < 2:
-        return Measured(None, "ratio", f"needs 2 returns, has {len(sample)}")
+    if short := _short(sample, 2, "ratio"):
+        return short
     downside = float(np.sqrt(np.mean(np.minimum(sample, 0.0) ** 2)))
-    if downside <= _TINY:
-        return Measured(None, "ratio", "no return is negative")
-    return Measured(float(sample.mean() / downside * np.sqrt(periods_per_year)), "ratio")
+    return _annual_ratio(sample, downside, periods_per_year, "no return is negative")
 
 
 def drawdowns(equity: FloatArray) -> FloatArray:
@@ -130,57 +125,49 @@ def drawdowns(equity: FloatArray) -> FloatArray:
 def max_drawdown(equity: FloatArray) -> Measured:
     """Deepest drawdown; a fraction <= 0."""
     depth = drawdowns(equity)
-    if not len(depth):
-        return Measured(None, "fraction", "no bars")
-    return Measured(float(depth.min()), "fraction")
+    return Measured(float(depth.min()), "fraction") if len(depth) else _none("no bars")
 
 
 def max_drawdown_bars(equity: FloatArray) -> Measured:
     """Bars from the high before the deepest drawdown to the recovery of that high, or to the end."""
     depth = drawdowns(equity)
     if not len(depth):
-        return Measured(None, "bars", "no bars")
-    trough = int(depth.argmin())
+        return _none("no bars", "bars")
+    trough, top = int(depth.argmin()), np.flatnonzero(depth == 0.0)
     if depth[trough] == 0.0:
         return Measured(0.0, "bars")
-    peak = int(np.flatnonzero(depth[:trough] == 0.0)[-1])
-    recovered = np.flatnonzero(depth[trough:] == 0.0)
-    end = trough + int(recovered[0]) if len(recovered) else len(depth) - 1
-    return Measured(float(end - peak), "bars")
+    peak, recovered = top[top < trough][-1], top[top > trough]
+    return Measured(float((recovered[0] if len(recovered) else len(depth) - 1) - peak), "bars")
 
 
 def calmar(equity: FloatArray, periods_per_year: int) -> Measured:
     """CAGR over the size of the deepest drawdown."""
     growth, depth = cagr(equity, periods_per_year), max_drawdown(equity)
     if growth.value is None:
-        return Measured(None, "ratio", growth.reason)
+        return _none(str(growth.reason), "ratio")
     if depth.value is None or depth.value >= -_TINY:
-        return Measured(None, "ratio", "there was no drawdown")
+        return _none("there was no drawdown", "ratio")
     return Measured(growth.value / -depth.value, "ratio")
 
 
 def value_at_risk(returns: FloatArray, tail: float = 0.05) -> Measured:
     """Return of one bar that is undercut in a share ``tail`` of the bars; a fraction, a loss is negative."""
     sample = _finite(returns, "returns")
-    if len(sample) < _MIN_TAIL_BARS:
-        return Measured(None, "fraction", f"needs {_MIN_TAIL_BARS} returns, has {len(sample)}")
-    return Measured(float(np.quantile(sample, tail)), "fraction")
+    return _short(sample, _MIN_TAIL_BARS) or Measured(float(np.quantile(sample, tail)), "fraction")
 
 
 def conditional_value_at_risk(returns: FloatArray, tail: float = 0.05) -> Measured:
     """Mean return of the worst share ``tail`` of the bars; a fraction, a loss is negative."""
     sample = _finite(returns, "returns")
-    if len(sample) < _MIN_TAIL_BARS:
-        return Measured(None, "fraction", f"needs {_MIN_TAIL_BARS} returns, has {len(sample)}")
     worst = np.sort(sample)[: int((len(sample) - 1) * tail) + 1]
-    return Measured(float(worst.mean()), "fraction")
+    return _short(sample, _MIN_TAIL_BARS) or Measured(float(worst.mean()), "fraction")
 
 
 def win_rate(closed_pnl: FloatArray) -> Measured:
     """Share of closing orders that realised a profit after costs; a fraction."""
     pnl = _finite(closed_pnl, "closed_pnl")
     if not len(pnl):
-        return Measured(None, "fraction", "no trade was closed")
+        return _none("no trade was closed")
     return Measured(float(np.mean(pnl > 0.0)), "fraction")
 
 
@@ -188,10 +175,10 @@ def profit_factor(closed_pnl: FloatArray) -> Measured:
     """Sum of realised profits over the size of the sum of realised losses."""
     pnl = _finite(closed_pnl, "closed_pnl")
     if not len(pnl):
-        return Measured(None, "ratio", "no trade was closed")
+        return _none("no trade was closed", "ratio")
     loss = -float(pnl[pnl < 0.0].sum())
     if loss <= _TINY:
-        return Measured(None, "ratio", "no trade was closed at a loss")
+        return _none("no trade was closed at a loss", "ratio")
     return Measured(float(pnl[pnl > 0.0].sum()) / loss, "ratio")
 
 
@@ -200,25 +187,15 @@ def information_ratio(returns: FloatArray, benchmark: FloatArray, periods_per_ye
     active = _finite(returns, "returns") - _finite(benchmark, "benchmark")
     found = sharpe(active, periods_per_year)
     if found.reason == "returns do not vary":
-        return Measured(None, "ratio", "returns do not differ from the benchmark's")
+        return _none("returns do not differ from the benchmark's", "ratio")
     return found
 
 
 def market_line(returns: FloatArray, benchmark: FloatArray, periods_per_year: int) -> dict[str, Measured]:
     """Jensen's regression of returns on the benchmark's, with t-values that allow for autocorrelation.
 
-    Parameters
-    ----------
-    returns, benchmark
-        (n,), simple, bar by bar.
-    periods_per_year
-        Annualises alpha.
-
-    Returns
-    -------
-    dict
-        ``alpha`` (a fraction a year), ``beta``, ``alpha_t``, ``beta_t`` (Newey-West with Bartlett weights and
-        ``4 (n / 100)^(2/9)`` lags, no small-sample correction).
+    Returns ``alpha`` (a fraction a year), ``beta``, ``alpha_t``, ``beta_t`` (Newey-West with Bartlett weights
+    and ``4 (n / 100)^(2/9)`` lags, no small-sample correction).
     """
     y, x = _finite(returns, "returns"), _finite(benchmark, "benchmark")
     units: dict[str, Unit] = {"alpha": "fraction", "alpha_t": "ratio", "beta": "ratio", "beta_t": "ratio"}
@@ -241,7 +218,7 @@ def market_line(returns: FloatArray, benchmark: FloatArray, periods_per_year: in
     }
     if residuals.std() <= _TINY * max(1.0, float(y.std())):
         why = "the line fits exactly"
-        return out | {name: Measured(None, "ratio", why) for name in ("alpha_t", "beta_t")}
+        return out | {name: _none(why, "ratio") for name in ("alpha_t", "beta_t")}
     scores = design * residuals[:, None]
     lags = int(4.0 * (len(y) / 100.0) ** (2.0 / 9.0))
     meat = scores.T @ scores
@@ -258,11 +235,10 @@ def spearman(first: FloatArray, second: FloatArray) -> Measured:
     """Rank correlation of two arrays without NaN, ties at their mean rank."""
     a, b = _finite(first, "first"), _finite(second, "second")
     if len(a) < 3:
-        return Measured(None, "ratio", f"needs 3 pairs, has {len(a)}")
-    ranks_a, ranks_b = _ranks(a), _ranks(b)
-    if ranks_a.std() == 0.0 or ranks_b.std() == 0.0:
-        return Measured(None, "ratio", "one side does not vary")
-    return Measured(float(np.corrcoef(ranks_a, ranks_b)[0, 1]), "ratio")
+        return _none(f"needs 3 pairs, has {len(a)}", "ratio")
+    if np.ptp(a) == 0.0 or np.ptp(b) == 0.0:
+        return _none("one side does not vary", "ratio")
+    return Measured(float(np.corrcoef(_ranks(a), _ranks(b))[0, 1]), "ratio")
 
 
 def forecast_metrics(expected_return: FloatArray, realised_return: FloatArray) -> dict[str, Measured]:
@@ -279,9 +255,8 @@ def forecast_metrics(expected_return: FloatArray, realised_return: FloatArray) -
     Returns
     -------
     dict
-        ``direction_accuracy`` and, for always-up, ``direction_base_rate`` (zero outcomes left out),
-        ``hit_rate_down_days`` (share of falls forecast as falls), ``information_coefficient`` (Spearman),
-        ``prediction_std``, ``pred_positive_share``, ``rmse``, ``n_forecasts``.
+        ``direction_base_rate`` is the direction accuracy of always-up (zero outcomes left out),
+        ``hit_rate_down_days`` the share of falls forecast as falls, ``information_coefficient`` Spearman's.
     """
     expected, realised = np.asarray(expected_return, float), np.asarray(realised_return, float)
     if expected.shape != realised.shape:
@@ -300,7 +275,7 @@ def forecast_metrics(expected_return: FloatArray, realised_return: FloatArray) -
         "information_coefficient": spearman(x, y),
         "prediction_std": _std(made),
         "pred_positive_share": _mean(made > 0.0, "no forecasts"),
-        "rmse": _root_mean_square(x - y, none),
+        "rmse": Measured(float(np.sqrt(np.mean((x - y) ** 2))), "fraction") if len(x) else _none(none),
         "n_forecasts": Measured(float(len(made)), "count"),
     }
 
@@ -333,16 +308,15 @@ def calibration_metrics(
     lower, upper = band
     known = np.isfinite(realised) & np.isfinite(lower) & np.isfinite(upper) & np.isfinite(prob_up)
     came, said, of_year = realised[known], prob_up[known], years[known]
-    if len(came) < MIN_OUTCOMES:
-        why = f"needs {MIN_OUTCOMES} resolved forecasts, has {len(came)}"
-        return dict.fromkeys(CALIBRATION, Measured(None, "fraction", why))
+    if short := _short(came, MIN_OUTCOMES, what="resolved forecasts"):
+        return dict.fromkeys(CALIBRATION, short)
     inside, rose = (lower[known] <= came) & (came <= upper[known]), came > 0.0
     full = [inside[of_year == y] for y in np.unique(of_year) if np.sum(of_year == y) >= MIN_OUTCOMES]
     yearly = np.sort([float(part.mean()) for part in full])
     brier, naive = float(np.mean((said - rose) ** 2)), float(rose.mean() * (1.0 - rose.mean()))
     groups = np.array_split(np.argsort(said, kind="stable"), 10)
     apart = [abs(said[group].mean() - rose[group].mean()) * len(group) for group in groups]
-    alike = Measured(None, "fraction", "all outcomes were alike")
+    alike = _none("all outcomes were alike")
     none = f"no year has {MIN_OUTCOMES} outcomes"
     figures = (
         Measured(float(inside.mean()), "fraction"),
@@ -373,26 +347,17 @@ def band_crps(came: float, median: float, lower: float, upper: float) -> float:
     if scale > 0.0:
         u = apart / scale
         density = np.exp(-0.5 * u * u) / np.sqrt(2.0 * np.pi)
-        score = scale * (u * (2.0 * ndtr(u) - 1.0) + 2.0 * density - 1.0 / np.sqrt(np.pi))
+        score = scale * (u * erf(u / np.sqrt(2.0)) + 2.0 * density - 1.0 / np.sqrt(np.pi))
     return float(score + (far - near) / Z_90 * (np.sqrt(2.0) - 1.0) / np.sqrt(np.pi) / 2.0)
 
 
 def ledger_metrics(
     ledger: Ledger, benchmark_return: FloatArray, periods_per_year: int
 ) -> dict[str, Measured]:
-    """Judge the books of a strategy; row 0, which earns nothing, is not counted as a return.
+    """Judge the books of a strategy beside the net returns of buy and hold, (n,), row by row.
 
-    ``sharpe_ratio`` and ``cost_adjusted_sharpe`` are one figure, after all costs: no headline is gross.
-    ``gross_sharpe_ratio`` is what it would be without costs. ``turnover`` is one-way, per year.
-
-    Parameters
-    ----------
-    ledger
-        The books.
-    benchmark_return
-        (n,), net return of buy and hold, row by row.
-    periods_per_year
-        Annualises.
+    Row 0, which earns nothing, is not counted as a return. ``sharpe_ratio`` and ``cost_adjusted_sharpe`` are
+    one figure, after all costs: no headline is gross. ``turnover`` is one-way, per year.
     """
     net, gross, held = ledger.net_return[1:], ledger.gross_return[1:], ledger.held_weight[1:]
     market = benchmark_return[1:]
@@ -446,22 +411,25 @@ def _finite(array: FloatArray, name: str) -> FloatArray:
     return checked
 
 
+def _short(sample: FloatArray, need: int, unit: Unit = "fraction", what: str = "returns") -> Measured | None:
+    """Return an undefined figure where there are fewer values than it needs."""
+    return _none(f"needs {need} {what}, has {len(sample)}", unit) if len(sample) < need else None
+
+
+def _annual_ratio(sample: FloatArray, spread: float, periods_per_year: int, why: str) -> Measured:
+    if spread <= _TINY:
+        return _none(why, "ratio")
+    return Measured(float(sample.mean() / spread * np.sqrt(periods_per_year)), "ratio")
+
+
 def _ranks(sample: FloatArray) -> FloatArray:
     _, where, counts = np.unique(sample, return_inverse=True, return_counts=True)
     return np.asarray((np.cumsum(counts) - (counts - 1) / 2.0)[where], dtype=np.float64)
 
 
 def _mean(sample: FloatArray | npt.NDArray[np.bool_], reason: str, unit: Unit = "fraction") -> Measured:
-    return Measured(float(np.mean(sample)), unit) if len(sample) else Measured(None, unit, reason)
+    return Measured(float(np.mean(sample)), unit) if len(sample) else _none(reason, unit)
 
 
 def _std(sample: FloatArray) -> Measured:
-    if len(sample) < 2:
-        return Measured(None, "fraction", f"needs 2 values, has {len(sample)}")
-    return Measured(float(sample.std(ddof=1)), "fraction")
-
-
-def _root_mean_square(sample: FloatArray, reason: str) -> Measured:
-    if not len(sample):
-        return Measured(None, "fraction", reason)
-    return Measured(float(np.sqrt(np.mean(sample**2))), "fraction")
+    return _short(sample, 2, what="values") or Measured(float(sample.std(ddof=1)), "fraction")

@@ -86,7 +86,7 @@ def make_planted(make_bars: MakeBars) -> MakeBars:
 
 @pytest.fixture(scope="session")
 def believe_any_skill() -> Callable[[pytest.MonkeyPatch], None]:
-    """Return what silences the leak alarm: a signal that tests plant is stronger than any that prices have."""
+    """Return what silences the leak alarm: a planted signal is stronger than any that prices have."""
 
     def silence(patch: pytest.MonkeyPatch) -> None:
         patch.setattr("validation.gates.IMPLAUSIBLE_IC", 1.0)
