@@ -1,23 +1,17 @@
 """Cash, shares and costs: the one place where positions become money.
 
-Who knows what when
--------------------
 ``target_weight[t]`` is decided at the close of bar t, traded after it, held during bar t + 1, and booked with
-its costs in row t + 1. Row 0 earns nothing and pays nothing.
+its costs in row t + 1. Row 0 earns nothing and pays nothing. What is paid:
 
-What is paid
-------------
 - Commission and slippage, on the value that is traded. The order moves the position from the weight to which
   it has drifted to the target, measured in the equity that is left after the order is paid: a target of 1.0
   spends all cash and not a cent more, and a constant 1.0 trades once.
-- Financing, on the cash that is borrowed: exposure over 1.
-- A borrow fee, on the value that is sold short.
-Idle cash, short proceeds included, earns nothing: conservative, and the same for every benchmark.
+- Financing, on the cash that is borrowed (exposure over 1), and a borrow fee, on the value that is sold
+  short.
 
-Ruin is final: once equity is zero or below, the position is closed and nothing is traded any more.
-
-Note on numba's cache: the machine code of a caller (the sizer) holds its own copy of `book_bar` and is not
-renewed when only this file changes; deleting ``__pycache__`` renews it.
+Idle cash, short proceeds included, earns nothing. Ruin is final: once equity is zero or below, the position
+is closed and nothing is traded any more. numba's cache: a caller (the sizer) holds its own copy of
+`book_bar`, which a change of this file alone does not renew; deleting ``__pycache__`` does.
 """
 
 from dataclasses import dataclass, fields
@@ -73,16 +67,8 @@ class Booking(NamedTuple):
 class CostModel:
     """What trading and holding cost; raises `UsageError` when a figure makes no sense.
 
-    Attributes
-    ----------
-    commission_bps, slippage_bps
-        One-way, in basis points of the traded value; together below 10 %.
-    minimum_commission
-        Money per order at least.
-    financing_annual, borrow_annual
-        Simple annual rates on borrowed cash (exposure over 1) and on the value sold short, fractions.
-    periods_per_year
-        Bars per year, over which the annual rates are spread.
+    One-way costs are in basis points of the traded value, ``minimum_commission`` is money per order.
+    Financing of borrowed cash and the fee on what is sold short are simple annual rates, fractions.
     """
 
     commission_bps: float = 5.0
@@ -272,26 +258,20 @@ def account(
 
     Parameters
     ----------
-    target_weight
-        (n,), decided at the close of each bar, as a fraction of equity; finite.
-    asset_return_simple
-        (n,), return of each bar over the one before it; the first may be NaN and is not used.
-    costs
-        What trading and holding cost.
+    target_weight, asset_return_simple
+        (n,): weights decided at the close of each bar, fractions of equity; return of each bar over the one
+        before it, of which the first is not used.
+    costs, initial_capital
+        What trading and holding cost; money at the start, > 0.
     apply_position_lag
-        True: ``target_weight[t]`` earns from bar t + 1 on. False: the caller has lagged it already and
-        ``target_weight[t]`` is what is held during bar t.
-    initial_capital
-        Money at the start, > 0.
+        False: the caller has lagged already, ``target_weight[t]`` is what is held during bar t.
     no_trade_band
-        Orders that would move less than this fraction of equity are not sent and the shares drift; 0 sends
-        all. For constant benchmarks, which else would pay a minimum commission every day.
+        Orders that would move less than this fraction of equity are not sent and the shares drift.
 
     Raises
     ------
     DataError
-        When lengths differ, there are no bars, a weight is not finite or beyond `MAX_WEIGHT`, or a return is
-        not finite or not above -1.
+        When lengths differ, there are no bars, or a weight or a return is not finite or out of range.
     UsageError
         When the capital or the band is out of range.
     """

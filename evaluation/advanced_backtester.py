@@ -47,16 +47,14 @@ class BacktestReport:
     Attributes
     ----------
     daily
-        By session: ``close``, ``asset_return``, ``target_weight`` (decided at this close), ``held_weight``
-        (earned in this bar), ``equity``, ``drawdown``, ``gross_return``, ``net_return``, ``turnover``,
-        ``commission``, ``slippage``, ``trade_cost``, ``financing_cost``, ``borrow_cost`` (money),
-        ``is_out_of_sample``, ``expected_return`` (NaN where there is none).
+        By session: ``target_weight`` (decided at this close), ``held_weight`` (earned in this bar),
+        ``equity``, returns, ``drawdown``, costs (money), ``expected_return`` (NaN where there is none) and
+        more.
     trades
-        One row per order, see `TRADE_COLUMNS`; a flip from long to short is two.
-    metrics, benchmarks
-        Figures of the strategy; ``buy_hold``, ``exposure_matched``, ``volatility_matched``.
-    notes
-        Sentences that belong beside every figure.
+        One row per order, see `Trade`; a flip from long to short is two.
+    metrics, benchmarks, notes
+        Of the strategy; ``buy_hold``, ``exposure_matched``, ``volatility_matched``; what belongs beside it
+        all.
     out_of_sample_from
         First out-of-sample session; None when no row is known to be.
     """
@@ -145,16 +143,13 @@ class AdvancedBacktester:
 
         Parameters
         ----------
-        dates, close
-            (n,) sessions, strictly ascending, and adjusted closes, > 0.
-        target_weight
-            (n,) decided at the close of each bar, as a fraction of equity.
+        dates, close, target_weight
+            (n,) ascending sessions, adjusted closes, and weights decided at them, fractions of equity.
         apply_position_lag
             False when ``target_weight[t]`` is what was held during bar t already.
-        is_out_of_sample
-            (n,) True where the forecast behind the weight had not seen the outcome; None: not known.
-        include_in_sample
-            Also count the rows before the first out-of-sample bar.
+        is_out_of_sample, include_in_sample
+            (n,) True where the forecast behind the weight had not seen the outcome, None: not known; whether
+            the rows before the first such bar count as well.
         expected_return, horizon_bars
             (n,) forecasts of the simple return over the coming ``horizon_bars``, judged against the closes.
         reason
@@ -163,8 +158,7 @@ class AdvancedBacktester:
         Raises
         ------
         DataError
-            When lengths differ, dates do not ascend, a close is not positive, or, unless in-sample rows are
-            asked for, none is out of sample or in-sample ones lie behind the first that is.
+            When rows make no sense, or none, or only some behind the first, are out of sample.
         InsufficientDataError
             When fewer than 2 rows count.
         """
@@ -285,7 +279,6 @@ def _drop_in_sample(window: _Window) -> _Window:
 
 
 def _ahead(close: FloatArray, horizon_bars: int) -> FloatArray:
-    """Return the simple return over the coming bars, NaN where it is not known yet."""
     if horizon_bars < 1:
         raise UsageError(f"horizon_bars must be at least 1, got {horizon_bars!r}")
     realised = np.full(len(close), np.nan)
@@ -414,10 +407,9 @@ def by_regime(result: BacktestReport) -> list[dict[str, object]]:
 
 
 def by_bar(result: BacktestReport) -> pd.DataFrame:
-    """Return the view that rolls: each session's books beside buy and hold, and the last `ROLLING_BARS`.
+    """Return each session's books beside buy and hold, and what the last `ROLLING_BARS` show, annualised.
 
-    ``rolling_sharpe`` is 0 until there are as many returns, and where they do not vary; ``rolling_alpha`` is
-    the mean return over that of buy and hold. Both are annualised.
+    ``rolling_sharpe`` is 0 until there are as many returns, and where they do not vary.
     """
     daily, market, year = result.daily, result.benchmarks["buy_hold"].daily, result.costs.periods_per_year
     # Nothing is earned in the first row.

@@ -1,10 +1,11 @@
-"""Building blocks of a report: charts, drawn as inline SVG, and tables.
+"""Building blocks of a report: charts, drawn as inline SVG, tables, and the page that holds them.
 
 Every maker is a pure function of its data: the same data give the same bytes. Colours are roles
 (``strategy``, ``gain``, ...), written into the SVG as CSS variables, so that one drawing serves light and
 dark. Words stay out of the drawings: titles, captions and legends are HTML around them.
 """
 
+import functools
 import hashlib
 import io
 import re
@@ -21,6 +22,7 @@ import pandas as pd
 from utils.errors import DataError
 
 if TYPE_CHECKING:
+    from matplotlib import RcParams
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
 
@@ -91,6 +93,51 @@ class Table:
     def reasons(self) -> tuple[str, ...]:
         """Return the distinct reasons of undefined cells, in the order of their footnotes."""
         return tuple(dict.fromkeys(cell.reason for row in self.rows for cell in row if cell.reason))
+
+
+Block = Drawing | Table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stat:
+    """A figure of the headline and what it stands beside."""
+
+    label: str
+    value: str
+    note: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Banner:
+    """A sentence in colour (``good``, ``plain``, ``caution``, ``bad``), with reasons."""
+
+    tone: str
+    text: str
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """A heading, sentences, bullets, and the charts and tables that show it."""
+
+    title: str
+    lead: tuple[str, ...] = ()
+    bullets: tuple[str, ...] = ()
+    blocks: tuple[Block, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """A whole page; a ``stamp`` (IN-SAMPLE) is repeated on every figure, table and chart."""
+
+    kicker: str
+    title: str
+    subtitle: str
+    headline: tuple[Stat, ...]
+    banners: tuple[Banner, ...]
+    sections: tuple[Section, ...]
+    limits: tuple[str, ...]
+    stamp: str = ""
 
 
 def cell(value: object, form: str = "any", reason: str = "") -> Cell:
@@ -255,10 +302,10 @@ def coverage_chart(dates: pd.DatetimeIndex, inside: BoolArray, *, nominal: float
 def reliability_chart(
     predicted: FloatArray, observed: FloatArray, *, overlap_bars: int = 1, bins: int = 10
 ) -> Drawing:
-    """Draw mean outcome against mean forecast in at most ``bins`` bins of equal count, with 90 % intervals.
+    """Draw mean outcome against mean forecast, (n,), in at most ``bins`` bins of equal count.
 
-    Probability and outcome (0 or 1), or forecast and realised return; (n,), finite. Outcomes overlap over
-    ``overlap_bars`` rows, so that a bin is worth its count divided by that.
+    Outcomes overlap over ``overlap_bars`` rows, so that for the 90 % intervals a bin is worth its count over
+    that.
     """
     order = np.argsort(predicted, kind="stable")
     parts = np.array_split(order, max(1, min(bins, len(order) // 20)))
@@ -364,7 +411,7 @@ def _svg(paint: Paint, size: tuple[int, int], points: int, *, dated: bool) -> st
 
     width, height = size
     buffer = io.StringIO()
-    with _STYLE_LOCK, mpl.rc_context(fname=STYLE):
+    with _STYLE_LOCK, mpl.rc_context(_style()):
         # 72 points to the inch: a point is a CSS pixel.
         page = figure.Figure(figsize=(width / 72, height / 72), dpi=72)
         ax = page.add_axes((50 / width, 26 / height, (width - 58) / width, (height - 34) / height))
@@ -375,6 +422,13 @@ def _svg(paint: Paint, size: tuple[int, int], points: int, *, dated: bool) -> st
             ax.xaxis.set_major_formatter(dates.ConciseDateFormatter(locator, show_offset=False))  # type: ignore[no-untyped-call]
         page.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _clean(buffer.getvalue(), size)
+
+
+@functools.cache
+def _style() -> "RcParams":
+    from matplotlib import rc_params_from_file  # noqa: PLC0415
+
+    return rc_params_from_file(STYLE, use_default_template=False)
 
 
 def _clean(svg: str, size: tuple[int, int]) -> str:

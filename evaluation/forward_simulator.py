@@ -69,20 +69,18 @@ class ForwardSimulator:
 
         Parameters
         ----------
-        bars
-            Ascending sessions with a ``Close`` column; handed on as they are, cut at the present.
+        bars, days
+            Sessions with a ``Close`` column, cut at the present when handed on; how many are lived through
+            after the first decision, None for all.
         decide
             Asked at every close, with the bars up to it.
-        days
-            Number of bars to live through after the first decision; None for all of them.
         refit, refit_every_bars
             Learn the decision rule anew every so many bars, from the bars known then; both or neither.
 
         Returns
         -------
         DataFrame
-            By session: ``close``, ``target_weight`` (decided at this close), ``held_weight`` (earned in this
-            bar), ``equity``, ``net_return``, ``trade_cost``, ``financing_cost``, ``borrow_cost``.
+            By session: close, ``target_weight`` (decided at this close), books and costs of the bar.
 
         Raises
         ------
@@ -205,20 +203,9 @@ def bootstrap_intervals(
 ) -> dict[str, Interval]:
     """Measure the strategy against buy and hold, with block-bootstrap intervals of `CONFIDENCE`.
 
-    Parameters
-    ----------
-    net, market
-        (n,) simple returns after costs, bar by bar, > -1; the first row, which earns nothing, left out.
-    periods_per_year
-        Annualises.
-    seed
-        Of the draws; the same seed gives the same intervals.
-
-    Returns
-    -------
-    dict
-        ``sharpe_ratio``, ``sharpe_difference`` and ``cagr_difference`` to buy and hold, ``alpha`` (Jensen, a
-        fraction a year).
+    ``net`` and ``market`` (n,) are simple returns after costs, > -1, without the first row, which earns
+    nothing. Returned are ``sharpe_ratio``, ``sharpe_difference``, ``cagr_difference`` and ``alpha`` (Jensen,
+    a year).
     """
     names = ("sharpe_ratio", "sharpe_difference", "cagr_difference", "alpha")
     if net.shape != market.shape:
@@ -343,9 +330,8 @@ def _scenario(
 def summarise(scenarios: Iterable[Scenario]) -> list[dict[str, Any]]:
     """Return one record for each window and cost: as it was, and how the resamples spread.
 
-    ``sharpe_difference`` is history as it was; ``low`` and ``high`` hold `CONFIDENCE` of the resamples,
-    ``share_better`` is how many of them beat buy and hold; None without resamples. ``all_same``: as it was
-    and in every resample the strategy held what buy and hold holds.
+    ``low`` and ``high`` hold `CONFIDENCE` of the resamples, of which ``share_better`` beat buy and hold; None
+    without any. ``all_same``: the strategy always held what buy and hold holds.
     """
     cells: dict[tuple[str, float], list[Scenario]] = {}
     for scenario in scenarios:
@@ -392,14 +378,10 @@ class Evidence:
 def forecast_outcome(
     close: FloatArray, band: tuple[float, float, float], position: float, costs: CostModel
 ) -> dict[str, float | bool | None]:
-    """Set one forecast beside what came.
+    """Set a forecast beside what came, by name; ``close`` runs from its bar to its target bar, both included.
 
-    ``close`` runs from the bar of the forecast to its target bar, both included. ``band`` is the median of
-    the simple return between the two, and the edges of its 80 % band. ``position`` is the target weight,
-    entered from cash at the first close and held to the last.
-
-    Returns figures by name: directions are None where the price did not move, ``crps`` is in log returns,
-    ``hold_return`` that of the whole capital in shares.
+    ``band`` is the median of the simple return between the two, and the edges of its 80 % band; ``position``
+    is entered from cash at the first close. Directions are None where the price did not move.
     """
     median, lower, upper = band
     moves = np.concatenate([[0.0], close[1:] / close[:-1] - 1.0])

@@ -2,13 +2,8 @@
 
 Every function is pure and returns a `Measured`: a finite value, or None with the reason. Arrays are (n,)
 float64; returns are simple, one per bar, and must be finite: NaN raises `DataError`. Only forecasts may hold
-NaN, where there was none; such rows are left out. The risk-free rate is zero.
-
-References
-----------
-Sharpe (1994), The Sharpe ratio. Jensen (1968), The performance of mutual funds. Newey, West (1987), A simple,
-positive semi-definite, heteroskedasticity and autocorrelation consistent covariance matrix. Gneiting, Raftery
-(2007), Strictly proper scoring rules, prediction, and estimation.
+NaN, where there was none; such rows are left out. The risk-free rate is zero. Formulas: Sharpe (1994); Jensen
+(1968); Newey, West (1987); Gneiting, Raftery (2007).
 """
 
 from collections.abc import Mapping
@@ -242,21 +237,11 @@ def spearman(first: FloatArray, second: FloatArray) -> Measured:
 
 
 def forecast_metrics(expected_return: FloatArray, realised_return: FloatArray) -> dict[str, Measured]:
-    """Judge forecasts by what happened.
+    """Judge forecasts of the simple h-day return by what it became; NaN where there is none, or not yet.
 
-    Parameters
-    ----------
-    expected_return
-        Forecast of the simple h-day return made at t; NaN where there is none.
-    realised_return
-        What it became, NaN where not known yet. Overlapping windows are counted one by one; they hold a
-        sample only n / h strong.
-
-    Returns
-    -------
-    dict
-        ``direction_base_rate`` is the direction accuracy of always-up (zero outcomes left out),
-        ``hit_rate_down_days`` the share of falls forecast as falls, ``information_coefficient`` Spearman's.
+    Overlapping windows are counted one by one; they hold a sample only n / h strong. ``direction_base_rate``
+    is the direction accuracy of always-up (zero outcomes left out), ``hit_rate_down_days`` the share of falls
+    forecast as falls, ``information_coefficient`` Spearman's.
     """
     expected, realised = np.asarray(expected_return, float), np.asarray(realised_return, float)
     if expected.shape != realised.shape:
@@ -286,24 +271,11 @@ def calibration_metrics(
     prob_up: FloatArray,
     years: npt.NDArray[np.int_],
 ) -> dict[str, Measured]:
-    """Judge bands and probabilities by what came.
+    """Judge bands of the simple h-day return, and probabilities of a rise, by what came; (n,), NaN: none yet.
 
-    Parameters
-    ----------
-    realised
-        (n,) simple h-day return that followed each forecast, NaN where not known yet.
-    band, prob_up
-        Lower and upper end of the band of that return, and the probability that it is above zero; (n,), NaN
-        where there is no forecast.
-    years
-        (n,) calendar year of each forecast.
-
-    Returns
-    -------
-    dict
-        `CALIBRATION`: coverage of the band, over all and in the calendar years of `MIN_OUTCOMES` outcomes at
-        least; Brier score, and the share by which it is below that of always saying the share of rises, known
-        only in hindsight; mean distance of probability and share of rises in ten groups of equal size.
+    Returns `CALIBRATION`: coverage of the band, over all and in the ``years`` of `MIN_OUTCOMES` outcomes at
+    least; Brier score, and the share by which it is below that of always saying the share of rises, known
+    only in hindsight; mean distance of probability and share of rises in ten groups of equal size.
     """
     lower, upper = band
     known = np.isfinite(realised) & np.isfinite(lower) & np.isfinite(upper) & np.isfinite(prob_up)
@@ -330,14 +302,12 @@ def calibration_metrics(
 
 
 def band_crps(came: float, median: float, lower: float, upper: float) -> float:
-    """Return the continuous ranked probability score of a median with an 80 % band; lower is better.
+    """Return the continuous ranked probability score of a median with an 80 % band, in log returns.
 
-    All in log returns, ``lower <= median <= upper``, and so is the score. The distribution that is scored has
-    the three as its quantiles: below the median it is normal with scale ``s = (median - lower) / Z_90``,
-    above it with ``s' = (upper - median) / Z_90``. The score is the integral of ``(F(x) - 1{x >= came})^2``.
-    With ``C(u) = u (2 Phi(u) - 1) + 2 phi(u) - 1 / sqrt(pi)``, that of the standard normal (Gneiting, Raftery
-    2007, equation 21), it is ``s' C((came - median) / s') + (s - s') C(0) / 2`` above the median, and the
-    mirror image below it.
+    Scored is the distribution with these quantiles: below the median normal with scale ``s = (median - lower)
+    / Z_90``, above it with ``s' = (upper - median) / Z_90``. With ``C(u)``, the score of the standard normal
+    (Gneiting, Raftery 2007, equation 21), it is ``s' C((came - median) / s') + (s - s') C(0) / 2`` above the
+    median, and the mirror image below it.
     """
     near, far = upper - median, median - lower
     if came < median:

@@ -24,12 +24,24 @@ from evaluation.advanced_backtester import (
     by_year,
     net_returns,
 )
-from evaluation.charts import TIMES, Cell, Drawing, FloatArray, Table, cell
+from evaluation.charts import (
+    TIMES,
+    Banner,
+    Block,
+    Cell,
+    Drawing,
+    FloatArray,
+    Report,
+    Section,
+    Stat,
+    Table,
+    cell,
+)
 from evaluation.forward_simulator import BLOCK_BARS, CONFIDENCE, RESAMPLES, Evidence, summarise
 from evaluation.metrics import Metrics, values
 from utils.errors import DataError, StorageError
 
-Block = Drawing | Table
+Facts = Mapping[str, Any]
 AnyBlock = TypeVar("AnyBlock", Drawing, Table)
 STRATEGY = "Strategy"
 BENCHMARKS = {"buy_hold": ("Buy and hold", "hold"), "exposure_matched": ("Same exposure", "exposure")}
@@ -41,53 +53,11 @@ SHOWN_FORECASTS, SHOWN_MARKERS, SHOWN_TRIALS, SHOWN_FEATURES = 120, 80, 12, 20
 _FOLDERS = re.compile(r"(?<![\w.<])(?<!:/)(?:file://|[A-Za-z]:)?(?:[/\\][\w.@+~-]+)+[/\\](?=[\w.@+~-])")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stat:
-    """A figure of the headline and what it stands beside."""
-
-    label: str
-    value: str
-    note: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Banner:
-    """A sentence in colour (``good``, ``plain``, ``caution``, ``bad``), with reasons."""
-
-    tone: str
-    text: str
-    reasons: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Section:
-    """A heading, sentences, bullets, and the charts and tables that show it."""
-
-    title: str
-    lead: tuple[str, ...] = ()
-    bullets: tuple[str, ...] = ()
-    blocks: tuple[Block, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
-    """A whole page; a ``stamp`` (IN-SAMPLE) is repeated on every figure, table and chart."""
-
-    kicker: str
-    title: str
-    subtitle: str
-    headline: tuple[Stat, ...]
-    banners: tuple[Banner, ...]
-    sections: tuple[Section, ...]
-    limits: tuple[str, ...]
-    stamp: str = ""
-
-
 @dataclass(frozen=True, slots=True)
 class Words:
     """Headings, captions and columns of one kind of report, and what fills the gaps of its captions."""
 
-    table: Mapping[str, Any]
+    table: Facts
     fills: Mapping[str, object]
 
     def on(self, name: str, block: AnyBlock, fills: Mapping[str, object] | None = None) -> AnyBlock:
@@ -100,10 +70,10 @@ class Words:
         """Show rows of cells."""
         return self.on(name, Table(columns=tuple(columns), rows=tuple(tuple(row) for row in rows)))
 
-    def records(self, name: str, records: Iterable[Mapping[str, Any]]) -> Table:
+    def records(self, name: str, records: Iterable[Facts]) -> Table:
         """Show records in the columns (key, heading, form) of the words.
 
-        A record may have its own form of a value, as ``value_form``, and says ``why`` it is None.
+        A record may have its own form of a value (``value_form``), and say ``why`` it is None.
         """
         specs, why = self.table["columns"][name], self.table["not_computed"]
         rows = (
@@ -131,10 +101,7 @@ def render(report: Report) -> str:
 
 
 def write_report(report: Report, path: Path) -> Path:
-    """Write the report beside ``path`` and move it there, so that nobody sees half of it; return ``path``.
-
-    Raises `StorageError` if that cannot be done.
-    """
+    """Write the report beside ``path`` and move it there; raises `StorageError` if that cannot be done."""
     html, part = render(report), path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +111,7 @@ def write_report(report: Report, path: Path) -> Path:
         raise StorageError(f"cannot write {path}: {error.strerror}; choose another folder") from error
 
 
-def provenance_of(metadata: Mapping[str, Any]) -> dict[str, str]:
+def provenance_of(metadata: Facts) -> dict[str, str]:
     """Return what a bundle's metadata tell about data, model and libraries: facts by name, for a report."""
     parts = ((part, metadata.get(part) or {}) for part in ("data", "universe"))
     flat = {**metadata, **{f"{part}.{name}": fact for part, facts in parts for name, fact in facts.items()}}
@@ -159,7 +126,7 @@ def backtest_report(
     *,
     symbol: str,
     provenance: Mapping[str, str],
-    verdict: Mapping[str, Any],
+    verdict: Facts,
     forecasts: pd.DataFrame,
     horizon_bars: int,
     notes: Sequence[str] = (),
@@ -167,12 +134,10 @@ def backtest_report(
 ) -> Report:
     """Assemble the report of a backtest; a row that is not out of sample stamps all of it IN-SAMPLE.
 
-    ``provenance`` are facts by name, see `provenance_of`; ``verdict`` holds label, reasons and evidence as in
-    a bundle's metadata. ``forecasts`` have, by session, ``close``, ``is_out_of_sample`` and, of the simple
-    return over the next ``horizon_bars``, ``expected_return``, ``lower``, ``upper`` (80 % band), ``prob_up``.
-    ``extra_sections`` are shown before the evidence.
-
-    Raises `DataError` if one of the three benchmarks is missing.
+    ``verdict`` is that of a bundle's metadata. ``forecasts`` have, by session, ``close``,
+    ``is_out_of_sample`` and, of the simple return over the next ``horizon_bars``, ``expected_return``,
+    ``lower``, ``upper`` (80 % band), ``prob_up``. Raises `DataError` if one of the three benchmarks is
+    missing.
     """
     if missing := [name for name in BENCHMARKS if name not in result.benchmarks]:
         raise DataError(f"the backtest of {symbol} lacks {missing}: a strategy is never shown alone")
@@ -299,32 +264,31 @@ def _grid_rows(evidence: Evidence) -> tuple[list[str], list[list[Cell]]]:
 def training_report(
     *,
     symbol: str,
-    metadata: Mapping[str, Any],
+    metadata: Facts,
     record: pd.DataFrame,
     importance: Mapping[str, float],
-    trials: Sequence[Mapping[str, Any]],
+    trials: Sequence[Facts],
     summary: Mapping[str, float | None] | None = None,
     findings: Sequence[str] = (),
-    epochs: Sequence[Mapping[str, Any]] = (),
+    epochs: Sequence[Facts] = (),
 ) -> Report:
     """Assemble the report of a training.
 
-    ``metadata`` are the bundle's: verdict, folds, further horizons and provenance are shown. ``record`` is
-    the symbol's walk-forward record: ``date`` and the h-day log returns ``predicted_log``, ``baseline_log``,
-    ``realised_log`` (NaN where not known yet). ``importance`` are mean absolute SHAP values of the final fit,
-    ``trials`` those of the search, as recorded, ``summary`` the measures across folds, ``findings`` what the
-    data validator had to say. A network has ``epochs``, figures of each, for importance and trials.
+    ``record`` is the symbol's walk-forward record: ``date`` and the h-day log returns ``predicted_log``,
+    ``baseline_log``, ``realised_log`` (NaN where not known yet). ``importance`` are mean absolute SHAP values
+    of the final fit, ``trials`` those of the search, ``summary`` the measures across folds, ``findings`` what
+    the data validator had to say. A network has ``epochs``, figures of each, for importance and trials.
     """
     folds, universe = metadata["folds"], metadata.get("universe")
-    pruned = sum(trial["state"] == "pruned" for trial in trials)
-    fills: dict[str, object] = {
+    pruned, shown = sum(trial["state"] == "pruned" for trial in trials), min(SHOWN_TRIALS, len(trials))
+    fills = {
         "symbol": symbol,
-        "total": len(trials),
-        "pruned": pruned,
         "alone": "",
         "together": "",
+        "total": len(trials),
+        "pruned": pruned,
+        "shown": shown,
     }
-    fills |= {"shown": min(SHOWN_TRIALS, len(trials))}
     if universe:
         # One model of many symbols: what is of this one, and what of all of them, must not be mixed up.
         together = f", {len(universe['symbols'])} symbols together"
@@ -354,13 +318,9 @@ def training_report(
 
 
 def ensemble_report(
-    *, symbol: str, metadata: Mapping[str, Any], record: pd.DataFrame, findings: Sequence[str] = ()
+    *, symbol: str, metadata: Facts, record: pd.DataFrame, findings: Sequence[str] = ()
 ) -> Report:
-    """Assemble the report of an ensemble: its parts beside the whole.
-
-    ``metadata`` are the bundle's: verdict, ``parts`` and provenance are shown. ``record`` has ``date``, a
-    ``weight_`` column for each member, and what `training_report` needs.
-    """
+    """Assemble the report of an ensemble; ``record`` has a ``weight_`` column for each member besides."""
     parts = metadata["parts"]
     fills = {name: cell(parts[f"{name}_correlation"], "num").text for name in ("error", "signal")}
     fills |= {"symbol": symbol, "alone": "", "together": ""}
@@ -383,12 +343,7 @@ class _Trained:
     """What the reports of a training and of an ensemble have in common."""
 
     def __init__(
-        self,
-        kind: str,
-        metadata: Mapping[str, Any],
-        record: pd.DataFrame,
-        fills: Mapping[str, object],
-        summary: Mapping[str, float | None],
+        self, kind: str, metadata: Facts, record: pd.DataFrame, fills: Facts, summary: Facts
     ) -> None:
         self.metadata, self.horizon = metadata, metadata["horizon_bars"]
         known = record.dropna(subset=["realised_log", "predicted_log"])
@@ -396,10 +351,9 @@ class _Trained:
         self.evidence = {**metadata["verdict"]["evidence"], **summary}
         rows = f"Out of sample, {_span(self.known.index)}"
         own = f"{rows}, {len(self.known):,} forecasts"
-        told: dict[str, object] = {"horizon": self.horizon}
-        told |= {"rows": f"{own}{fills['alone']}.", "fold_rows": f"{rows if fills['together'] else own}."}
+        told = {"rows": f"{own}{fills['alone']}.", "fold_rows": f"{rows if fills['together'] else own}."}
         told |= {"subtitle": f"{own} of the return over {self.horizon} sessions"}
-        self.words = words_of(kind, {**told, **fills})
+        self.words = words_of(kind, {"horizon": self.horizon, **told, **fills})
 
     def naive(self) -> Section:
         words, known = self.words, self.known
@@ -417,12 +371,12 @@ class _Trained:
 
     def gates(self) -> Section:
         words, verdict = self.words, self.metadata["verdict"]
-        asked, forms = words.table["gate"], words.table["gate_form"]
-        gates = (
-            {"note": asked.get(gate["name"], ""), "value_form": forms.get(gate["name"], "any"), **gate}
-            for gate in verdict["gates"]
+        known, unknown, told = words.table["gate"], ("any", ""), verdict["gates"]
+        forms = (
+            {"value_form": form, "note": note} for form, note in (known.get(g["name"], unknown) for g in told)
         )
-        tables = words.records("gates", gates), _evidence(words, self.evidence)
+        rows = ({**form, **gate} for form, gate in zip(forms, told, strict=True))
+        tables = words.records("gates", rows), _evidence(words, self.evidence)
         return words.section("gates", *tables, bullets=verdict["reasons"])
 
     def origin(self, findings: Sequence[str]) -> tuple[Section, Section]:
@@ -431,7 +385,7 @@ class _Trained:
         return data, words.section("origin", _facts(words, provenance_of(self.metadata)))
 
 
-def _importance(words: Words, importance: Mapping[str, float], folds: Iterable[Mapping[str, Any]]) -> Table:
+def _importance(words: Words, importance: Mapping[str, float], folds: Iterable[Facts]) -> Table:
     selected = [set(fold["selected_features"]) for fold in folds]
     top = sorted(importance, key=lambda name: (-importance[name], name))[:SHOWN_FEATURES]
     notes = {name: f"{sum(name in fold for fold in selected)} of {len(selected)}" for name in top}
@@ -442,7 +396,7 @@ def _importance(words: Words, importance: Mapping[str, float], folds: Iterable[M
 def _page(
     words: Words,
     figures: Mapping[str, Mapping[str, float | None]],
-    verdict: Mapping[str, Any],
+    verdict: Facts,
     sections: tuple[Section, ...],
 ) -> Report:
     (tone, text), stamp = words.table["verdict"][verdict["label"]], str(words.fills.get("stamp", ""))

@@ -17,9 +17,10 @@ from data.schema import Bars, bars_hash
 from evaluation import forward_simulator as simulator
 from evaluation.accounting import DEFAULT_CAPITAL, CostModel, Ledger, account
 from evaluation.advanced_backtester import AdvancedBacktester, BacktestReport, by_action, by_bar, by_month
+from evaluation.charts import Report
 from evaluation.forward_simulator import Book, Evidence, ForwardSimulator, IntArray
 from evaluation.metrics import Measured, calibration_metrics, values
-from evaluation.report import Report, backtest_report, luck_section, provenance_of
+from evaluation.report import backtest_report, luck_section, provenance_of
 from inference.modes import Chosen
 from inference.pipeline import Decisions, backtest_decisions, decide
 from inference.position_sizing import (

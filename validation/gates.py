@@ -96,19 +96,7 @@ class Gate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """The label, why, and everything that it rests on.
-
-    Attributes
-    ----------
-    label
-        ``edge``, ``no-edge`` or ``insufficient``.
-    reasons
-        In words, the deciding ones first.
-    evidence
-        Figures by name; None where undefined.
-    gates
-        The classic gates.
-    """
+    """The label; why, in words, the deciding reasons first; figures by name, None where undefined; gates."""
 
     label: Label
     reasons: tuple[str, ...]
@@ -140,16 +128,12 @@ def judge(
 
     Parameters
     ----------
-    record
-        Walk-forward record (`validation.walk_forward.WalkForwardResult.record`) of one symbol, or of a panel
-        that is judged as a whole.
-    horizon_bars
-        Length of the labels.
+    record, horizon_bars, summary
+        Walk-forward record of one symbol, or of a panel that is judged as a whole; length of its labels; its
+        measures across folds, for the classic gates.
     strategy_return, benchmark_return
         Simple returns per bar, after costs, of the decided positions and of the benchmark with the same
         average exposure, on the same out-of-sample bars, (m,).
-    summary
-        Measures across folds, for the classic gates.
     n_verdicts
         Verdicts on these prices, this one counted; see `validation.wfe_metrics.count_verdicts`.
     tried_returns
@@ -382,14 +366,7 @@ def ranks_better_p_value(
 ) -> float | None:
     """Return the one-sided p-value of "the signal goes with the outcome no better than its rival does".
 
-    Both are ranked among their own past, see `rank_among_past`; see `block_bootstrap_p_value` for the rest.
-
-    Parameters
-    ----------
-    signal, rival, outcome
-        Two signals and what came, winsorised, on the same rows in order of time, finite, (n,).
-    horizon_bars
-        How far an outcome overlaps with later ones.
+    Both are ranked among their own past; rows are in order of time, finite, outcomes winsorised, (n,).
     """
     ahead = rank_among_past(signal) - rank_among_past(rival)
     return block_bootstrap_p_value(ahead * (outcome - outcome.mean()), horizon_bars)

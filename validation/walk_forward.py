@@ -47,20 +47,12 @@ _FIGURES += ("calibration_slope", "pred_std_over_target_std", "share_positive")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecipePrediction:
-    """Forecasts of rows that the fit has not seen.
+    """Forecasts of rows that the fit has not seen, (n,) each.
 
-    Attributes
-    ----------
-    mean_log
-        Calibrated forecast of the h-day log return, (n,).
-    baseline_log
-        What a model without skill would forecast: the drift, as an h-day log return, (n,).
-    raw_scaled
-        The uncalibrated signal: deviation from the drift in units of the h-day volatility, (n,).
-    per_model
-        Each model's share of the signal before weighing, (n,) each.
-    skill_lower
-        Lower confidence bound of the skill, within [0, 1], as known when the fit was made, (n,).
+    ``mean_log`` is the calibrated h-day log return, ``baseline_log`` the drift, which needs no skill.
+    ``raw_scaled`` is the uncalibrated signal: deviation from the drift in units of the h-day volatility;
+    ``per_model`` are the models' shares of it before weighing. ``skill_lower`` is the lower confidence bound
+    of the skill, within [0, 1], as known when the fit was made.
     """
 
     mean_log: FloatArray
@@ -92,16 +84,10 @@ class Recipe(Protocol):
     """Everything from training rows to a forecaster: scale, select, tune, weigh, fit, calibrate."""
 
     def fit(self, train: Dataset, *, fold: int, earlier: pd.DataFrame) -> FittedRecipe:
-        """Fit on labelled rows.
+        """Fit on rows whose labels were known before the fold.
 
-        Parameters
-        ----------
-        train
-            Rows whose labels were known before the fold.
-        fold
-            Number of the fold, ascending from 0.
-        earlier
-            The record of earlier folds, rows whose labels were known before the fold; may be empty.
+        ``fold`` ascends from 0; ``earlier`` is the record of earlier folds, as far as known then; maybe
+        empty.
         """
         ...
 
@@ -119,17 +105,9 @@ class WalkForwardConfig(WalkForwardSplit):
 class FoldMeasures:
     """The measures of one fold that the summary across folds reads; None where undefined.
 
-    Attributes
-    ----------
-    ic, fit_ic
-        Rank correlation of signal and outcome (both in volatilities) over time, mean over symbols, on test
-        rows and on the last rows that the model was fitted on.
-    test_hits, test_base, fit_hits, fit_base
-        Hit rates of the uncalibrated forecast, and of "always up", on the same two sets of rows.
-    signal_std, share_positive
-        Of the signal on test rows: standard deviation, in volatilities, and share above the drift.
-    selected_features
-        What the fold's model uses.
+    IC: rank correlation of signal and outcome (both in volatilities) over time, mean over symbols. ``test_``
+    and bare names are of test rows, ``fit_`` of the last rows that the model was fitted on; hits are those of
+    the uncalibrated forecast, base those of "always up". ``share_positive``: signals above the drift.
     """
 
     ic: float | None
@@ -145,15 +123,9 @@ class FoldMeasures:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WalkForwardSummary:
-    """Measures across folds; None where undefined.
+    """Measures across folds; None where undefined; see the functions of these names.
 
-    Attributes
-    ----------
-    efficiency, consistency, overfitting_ratio, feature_stability
-        See the functions of `validation.wfe_metrics`; the efficiency is that of hit rates averaged over
-        folds.
-    collapsed_folds, one_sided_folds
-        Share of folds whose signal hardly varies, and of those whose signal has one sign on most rows.
+    Collapsed is a fold whose signal hardly varies, one-sided one whose signal has one sign on most rows.
     """
 
     efficiency: float | None
@@ -188,22 +160,9 @@ def summarise_folds(folds: Sequence[FoldMeasures]) -> WalkForwardSummary:
 class FoldResult(FoldMeasures):
     """What one fold showed; None where a measure is undefined.
 
-    Attributes
-    ----------
-    number, test_start, test_end
-        Which fold, and its first and last session.
-    trained_through
-        Latest session whose prices the fit has used.
-    n
-        Test rows with a known outcome.
-    ic_low, ic_high
-        Block-bootstrap interval of the IC.
-    hit_minus_base
-        Hit rate of the calibrated forecast over that of "always up".
-    calibration_slope, pred_std_over_target_std
-        Slope of outcome on calibrated forecast, and ratio of their spreads, all in volatilities.
-    notes
-        As the fitted recipe tells.
+    ``trained_through`` is the latest session whose prices the fit has used, ``n`` the number of test rows
+    with a known outcome. ``ic_low`` and ``ic_high`` are the block-bootstrap interval of the IC. Hits, slope
+    and spread are those of the calibrated forecast, the last two in volatilities.
     """
 
     number: int
@@ -227,16 +186,11 @@ class FoldResult(FoldMeasures):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WalkForwardResult:
-    """Outcome of a walk-forward.
+    """Outcome of a walk-forward: the record, the folds in order, and the measures across them.
 
-    Attributes
-    ----------
-    record
-        One row per (date, symbol), ascending: ``date``, ``symbol``, ``predicted_log``, ``baseline_log``,
-        ``raw_scaled``, ``model_<name>``, ``realised_log`` (NaN where not known yet), ``sigma_log``,
-        ``label_end``, ``skill_lower``, ``fold``, ``trained_through``.
-    folds, summary
-        The folds in order, and the measures across them.
+    The record has one row per (date, symbol), ascending: ``date``, ``symbol``, ``predicted_log``,
+    ``baseline_log``, ``raw_scaled``, ``model_<name>``, ``realised_log`` (NaN where not known yet),
+    ``sigma_log``, ``label_end``, ``skill_lower``, ``fold``, ``trained_through``.
     """
 
     record: pd.DataFrame
@@ -269,12 +223,8 @@ class WalkForwardValidator:
     ) -> WalkForwardResult:
         """Fit and predict fold after fold, in order of time; ``on_fold`` is called after each.
 
-        Raises
-        ------
-        InsufficientDataError
-            If there is no session left to test on.
-        ModelError
-            If a forecast is missing or not finite.
+        Raises `InsufficientDataError` if no session is left to test on, `ModelError` if a forecast is not
+        finite.
         """
         frames: list[pd.DataFrame] = []
         results: list[FoldResult] = []

@@ -132,23 +132,9 @@ def block_bootstrap_p_value(
 
     Circular blocks of a quarter (63 values, a twentieth of a short sample, four labels of a long horizon) are
     resampled and the mean is studentised by the spread of its block sums. Beyond all draws the tail is
-    Student's, with a degree of freedom less than there are blocks.
-
-    Parameters
-    ----------
-    values
-        In order of time, (n,).
-    horizon_bars
-        How far a value overlaps with later ones.
-
-    Returns
-    -------
-    float or None
-        None for values that do not vary, or too few for eight blocks.
-
-    References
-    ----------
-    Politis, Romano (1992); Goetze, Kuensch (1996), Second-order correctness of the blockwise bootstrap.
+    Student's, with a degree of freedom less than there are blocks. Values overlap over ``horizon_bars``. None
+    for values that do not vary, or too few for eight blocks. Goetze, Kuensch (1996), Second-order correctness
+    of the blockwise bootstrap.
     """
     n = len(values)
     block = max(4 * horizon_bars if horizon_bars > 15 else 2 * horizon_bars, min(63, n // 20), 1)
@@ -334,27 +320,11 @@ def minimum_track_record_length(
 def probability_of_backtest_overfitting(tried_returns: FloatArray, n_blocks: int = 10) -> float:
     """Return how often the best strategy of one half of time is below the median in the other (CSCV).
 
-    Parameters
-    ----------
-    tried_returns
-        Returns per bar of every strategy that was tried, on the same bars, (T, N); finite.
-    n_blocks
-        Even number of consecutive blocks; every half of them is once the half to choose on.
-
-    Returns
-    -------
-    float
-        1/2 is what strategies without skill give; near 0 the best is best again, near 1 choosing does harm.
-
-    Raises
-    ------
-    InsufficientDataError
-        If there are fewer than two strategies, or fewer than two bars to a block.
-
-    References
-    ----------
-    Bailey, Borwein, Lopez de Prado, Zhu (2017), The Probability of Backtest Overfitting, Journal of
-    Computational Finance 20 (4).
+    ``tried_returns`` (T, N) are returns per bar of every strategy that was tried; every half of the blocks,
+    an even number, is once the half to choose on. 1/2 is what strategies without skill give; near 0 the best
+    is best again, near 1 choosing does harm. Bailey, Borwein, Lopez de Prado, Zhu (2017), Journal of
+    Computational Finance 20 (4). Raises `InsufficientDataError` for fewer than two strategies, or two bars to
+    a block.
     """
     n_bars, n_tried = tried_returns.shape
     if n_blocks % 2 or n_blocks < 2:
@@ -386,17 +356,10 @@ def _sharpes(sums: FloatArray, squares: FloatArray, n_bars: int) -> FloatArray:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """A training run, as far as counting verdicts needs it.
+    """A training run, as far as counting verdicts needs it: a symbol, and a window of prices as ISO dates.
 
-    Attributes
-    ----------
-    symbol, first_session, last_session
-        What it was trained for, and the window of prices that it looked at, as ISO dates.
-    fingerprint
-        Hash of data, recipe and seed; a repetition of the same run is no further verdict.
-    n_trials
-        Verdicts that the run could choose from; 1 for a recipe that is fixed before it is judged. Trials of
-        the search do not count: the out-of-sample rows have not seen them.
+    The ``fingerprint`` hashes data, recipe and seed: a repetition is no further verdict. ``n_trials`` are the
+    verdicts that the run could choose from; trials of the search do not count, which test rows have not seen.
     """
 
     symbol: str

@@ -11,10 +11,9 @@ import pytest
 from evaluation import charts
 from evaluation.accounting import CostModel
 from evaluation.advanced_backtester import AdvancedBacktester, BacktestReport
+from evaluation.charts import Report, Section
 from evaluation.metrics import Measured
 from evaluation.report import (
-    Report,
-    Section,
     backtest_report,
     ensemble_report,
     provenance_of,
@@ -250,7 +249,7 @@ def test_a_network_shows_how_it_learned_in_the_place_of_trials(
     learned = {"trainLoss": 0.4321, "valLoss": 0.5678, "learningRate": 1e-3, "directionalAccuracy": 0.513}
     inputs = {**training_inputs(bars), "importance": {}, "trials": ()}
     page = render(training_report(symbol="AAPL", epochs=[{"epoch": 1, **learned}], **inputs))
-    for heading in ("How the network learned", "What was tried", "What the model looks at"):
+    for heading in ("How the network learned", "What the search tried", "What the model looks at"):
         assert (heading in page) == (heading == "How the network learned") != (heading in training_page)
     assert all(figure in page for figure in ("0.4321", "0.5678", "51.3"))
 
@@ -468,6 +467,44 @@ def test_the_training_report_shows_what_a_sceptic_asks_for(training_page: str) -
     )  # fmt: skip
     assert [words for words in wanted if words not in text] == []
     assert "Stopped early" not in text  # the twelve best were run to their end
+
+
+def test_a_share_is_a_percentage_in_tables_as_it_is_in_tiles(bars: pd.DataFrame) -> None:
+    evidence = VERDICT["evidence"] | {"deflated_sharpe": 0.953}
+    inputs = training_inputs(bars)
+    inputs["metadata"] |= {"verdict": VERDICT | {"evidence": evidence}}
+    blocks = [
+        block
+        for section in training_report(symbol="AAPL", **inputs).sections
+        for block in section.blocks
+        if isinstance(block, charts.Table)
+    ]
+    shown = {row[0].text: row[1].text for block in blocks for row in block.rows if len(row) > 1}
+    percent = "\N{NO-BREAK SPACE}%"
+    assert shown["direction accuracy"] == f"54.8{percent}"
+    assert shown["Deflated Sharpe ratio"] == f"95.3{percent}"
+
+
+def test_trials_of_the_search_verdicts_and_results_are_named_apart(
+    honest_page: str, training_page: str
+) -> None:
+    for page in (honest_page, training_page):
+        text = "".join(Page(page).text)
+        assert "tries" not in text.lower().replace("industries", "")
+    assert "Trials of the search" in training_page
+
+
+def test_a_panel_says_which_figures_are_the_symbols_own(bars: pd.DataFrame, training_page: str) -> None:
+    inputs = training_inputs(bars)
+    inputs["metadata"] |= {"universe": {"symbols": ["AAPL", "IBM", "XOM"], "described": "three"}}
+    report = training_report(symbol="AAPL", **inputs)
+    captions = {block.title: block.caption for section in report.sections for block in section.blocks}
+    assert "forecasts" not in captions["Information coefficient by fold, 3 symbols together"]
+    assert "Folds, 3 symbols together" in captions
+    assert all("of AAPL alone" in captions[name] for name in ("Skill over naive forecasts", "Evidence"))
+    notes = {stat.label: stat.note for stat in report.headline}
+    assert all("of AAPL alone" in notes[name] for name in ("Information coefficient", "Calibration slope"))
+    assert "AAPL alone" not in training_page.replace("Own IC: of AAPL alone", "")
 
 
 def test_a_figure_that_comes_from_two_sides_is_shown_once(bars: pd.DataFrame) -> None:
