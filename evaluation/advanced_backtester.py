@@ -114,6 +114,13 @@ class _Window(NamedTuple):
         """Simple return of each bar over the one before; NaN in the first row."""
         return np.concatenate([[np.nan], self.close[1:] / self.close[:-1] - 1.0])
 
+    def ahead(self, horizon_bars: int) -> FloatArray:
+        """Return the simple return over the coming bars; NaN where it is not known yet."""
+        if horizon_bars < 1:
+            raise UsageError(f"horizon_bars must be at least 1, got {horizon_bars!r}")
+        came = self.close[horizon_bars:] / self.close[:-horizon_bars] - 1.0
+        return np.concatenate([came, np.full(len(self.close) - len(came), np.nan)])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdvancedBacktester:
@@ -193,7 +200,7 @@ class AdvancedBacktester:
         metrics = ledger_metrics(ledger, market.net_return, self.costs.periods_per_year)
         metrics |= trade_metrics(closed, len(trades))
         if horizon_bars is not None:
-            metrics |= forecast_metrics(window.expected_return, _ahead(window.close, horizon_bars))
+            metrics |= forecast_metrics(window.expected_return, window.ahead(horizon_bars))
         known = window.is_out_of_sample
         return BacktestReport(
             daily=_daily(window, ledger),
@@ -276,14 +283,6 @@ def _drop_in_sample(window: _Window) -> _Window:
         )
     kept = window._replace(is_out_of_sample=~strange)
     return _Window._make(None if column is None else column[first:] for column in kept)
-
-
-def _ahead(close: FloatArray, horizon_bars: int) -> FloatArray:
-    if horizon_bars < 1:
-        raise UsageError(f"horizon_bars must be at least 1, got {horizon_bars!r}")
-    realised = np.full(len(close), np.nan)
-    realised[:-horizon_bars] = close[horizon_bars:] / close[:-horizon_bars] - 1.0
-    return realised
 
 
 def _daily(window: _Window, ledger: Ledger) -> pd.DataFrame:

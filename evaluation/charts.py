@@ -202,25 +202,22 @@ def equity_chart(dates: pd.DatetimeIndex, equity: Series, in_sample: BoolArray |
 
 def drawdown_chart(dates: pd.DatetimeIndex, drawdown: Series) -> Drawing:
     """Draw losses from the running peak, fractions <= 0; label to (role, (n,)), the first filled."""
-
-    def paint(ax: "Axes", points: int) -> None:
-        _lines(ax, dates, drawdown, points, filled=True)
-        _percent(ax.yaxis)
-
-    keys = (Key(f"{name}, worst {cell(v.min(), 'pct').text}", role) for name, (role, v) in drawdown.items())
-    return _draw(paint, "strip", tuple(keys))
+    worst = {f"{name}, worst {cell(v.min(), 'pct').text}": (role, v) for name, (role, v) in drawdown.items()}
+    return curve_chart(dates, worst, span="strip", form="pct", filled=True)
 
 
 def position_chart(dates: pd.DatetimeIndex, held_weight: FloatArray) -> Drawing:
     """Draw the held weight as a fraction of equity, (n,); 1 is fully invested, below 0 is short."""
+    curves, guide = {"held weight": ("strategy", held_weight)}, (1.0, "fully invested")
+    return curve_chart(dates, curves, span="strip", form="pct", guide=guide, filled=True)
 
-    def paint(ax: "Axes", points: int) -> None:
-        ax.axhline(1.0, color=ROLES["muted"], lw=0.9, dashes=(4, 3))
-        _lines(ax, dates, {"held": ("strategy", held_weight)}, points, filled=True)
-        ax.set_ylim(min(0.0, held_weight.min() - 0.1), max(1.2, held_weight.max() + 0.2))
-        _percent(ax.yaxis)
 
-    return _draw(paint, "strip", (Key("held weight", "strategy"), Key("fully invested", "muted", "dash")))
+def coverage_chart(dates: pd.DatetimeIndex, inside: BoolArray, *, nominal: float, window: int) -> Drawing:
+    """Draw the share of the last ``window`` outcomes inside their band (n,) beside the ``nominal`` share."""
+    share = np.asarray(pd.Series(inside.astype(np.float64)).rolling(window).mean(), dtype=np.float64)
+    curves = {f"inside, last {window} outcomes": ("strategy", share)}
+    guide = nominal, f"promised {nominal * 100:.0f} %"
+    return curve_chart(dates, curves, form="pct", guide=guide)
 
 
 def rolling_sharpe_chart(
@@ -236,16 +233,31 @@ def rolling_sharpe_chart(
     return curve_chart(dates, curves, span="strip")
 
 
-def curve_chart(dates: pd.DatetimeIndex, curves: Series, *, span: str = "half", form: str = "any") -> Drawing:
-    """Draw curves around zero; label to (role, (n,)), NaN where unknown; fractions when ``form`` is pct."""
+def curve_chart(
+    dates: pd.DatetimeIndex,
+    curves: Series,
+    *,
+    span: str = "half",
+    form: str = "any",
+    guide: tuple[float, str] | None = None,
+    filled: bool = False,
+) -> Drawing:
+    """Draw curves; label to (role, (n,)), NaN where unknown, fractions when ``form`` is pct.
+
+    The first is ``filled`` down to zero, or there is a line at zero, or at the ``guide``, which has a label.
+    """
 
     def paint(ax: "Axes", points: int) -> None:
-        ax.axhline(0.0, color=ROLES["muted"], lw=0.9)
-        _lines(ax, dates, curves, points)
+        if guide is not None:
+            ax.axhline(guide[0], color=ROLES["muted"], lw=0.9, dashes=(4, 3))
+        elif not filled:
+            ax.axhline(0.0, color=ROLES["muted"], lw=0.9)
+        _lines(ax, dates, curves, points, filled=filled)
         if form == "pct":
             _percent(ax.yaxis)
 
-    return _draw(paint, span, tuple(Key(label, role) for label, (role, _values) in curves.items()))
+    keys = tuple(Key(label, role) for label, (role, _values) in curves.items())
+    return _draw(paint, span, (*keys, Key(guide[1], "muted", "dash")) if guide else keys)
 
 
 def price_with_markers(
@@ -284,28 +296,12 @@ def forecast_fan_chart(
     return _draw(paint, "full", (*legend, *marks))
 
 
-def coverage_chart(dates: pd.DatetimeIndex, inside: BoolArray, *, nominal: float, window: int) -> Drawing:
-    """Draw the share of the last ``window`` outcomes inside their band (n,) beside the ``nominal`` share."""
-    share = np.asarray(pd.Series(inside.astype(np.float64)).rolling(window).mean(), dtype=np.float64)
-
-    def paint(ax: "Axes", points: int) -> None:
-        ax.axhline(nominal, color=ROLES["muted"], lw=1.0, dashes=(4, 3))
-        _lines(ax, dates, {"share": ("strategy", share)}, points)
-        low, high = np.nanmin([*share, nominal - 0.1]), np.nanmax([*share, nominal + 0.1])
-        ax.set_ylim(low - 0.02, min(1.01, high + 0.02))
-        _percent(ax.yaxis)
-
-    promised = Key(f"promised {nominal * 100:.0f} %", "muted", "dash")
-    return _draw(paint, "half", (Key(f"inside, last {window} outcomes", "strategy"), promised))
-
-
 def reliability_chart(
     predicted: FloatArray, observed: FloatArray, *, overlap_bars: int = 1, bins: int = 10
 ) -> Drawing:
-    """Draw mean outcome against mean forecast, (n,), in at most ``bins`` bins of equal count.
+    """Draw mean outcome against mean forecast, (n,), in bins of equal count with 90 % intervals.
 
-    Outcomes overlap over ``overlap_bars`` rows, so that for the 90 % intervals a bin is worth its count over
-    that.
+    Outcomes overlap over ``overlap_bars`` rows: a bin is worth its count divided by that.
     """
     order = np.argsort(predicted, kind="stable")
     parts = np.array_split(order, max(1, min(bins, len(order) // 20)))

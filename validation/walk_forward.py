@@ -4,7 +4,6 @@ The recipe is what is validated, whatever it is: this module knows no model. Eve
 session on gets exactly one forecast, made by a fit whose labels had all ended before.
 """
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -36,8 +35,6 @@ from validation.wfe_metrics import (
     share_up,
     walk_forward_efficiency,
 )
-
-logger = logging.getLogger(__name__)
 
 # Of a fold's result as plain data.
 _SESSIONS = ("test_start", "test_end", "trained_through")
@@ -235,16 +232,10 @@ class WalkForwardValidator:
             frames.append(_predict(fitted, dataset.take(fold.test_idx), fold))
             tail = self._tail(dataset, fold)
             results.append(self._judge(fold, frames[-1], _predict(fitted, tail, fold), fitted, dataset))
-            logger.debug(
-                "fold %d, %s to %s: ic %s", fold.number, fold.test_start, fold.test_end, results[-1].ic
-            )
             if on_fold is not None:
                 on_fold(results[-1])
-        return WalkForwardResult(
-            record=pd.concat(frames, ignore_index=True),
-            folds=tuple(results),
-            summary=summarise_folds(results),
-        )
+        record = pd.concat(frames, ignore_index=True)
+        return WalkForwardResult(record=record, folds=tuple(results), summary=summarise_folds(results))
 
     def _tail(self, dataset: Dataset, fold: Fold) -> Dataset:
         """Return the last training rows, as many sessions as a test block has: what the fit knows."""

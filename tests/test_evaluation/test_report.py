@@ -147,8 +147,13 @@ def bars(make_bars) -> pd.DataFrame:
 
 
 @pytest.fixture(scope="module")
-def honest_page(bars: pd.DataFrame) -> str:
-    return render(demo(bars))
+def honest(bars: pd.DataFrame) -> Report:
+    return demo(bars)
+
+
+@pytest.fixture(scope="module")
+def honest_page(honest: Report) -> str:
+    return render(honest)
 
 
 @pytest.fixture(scope="module")
@@ -270,12 +275,12 @@ def test_ids_are_unique_and_every_reference_meets_its_own_drawing(honest_page: s
         assert used <= own
 
 
-def test_hostile_strings_are_shown_and_not_run(bars: pd.DataFrame) -> None:
-    report = demo(bars, symbol=HOSTILE)
+def test_hostile_strings_are_shown_and_not_run(honest: Report) -> None:
     report = replace(
-        report,
-        banners=tuple(replace(banner, reasons=(HOSTILE,)) for banner in report.banners),
-        sections=(*report.sections, Section(title=HOSTILE, lead=(HOSTILE,), bullets=(HOSTILE,))),
+        honest,
+        title=HOSTILE,
+        banners=tuple(replace(banner, reasons=(HOSTILE,)) for banner in honest.banners),
+        sections=(*honest.sections, Section(title=HOSTILE, lead=(HOSTILE,), bullets=(HOSTILE,))),
     )
     html = render(report)
     assert outside_resources(html) == []
@@ -352,8 +357,8 @@ def test_a_strategy_is_never_shown_alone(bars: pd.DataFrame, name: str) -> None:
         )
 
 
-def test_every_figure_says_rows_and_costs(bars: pd.DataFrame) -> None:
-    report = demo(bars)
+def test_every_figure_says_rows_and_costs(honest: Report) -> None:
+    report = honest
     captions = {
         block.title: block.caption for section in report.sections for block in section.blocks if block.title
     }
@@ -389,8 +394,8 @@ def test_an_undefined_measure_is_a_dash_with_its_reason(bars: pd.DataFrame) -> N
     assert "nan" not in "".join(Page(html).text).lower().replace("finan", "")
 
 
-def test_every_defined_measure_of_the_backtester_is_shown(bars: pd.DataFrame) -> None:
-    shown = "".join(Page(render(demo(bars))).text)
+def test_every_defined_measure_of_the_backtester_is_shown(bars: pd.DataFrame, honest_page: str) -> None:
+    shown = "".join(Page(honest_page).text)
     result = backtest(bars)
     assert f"{result.metrics['sharpe_ratio'].value:.2f}" in shown
     assert f"{result.metrics['total_orders'].value:,.0f}" in shown
@@ -409,8 +414,10 @@ def test_a_strategy_that_only_holds_is_called_by_its_name(bars: pd.DataFrame, ho
     assert "nothing here is skill" not in honest_page
 
 
-def test_the_headline_stands_beside_buy_and_hold_and_equal_exposure(bars: pd.DataFrame) -> None:
-    result, report = backtest(bars), demo(bars)
+def test_the_headline_stands_beside_buy_and_hold_and_equal_exposure(
+    bars: pd.DataFrame, honest: Report
+) -> None:
+    result, report = backtest(bars), honest
     stats = {stat.label: stat for stat in report.headline}
     market = result.benchmarks["buy_hold"].metrics["cagr"].value
     gap = result.metrics["cagr"].value - result.benchmarks["exposure_matched"].metrics["cagr"].value
@@ -521,17 +528,17 @@ def test_provenance_names_what_is_there_and_leaves_out_what_is_not() -> None:
 
 
 def test_write_report_leaves_one_file_and_makes_its_folder(
-    tmp_path: Path, bars: pd.DataFrame, honest_page: str
+    tmp_path: Path, honest: Report, honest_page: str
 ) -> None:
-    path = write_report(demo(bars), tmp_path / "run" / "report.html")
+    path = write_report(honest, tmp_path / "run" / "report.html")
     assert path.read_text(encoding="utf-8") == honest_page
     assert [file.name for file in path.parent.iterdir()] == ["report.html"]
 
 
-def test_a_folder_that_cannot_be_written_is_a_storage_error(tmp_path: Path, bars: pd.DataFrame) -> None:
+def test_a_folder_that_cannot_be_written_is_a_storage_error(tmp_path: Path, honest: Report) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StorageError, match="cannot write"):
-        write_report(demo(bars.iloc[:300]), tmp_path / "file" / "report.html")
+        write_report(honest, tmp_path / "file" / "report.html")
 
 
 def test_tick_labels_are_not_rounded_with_the_drawing() -> None:
