@@ -1,4 +1,4 @@
-"""Figures of merit, each with its unit, each honest about not being defined.
+"""Figures of merit, each honest about not being defined.
 
 Every function is pure and returns a `Measured`: a finite value, or None with the reason. Arrays are (n,)
 float64; returns are simple, one per bar, and must be finite: NaN raises `DataError`. Only forecasts may hold
@@ -9,7 +9,6 @@ NaN, where there was none; such rows are left out. The risk-free rate is zero. F
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import erf
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +17,6 @@ from evaluation.accounting import Ledger
 from utils.errors import DataError
 
 FloatArray = npt.NDArray[np.float64]
-Unit = Literal["fraction", "ratio", "money", "bars", "count"]
 
 # Below this, differences are rounding and a quotient by them says nothing.
 _TINY = 1e-12
@@ -36,7 +34,6 @@ class Measured:
     """A figure, or the reason why there is none; exactly one of the two is None."""
 
     value: float | None
-    unit: Unit
     reason: str | None = None
 
     def __post_init__(self) -> None:
@@ -49,8 +46,8 @@ class Measured:
 Metrics = Mapping[str, Measured]
 
 
-def _none(reason: str, unit: Unit = "fraction") -> Measured:
-    return Measured(None, unit, reason)
+def _none(reason: str) -> Measured:
+    return Measured(None, reason)
 
 
 def values(metrics: Metrics) -> dict[str, float | None]:
@@ -66,7 +63,7 @@ def reasons(metrics: Metrics) -> dict[str, str]:
 def total_return(equity: FloatArray) -> Measured:
     """Last equity over first, minus 1; a fraction."""
     curve = _finite(equity, "equity")
-    return _short(curve, 2, what="bars") or Measured(float(curve[-1] / curve[0] - 1.0), "fraction")
+    return _short(curve, 2, what="bars") or Measured(float(curve[-1] / curve[0] - 1.0))
 
 
 def cagr(equity: FloatArray, periods_per_year: int) -> Measured:
@@ -80,19 +77,19 @@ def cagr(equity: FloatArray, periods_per_year: int) -> Measured:
     log_growth = float(np.log1p(grown.value)) / years
     if log_growth > 100.0:
         return _none(f"{len(equity)} bars are too few to annualise")
-    return Measured(float(np.expm1(log_growth)), "fraction")
+    return Measured(float(np.expm1(log_growth)))
 
 
 def volatility(returns: FloatArray, periods_per_year: int) -> Measured:
     """Standard deviation of returns (ddof 1), annualised; a fraction."""
     sample = _finite(returns, "returns")
-    return _short(sample, 2) or Measured(float(sample.std(ddof=1) * np.sqrt(periods_per_year)), "fraction")
+    return _short(sample, 2) or Measured(float(sample.std(ddof=1) * np.sqrt(periods_per_year)))
 
 
 def sharpe(returns: FloatArray, periods_per_year: int) -> Measured:
     """Mean over standard deviation (ddof 1), annualised; undefined when returns do not vary."""
     sample = _finite(returns, "returns")
-    if short := _short(sample, 2, "ratio"):
+    if short := _short(sample, 2):
         return short
     return _annual_ratio(sample, float(sample.std(ddof=1)), periods_per_year, "returns do not vary")
 
@@ -100,7 +97,7 @@ def sharpe(returns: FloatArray, periods_per_year: int) -> Measured:
 def sortino(returns: FloatArray, periods_per_year: int) -> Measured:
     """Mean over the root of the mean squared loss, annualised; undefined without a loss."""
     sample = _finite(returns, "returns")
-    if short := _short(sample, 2, "ratio"):
+    if short := _short(sample, 2):
         return short
     downside = float(np.sqrt(np.mean(np.minimum(sample, 0.0) ** 2)))
     return _annual_ratio(sample, downside, periods_per_year, "no return is negative")
@@ -120,42 +117,42 @@ def drawdowns(equity: FloatArray) -> FloatArray:
 def max_drawdown(equity: FloatArray) -> Measured:
     """Deepest drawdown; a fraction <= 0."""
     depth = drawdowns(equity)
-    return Measured(float(depth.min()), "fraction") if len(depth) else _none("no bars")
+    return Measured(float(depth.min())) if len(depth) else _none("no bars")
 
 
 def max_drawdown_bars(equity: FloatArray) -> Measured:
     """Bars from the high before the deepest drawdown to the recovery of that high, or to the end."""
     depth = drawdowns(equity)
     if not len(depth):
-        return _none("no bars", "bars")
+        return _none("no bars")
     trough, top = int(depth.argmin()), np.flatnonzero(depth == 0.0)
     if depth[trough] == 0.0:
-        return Measured(0.0, "bars")
+        return Measured(0.0)
     peak, recovered = top[top < trough][-1], top[top > trough]
-    return Measured(float((recovered[0] if len(recovered) else len(depth) - 1) - peak), "bars")
+    return Measured(float((recovered[0] if len(recovered) else len(depth) - 1) - peak))
 
 
 def calmar(equity: FloatArray, periods_per_year: int) -> Measured:
     """CAGR over the size of the deepest drawdown."""
     growth, depth = cagr(equity, periods_per_year), max_drawdown(equity)
     if growth.value is None:
-        return _none(str(growth.reason), "ratio")
+        return _none(str(growth.reason))
     if depth.value is None or depth.value >= -_TINY:
-        return _none("there was no drawdown", "ratio")
-    return Measured(growth.value / -depth.value, "ratio")
+        return _none("there was no drawdown")
+    return Measured(growth.value / -depth.value)
 
 
 def value_at_risk(returns: FloatArray, tail: float = 0.05) -> Measured:
     """Return of one bar that is undercut in a share ``tail`` of the bars; a fraction, a loss is negative."""
     sample = _finite(returns, "returns")
-    return _short(sample, _MIN_TAIL_BARS) or Measured(float(np.quantile(sample, tail)), "fraction")
+    return _short(sample, _MIN_TAIL_BARS) or Measured(float(np.quantile(sample, tail)))
 
 
 def conditional_value_at_risk(returns: FloatArray, tail: float = 0.05) -> Measured:
     """Mean return of the worst share ``tail`` of the bars; a fraction, a loss is negative."""
     sample = _finite(returns, "returns")
     worst = np.sort(sample)[: int((len(sample) - 1) * tail) + 1]
-    return _short(sample, _MIN_TAIL_BARS) or Measured(float(worst.mean()), "fraction")
+    return _short(sample, _MIN_TAIL_BARS) or Measured(float(worst.mean()))
 
 
 def win_rate(closed_pnl: FloatArray) -> Measured:
@@ -163,18 +160,18 @@ def win_rate(closed_pnl: FloatArray) -> Measured:
     pnl = _finite(closed_pnl, "closed_pnl")
     if not len(pnl):
         return _none("no trade was closed")
-    return Measured(float(np.mean(pnl > 0.0)), "fraction")
+    return Measured(float(np.mean(pnl > 0.0)))
 
 
 def profit_factor(closed_pnl: FloatArray) -> Measured:
     """Sum of realised profits over the size of the sum of realised losses."""
     pnl = _finite(closed_pnl, "closed_pnl")
     if not len(pnl):
-        return _none("no trade was closed", "ratio")
+        return _none("no trade was closed")
     loss = -float(pnl[pnl < 0.0].sum())
     if loss <= _TINY:
-        return _none("no trade was closed at a loss", "ratio")
-    return Measured(float(pnl[pnl > 0.0].sum()) / loss, "ratio")
+        return _none("no trade was closed at a loss")
+    return Measured(float(pnl[pnl > 0.0].sum()) / loss)
 
 
 def information_ratio(returns: FloatArray, benchmark: FloatArray, periods_per_year: int) -> Measured:
@@ -182,7 +179,7 @@ def information_ratio(returns: FloatArray, benchmark: FloatArray, periods_per_ye
     active = _finite(returns, "returns") - _finite(benchmark, "benchmark")
     found = sharpe(active, periods_per_year)
     if found.reason == "returns do not vary":
-        return _none("returns do not differ from the benchmark's", "ratio")
+        return _none("returns do not differ from the benchmark's")
     return found
 
 
@@ -193,7 +190,6 @@ def market_line(returns: FloatArray, benchmark: FloatArray, periods_per_year: in
     and ``4 (n / 100)^(2/9)`` lags, no small-sample correction).
     """
     y, x = _finite(returns, "returns"), _finite(benchmark, "benchmark")
-    units: dict[str, Unit] = {"alpha": "fraction", "alpha_t": "ratio", "beta": "ratio", "beta_t": "ratio"}
     if len(y) != len(x):
         raise DataError(f"returns has {len(y)} entries and benchmark {len(x)}; must be equal")
     why = None
@@ -202,18 +198,18 @@ def market_line(returns: FloatArray, benchmark: FloatArray, periods_per_year: in
     elif x.std() <= _TINY:
         why = "the benchmark does not vary"
     if why is not None:
-        return {name: Measured(None, unit, why) for name, unit in units.items()}
+        return dict.fromkeys(("alpha", "beta", "alpha_t", "beta_t"), _none(why))
     design = np.column_stack([np.ones(len(x)), x])
     bread = np.linalg.inv(design.T @ design)
     coefficients = bread @ (design.T @ y)
     residuals = y - design @ coefficients
     out = {
-        "alpha": Measured(float(coefficients[0] * periods_per_year), "fraction"),
-        "beta": Measured(float(coefficients[1]), "ratio"),
+        "alpha": Measured(float(coefficients[0] * periods_per_year)),
+        "beta": Measured(float(coefficients[1])),
     }
     if residuals.std() <= _TINY * max(1.0, float(y.std())):
         why = "the line fits exactly"
-        return out | {name: _none(why, "ratio") for name in ("alpha_t", "beta_t")}
+        return out | {name: _none(why) for name in ("alpha_t", "beta_t")}
     scores = design * residuals[:, None]
     lags = int(4.0 * (len(y) / 100.0) ** (2.0 / 9.0))
     meat = scores.T @ scores
@@ -222,7 +218,7 @@ def market_line(returns: FloatArray, benchmark: FloatArray, periods_per_year: in
         meat += (1.0 - lag / (lags + 1.0)) * (cross + cross.T)
     errors = np.sqrt(np.diag(bread @ meat @ bread))
     for name, coefficient, error in zip(("alpha_t", "beta_t"), coefficients, errors, strict=True):
-        out[name] = Measured(float(coefficient / error), "ratio")
+        out[name] = Measured(float(coefficient / error))
     return out
 
 
@@ -230,10 +226,10 @@ def spearman(first: FloatArray, second: FloatArray) -> Measured:
     """Rank correlation of two arrays without NaN, ties at their mean rank."""
     a, b = _finite(first, "first"), _finite(second, "second")
     if len(a) < 3:
-        return _none(f"needs 3 pairs, has {len(a)}", "ratio")
+        return _none(f"needs 3 pairs, has {len(a)}")
     if np.ptp(a) == 0.0 or np.ptp(b) == 0.0:
-        return _none("one side does not vary", "ratio")
-    return Measured(float(np.corrcoef(_ranks(a), _ranks(b))[0, 1]), "ratio")
+        return _none("one side does not vary")
+    return Measured(float(np.corrcoef(_ranks(a), _ranks(b))[0, 1]))
 
 
 def forecast_metrics(expected_return: FloatArray, realised_return: FloatArray) -> dict[str, Measured]:
@@ -260,8 +256,8 @@ def forecast_metrics(expected_return: FloatArray, realised_return: FloatArray) -
         "information_coefficient": spearman(x, y),
         "prediction_std": _std(made),
         "pred_positive_share": _mean(made > 0.0, "no forecasts"),
-        "rmse": Measured(float(np.sqrt(np.mean((x - y) ** 2))), "fraction") if len(x) else _none(none),
-        "n_forecasts": Measured(float(len(made)), "count"),
+        "rmse": Measured(float(np.sqrt(np.mean((x - y) ** 2)))) if len(x) else _none(none),
+        "n_forecasts": Measured(float(len(made))),
     }
 
 
@@ -291,12 +287,12 @@ def calibration_metrics(
     alike = _none("all outcomes were alike")
     none = f"no year has {MIN_OUTCOMES} outcomes"
     figures = (
-        Measured(float(inside.mean()), "fraction"),
+        Measured(float(inside.mean())),
         _mean(yearly[:1], none),
         _mean(yearly[-1:], none),
-        Measured(brier, "fraction"),
-        Measured(1.0 - brier / naive, "fraction") if naive > 0.0 else alike,
-        Measured(float(np.sum(apart) / len(came)), "fraction"),
+        Measured(brier),
+        Measured(1.0 - brier / naive) if naive > 0.0 else alike,
+        Measured(float(np.sum(apart) / len(came))),
     )
     return dict(zip(CALIBRATION, figures, strict=True))
 
@@ -350,12 +346,12 @@ def ledger_metrics(
         "information_ratio": information_ratio(net, market, periods_per_year),
         "exposure_mean": _mean(held, none),
         "exposure_std": _std(held),
-        "turnover": _mean(ledger.turnover[1:] * periods_per_year, none, "ratio"),
-        "total_transaction_costs": Measured(float(ledger.trade_cost.sum()), "money"),
-        "total_financing_costs": Measured(float(ledger.financing_cost.sum()), "money"),
-        "total_borrow_costs": Measured(float(ledger.borrow_cost.sum()), "money"),
-        "final_equity": Measured(float(ledger.equity[-1]), "money"),
-        "n_bars": Measured(float(len(ledger.equity)), "count"),
+        "turnover": _mean(ledger.turnover[1:] * periods_per_year, none),
+        "total_transaction_costs": Measured(float(ledger.trade_cost.sum())),
+        "total_financing_costs": Measured(float(ledger.financing_cost.sum())),
+        "total_borrow_costs": Measured(float(ledger.borrow_cost.sum())),
+        "final_equity": Measured(float(ledger.equity[-1])),
+        "n_bars": Measured(float(len(ledger.equity))),
     }
 
 
@@ -364,9 +360,9 @@ def trade_metrics(closed_pnl: FloatArray, n_orders: int) -> dict[str, Measured]:
     return {
         "win_rate": win_rate(closed_pnl),
         "profit_factor": profit_factor(closed_pnl),
-        "average_trade_profit": _mean(closed_pnl, "no trade was closed", "money"),
-        "total_trades": Measured(float(len(closed_pnl)), "count"),
-        "total_orders": Measured(float(n_orders), "count"),
+        "average_trade_profit": _mean(closed_pnl, "no trade was closed"),
+        "total_trades": Measured(float(len(closed_pnl))),
+        "total_orders": Measured(float(n_orders)),
     }
 
 
@@ -381,15 +377,15 @@ def _finite(array: FloatArray, name: str) -> FloatArray:
     return checked
 
 
-def _short(sample: FloatArray, need: int, unit: Unit = "fraction", what: str = "returns") -> Measured | None:
+def _short(sample: FloatArray, need: int, what: str = "returns") -> Measured | None:
     """Return an undefined figure where there are fewer values than it needs."""
-    return _none(f"needs {need} {what}, has {len(sample)}", unit) if len(sample) < need else None
+    return _none(f"needs {need} {what}, has {len(sample)}") if len(sample) < need else None
 
 
 def _annual_ratio(sample: FloatArray, spread: float, periods_per_year: int, why: str) -> Measured:
     if spread <= _TINY:
-        return _none(why, "ratio")
-    return Measured(float(sample.mean() / spread * np.sqrt(periods_per_year)), "ratio")
+        return _none(why)
+    return Measured(float(sample.mean() / spread * np.sqrt(periods_per_year)))
 
 
 def _ranks(sample: FloatArray) -> FloatArray:
@@ -397,9 +393,9 @@ def _ranks(sample: FloatArray) -> FloatArray:
     return np.asarray((np.cumsum(counts) - (counts - 1) / 2.0)[where], dtype=np.float64)
 
 
-def _mean(sample: FloatArray | npt.NDArray[np.bool_], reason: str, unit: Unit = "fraction") -> Measured:
-    return Measured(float(np.mean(sample)), unit) if len(sample) else _none(reason, unit)
+def _mean(sample: FloatArray | npt.NDArray[np.bool_], reason: str) -> Measured:
+    return Measured(float(np.mean(sample))) if len(sample) else _none(reason)
 
 
 def _std(sample: FloatArray) -> Measured:
-    return _short(sample, 2, what="values") or Measured(float(sample.std(ddof=1)), "fraction")
+    return _short(sample, 2, what="values") or Measured(float(sample.std(ddof=1)))

@@ -183,12 +183,12 @@ def weigh(result: BacktestReport, history: Decisions, request: BacktestRequest, 
     books = (bookkeeper(history, other, request.capital) for other in alternatives())
     tried = [book(np.arange(len(dates)), first, costs)[0].net_return[1:] for book in books]
     figures = {
-        "n_tries": Measured(float(n_tries), "count"),
+        "n_tries": Measured(float(n_tries)),
         "deflated_sharpe": gates.measured_deflated_sharpe(net, n_tries),
         "deflated_sharpe_active": gates.measured_deflated_sharpe(net - same, n_tries),
         "minimum_track_record_bars": gates.measured_track_record(net),
         "pbo": gates.measured_overfitting(np.column_stack([net, *tried])),
-        "out_of_sample_share": Measured(float(result.daily["is_out_of_sample"].mean()), "fraction"),
+        "out_of_sample_share": Measured(float(result.daily["is_out_of_sample"].mean())),
         **_calibration(history.frame.iloc[first:], history.horizon_bars),
     }
     own = bookkeeper(history, request.sizer, request.capital)

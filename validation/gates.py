@@ -341,8 +341,8 @@ def measured_deflated_sharpe(returns: FloatArray, n_results: int) -> Measured:
     """Return the deflated Sharpe ratio, or why there is none."""
     moments = sharpe_moments(returns)
     if moments is None:
-        return Measured(None, "fraction", f"needs {MIN_RETURNS} returns that vary")
-    return Measured(deflated_sharpe(moments, n_results), "fraction")
+        return Measured(None, f"needs {MIN_RETURNS} returns that vary")
+    return Measured(deflated_sharpe(moments, n_results))
 
 
 def measured_track_record(returns: FloatArray) -> Measured:
@@ -350,15 +350,15 @@ def measured_track_record(returns: FloatArray) -> Measured:
     moments = sharpe_moments(returns)
     bars = None if moments is None else minimum_track_record_length(moments)
     if bars is None:
-        return Measured(None, "bars", "no length is enough: the Sharpe ratio is not above zero")
-    return Measured(bars, "bars")
+        return Measured(None, "no length is enough: the Sharpe ratio is not above zero")
+    return Measured(bars)
 
 
 def measured_overfitting(tried: FloatArray) -> Measured:
     """Return the probability of overfitting by choosing among the columns, (n, k), or why there is none."""
     if len(tried) < MIN_BARS:
-        return Measured(None, "fraction", f"needs {MIN_BARS} returns, has {len(tried)}")
-    return Measured(probability_of_backtest_overfitting(tried), "fraction")
+        return Measured(None, f"needs {MIN_BARS} returns, has {len(tried)}")
+    return Measured(probability_of_backtest_overfitting(tried))
 
 
 def ranks_better_p_value(

@@ -381,8 +381,8 @@ def test_every_figure_says_rows_and_costs(honest: Report) -> None:
 def test_an_undefined_measure_is_a_dash_with_its_reason(bars: pd.DataFrame) -> None:
     result = backtest(bars)
     planted = dict(result.metrics) | {
-        "sortino_ratio": Measured(None, "ratio", "no return is negative"),
-        "profit_factor": Measured(None, "ratio", "no trade was closed at a loss"),
+        "sortino_ratio": Measured(None, "no return is negative"),
+        "profit_factor": Measured(None, "no trade was closed at a loss"),
     }
     report = backtest_report(
         replace(result, metrics=planted),
