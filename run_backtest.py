@@ -38,7 +38,7 @@ from evaluation.charts import Banner, Cell, Report, Section, cell
 from evaluation.forward_simulator import CONFIDENCE, GRID_SEEDS
 from evaluation.metrics import reasons, values
 from evaluation.report import luck_section, words_of, write_report
-from inference.modes import MODES, forecaster_for, load_parts
+from inference.load_ensemble_model import MODES, forecaster_for, load_parts
 from inference.position_sizing import DEFAULT_SIZING, PRESETS
 from service import backtest_service as service
 from service.backtest_service import BacktestRequest, Lived, Outcome, notes_of

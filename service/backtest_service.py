@@ -21,7 +21,7 @@ from evaluation.charts import Report
 from evaluation.forward_simulator import Book, Evidence, ForwardSimulator, IntArray
 from evaluation.metrics import Measured, calibration_metrics, values
 from evaluation.report import backtest_report, luck_section, provenance_of
-from inference.modes import Chosen
+from inference.load_ensemble_model import Chosen
 from inference.pipeline import Decisions, backtest_decisions, decide
 from inference.position_sizing import (
     DEFAULT_SIZING,
@@ -219,11 +219,10 @@ def live(outcome: Outcome, days: int) -> Lived:
     request, judged = outcome.request, outcome.result.daily
     if not 1 <= days < len(judged):
         raise UsageError(f"--days must be 1 to {len(judged) - 1}, the window less its first row, got {days}")
-    forecaster = outcome.bundle.forecaster
     sizer, costs, capital = request.sizer, request.costs, request.capital
 
     def decided(known: pd.DataFrame) -> float:
-        now = decide(outcome.bundle.symbol, known, forecaster, sizer, costs=costs)
+        now = decide(outcome.bundle.symbol, known, outcome.bundle.forecaster, sizer, costs=costs)
         return float(now.frame["target_weight"].iloc[-1])
 
     lived = ForwardSimulator(costs=costs, initial_capital=capital).run(
