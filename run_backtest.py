@@ -8,8 +8,13 @@
     python run_backtest.py --symbol AAPL --source sample --forward-sim --days 20
 """
 
-import argparse
 import gc
+
+if __name__ == "__main__":
+    # What the imports make is there to stay; looking through it again and again takes a tenth of their time.
+    gc.disable()
+
+import argparse
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -28,24 +33,15 @@ from data.data_fetcher import make_source
 from data.schema import bars_hash, normalise_symbol
 from evaluation import charts
 from evaluation.accounting import DEFAULT_CAPITAL, CostModel
-from evaluation.advanced_backtester import IN_SAMPLE_STAMP, BacktestReport, by_regime, by_year
-from evaluation.charts import Cell, cell
+from evaluation.advanced_backtester import IN_SAMPLE_STAMP, by_regime, by_year
+from evaluation.charts import Banner, Cell, Report, Section, cell
 from evaluation.forward_simulator import CONFIDENCE, GRID_SEEDS
 from evaluation.metrics import reasons, values
-from evaluation.report import Banner, Block, Report, luck_section, words_of, write_report
+from evaluation.report import luck_section, words_of, write_report
 from inference.load_ensemble_model import MODES, forecaster_for, load_parts
 from inference.position_sizing import DEFAULT_SIZING, PRESETS
-from service.backtest_service import (
-    MODE,
-    SAME,
-    BacktestRequest,
-    Lived,
-    Outcome,
-    backtest,
-    live,
-    notes_of,
-    report_of,
-)
+from service import backtest_service as service
+from service.backtest_service import BacktestRequest, Lived, Outcome, notes_of
 from utils.errors import AIStocksError, StorageError, UsageError
 from utils.settings import Settings, configure_logging, read_settings
 
@@ -55,28 +51,28 @@ AHEAD_OF = (
     ("exposure_matched", "over equal exposure", "exposure"),
 )
 BESIDE = ("total_return", "cagr", "sharpe_ratio", "max_drawdown", "exposure_mean", "turnover")
-SUMMARY_FIGURES = (
+SUMMARY_FIGURES: tuple[str, ...] = (
     "sharpe_ratio",
     "max_drawdown",
     "win_rate",
     "direction_accuracy",
+    "turnover",
+)
+SUMMARY_FIGURES += (
     "direction_base_rate",
     "prediction_std",
-    "turnover",
     "total_transaction_costs",
     "cost_adjusted_sharpe",
-    "exposure_mean",
-    "hit_rate_down_days",
-    "information_ratio",
 )
-LIVED = ("close", "target_weight", "held_weight", "equity", "net_return")
+SUMMARY_FIGURES += ("exposure_mean", "hit_rate_down_days", "information_ratio")
+LIVED = {"close": ",.2f", "target_weight": ".1%", "held_weight": ".1%", "equity": ",.2f", "net_return": ".2%"}
 SHOWN = {
     "total return": ("total_return", ".1%"),
     "return a year": ("cagr", ".1%"),
     "volatility": ("volatility", ".1%"),
     "Sharpe ratio": ("sharpe_ratio", ".2f"),
     "max drawdown": ("max_drawdown", ".1%"),
-    "mean exposure": ("exposure_mean", ".2f"),
+    "mean exposure": ("exposure_mean", ".1%"),
     "turnover a year": ("turnover", ".2f"),
 }
 
@@ -95,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--start", type=session, help="first session, YYYY-MM-DD (default: first out of sample)")
     add("--end", type=session, help="last session, YYYY-MM-DD (default: last bar)")
     add("--source", help="yahoo, sample or csv:DIR (default: AI_STOCKS_SOURCE, or yahoo)")
-    add("--mode", choices=MODES, default=MODE, help="which models forecast")
+    add("--mode", choices=MODES, default=service.MODE, help="which models forecast")
     add("--sizing", choices=sorted(PRESETS), default=DEFAULT_SIZING)
     add("--max-long", type=float, help="largest exposure, a fraction of equity")
     add("--max-short", type=float, help="largest short exposure, a positive fraction of equity")
@@ -167,7 +163,7 @@ def make(args: argparse.Namespace, settings: Settings) -> list[Outcome]:
     chosen = [forecaster_for(args.mode, part, include_in_sample=args.in_sample) for part in parts]
     cache = None if args.no_cache else BarCache(settings.cache_dir)
     source = make_source(args.source or settings.source, cache_dir=settings.cache_dir)
-    return [backtest(one, source, cache, request) for one in chosen]
+    return [service.backtest(one, source, cache, request) for one in chosen]
 
 
 def summary_of(outcome: Outcome) -> dict[str, object]:
@@ -217,7 +213,11 @@ def write_results(
     equity |= {name: item.daily["equity"] for name, item in result.benchmarks.items()}
     folder.mkdir(parents=True)
     if lived is not None:
-        summary["forward_sim"] = {"days": len(lived.days) - 1, "largest_gap": lived.gap, "allowed_gap": SAME}
+        summary["forward_sim"] = {
+            "days": len(lived.days) - 1,
+            "largest_gap": lived.gap,
+            "allowed_gap": service.SAME,
+        }
         lived.days.to_csv(folder / "forward_sim.csv", index_label="date")
     if args.robustness:
         write_json(folder / "robustness.json", [asdict(each) for each in outcome.evidence.scenarios])
@@ -229,7 +229,10 @@ def write_results(
     told = {**summary, "files": str(folder)}
     if args.no_report or args.compare:
         return told
-    return {**told, "report": str(write_report(report_of(outcome), args.report or folder / "report.html"))}
+    return {
+        **told,
+        "report": str(write_report(service.report_of(outcome), args.report or folder / "report.html")),
+    }
 
 
 def compared(outcome: Outcome) -> dict[str, object]:
@@ -250,37 +253,30 @@ def compared(outcome: Outcome) -> dict[str, object]:
     return record | {f"sharpe_difference{end}": value for end, value in ends.items()}
 
 
-def comparison_table(outcomes: Sequence[Outcome]) -> charts.Table:
-    """Set the figures of backtests side by side, a column for each symbol."""
-    stamp = any(outcome.result.is_in_sample for outcome in outcomes)
+def comparison_report(outcomes: Sequence[Outcome]) -> Report:
+    """Set backtests side by side: the figures of each symbol, and its gain over buy and hold."""
+    stamp = IN_SAMPLE_STAMP if any(outcome.result.is_in_sample for outcome in outcomes) else ""
     words = words_of("comparison", {"rows": f"{'In-sample rows included' if stamp else 'Out of sample'}."})
     records, why = [compared(outcome) for outcome in outcomes], words.table["not_computed"]
     specs = words.table["beside"].items()
     rows = ((Cell(label), *(cell(r[key], form, why) for r in records)) for key, (label, form) in specs)
-    return words.grid("beside", ("", *(str(record["symbol"]) for record in records)), rows)
-
-
-def comparison_report(outcomes: Sequence[Outcome]) -> Report:
-    """Set backtests side by side: the figures of each symbol, and its gain over buy and hold."""
-    results: dict[str, BacktestReport] = {o.bundle.symbol: o.result for o in outcomes}
-    stamp = IN_SAMPLE_STAMP if any(result.is_in_sample for result in results.values()) else ""
-    words = words_of("comparison", {"rows": f"{'In-sample rows included' if stamp else 'Out of sample'}."})
+    table = words.grid("beside", ("", *(str(record["symbol"]) for record in records)), rows)
     drawn = []
-    for symbol, result in results.items():
-        own = result.daily["equity"]
+    for outcome in outcomes:
+        daily, rivals = outcome.result.daily, outcome.result.benchmarks
         curves = {
-            label: (role, np.asarray(own / result.benchmarks[name].daily["equity"] - 1.0, dtype=np.float64))
+            label: (role, np.asarray(daily["equity"] / rivals[name].daily["equity"] - 1.0, dtype=np.float64))
             for name, label, role in AHEAD_OF
         }
-        chart = charts.curve_chart(pd.DatetimeIndex(result.daily.index), curves, form="pct")
-        drawn.append(words.on("ahead", chart, {"symbol": symbol}))
+        chart = charts.curve_chart(pd.DatetimeIndex(daily.index), curves, form="pct")
+        drawn.append(words.on("ahead", chart, {"symbol": outcome.bundle.symbol}))
     return Report(
         kicker=words.table["kicker"],
-        title=", ".join(results),
+        title=", ".join(outcome.bundle.symbol for outcome in outcomes),
         subtitle=words.table["subtitle"],
         headline=(),
         banners=(Banner(tone="bad", text=words.table["verdict"]["in_sample"]),) if stamp else (),
-        sections=(words.section("beside", comparison_table(outcomes)), words.section("ahead", *drawn)),
+        sections=(words.section("beside", table), words.section("ahead", *drawn)),
         limits=tuple(words.table["limits"]),
         stamp=stamp,
     )
@@ -322,12 +318,13 @@ def print_outcome(console: Console, outcome: Outcome, lived: Lived | None, args:
         console.print(f"  - {told}from {apart.low:+.3f} to {apart.high:+.3f}", soft_wrap=True)
     for note in notes_of(outcome):
         console.print(f"  - {escape(note)}", soft_wrap=True)
-    for block in luck_section(outcome.evidence).blocks if args.robustness else ():
-        print_block(console, block)
+    if args.robustness:
+        print_section(console, luck_section(outcome.evidence))
     if lived is not None:
         title = f"lived bar by bar; from all bars at once it differs by {lived.gap:.1e} at most"
+        lines = lived.days.iterrows()
         days = (
-            [str(day)[:10], *(f"{row[name]:,.4f}" for name in LIVED)] for day, row in lived.days.iterrows()
+            [str(day)[:10], *(shown(row[name], form) for name, form in LIVED.items())] for day, row in lines
         )
         print_table(console, title, ["session", *LIVED], days)
 
@@ -342,10 +339,11 @@ def print_table(console: Console, title: str, heads: Iterable[str], rows: Iterab
     console.print(table)
 
 
-def print_block(console: Console, block: Block) -> None:
-    """Print a table of a report; a drawing has no place on a terminal."""
-    if isinstance(block, charts.Table):
-        print_table(console, block.title, block.columns, ([c.text for c in row] for row in block.rows))
+def print_section(console: Console, section: Section) -> None:
+    """Print the tables of a report's section; a drawing has no place on a terminal."""
+    for block in section.blocks:
+        if isinstance(block, charts.Table):
+            print_table(console, block.title, block.columns, ([c.text for c in row] for row in block.rows))
 
 
 def shown(value: float | None, style: str) -> str:
@@ -356,7 +354,9 @@ def shown(value: float | None, style: str) -> str:
 def run(args: argparse.Namespace, settings: Settings) -> None:
     """Make every backtest, then write and print: nothing is written where one of them fails."""
     outcomes = make(args, settings)
-    lives = [live(outcome, args.days or DEFAULT_DAYS) if args.forward_sim else None for outcome in outcomes]
+    lives = [
+        service.live(outcome, args.days or DEFAULT_DAYS) if args.forward_sim else None for outcome in outcomes
+    ]
     root, moment = settings.results_dir, f"{datetime.now(UTC):%Y%m%d_%H%M%S_%f}"
     pairs = list(zip(outcomes, lives, strict=True))
     try:
@@ -372,7 +372,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     for outcome, lived in pairs:
         print_outcome(console, outcome, lived, args)
     if args.compare:
-        print_block(console, comparison_table(outcomes))
+        print_section(console, comparison_report(outcomes).sections[0])
     for told in (*results, beside):
         for name in ("files", "report"):
             if name in told:
@@ -393,6 +393,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # What the imports made is there to stay; looking through it again and again took a sixth of the time.
     gc.freeze()
+    gc.enable()
     sys.exit(main())

@@ -1,23 +1,17 @@
 """Cash, shares and costs: the one place where positions become money.
 
-Who knows what when
--------------------
 ``target_weight[t]`` is decided at the close of bar t, traded after it, held during bar t + 1, and booked with
-its costs in row t + 1. Row 0 earns nothing and pays nothing.
+its costs in row t + 1. Row 0 earns nothing and pays nothing. What is paid:
 
-What is paid
-------------
 - Commission and slippage, on the value that is traded. The order moves the position from the weight to which
   it has drifted to the target, measured in the equity that is left after the order is paid: a target of 1.0
   spends all cash and not a cent more, and a constant 1.0 trades once.
-- Financing, on the cash that is borrowed: exposure over 1.
-- A borrow fee, on the value that is sold short.
-Idle cash, short proceeds included, earns nothing: conservative, and the same for every benchmark.
+- Financing, on the cash that is borrowed (exposure over 1), and a borrow fee, on the value that is sold
+  short.
 
-Ruin is final: once equity is zero or below, the position is closed and nothing is traded any more.
-
-Note on numba's cache: the machine code of a caller (the sizer) holds its own copy of `book_bar` and is not
-renewed when only this file changes; deleting ``__pycache__`` renews it.
+Idle cash, short proceeds included, earns nothing. Ruin is final: once equity is zero or below, the position
+is closed and nothing is traded any more. numba's cache: a caller (the sizer) holds its own copy of
+`book_bar`, which a change of this file alone does not renew; deleting ``__pycache__`` does.
 """
 
 from dataclasses import dataclass, fields
@@ -37,6 +31,7 @@ MAX_WEIGHT = 20.0
 _BPS = 1e-4
 # Orders below this fraction of equity are rounding, not trades.
 _DUST = 1e-9
+_ANNUAL = ("financing_annual", "borrow_annual")
 
 
 class Rates(NamedTuple):
@@ -70,25 +65,10 @@ class Booking(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostModel:
-    """What trading and holding cost.
+    """What trading and holding cost; raises `UsageError` when a figure makes no sense.
 
-    Attributes
-    ----------
-    commission_bps, slippage_bps
-        One-way, in basis points of the traded value.
-    minimum_commission
-        Money per order at least.
-    financing_annual
-        Simple annual rate on borrowed cash (exposure over 1), a fraction.
-    borrow_annual
-        Simple annual rate on the value sold short, a fraction.
-    periods_per_year
-        Bars per year, over which the annual rates are spread.
-
-    Raises
-    ------
-    UsageError
-        When a figure is negative, not finite, or a one-way cost is 10 % or more.
+    One-way costs are in basis points of the traded value, ``minimum_commission`` is money per order.
+    Financing of borrowed cash and the fee on what is sold short are simple annual rates, fractions.
     """
 
     commission_bps: float = 5.0
@@ -99,13 +79,7 @@ class CostModel:
     periods_per_year: int = 252
 
     def __post_init__(self) -> None:
-        for name in (
-            "commission_bps",
-            "slippage_bps",
-            "minimum_commission",
-            "financing_annual",
-            "borrow_annual",
-        ):
+        for name in ("commission_bps", "slippage_bps", "minimum_commission", *_ANNUAL):
             value = getattr(self, name)
             if not (np.isfinite(value) and value >= 0.0):
                 raise UsageError(f"{name} must be finite and at least 0, got {value!r}")
@@ -132,20 +106,10 @@ class CostModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ledger:
-    """The books, one entry per bar; every array is (n,) float64 and known at the close of its bar.
+    """The books, one entry per bar, (n,), in money but for the weight; known at the close of its bar.
 
-    Attributes
-    ----------
-    cash, position_value
-        Money at the close, and signed value of the shares.
-    held_weight
-        Weight in equity that earned during the bar.
-    gain
-        Money that the shares earned in the bar, before any cost.
-    traded_value
-        Signed value traded, money.
-    commission, slippage, financing_cost, borrow_cost
-        Money paid in the bar.
+    ``cash`` and the signed ``position_value`` of the shares are those at the close. ``held_weight`` earned
+    ``gain`` during the bar, before any cost; ``traded_value`` is signed; the rest was paid in the bar.
     """
 
     cash: FloatArray
@@ -187,11 +151,6 @@ class Ledger:
     def trade_cost(self) -> FloatArray:
         """Commission and slippage of each bar, money."""
         return self.commission + self.slippage
-
-    @property
-    def total_cost(self) -> FloatArray:
-        """All that was paid in each bar, money."""
-        return self.commission + self.slippage + self.financing_cost + self.borrow_cost
 
     @property
     def ruined_at(self) -> int | None:
@@ -249,17 +208,8 @@ def book_bar(cash: float, position: float, target: float, asset_return: float, r
     financing = rates.financing_per_bar * (0.0 - min(cash, 0.0))
     borrow = rates.borrow_per_bar * (0.0 - min(position, 0.0))
     gain = position * asset_return
-    return Booking(
-        cash - borrow - financing,
-        position + gain,
-        traded,
-        held,
-        gain,
-        commission,
-        slippage,
-        financing,
-        borrow,
-    )
+    cash, position = cash - borrow - financing, position + gain
+    return Booking(cash, position, traded, held, gain, commission, slippage, financing, borrow)
 
 
 @njit(cache=True, inline="always", error_model="numpy")
@@ -308,31 +258,20 @@ def account(
 
     Parameters
     ----------
-    target_weight
-        (n,), decided at the close of each bar, as a fraction of equity; finite.
-    asset_return_simple
-        (n,), return of each bar over the one before it; the first may be NaN and is not used.
-    costs
-        What trading and holding cost.
+    target_weight, asset_return_simple
+        (n,): weights decided at the close of each bar, fractions of equity; return of each bar over the one
+        before it, of which the first is not used.
+    costs, initial_capital
+        What trading and holding cost; money at the start, > 0.
     apply_position_lag
-        True: ``target_weight[t]`` earns from bar t + 1 on. False: the caller has lagged it already and
-        ``target_weight[t]`` is what is held during bar t.
-    initial_capital
-        Money at the start, > 0.
+        False: the caller has lagged already, ``target_weight[t]`` is what is held during bar t.
     no_trade_band
-        Orders that would move less than this fraction of equity are not sent and the shares drift; 0 sends
-        all. For constant benchmarks, which else would pay a minimum commission every day.
-
-    Returns
-    -------
-    Ledger
-        One entry per bar; row 0 earns nothing.
+        Orders that would move less than this fraction of equity are not sent and the shares drift.
 
     Raises
     ------
     DataError
-        When lengths differ, there are no bars, a weight is not finite or beyond `MAX_WEIGHT`, or a return is
-        not finite or not above -1.
+        When lengths differ, there are no bars, or a weight or a return is not finite or out of range.
     UsageError
         When the capital or the band is out of range.
     """
@@ -360,17 +299,7 @@ def new_books(n: int, capital: float) -> FloatArray:
 
 def ledger_of(books: FloatArray) -> Ledger:
     """Return filled books by name, without copying."""
-    return Ledger(
-        cash=books[:, 0],
-        position_value=books[:, 1],
-        held_weight=books[:, 2],
-        gain=books[:, 3],
-        traded_value=books[:, 4],
-        commission=books[:, 5],
-        slippage=books[:, 6],
-        financing_cost=books[:, 7],
-        borrow_cost=books[:, 8],
-    )
+    return Ledger(**{field.name: books[:, column] for column, field in enumerate(fields(Ledger))})
 
 
 def _check(target: FloatArray, returns: FloatArray, costs: CostModel) -> None:

@@ -7,7 +7,6 @@ strategy, all booked by the same `account`, after the same costs and financing. 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -48,20 +47,14 @@ class BacktestReport:
     Attributes
     ----------
     daily
-        Indexed by session: ``close``, ``asset_return``, ``target_weight`` (decided at this close),
-        ``held_weight`` (earned in this bar), ``equity``, ``drawdown``, ``gross_return``, ``net_return``,
-        ``turnover``, ``commission``, ``slippage``, ``trade_cost``, ``financing_cost``, ``borrow_cost``,
-        ``is_out_of_sample``, ``expected_return`` (NaN where there is none); costs are money.
+        By session: ``target_weight`` (decided at this close), ``held_weight`` (earned in this bar),
+        ``equity``, returns, ``drawdown``, costs (money), ``expected_return`` (NaN where there is none) and
+        more.
     trades
-        One row per order, see `TRADE_COLUMNS`; a flip from long to short is two.
-    metrics
-        Figures of the strategy.
-    benchmarks
-        ``buy_hold``, ``exposure_matched``, ``volatility_matched``.
-    notes
-        Sentences that belong beside every figure.
-    costs, initial_capital
-        What was assumed.
+        One row per order, see `Trade`; a flip from long to short is two.
+    metrics, benchmarks, notes
+        Of the strategy; ``buy_hold``, ``exposure_matched``, ``volatility_matched``; what belongs beside it
+        all.
     out_of_sample_from
         First out-of-sample session; None when no row is known to be.
     """
@@ -107,15 +100,26 @@ TRADE_COLUMNS = Trade._fields
 
 
 class _Window(NamedTuple):
-    """The rows that count."""
+    """The rows that count, (n,)."""
 
     dates: pd.DatetimeIndex
     close: FloatArray
-    asset_return: FloatArray
-    target: FloatArray
-    out_of_sample: BoolArray
-    expected: FloatArray
+    target_weight: FloatArray
+    is_out_of_sample: BoolArray
+    expected_return: FloatArray
     reason: Sequence[str] | None
+
+    @property
+    def asset_return(self) -> FloatArray:
+        """Simple return of each bar over the one before; NaN in the first row."""
+        return np.concatenate([[np.nan], self.close[1:] / self.close[:-1] - 1.0])
+
+    def ahead(self, horizon_bars: int) -> FloatArray:
+        """Return the simple return over the coming bars; NaN where it is not known yet."""
+        if horizon_bars < 1:
+            raise UsageError(f"horizon_bars must be at least 1, got {horizon_bars!r}")
+        came = self.close[horizon_bars:] / self.close[:-horizon_bars] - 1.0
+        return np.concatenate([came, np.full(len(self.close) - len(came), np.nan)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,16 +150,13 @@ class AdvancedBacktester:
 
         Parameters
         ----------
-        dates, close
-            (n,) sessions, strictly ascending, and adjusted closes, > 0.
-        target_weight
-            (n,) decided at the close of each bar, as a fraction of equity.
+        dates, close, target_weight
+            (n,) ascending sessions, adjusted closes, and weights decided at them, fractions of equity.
         apply_position_lag
             False when ``target_weight[t]`` is what was held during bar t already.
-        is_out_of_sample
-            (n,) True where the forecast behind the weight had not seen the outcome; None: not known.
-        include_in_sample
-            Also count the rows before the first out-of-sample bar.
+        is_out_of_sample, include_in_sample
+            (n,) True where the forecast behind the weight had not seen the outcome, None: not known; whether
+            the rows before the first such bar count as well.
         expected_return, horizon_bars
             (n,) forecasts of the simple return over the coming ``horizon_bars``, judged against the closes.
         reason
@@ -164,47 +165,43 @@ class AdvancedBacktester:
         Raises
         ------
         DataError
-            When lengths differ, dates do not ascend, a close is not positive, or, unless in-sample rows are
-            asked for, none is out of sample or in-sample ones lie behind the first that is.
+            When rows make no sense, or none, or only some behind the first, are out of sample.
         InsufficientDataError
             When fewer than 2 rows count.
         """
-        window = _window(
-            dates,
-            close,
-            target_weight,
-            is_out_of_sample=is_out_of_sample,
-            expected_return=expected_return,
-            reason=reason,
-        )
+        n, was_told = len(dates), is_out_of_sample is not None
+        known = np.array(np.zeros(n) if is_out_of_sample is None else is_out_of_sample, dtype=np.bool_)
+        expected = _floats(np.full(n, np.nan) if expected_return is None else expected_return)
+        index = pd.DatetimeIndex(dates, name="date")
+        window = _Window(index, _floats(close), _floats(target_weight), known, expected, reason)
+        _check(window)
         if expected_return is not None and horizon_bars is None:
             raise UsageError("expected_return was given without horizon_bars: say how far the forecasts look")
-        if is_out_of_sample is not None and not include_in_sample:
+        if was_told and not include_in_sample:
             window = _drop_in_sample(window)
         if len(window.dates) < 2:
             raise InsufficientDataError(f"a backtest needs 2 rows that count, has {len(window.dates)}")
-        lag, was_told = apply_position_lag, is_out_of_sample is not None
-        return self._judge(window, horizon_bars, apply_position_lag=lag, was_told=was_told)
-
-    def _judge(
-        self, window: _Window, horizon_bars: int | None, *, apply_position_lag: bool, was_told: bool
-    ) -> BacktestReport:
         ledger = account(
-            window.target,
+            window.target_weight,
             window.asset_return,
             self.costs,
             apply_position_lag=apply_position_lag,
             initial_capital=self.initial_capital,
             no_trade_band=self.no_trade_band,
         )
+        return self._judge(window, ledger, horizon_bars, was_told=was_told)
+
+    def _judge(
+        self, window: _Window, ledger: Ledger, horizon_bars: int | None, *, was_told: bool
+    ) -> BacktestReport:
         trades = pd.DataFrame(list(_trades(window, ledger)), columns=list(TRADE_COLUMNS))
         market = self._constant(1.0, window)
         closed = trades.loc[trades["exit_date"].notna(), "pnl"].to_numpy(dtype=np.float64)
         metrics = ledger_metrics(ledger, market.net_return, self.costs.periods_per_year)
         metrics |= trade_metrics(closed, len(trades))
         if horizon_bars is not None:
-            metrics |= forecast_metrics(window.expected, _ahead(window.close, horizon_bars))
-        known = window.out_of_sample
+            metrics |= forecast_metrics(window.expected_return, window.ahead(horizon_bars))
+        known = window.is_out_of_sample
         return BacktestReport(
             daily=_daily(window, ledger),
             trades=trades,
@@ -226,7 +223,7 @@ class AdvancedBacktester:
         for name, exposure in exposures.items():
             books = market if exposure == 1.0 else self._constant(exposure, window)
             figures = MappingProxyType(ledger_metrics(books, market.net_return, self.costs.periods_per_year))
-            held = window._replace(target=np.full(len(window.dates), exposure))
+            held = window._replace(target_weight=np.full(len(window.dates), exposure))
             found[name] = Benchmark(exposure=exposure, daily=_daily(held, books), metrics=figures)
         return found
 
@@ -252,54 +249,31 @@ class AdvancedBacktester:
         )
 
 
-def _window(
-    dates: pd.DatetimeIndex,
-    close: FloatArray,
-    target_weight: FloatArray,
-    *,
-    is_out_of_sample: BoolArray | None,
-    expected_return: FloatArray | None,
-    reason: Sequence[str] | None,
-) -> _Window:
-    """Check the rows and put them together."""
-    index = pd.DatetimeIndex(dates, name="date")
-    n = len(index)
-    prices = np.array(close, dtype=np.float64)
-    target = np.array(target_weight, dtype=np.float64)
-    known = (
-        np.zeros(n, dtype=np.bool_)
-        if is_out_of_sample is None
-        else np.array(is_out_of_sample, dtype=np.bool_)
-    )
-    expected = np.full(n, np.nan) if expected_return is None else np.array(expected_return, dtype=np.float64)
-    columns = {
-        "close": prices,
-        "target_weight": target,
-        "is_out_of_sample": known,
-        "expected_return": expected,
-    }
-    for name, column in {**columns, "reason": dates if reason is None else reason}.items():
-        if len(column) != n:
+def _check(window: _Window) -> None:
+    n, prices = len(window.dates), window.close
+    for name, column in zip(_Window._fields, window, strict=True):
+        if column is not None and len(column) != n:
             raise DataError(f"{name} has {len(column)} entries for {n} dates; must be one per date")
-    if not (index.is_monotonic_increasing and index.is_unique):
+    if not (window.dates.is_monotonic_increasing and window.dates.is_unique):
         raise DataError("dates must ascend strictly; sort them and drop doubles")
     bad = ~(np.isfinite(prices) & (prices > 0.0))
     if bad.any():
         row = int(np.argmax(bad))
-        raise DataError(f"close of {index[row]:%Y-%m-%d} is {prices[row]}; must be finite and above 0")
-    asset_return = np.full(n, np.nan)
-    asset_return[1:] = prices[1:] / prices[:-1] - 1.0
-    return _Window(index, prices, asset_return, target, known, expected, reason)
+        raise DataError(f"close of {window.dates[row]:%Y-%m-%d} is {prices[row]}; must be finite and above 0")
+
+
+def _floats(column: npt.ArrayLike) -> FloatArray:
+    return np.array(column, dtype=np.float64)
 
 
 def _drop_in_sample(window: _Window) -> _Window:
     """Start at the first out-of-sample bar, and refuse in-sample forecasts behind it."""
-    known = window.out_of_sample
+    known = window.is_out_of_sample
     if not known.any():
         raise DataError("no row is out of sample; pass include_in_sample=True to see them, stamped IN-SAMPLE")
     first = int(np.argmax(known))
     # A bar without a forecast cannot have peeked; without any forecasts at hand, the flags alone decide.
-    forecast = np.isfinite(window.expected)
+    forecast = np.isfinite(window.expected_return)
     strange = ~known & (forecast | ~forecast.any())
     strange[:first] = False
     if strange.any():
@@ -307,35 +281,20 @@ def _drop_in_sample(window: _Window) -> _Window:
             f"{int(strange.sum())} in-sample rows lie behind the first out-of-sample bar, the first on "
             f"{window.dates[int(np.argmax(strange))]:%Y-%m-%d}; drop them or pass include_in_sample=True"
         )
-    kept = window._replace(out_of_sample=~strange)
+    kept = window._replace(is_out_of_sample=~strange)
     return _Window._make(None if column is None else column[first:] for column in kept)
 
 
-def _ahead(close: FloatArray, horizon_bars: int) -> FloatArray:
-    """Return the simple return over the coming bars, NaN where it is not known yet."""
-    if horizon_bars < 1:
-        raise UsageError(f"horizon_bars must be at least 1, got {horizon_bars!r}")
-    realised = np.full(len(close), np.nan)
-    realised[:-horizon_bars] = close[horizon_bars:] / close[:-horizon_bars] - 1.0
-    return realised
-
-
 def _daily(window: _Window, ledger: Ledger) -> pd.DataFrame:
-    columns = {
-        "close": window.close,
-        "asset_return": window.asset_return,
-        "target_weight": window.target,
-        **{name: getattr(ledger, name) for name in _BOOKED},
-        "drawdown": drawdowns(ledger.equity),
-        "is_out_of_sample": window.out_of_sample,
-        "expected_return": window.expected,
-    }
-    return pd.DataFrame(columns, index=window.dates)
+    told = ("close", "asset_return", "target_weight", "is_out_of_sample", "expected_return")
+    columns = {name: getattr(window, name) for name in told}
+    columns |= {name: getattr(ledger, name) for name in _BOOKED}
+    return pd.DataFrame({**columns, "drawdown": drawdowns(ledger.equity)}, index=window.dates)
 
 
 def _notes(window: _Window, ledger: Ledger, *, was_told: bool) -> tuple[str, ...]:
     notes = []
-    strange = int((~window.out_of_sample).sum())
+    strange = int((~window.is_out_of_sample).sum())
     if strange:
         told = f"{strange} of {len(window.dates)} rows were seen in training."
         notes.append(f"{IN_SAMPLE_STAMP}: {told if was_told else 'nothing says that these rows are not.'}")
@@ -354,10 +313,9 @@ class _Holding:
 
     def trade(self, date: np.datetime64, shares: float, price: float, cost: float) -> tuple[str, str, float]:
         """Trade signed shares that do not cross zero; return action, words and what was realised."""
-        grows = self.shares * shares >= 0.0
-        if grows:
-            words = "opened" if self.shares == 0.0 else "added"
-            self.since = date if self.shares == 0.0 else self.since
+        if self.shares * shares >= 0.0:
+            words = "added" if self.shares else "opened"
+            self.since = self.since if self.shares else date
             self.shares += shares
             self.outlay += shares * price + cost
             return ("BUY" if shares > 0.0 else "SHORT"), words, 0.0
@@ -366,8 +324,7 @@ class _Holding:
         self.realised += pnl
         self.shares += shares
         self.outlay *= 1.0 - part
-        words = "closed" if self.shares == 0.0 else "reduced"
-        return ("COVER" if shares > 0.0 else "SELL"), words, pnl
+        return ("COVER" if shares > 0.0 else "SELL"), ("reduced" if self.shares else "closed"), pnl
 
 
 def _trades(window: _Window, ledger: Ledger) -> Iterator[Trade]:
@@ -402,27 +359,28 @@ def _trades(window: _Window, ledger: Ledger) -> Iterator[Trade]:
 
 def net_returns(result: BacktestReport) -> pd.DataFrame:
     """Return net returns by session: ``strategy`` and every benchmark."""
-    columns = {"strategy": result.daily["net_return"]}
-    return pd.DataFrame(
-        columns | {name: item.daily["net_return"] for name, item in result.benchmarks.items()}
-    )
+    rivals = {name: item.daily["net_return"] for name, item in result.benchmarks.items()}
+    return pd.DataFrame({"strategy": result.daily["net_return"], **rivals})
 
 
 def by_year(result: BacktestReport) -> list[dict[str, object]]:
     """Return one record a calendar year: returns by name, ``deepest``, ``exposure`` and ``turnover``."""
     net, daily = net_returns(result), result.daily
-    returns, years = net.to_numpy(dtype=np.float64), pd.DatetimeIndex(net.index).year.to_numpy()
-    held, traded = (np.asarray(daily[name], dtype=np.float64) for name in ("held_weight", "turnover"))
-    edges = [0, *(np.flatnonzero(np.diff(years)) + 1).tolist(), len(years)]
+    years = pd.DatetimeIndex(net.index).year
     records: list[dict[str, object]] = []
-    for start, stop in pairwise(edges):
-        growth = np.cumprod(1.0 + returns[start:stop], axis=0)
-        high = np.maximum(np.maximum.accumulate(growth[:, 0]), 1.0)
-        record: dict[str, object] = {"period": str(years[start]), "n_bars": stop - start}
-        record |= dict(zip(map(str, net.columns), (growth[-1] - 1.0).tolist(), strict=True))
-        record |= {"deepest": float((growth[:, 0] / high).min() - 1.0)}
-        record |= {"exposure": float(held[start:stop].mean()), "turnover": float(traded[start:stop].sum())}
-        records.append(record)
+    for year, held in daily.groupby(years)[["held_weight", "turnover"]]:
+        growth = (1.0 + net.loc[held.index]).cumprod()
+        own = growth["strategy"]
+        records.append(
+            {
+                "period": str(year),
+                "n_bars": len(held),
+                **{str(name): float(value) for name, value in (growth.iloc[-1] - 1.0).items()},
+                "deepest": float((own / own.cummax().clip(lower=1.0)).min() - 1.0),
+                "exposure": float(held["held_weight"].mean()),
+                "turnover": float(held["turnover"].sum()),
+            }
+        )
     return records
 
 
@@ -448,28 +406,25 @@ def by_regime(result: BacktestReport) -> list[dict[str, object]]:
 
 
 def by_bar(result: BacktestReport) -> pd.DataFrame:
-    """Return the view that rolls: each session's books beside buy and hold, and the last `ROLLING_BARS`.
+    """Return each session's books beside buy and hold, and what the last `ROLLING_BARS` show, annualised.
 
-    ``rolling_sharpe`` is 0 until there are as many returns, and where they do not vary; ``rolling_alpha`` is
-    the mean return over that of buy and hold. Both are annualised.
+    ``rolling_sharpe`` is 0 until there are as many returns, and where they do not vary.
     """
     daily, market, year = result.daily, result.benchmarks["buy_hold"].daily, result.costs.periods_per_year
     # Nothing is earned in the first row.
     net, active = daily["net_return"].iloc[1:], (daily["net_return"] - market["net_return"]).iloc[1:]
     mean, spread = net.rolling(ROLLING_BARS).mean(), net.rolling(ROLLING_BARS).std()
-    view = pd.DataFrame(
-        {
-            "equity": daily["equity"],
-            "buy_hold_equity": market["equity"],
-            "drawdown": daily["drawdown"],
-            "rolling_sharpe": (mean / spread).where(spread > 1e-9) * np.sqrt(year),
-            "rolling_alpha": active.rolling(ROLLING_BARS).mean() * year,
-            "position": daily["held_weight"],
-            "strategy_return": daily["net_return"],
-            "buy_hold_return": market["net_return"],
-        }
-    )
-    return view.fillna(0.0)
+    view = {
+        "equity": daily["equity"],
+        "buy_hold_equity": market["equity"],
+        "drawdown": daily["drawdown"],
+        "rolling_sharpe": (mean / spread).where(spread > 1e-9) * np.sqrt(year),
+        "rolling_alpha": active.rolling(ROLLING_BARS).mean() * year,
+        "position": daily["held_weight"],
+        "strategy_return": daily["net_return"],
+        "buy_hold_return": market["net_return"],
+    }
+    return pd.DataFrame(view).fillna(0.0)
 
 
 def by_month(result: BacktestReport) -> pd.DataFrame:

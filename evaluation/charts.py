@@ -1,10 +1,11 @@
-"""Building blocks of a report: charts, drawn as inline SVG, and tables.
+"""Building blocks of a report: charts, drawn as inline SVG, tables, and the page that holds them.
 
 Every maker is a pure function of its data: the same data give the same bytes. Colours are roles
 (``strategy``, ``gain``, ...), written into the SVG as CSS variables, so that one drawing serves light and
 dark. Words stay out of the drawings: titles, captions and legends are HTML around them.
 """
 
+import functools
 import hashlib
 import io
 import re
@@ -21,6 +22,7 @@ import pandas as pd
 from utils.errors import DataError
 
 if TYPE_CHECKING:
+    from matplotlib import RcParams
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
 
@@ -93,6 +95,51 @@ class Table:
         return tuple(dict.fromkeys(cell.reason for row in self.rows for cell in row if cell.reason))
 
 
+Block = Drawing | Table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stat:
+    """A figure of the headline and what it stands beside."""
+
+    label: str
+    value: str
+    note: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Banner:
+    """A sentence in colour (``good``, ``plain``, ``caution``, ``bad``), with reasons."""
+
+    tone: str
+    text: str
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """A heading, sentences, bullets, and the charts and tables that show it."""
+
+    title: str
+    lead: tuple[str, ...] = ()
+    bullets: tuple[str, ...] = ()
+    blocks: tuple[Block, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """A whole page; a ``stamp`` (IN-SAMPLE) is repeated on every figure, table and chart."""
+
+    kicker: str
+    title: str
+    subtitle: str
+    headline: tuple[Stat, ...]
+    banners: tuple[Banner, ...]
+    sections: tuple[Section, ...]
+    limits: tuple[str, ...]
+    stamp: str = ""
+
+
 def cell(value: object, form: str = "any", reason: str = "") -> Cell:
     """Show a value in one of `FORMS`, as pass or fail, or as words; None and NaN are a dash and why."""
     if value is None or (isinstance(value, float) and not np.isfinite(value)):
@@ -155,25 +202,22 @@ def equity_chart(dates: pd.DatetimeIndex, equity: Series, in_sample: BoolArray |
 
 def drawdown_chart(dates: pd.DatetimeIndex, drawdown: Series) -> Drawing:
     """Draw losses from the running peak, fractions <= 0; label to (role, (n,)), the first filled."""
-
-    def paint(ax: "Axes", points: int) -> None:
-        _lines(ax, dates, drawdown, points, filled=True)
-        _percent(ax.yaxis)
-
-    keys = (Key(f"{name}, worst {cell(v.min(), 'pct').text}", role) for name, (role, v) in drawdown.items())
-    return _draw(paint, "strip", tuple(keys))
+    worst = {f"{name}, worst {cell(v.min(), 'pct').text}": (role, v) for name, (role, v) in drawdown.items()}
+    return curve_chart(dates, worst, span="strip", form="pct", filled=True)
 
 
 def position_chart(dates: pd.DatetimeIndex, held_weight: FloatArray) -> Drawing:
     """Draw the held weight as a fraction of equity, (n,); 1 is fully invested, below 0 is short."""
+    curves, guide = {"held weight": ("strategy", held_weight)}, (1.0, "fully invested")
+    return curve_chart(dates, curves, span="strip", form="pct", guide=guide, filled=True)
 
-    def paint(ax: "Axes", points: int) -> None:
-        ax.axhline(1.0, color=ROLES["muted"], lw=0.9, dashes=(4, 3))
-        _lines(ax, dates, {"held": ("strategy", held_weight)}, points, filled=True)
-        ax.set_ylim(min(0.0, held_weight.min() - 0.1), max(1.2, held_weight.max() + 0.2))
-        _percent(ax.yaxis)
 
-    return _draw(paint, "strip", (Key("held weight", "strategy"), Key("fully invested", "muted", "dash")))
+def coverage_chart(dates: pd.DatetimeIndex, inside: BoolArray, *, nominal: float, window: int) -> Drawing:
+    """Draw the share of the last ``window`` outcomes inside their band (n,) beside the ``nominal`` share."""
+    share = np.asarray(pd.Series(inside.astype(np.float64)).rolling(window).mean(), dtype=np.float64)
+    curves = {f"inside, last {window} outcomes": ("strategy", share)}
+    guide = nominal, f"promised {nominal * 100:.0f} %"
+    return curve_chart(dates, curves, form="pct", guide=guide)
 
 
 def rolling_sharpe_chart(
@@ -189,16 +233,31 @@ def rolling_sharpe_chart(
     return curve_chart(dates, curves, span="strip")
 
 
-def curve_chart(dates: pd.DatetimeIndex, curves: Series, *, span: str = "half", form: str = "any") -> Drawing:
-    """Draw curves around zero; label to (role, (n,)), NaN where unknown; fractions when ``form`` is pct."""
+def curve_chart(
+    dates: pd.DatetimeIndex,
+    curves: Series,
+    *,
+    span: str = "half",
+    form: str = "any",
+    guide: tuple[float, str] | None = None,
+    filled: bool = False,
+) -> Drawing:
+    """Draw curves; label to (role, (n,)), NaN where unknown, fractions when ``form`` is pct.
+
+    The first is ``filled`` down to zero, or there is a line at zero, or at the ``guide``, which has a label.
+    """
 
     def paint(ax: "Axes", points: int) -> None:
-        ax.axhline(0.0, color=ROLES["muted"], lw=0.9)
-        _lines(ax, dates, curves, points)
+        if guide is not None:
+            ax.axhline(guide[0], color=ROLES["muted"], lw=0.9, dashes=(4, 3))
+        elif not filled:
+            ax.axhline(0.0, color=ROLES["muted"], lw=0.9)
+        _lines(ax, dates, curves, points, filled=filled)
         if form == "pct":
             _percent(ax.yaxis)
 
-    return _draw(paint, span, tuple(Key(label, role) for label, (role, _values) in curves.items()))
+    keys = tuple(Key(label, role) for label, (role, _values) in curves.items())
+    return _draw(paint, span, (*keys, Key(guide[1], "muted", "dash")) if guide else keys)
 
 
 def price_with_markers(
@@ -237,28 +296,12 @@ def forecast_fan_chart(
     return _draw(paint, "full", (*legend, *marks))
 
 
-def coverage_chart(dates: pd.DatetimeIndex, inside: BoolArray, *, nominal: float, window: int) -> Drawing:
-    """Draw the share of the last ``window`` outcomes inside their band (n,) beside the ``nominal`` share."""
-    share = np.asarray(pd.Series(inside.astype(np.float64)).rolling(window).mean(), dtype=np.float64)
-
-    def paint(ax: "Axes", points: int) -> None:
-        ax.axhline(nominal, color=ROLES["muted"], lw=1.0, dashes=(4, 3))
-        _lines(ax, dates, {"share": ("strategy", share)}, points)
-        low, high = np.nanmin([*share, nominal - 0.1]), np.nanmax([*share, nominal + 0.1])
-        ax.set_ylim(low - 0.02, min(1.01, high + 0.02))
-        _percent(ax.yaxis)
-
-    promised = Key(f"promised {nominal * 100:.0f} %", "muted", "dash")
-    return _draw(paint, "half", (Key(f"inside, last {window} outcomes", "strategy"), promised))
-
-
 def reliability_chart(
     predicted: FloatArray, observed: FloatArray, *, overlap_bars: int = 1, bins: int = 10
 ) -> Drawing:
-    """Draw mean outcome against mean forecast in at most ``bins`` bins of equal count, with 90 % intervals.
+    """Draw mean outcome against mean forecast, (n,), in bins of equal count with 90 % intervals.
 
-    Probability and outcome (0 or 1), or forecast and realised return; (n,), finite. Outcomes overlap over
-    ``overlap_bars`` rows, so that a bin is worth its count divided by that.
+    Outcomes overlap over ``overlap_bars`` rows: a bin is worth its count divided by that.
     """
     order = np.argsort(predicted, kind="stable")
     parts = np.array_split(order, max(1, min(bins, len(order) // 20)))
@@ -364,7 +407,7 @@ def _svg(paint: Paint, size: tuple[int, int], points: int, *, dated: bool) -> st
 
     width, height = size
     buffer = io.StringIO()
-    with _STYLE_LOCK, mpl.rc_context(fname=STYLE):
+    with _STYLE_LOCK, mpl.rc_context(_style()):
         # 72 points to the inch: a point is a CSS pixel.
         page = figure.Figure(figsize=(width / 72, height / 72), dpi=72)
         ax = page.add_axes((50 / width, 26 / height, (width - 58) / width, (height - 34) / height))
@@ -375,6 +418,13 @@ def _svg(paint: Paint, size: tuple[int, int], points: int, *, dated: bool) -> st
             ax.xaxis.set_major_formatter(dates.ConciseDateFormatter(locator, show_offset=False))  # type: ignore[no-untyped-call]
         page.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _clean(buffer.getvalue(), size)
+
+
+@functools.cache
+def _style() -> "RcParams":
+    from matplotlib import rc_params_from_file  # noqa: PLC0415
+
+    return rc_params_from_file(STYLE, use_default_template=False)
 
 
 def _clean(svg: str, size: tuple[int, int]) -> str:

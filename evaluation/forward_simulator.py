@@ -1,21 +1,14 @@
 """Live history again: bar by bar as it would have been, in other orders, in other windows, at other costs.
 
-Bar by bar
-    The slow oracle of the vectorised backtest. At bar t the simulator holds bars to t only and asks for one
-    weight: nobody can peek at what it does not hold. It keeps its own books, one `book_bar` at a time, and
-    looks at a return only when its bar has closed.
-Block bootstrap
-    Daily returns of the strategy and of buy and hold are drawn together, in circular blocks of
-    `BLOCK_BARS`, so that what belongs to one day stays together and storms stay storms. The interval is the
-    percentile interval of the draws; it knows nothing of days that never happened.
-Grid of scenarios
-    Windows x costs x seeds. Seed 0 is history as it was. Any other seed is a resample: the joint history of
-    forecasts and returns of the window, cut into circular blocks and put together in a drawn order, then
-    sized and booked anew, bar by bar. A seed is no new training and no other random state of the model.
-
-References
-----------
-Politis, Romano (1992), A circular block-resampling procedure for stationary data.
+- Bar by bar, the slow oracle of the vectorised backtest: at bar t the simulator holds bars to t only and asks
+for
+  one weight, so that nobody can peek. It keeps its own books, one `book_bar` at a time.
+- Block bootstrap: daily returns of the strategy and of buy and hold are drawn together, in circular blocks of
+  `BLOCK_BARS` (Politis, Romano 1992), so that storms stay storms. Percentile intervals of the draws know
+  nothing of days that never happened.
+- Grid of scenarios: windows x costs x seeds. Seed 0 is history as it was; any other is the joint history of
+  forecasts and returns of the window, put together from blocks in a drawn order, sized and booked anew. A
+  seed is no new training and no other random state of the model.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -39,8 +32,7 @@ Decide = Callable[[pd.DataFrame], float]
 """Takes bars up to and including the last closed one, returns the target weight decided at that close."""
 
 Refit = Callable[[pd.DataFrame], Decide]
-"""Takes bars up to and including the last closed one, returns the decision rule learnt from them."""
-
+"""Takes the same bars, returns the decision rule learnt from them."""
 
 Book = Callable[[IntArray, int, CostModel], tuple[Ledger, Ledger]]
 """Rows of history in an order, how many of the first only lead in, costs: books of strategy, buy and hold."""
@@ -48,6 +40,7 @@ Book = Callable[[IntArray, int, CostModel], tuple[Ledger, Ledger]]
 BLOCK_BARS = 63
 RESAMPLES = 2_000
 CONFIDENCE = 0.9
+_TAILS = [(1.0 - CONFIDENCE) / 2.0, (1.0 + CONFIDENCE) / 2.0]
 MIN_BARS = 126
 QUARTERS = 4
 COST_MULTIPLES = (0.0, 1.0, 2.0, 4.0)
@@ -58,15 +51,7 @@ _MOMENTS = 7
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardSimulator:
-    """Lives through the last bars of a history.
-
-    Attributes
-    ----------
-    costs
-        What trading and holding cost.
-    initial_capital
-        Money at the start.
-    """
+    """Lives through the last bars of a history, at these costs."""
 
     costs: CostModel
     initial_capital: float = DEFAULT_CAPITAL
@@ -84,21 +69,18 @@ class ForwardSimulator:
 
         Parameters
         ----------
-        bars
-            Ascending sessions with a ``Close`` column; handed on as they are, cut at the present.
+        bars, days
+            Sessions with a ``Close`` column, cut at the present when handed on; how many are lived through
+            after the first decision, None for all.
         decide
             Asked at every close, with the bars up to it.
-        days
-            Number of bars to live through after the first decision; None for all of them.
         refit, refit_every_bars
             Learn the decision rule anew every so many bars, from the bars known then; both or neither.
 
         Returns
         -------
         DataFrame
-            Indexed like the bars lived through, with ``close``, ``target_weight`` (decided at this close),
-            ``held_weight`` (earned in this bar), ``equity``, ``net_return``, ``trade_cost``,
-            ``financing_cost``, ``borrow_cost``.
+            By session: close, ``target_weight`` (decided at this close), books and costs of the bar.
 
         Raises
         ------
@@ -107,11 +89,13 @@ class ForwardSimulator:
         DataError
             When a decision is not a finite number, or only one of the refit arguments is given.
         """
-        start = _first_row(len(bars), days)
-        if (refit is None) != (refit_every_bars is None) or (
-            refit_every_bars is not None and refit_every_bars < 1
-        ):
-            raise DataError(f"refitting needs a function and an interval above 0, got {refit_every_bars!r}")
+        wanted = len(bars) - 1 if days is None else days
+        if not 1 <= wanted < len(bars):
+            need = max(wanted, 1) + 1
+            raise InsufficientDataError(f"living through {wanted} bars needs {need} of them, has {len(bars)}")
+        start, every = len(bars) - wanted - 1, refit_every_bars
+        if (refit is None) != (every is None) or (every is not None and every < 1):
+            raise DataError(f"refitting needs a function and an interval above 0, got {every!r}")
         rates, rows = self.costs.rates(), []
         cash, position, target, last_close = self.initial_capital, 0.0, 0.0, np.nan
         for t in range(start, len(bars)):
@@ -122,7 +106,7 @@ class ForwardSimulator:
             own = close / last_close - 1.0 if t > start else 0.0
             booked = book_bar(cash, position, target, own, rates)
             cash, position, last_close = booked.cash, booked.position, close
-            if refit is not None and refit_every_bars and t > start and (t - start) % refit_every_bars == 0:
+            if refit is not None and every and t > start and (t - start) % every == 0:
                 decide = refit(known)
             target = float(decide(known))
             if not np.isfinite(target):
@@ -166,15 +150,6 @@ def _lived(booked: Booking, before: float, *, close: float, target_weight: float
         "financing_cost": booked.financing,
         "borrow_cost": booked.borrow,
     }
-
-
-def _first_row(n_bars: int, days: int | None) -> int:
-    """Return the row of the first decision."""
-    wanted = n_bars - 1 if days is None else days
-    if wanted < 1 or n_bars < wanted + 1:
-        need = max(wanted, 1) + 1
-        raise InsufficientDataError(f"living through {wanted} bars needs {need} of them, has {n_bars}")
-    return n_bars - wanted - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,29 +203,18 @@ def bootstrap_intervals(
 ) -> dict[str, Interval]:
     """Measure the strategy against buy and hold, with block-bootstrap intervals of `CONFIDENCE`.
 
-    Parameters
-    ----------
-    net, market
-        (n,) simple returns after costs, bar by bar, > -1; the first row, which earns nothing, left out.
-    periods_per_year
-        Annualises.
-    seed
-        Of the draws; the same seed gives the same intervals.
-
-    Returns
-    -------
-    dict
-        ``sharpe_ratio``, ``sharpe_difference`` and ``cagr_difference`` to buy and hold, ``alpha`` (Jensen, a
-        fraction a year).
+    ``net`` and ``market`` (n,) are simple returns after costs, > -1, without the first row, which earns
+    nothing. Returned are ``sharpe_ratio``, ``sharpe_difference``, ``cagr_difference`` and ``alpha`` (Jensen,
+    a year).
     """
     names = ("sharpe_ratio", "sharpe_difference", "cagr_difference", "alpha")
     if net.shape != market.shape:
         raise DataError(f"net has shape {net.shape} and market {market.shape}; must be equal")
-    if len(net) < MIN_BARS:
-        why = f"needs {MIN_BARS} returns, has {len(net)}"
-        return {name: Interval(value=None, reason=why) for name in names}
-    if min(net.min(), market.min()) <= -1.0:
-        return {name: Interval(value=None, reason="the capital was lost") for name in names}
+    why = f"needs {MIN_BARS} returns, has {len(net)}" if len(net) < MIN_BARS else None
+    if why is None and min(net.min(), market.min()) <= -1.0:
+        why = "the capital was lost"
+    if why is not None:
+        return dict.fromkeys(names, Interval(value=None, reason=why))
     moments = _moments(net, market)
     found = _figures(moments.sum(axis=0, keepdims=True), len(net), periods_per_year)
     drawn = _figures(*_drawn_sums(moments, seed), periods_per_year)
@@ -301,7 +265,7 @@ def _interval(value: float, drawn: FloatArray) -> Interval:
         return Interval(value=None, reason="returns do not vary")
     # Where the strategy holds what buy and hold holds, differences are rounding.
     drawn = np.where(np.abs(drawn) <= _TINY, 0.0, drawn)
-    low, high = np.quantile(drawn, [(1.0 - CONFIDENCE) / 2.0, (1.0 + CONFIDENCE) / 2.0])
+    low, high = np.quantile(drawn, _TAILS)
     return Interval(
         value=value, low=float(low), high=float(high), share_above_zero=float(np.mean(drawn > 0.0))
     )
@@ -312,23 +276,9 @@ def robustness_grid(
 ) -> tuple[Scenario, ...]:
     """Book every window under every cost, as it was and in ``seeds`` resamples.
 
-    Parameters
-    ----------
-    book
-        Sizes and books rows of the history, see `Book`.
-    dates
-        (n,) sessions of the whole history; the judged window starts at row ``first`` and ends with it.
-    first
-        Rows before it only lead in: a sizer remembers.
-    costs
-        What is charged at multiple 1.
-    seeds
-        Number of resamples beside history as it was, >= 0.
-
-    Returns
-    -------
-    tuple of Scenario
-        The whole window and its four quarters (those of `MIN_BARS` rows at least).
+    ``dates`` (n,) are those of the whole history; the judged window starts at row ``first`` and ends with it,
+    rows before it only lead in, since a sizer remembers. ``costs`` are charged at multiple 1. Returned are
+    the whole window and its four quarters, those of `MIN_BARS` rows at least.
     """
     if seeds < 0:
         raise UsageError(f"seeds must be at least 0, got {seeds}")
@@ -337,7 +287,8 @@ def robustness_grid(
     windows += [(f"quarter {i + 1}", int(edges[i]), int(edges[i + 1])) for i in range(QUARTERS)]
     # No broker charges a tenth of an order; such a multiple is left out.
     times = [m for m in COST_MULTIPLES if costs.one_way_rate * m < 0.1]
-    charged = [(m, _dearer(costs, m)) for m in times]
+    fees = {name: getattr(costs, name) for name in ("commission_bps", "slippage_bps")}
+    charged = [(m, replace(costs, **{name: fee * m for name, fee in fees.items()})) for m in times]
     return tuple(
         _scenario(book, dates, window, cost, seed)
         for window in windows
@@ -345,11 +296,6 @@ def robustness_grid(
         for cost in charged
         for seed in range(seeds + 1)
     )
-
-
-def _dearer(costs: CostModel, times: float) -> CostModel:
-    commission, slippage = costs.commission_bps * times, costs.slippage_bps * times
-    return replace(costs, commission_bps=commission, slippage_bps=slippage)
 
 
 def _scenario(
@@ -384,9 +330,8 @@ def _scenario(
 def summarise(scenarios: Iterable[Scenario]) -> list[dict[str, Any]]:
     """Return one record for each window and cost: as it was, and how the resamples spread.
 
-    ``sharpe_difference`` is history as it was; ``low`` and ``high`` hold `CONFIDENCE` of the resamples,
-    ``share_better`` is how many of them beat buy and hold; None without resamples. ``all_same``: as it was
-    and in every resample the strategy held what buy and hold holds.
+    ``low`` and ``high`` hold `CONFIDENCE` of the resamples, of which ``share_better`` beat buy and hold; None
+    without any. ``all_same``: the strategy always held what buy and hold holds.
     """
     cells: dict[tuple[str, float], list[Scenario]] = {}
     for scenario in scenarios:
@@ -398,16 +343,10 @@ def _summary(group: Sequence[Scenario]) -> dict[str, Any]:
     was = group[0]
     known = np.array([d for each in group if (d := each.sharpe_difference) is not None])
     drawn = known[1:] if was.sharpe_difference is not None else known
-    tails = [(1.0 - CONFIDENCE) / 2.0, (1.0 + CONFIDENCE) / 2.0]
-    low, high = np.quantile(drawn, tails).tolist() if len(drawn) else (None, None)
+    low, high = np.quantile(drawn, _TAILS).tolist() if len(drawn) else (None, None)
+    plain = ("window", "start", "end", "cost_multiple", "sharpe", "buy_hold_sharpe", "sharpe_difference")
     return {
-        "window": was.window,
-        "start": was.start,
-        "end": was.end,
-        "cost_multiple": was.cost_multiple,
-        "sharpe": was.sharpe,
-        "buy_hold_sharpe": was.buy_hold_sharpe,
-        "sharpe_difference": was.sharpe_difference,
+        **{name: getattr(was, name) for name in plain},
         "low": low,
         "high": high,
         "all_same": len(known) == len(group) and bool(np.abs(known).max() <= _TINY),
@@ -439,24 +378,10 @@ class Evidence:
 def forecast_outcome(
     close: FloatArray, band: tuple[float, float, float], position: float, costs: CostModel
 ) -> dict[str, float | bool | None]:
-    """Set one forecast beside what came.
+    """Set a forecast beside what came, by name; ``close`` runs from its bar to its target bar, both included.
 
-    Parameters
-    ----------
-    close
-        From the bar of the forecast to its target bar, both included.
-    band
-        Median of the simple return from the first close to the last, and the edges of its 80 % band.
-    position
-        Target weight, entered from cash at the first close and held to the last.
-    costs
-        Of trading and holding.
-
-    Returns
-    -------
-    dict
-        Directions are None where the price did not move; ``crps`` is in log returns, ``hold_return`` that of
-        the whole capital in shares.
+    ``band`` is the median of the simple return between the two, and the edges of its 80 % band; ``position``
+    is entered from cash at the first close. Directions are None where the price did not move.
     """
     median, lower, upper = band
     moves = np.concatenate([[0.0], close[1:] / close[:-1] - 1.0])

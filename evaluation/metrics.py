@@ -1,29 +1,22 @@
-"""Figures of merit, each with its unit, each honest about not being defined.
+"""Figures of merit, each honest about not being defined.
 
 Every function is pure and returns a `Measured`: a finite value, or None with the reason. Arrays are (n,)
 float64; returns are simple, one per bar, and must be finite: NaN raises `DataError`. Only forecasts may hold
-NaN, where there was none; such rows are left out. The risk-free rate is zero.
-
-References
-----------
-Sharpe (1994), The Sharpe ratio. Jensen (1968), The performance of mutual funds. Newey, West (1987), A simple,
-positive semi-definite, heteroskedasticity and autocorrelation consistent covariance matrix. Gneiting, Raftery
-(2007), Strictly proper scoring rules, prediction, and estimation.
+NaN, where there was none; such rows are left out. The risk-free rate is zero. Formulas: Sharpe (1994); Jensen
+(1968); Newey, West (1987); Gneiting, Raftery (2007).
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from math import erf
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import ndtr
 
 from evaluation.accounting import Ledger
 from utils.errors import DataError
 
 FloatArray = npt.NDArray[np.float64]
-Unit = Literal["fraction", "ratio", "money", "bars", "count"]
 
 # Below this, differences are rounding and a quotient by them says nothing.
 _TINY = 1e-12
@@ -41,7 +34,6 @@ class Measured:
     """A figure, or the reason why there is none; exactly one of the two is None."""
 
     value: float | None
-    unit: Unit
     reason: str | None = None
 
     def __post_init__(self) -> None:
@@ -52,6 +44,10 @@ class Measured:
 
 
 Metrics = Mapping[str, Measured]
+
+
+def _none(reason: str) -> Measured:
+    return Measured(None, reason)
 
 
 def values(metrics: Metrics) -> dict[str, float | None]:
@@ -67,9 +63,7 @@ def reasons(metrics: Metrics) -> dict[str, str]:
 def total_return(equity: FloatArray) -> Measured:
     """Last equity over first, minus 1; a fraction."""
     curve = _finite(equity, "equity")
-    if len(curve) < 2:
-        return Measured(None, "fraction", f"needs 2 bars, has {len(curve)}")
-    return Measured(float(curve[-1] / curve[0] - 1.0), "fraction")
+    return _short(curve, 2, what="bars") or Measured(float(curve[-1] / curve[0] - 1.0))
 
 
 def cagr(equity: FloatArray, periods_per_year: int) -> Measured:
@@ -78,42 +72,35 @@ def cagr(equity: FloatArray, periods_per_year: int) -> Measured:
     if grown.value is None:
         return grown
     if grown.value <= -1.0:
-        return Measured(None, "fraction", "the capital was lost")
+        return _none("the capital was lost")
     years = (len(equity) - 1) / periods_per_year
     log_growth = float(np.log1p(grown.value)) / years
     if log_growth > 100.0:
-        return Measured(None, "fraction", f"{len(equity)} bars are too few to annualise")
-    return Measured(float(np.expm1(log_growth)), "fraction")
+        return _none(f"{len(equity)} bars are too few to annualise")
+    return Measured(float(np.expm1(log_growth)))
 
 
 def volatility(returns: FloatArray, periods_per_year: int) -> Measured:
     """Standard deviation of returns (ddof 1), annualised; a fraction."""
     sample = _finite(returns, "returns")
-    if len(sample) < 2:
-        return Measured(None, "fraction", f"needs 2 returns, has {len(sample)}")
-    return Measured(float(sample.std(ddof=1) * np.sqrt(periods_per_year)), "fraction")
+    return _short(sample, 2) or Measured(float(sample.std(ddof=1) * np.sqrt(periods_per_year)))
 
 
 def sharpe(returns: FloatArray, periods_per_year: int) -> Measured:
     """Mean over standard deviation (ddof 1), annualised; undefined when returns do not vary."""
     sample = _finite(returns, "returns")
-    if len(sample) < 2:
-        return Measured(None, "ratio", f"needs 2 returns, has {len(sample)}")
-    spread = sample.std(ddof=1)
-    if spread <= _TINY:
-        return Measured(None, "ratio", "returns do not vary")
-    return Measured(float(sample.mean() / spread * np.sqrt(periods_per_year)), "ratio")
+    if short := _short(sample, 2):
+        return short
+    return _annual_ratio(sample, float(sample.std(ddof=1)), periods_per_year, "returns do not vary")
 
 
 def sortino(returns: FloatArray, periods_per_year: int) -> Measured:
     """Mean over the root of the mean squared loss, annualised; undefined without a loss."""
     sample = _finite(returns, "returns")
-    if len(sample) < 2:
-        return Measured(None, "ratio", f"needs 2 returns, has {len(sample)}")
+    if short := _short(sample, 2):
+        return short
     downside = float(np.sqrt(np.mean(np.minimum(sample, 0.0) ** 2)))
-    if downside <= _TINY:
-        return Measured(None, "ratio", "no return is negative")
-    return Measured(float(sample.mean() / downside * np.sqrt(periods_per_year)), "ratio")
+    return _annual_ratio(sample, downside, periods_per_year, "no return is negative")
 
 
 def drawdowns(equity: FloatArray) -> FloatArray:
@@ -130,69 +117,61 @@ def drawdowns(equity: FloatArray) -> FloatArray:
 def max_drawdown(equity: FloatArray) -> Measured:
     """Deepest drawdown; a fraction <= 0."""
     depth = drawdowns(equity)
-    if not len(depth):
-        return Measured(None, "fraction", "no bars")
-    return Measured(float(depth.min()), "fraction")
+    return Measured(float(depth.min())) if len(depth) else _none("no bars")
 
 
 def max_drawdown_bars(equity: FloatArray) -> Measured:
     """Bars from the high before the deepest drawdown to the recovery of that high, or to the end."""
     depth = drawdowns(equity)
     if not len(depth):
-        return Measured(None, "bars", "no bars")
-    trough = int(depth.argmin())
+        return _none("no bars")
+    trough, top = int(depth.argmin()), np.flatnonzero(depth == 0.0)
     if depth[trough] == 0.0:
-        return Measured(0.0, "bars")
-    peak = int(np.flatnonzero(depth[:trough] == 0.0)[-1])
-    recovered = np.flatnonzero(depth[trough:] == 0.0)
-    end = trough + int(recovered[0]) if len(recovered) else len(depth) - 1
-    return Measured(float(end - peak), "bars")
+        return Measured(0.0)
+    peak, recovered = top[top < trough][-1], top[top > trough]
+    return Measured(float((recovered[0] if len(recovered) else len(depth) - 1) - peak))
 
 
 def calmar(equity: FloatArray, periods_per_year: int) -> Measured:
     """CAGR over the size of the deepest drawdown."""
     growth, depth = cagr(equity, periods_per_year), max_drawdown(equity)
     if growth.value is None:
-        return Measured(None, "ratio", growth.reason)
+        return _none(str(growth.reason))
     if depth.value is None or depth.value >= -_TINY:
-        return Measured(None, "ratio", "there was no drawdown")
-    return Measured(growth.value / -depth.value, "ratio")
+        return _none("there was no drawdown")
+    return Measured(growth.value / -depth.value)
 
 
 def value_at_risk(returns: FloatArray, tail: float = 0.05) -> Measured:
     """Return of one bar that is undercut in a share ``tail`` of the bars; a fraction, a loss is negative."""
     sample = _finite(returns, "returns")
-    if len(sample) < _MIN_TAIL_BARS:
-        return Measured(None, "fraction", f"needs {_MIN_TAIL_BARS} returns, has {len(sample)}")
-    return Measured(float(np.quantile(sample, tail)), "fraction")
+    return _short(sample, _MIN_TAIL_BARS) or Measured(float(np.quantile(sample, tail)))
 
 
 def conditional_value_at_risk(returns: FloatArray, tail: float = 0.05) -> Measured:
     """Mean return of the worst share ``tail`` of the bars; a fraction, a loss is negative."""
     sample = _finite(returns, "returns")
-    if len(sample) < _MIN_TAIL_BARS:
-        return Measured(None, "fraction", f"needs {_MIN_TAIL_BARS} returns, has {len(sample)}")
     worst = np.sort(sample)[: int((len(sample) - 1) * tail) + 1]
-    return Measured(float(worst.mean()), "fraction")
+    return _short(sample, _MIN_TAIL_BARS) or Measured(float(worst.mean()))
 
 
 def win_rate(closed_pnl: FloatArray) -> Measured:
     """Share of closing orders that realised a profit after costs; a fraction."""
     pnl = _finite(closed_pnl, "closed_pnl")
     if not len(pnl):
-        return Measured(None, "fraction", "no trade was closed")
-    return Measured(float(np.mean(pnl > 0.0)), "fraction")
+        return _none("no trade was closed")
+    return Measured(float(np.mean(pnl > 0.0)))
 
 
 def profit_factor(closed_pnl: FloatArray) -> Measured:
     """Sum of realised profits over the size of the sum of realised losses."""
     pnl = _finite(closed_pnl, "closed_pnl")
     if not len(pnl):
-        return Measured(None, "ratio", "no trade was closed")
+        return _none("no trade was closed")
     loss = -float(pnl[pnl < 0.0].sum())
     if loss <= _TINY:
-        return Measured(None, "ratio", "no trade was closed at a loss")
-    return Measured(float(pnl[pnl > 0.0].sum()) / loss, "ratio")
+        return _none("no trade was closed at a loss")
+    return Measured(float(pnl[pnl > 0.0].sum()) / loss)
 
 
 def information_ratio(returns: FloatArray, benchmark: FloatArray, periods_per_year: int) -> Measured:
@@ -200,28 +179,17 @@ def information_ratio(returns: FloatArray, benchmark: FloatArray, periods_per_ye
     active = _finite(returns, "returns") - _finite(benchmark, "benchmark")
     found = sharpe(active, periods_per_year)
     if found.reason == "returns do not vary":
-        return Measured(None, "ratio", "returns do not differ from the benchmark's")
+        return _none("returns do not differ from the benchmark's")
     return found
 
 
 def market_line(returns: FloatArray, benchmark: FloatArray, periods_per_year: int) -> dict[str, Measured]:
     """Jensen's regression of returns on the benchmark's, with t-values that allow for autocorrelation.
 
-    Parameters
-    ----------
-    returns, benchmark
-        (n,), simple, bar by bar.
-    periods_per_year
-        Annualises alpha.
-
-    Returns
-    -------
-    dict
-        ``alpha`` (a fraction a year), ``beta``, ``alpha_t``, ``beta_t`` (Newey-West with Bartlett weights and
-        ``4 (n / 100)^(2/9)`` lags, no small-sample correction).
+    Returns ``alpha`` (a fraction a year), ``beta``, ``alpha_t``, ``beta_t`` (Newey-West with Bartlett weights
+    and ``4 (n / 100)^(2/9)`` lags, no small-sample correction).
     """
     y, x = _finite(returns, "returns"), _finite(benchmark, "benchmark")
-    units: dict[str, Unit] = {"alpha": "fraction", "alpha_t": "ratio", "beta": "ratio", "beta_t": "ratio"}
     if len(y) != len(x):
         raise DataError(f"returns has {len(y)} entries and benchmark {len(x)}; must be equal")
     why = None
@@ -230,18 +198,18 @@ def market_line(returns: FloatArray, benchmark: FloatArray, periods_per_year: in
     elif x.std() <= _TINY:
         why = "the benchmark does not vary"
     if why is not None:
-        return {name: Measured(None, unit, why) for name, unit in units.items()}
+        return dict.fromkeys(("alpha", "beta", "alpha_t", "beta_t"), _none(why))
     design = np.column_stack([np.ones(len(x)), x])
     bread = np.linalg.inv(design.T @ design)
     coefficients = bread @ (design.T @ y)
     residuals = y - design @ coefficients
     out = {
-        "alpha": Measured(float(coefficients[0] * periods_per_year), "fraction"),
-        "beta": Measured(float(coefficients[1]), "ratio"),
+        "alpha": Measured(float(coefficients[0] * periods_per_year)),
+        "beta": Measured(float(coefficients[1])),
     }
     if residuals.std() <= _TINY * max(1.0, float(y.std())):
         why = "the line fits exactly"
-        return out | {name: Measured(None, "ratio", why) for name in ("alpha_t", "beta_t")}
+        return out | {name: _none(why) for name in ("alpha_t", "beta_t")}
     scores = design * residuals[:, None]
     lags = int(4.0 * (len(y) / 100.0) ** (2.0 / 9.0))
     meat = scores.T @ scores
@@ -250,7 +218,7 @@ def market_line(returns: FloatArray, benchmark: FloatArray, periods_per_year: in
         meat += (1.0 - lag / (lags + 1.0)) * (cross + cross.T)
     errors = np.sqrt(np.diag(bread @ meat @ bread))
     for name, coefficient, error in zip(("alpha_t", "beta_t"), coefficients, errors, strict=True):
-        out[name] = Measured(float(coefficient / error), "ratio")
+        out[name] = Measured(float(coefficient / error))
     return out
 
 
@@ -258,30 +226,18 @@ def spearman(first: FloatArray, second: FloatArray) -> Measured:
     """Rank correlation of two arrays without NaN, ties at their mean rank."""
     a, b = _finite(first, "first"), _finite(second, "second")
     if len(a) < 3:
-        return Measured(None, "ratio", f"needs 3 pairs, has {len(a)}")
-    ranks_a, ranks_b = _ranks(a), _ranks(b)
-    if ranks_a.std() == 0.0 or ranks_b.std() == 0.0:
-        return Measured(None, "ratio", "one side does not vary")
-    return Measured(float(np.corrcoef(ranks_a, ranks_b)[0, 1]), "ratio")
+        return _none(f"needs 3 pairs, has {len(a)}")
+    if np.ptp(a) == 0.0 or np.ptp(b) == 0.0:
+        return _none("one side does not vary")
+    return Measured(float(np.corrcoef(_ranks(a), _ranks(b))[0, 1]))
 
 
 def forecast_metrics(expected_return: FloatArray, realised_return: FloatArray) -> dict[str, Measured]:
-    """Judge forecasts by what happened.
+    """Judge forecasts of the simple h-day return by what it became; NaN where there is none, or not yet.
 
-    Parameters
-    ----------
-    expected_return
-        Forecast of the simple h-day return made at t; NaN where there is none.
-    realised_return
-        What it became, NaN where not known yet. Overlapping windows are counted one by one; they hold a
-        sample only n / h strong.
-
-    Returns
-    -------
-    dict
-        ``direction_accuracy`` and, for always-up, ``direction_base_rate`` (zero outcomes left out),
-        ``hit_rate_down_days`` (share of falls forecast as falls), ``information_coefficient`` (Spearman),
-        ``prediction_std``, ``pred_positive_share``, ``rmse``, ``n_forecasts``.
+    Overlapping windows are counted one by one; they hold a sample only n / h strong. ``direction_base_rate``
+    is the direction accuracy of always-up (zero outcomes left out), ``hit_rate_down_days`` the share of falls
+    forecast as falls, ``information_coefficient`` Spearman's.
     """
     expected, realised = np.asarray(expected_return, float), np.asarray(realised_return, float)
     if expected.shape != realised.shape:
@@ -300,8 +256,8 @@ def forecast_metrics(expected_return: FloatArray, realised_return: FloatArray) -
         "information_coefficient": spearman(x, y),
         "prediction_std": _std(made),
         "pred_positive_share": _mean(made > 0.0, "no forecasts"),
-        "rmse": _root_mean_square(x - y, none),
-        "n_forecasts": Measured(float(len(made)), "count"),
+        "rmse": Measured(float(np.sqrt(np.mean((x - y) ** 2)))) if len(x) else _none(none),
+        "n_forecasts": Measured(float(len(made))),
     }
 
 
@@ -311,59 +267,43 @@ def calibration_metrics(
     prob_up: FloatArray,
     years: npt.NDArray[np.int_],
 ) -> dict[str, Measured]:
-    """Judge bands and probabilities by what came.
+    """Judge bands of the simple h-day return, and probabilities of a rise, by what came; (n,), NaN: none yet.
 
-    Parameters
-    ----------
-    realised
-        (n,) simple h-day return that followed each forecast, NaN where not known yet.
-    band, prob_up
-        Lower and upper end of the band of that return, and the probability that it is above zero; (n,), NaN
-        where there is no forecast.
-    years
-        (n,) calendar year of each forecast.
-
-    Returns
-    -------
-    dict
-        `CALIBRATION`: coverage of the band, over all and in the calendar years of `MIN_OUTCOMES` outcomes at
-        least; Brier score, and the share by which it is below that of always saying the share of rises, known
-        only in hindsight; mean distance of probability and share of rises in ten groups of equal size.
+    Returns `CALIBRATION`: coverage of the band, over all and in the ``years`` of `MIN_OUTCOMES` outcomes at
+    least; Brier score, and the share by which it is below that of always saying the share of rises, known
+    only in hindsight; mean distance of probability and share of rises in ten groups of equal size.
     """
     lower, upper = band
     known = np.isfinite(realised) & np.isfinite(lower) & np.isfinite(upper) & np.isfinite(prob_up)
     came, said, of_year = realised[known], prob_up[known], years[known]
-    if len(came) < MIN_OUTCOMES:
-        why = f"needs {MIN_OUTCOMES} resolved forecasts, has {len(came)}"
-        return dict.fromkeys(CALIBRATION, Measured(None, "fraction", why))
+    if short := _short(came, MIN_OUTCOMES, what="resolved forecasts"):
+        return dict.fromkeys(CALIBRATION, short)
     inside, rose = (lower[known] <= came) & (came <= upper[known]), came > 0.0
     full = [inside[of_year == y] for y in np.unique(of_year) if np.sum(of_year == y) >= MIN_OUTCOMES]
     yearly = np.sort([float(part.mean()) for part in full])
     brier, naive = float(np.mean((said - rose) ** 2)), float(rose.mean() * (1.0 - rose.mean()))
     groups = np.array_split(np.argsort(said, kind="stable"), 10)
     apart = [abs(said[group].mean() - rose[group].mean()) * len(group) for group in groups]
-    alike = Measured(None, "fraction", "all outcomes were alike")
+    alike = _none("all outcomes were alike")
     none = f"no year has {MIN_OUTCOMES} outcomes"
     figures = (
-        Measured(float(inside.mean()), "fraction"),
+        Measured(float(inside.mean())),
         _mean(yearly[:1], none),
         _mean(yearly[-1:], none),
-        Measured(brier, "fraction"),
-        Measured(1.0 - brier / naive, "fraction") if naive > 0.0 else alike,
-        Measured(float(np.sum(apart) / len(came)), "fraction"),
+        Measured(brier),
+        Measured(1.0 - brier / naive) if naive > 0.0 else alike,
+        Measured(float(np.sum(apart) / len(came))),
     )
     return dict(zip(CALIBRATION, figures, strict=True))
 
 
 def band_crps(came: float, median: float, lower: float, upper: float) -> float:
-    """Return the continuous ranked probability score of a median with an 80 % band; lower is better.
+    """Return the continuous ranked probability score of a median with an 80 % band, in log returns.
 
-    All in log returns, ``lower <= median <= upper``, and so is the score. The distribution that is scored has
-    the three as its quantiles: below the median it is normal with scale ``s = (median - lower) / Z_90``,
-    above it with ``s' = (upper - median) / Z_90``. The score is the integral of ``(F(x) - 1{x >= came})^2``.
-    With ``C(u) = u (2 Phi(u) - 1) + 2 phi(u) - 1 / sqrt(pi)``, that of the standard normal (Gneiting, Raftery
-    2007, equation 21), it is ``s' C((came - median) / s') + (s - s') C(0) / 2`` above the median, and the
-    mirror image below it.
+    Scored is the distribution with these quantiles: below the median normal with scale ``s = (median - lower)
+    / Z_90``, above it with ``s' = (upper - median) / Z_90``. With ``C(u)``, the score of the standard normal
+    (Gneiting, Raftery 2007, equation 21), it is ``s' C((came - median) / s') + (s - s') C(0) / 2`` above the
+    median, and the mirror image below it.
     """
     near, far = upper - median, median - lower
     if came < median:
@@ -373,26 +313,17 @@ def band_crps(came: float, median: float, lower: float, upper: float) -> float:
     if scale > 0.0:
         u = apart / scale
         density = np.exp(-0.5 * u * u) / np.sqrt(2.0 * np.pi)
-        score = scale * (u * (2.0 * ndtr(u) - 1.0) + 2.0 * density - 1.0 / np.sqrt(np.pi))
+        score = scale * (u * erf(u / np.sqrt(2.0)) + 2.0 * density - 1.0 / np.sqrt(np.pi))
     return float(score + (far - near) / Z_90 * (np.sqrt(2.0) - 1.0) / np.sqrt(np.pi) / 2.0)
 
 
 def ledger_metrics(
     ledger: Ledger, benchmark_return: FloatArray, periods_per_year: int
 ) -> dict[str, Measured]:
-    """Judge the books of a strategy; row 0, which earns nothing, is not counted as a return.
+    """Judge the books of a strategy beside the net returns of buy and hold, (n,), row by row.
 
-    ``sharpe_ratio`` and ``cost_adjusted_sharpe`` are one figure, after all costs: no headline is gross.
-    ``gross_sharpe_ratio`` is what it would be without costs. ``turnover`` is one-way, per year.
-
-    Parameters
-    ----------
-    ledger
-        The books.
-    benchmark_return
-        (n,), net return of buy and hold, row by row.
-    periods_per_year
-        Annualises.
+    Row 0, which earns nothing, is not counted as a return. ``sharpe_ratio`` and ``cost_adjusted_sharpe`` are
+    one figure, after all costs: no headline is gross. ``turnover`` is one-way, per year.
     """
     net, gross, held = ledger.net_return[1:], ledger.gross_return[1:], ledger.held_weight[1:]
     market = benchmark_return[1:]
@@ -415,12 +346,12 @@ def ledger_metrics(
         "information_ratio": information_ratio(net, market, periods_per_year),
         "exposure_mean": _mean(held, none),
         "exposure_std": _std(held),
-        "turnover": _mean(ledger.turnover[1:] * periods_per_year, none, "ratio"),
-        "total_transaction_costs": Measured(float(ledger.trade_cost.sum()), "money"),
-        "total_financing_costs": Measured(float(ledger.financing_cost.sum()), "money"),
-        "total_borrow_costs": Measured(float(ledger.borrow_cost.sum()), "money"),
-        "final_equity": Measured(float(ledger.equity[-1]), "money"),
-        "n_bars": Measured(float(len(ledger.equity)), "count"),
+        "turnover": _mean(ledger.turnover[1:] * periods_per_year, none),
+        "total_transaction_costs": Measured(float(ledger.trade_cost.sum())),
+        "total_financing_costs": Measured(float(ledger.financing_cost.sum())),
+        "total_borrow_costs": Measured(float(ledger.borrow_cost.sum())),
+        "final_equity": Measured(float(ledger.equity[-1])),
+        "n_bars": Measured(float(len(ledger.equity))),
     }
 
 
@@ -429,9 +360,9 @@ def trade_metrics(closed_pnl: FloatArray, n_orders: int) -> dict[str, Measured]:
     return {
         "win_rate": win_rate(closed_pnl),
         "profit_factor": profit_factor(closed_pnl),
-        "average_trade_profit": _mean(closed_pnl, "no trade was closed", "money"),
-        "total_trades": Measured(float(len(closed_pnl)), "count"),
-        "total_orders": Measured(float(n_orders), "count"),
+        "average_trade_profit": _mean(closed_pnl, "no trade was closed"),
+        "total_trades": Measured(float(len(closed_pnl))),
+        "total_orders": Measured(float(n_orders)),
     }
 
 
@@ -446,22 +377,25 @@ def _finite(array: FloatArray, name: str) -> FloatArray:
     return checked
 
 
+def _short(sample: FloatArray, need: int, what: str = "returns") -> Measured | None:
+    """Return an undefined figure where there are fewer values than it needs."""
+    return _none(f"needs {need} {what}, has {len(sample)}") if len(sample) < need else None
+
+
+def _annual_ratio(sample: FloatArray, spread: float, periods_per_year: int, why: str) -> Measured:
+    if spread <= _TINY:
+        return _none(why)
+    return Measured(float(sample.mean() / spread * np.sqrt(periods_per_year)))
+
+
 def _ranks(sample: FloatArray) -> FloatArray:
     _, where, counts = np.unique(sample, return_inverse=True, return_counts=True)
     return np.asarray((np.cumsum(counts) - (counts - 1) / 2.0)[where], dtype=np.float64)
 
 
-def _mean(sample: FloatArray | npt.NDArray[np.bool_], reason: str, unit: Unit = "fraction") -> Measured:
-    return Measured(float(np.mean(sample)), unit) if len(sample) else Measured(None, unit, reason)
+def _mean(sample: FloatArray | npt.NDArray[np.bool_], reason: str) -> Measured:
+    return Measured(float(np.mean(sample))) if len(sample) else _none(reason)
 
 
 def _std(sample: FloatArray) -> Measured:
-    if len(sample) < 2:
-        return Measured(None, "fraction", f"needs 2 values, has {len(sample)}")
-    return Measured(float(sample.std(ddof=1)), "fraction")
-
-
-def _root_mean_square(sample: FloatArray, reason: str) -> Measured:
-    if not len(sample):
-        return Measured(None, "fraction", reason)
-    return Measured(float(np.sqrt(np.mean(sample**2))), "fraction")
+    return _short(sample, 2, what="values") or Measured(float(sample.std(ddof=1)))

@@ -24,12 +24,24 @@ from evaluation.advanced_backtester import (
     by_year,
     net_returns,
 )
-from evaluation.charts import TIMES, Cell, Drawing, FloatArray, Table, cell
+from evaluation.charts import (
+    TIMES,
+    Banner,
+    Block,
+    Cell,
+    Drawing,
+    FloatArray,
+    Report,
+    Section,
+    Stat,
+    Table,
+    cell,
+)
 from evaluation.forward_simulator import BLOCK_BARS, CONFIDENCE, RESAMPLES, Evidence, summarise
 from evaluation.metrics import Metrics, values
 from utils.errors import DataError, StorageError
 
-Block = Drawing | Table
+Facts = Mapping[str, Any]
 AnyBlock = TypeVar("AnyBlock", Drawing, Table)
 STRATEGY = "Strategy"
 BENCHMARKS = {"buy_hold": ("Buy and hold", "hold"), "exposure_matched": ("Same exposure", "exposure")}
@@ -41,53 +53,11 @@ SHOWN_FORECASTS, SHOWN_MARKERS, SHOWN_TRIALS, SHOWN_FEATURES = 120, 80, 12, 20
 _FOLDERS = re.compile(r"(?<![\w.<])(?<!:/)(?:file://|[A-Za-z]:)?(?:[/\\][\w.@+~-]+)+[/\\](?=[\w.@+~-])")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stat:
-    """A figure of the headline and what it stands beside."""
-
-    label: str
-    value: str
-    note: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Banner:
-    """A sentence in colour (``good``, ``plain``, ``caution``, ``bad``), with reasons."""
-
-    tone: str
-    text: str
-    reasons: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Section:
-    """A heading, sentences, bullets, and the charts and tables that show it."""
-
-    title: str
-    lead: tuple[str, ...] = ()
-    bullets: tuple[str, ...] = ()
-    blocks: tuple[Block, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
-    """A whole page; a ``stamp`` (IN-SAMPLE) is repeated on every figure, table and chart."""
-
-    kicker: str
-    title: str
-    subtitle: str
-    headline: tuple[Stat, ...]
-    banners: tuple[Banner, ...]
-    sections: tuple[Section, ...]
-    limits: tuple[str, ...]
-    stamp: str = ""
-
-
 @dataclass(frozen=True, slots=True)
 class Words:
     """Headings, captions and columns of one kind of report, and what fills the gaps of its captions."""
 
-    table: Mapping[str, Any]
+    table: Facts
     fills: Mapping[str, object]
 
     def on(self, name: str, block: AnyBlock, fills: Mapping[str, object] | None = None) -> AnyBlock:
@@ -100,10 +70,16 @@ class Words:
         """Show rows of cells."""
         return self.on(name, Table(columns=tuple(columns), rows=tuple(tuple(row) for row in rows)))
 
-    def records(self, name: str, records: Iterable[Mapping[str, Any]]) -> Table:
-        """Show records in the columns (key, heading, form) of the words; ``why`` explains what is None."""
+    def records(self, name: str, records: Iterable[Facts]) -> Table:
+        """Show records in the columns (key, heading, form) of the words.
+
+        A record may have its own form of a value (``value_form``), and say ``why`` it is None.
+        """
         specs, why = self.table["columns"][name], self.table["not_computed"]
-        rows = ((cell(row.get(key), form, row.get("why", why)) for key, _, form in specs) for row in records)
+        rows = (
+            (cell(row.get(key), row.get(f"{key}_form", form), row.get("why", why)) for key, _, form in specs)
+            for row in records
+        )
         return self.grid(name, (head for _key, head, _form in specs), rows)
 
     def section(self, name: str, *blocks: Block, bullets: Iterable[str] = ()) -> Section:
@@ -125,10 +101,7 @@ def render(report: Report) -> str:
 
 
 def write_report(report: Report, path: Path) -> Path:
-    """Write the report beside ``path`` and move it there, so that nobody sees half of it; return ``path``.
-
-    Raises `StorageError` if that cannot be done.
-    """
+    """Write the report beside ``path`` and move it there; raises `StorageError` if that cannot be done."""
     html, part = render(report), path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +111,7 @@ def write_report(report: Report, path: Path) -> Path:
         raise StorageError(f"cannot write {path}: {error.strerror}; choose another folder") from error
 
 
-def provenance_of(metadata: Mapping[str, Any]) -> dict[str, str]:
+def provenance_of(metadata: Facts) -> dict[str, str]:
     """Return what a bundle's metadata tell about data, model and libraries: facts by name, for a report."""
     parts = ((part, metadata.get(part) or {}) for part in ("data", "universe"))
     flat = {**metadata, **{f"{part}.{name}": fact for part, facts in parts for name, fact in facts.items()}}
@@ -153,7 +126,7 @@ def backtest_report(
     *,
     symbol: str,
     provenance: Mapping[str, str],
-    verdict: Mapping[str, Any],
+    verdict: Facts,
     forecasts: pd.DataFrame,
     horizon_bars: int,
     notes: Sequence[str] = (),
@@ -161,19 +134,10 @@ def backtest_report(
 ) -> Report:
     """Assemble the report of a backtest; a row that is not out of sample stamps all of it IN-SAMPLE.
 
-    Parameters
-    ----------
-    result, symbol
-        What the backtester booked, and for which symbol.
-    provenance, verdict
-        Facts by name, see `provenance_of`; label, reasons and evidence as in a bundle's metadata.
-    forecasts, horizon_bars
-        By session: ``close``, ``is_out_of_sample`` and, of the simple return over the next ``horizon_bars``,
-        ``expected_return``, ``lower``, ``upper`` (80 % band), ``prob_up``.
-    notes, extra_sections
-        Sentences about provenance, and sections shown before the evidence.
-
-    Raises `DataError` if one of the three benchmarks is missing.
+    ``verdict`` is that of a bundle's metadata. ``forecasts`` have, by session, ``close``,
+    ``is_out_of_sample`` and, of the simple return over the next ``horizon_bars``, ``expected_return``,
+    ``lower``, ``upper`` (80 % band), ``prob_up``. Raises `DataError` if one of the three benchmarks is
+    missing.
     """
     if missing := [name for name in BENCHMARKS if name not in result.benchmarks]:
         raise DataError(f"the backtest of {symbol} lacks {missing}: a strategy is never shown alone")
@@ -270,19 +234,17 @@ def luck_section(evidence: Evidence) -> Section:
     known, heads = words.table["evidence"], words.table["heads"]
     facts = ((*known[name], measured) for name, measured in evidence.figures.items())
     rows = ((Cell(a), cell(m.value, form, m.reason or ""), Cell(hint, "word")) for a, form, hint, m in facts)
-    spans = _interval_rows(evidence, words.table["intervals"])
+    labels, found = words.table["intervals"].items(), evidence.intervals
+    spans = (
+        (
+            Cell(label),
+            *(cell(end, form, span.reason or "") for end in (span.value, span.low, span.high)),
+            cell(span.share_above_zero, "pct", span.reason or ""),
+        )
+        for label, form, span in ((label, form, found[name]) for name, (label, form) in labels)
+    )
     tables = words.grid("intervals", heads["intervals"], spans), words.grid("luck", heads["evidence"], rows)
     return words.section("luck", *tables, words.grid("grid", *_grid_rows(evidence)))
-
-
-def _interval_rows(evidence: Evidence, labels: Mapping[str, tuple[str, str]]) -> list[list[Cell]]:
-    """Return a row for each interval that has a label (words, form): value, both ends, share above zero."""
-    rows = []
-    for name, (label, form) in labels.items():
-        found = evidence.intervals[name]
-        ends = (cell(value, form, found.reason or "") for value in (found.value, found.low, found.high))
-        rows.append([Cell(label), *ends, cell(found.share_above_zero, "pct", found.reason or "")])
-    return rows
 
 
 def _grid_rows(evidence: Evidence) -> tuple[list[str], list[list[Cell]]]:
@@ -302,114 +264,128 @@ def _grid_rows(evidence: Evidence) -> tuple[list[str], list[list[Cell]]]:
 def training_report(
     *,
     symbol: str,
-    metadata: Mapping[str, Any],
+    metadata: Facts,
     record: pd.DataFrame,
     importance: Mapping[str, float],
-    trials: Sequence[Mapping[str, Any]],
+    trials: Sequence[Facts],
     summary: Mapping[str, float | None] | None = None,
     findings: Sequence[str] = (),
-    epochs: Sequence[Mapping[str, Any]] = (),
+    epochs: Sequence[Facts] = (),
 ) -> Report:
     """Assemble the report of a training.
 
-    Parameters
-    ----------
-    symbol, metadata
-        What was trained, and the bundle's metadata: ``verdict``, ``folds``, ``path_models``, horizon,
-        provenance are shown.
-    record
-        The symbol's walk-forward record: ``date`` and the h-day log returns ``predicted_log``,
-        ``baseline_log``, ``realised_log`` (NaN where not known yet).
-    importance, trials
-        Mean absolute SHAP value by feature in the final fit; every trial of the search, as recorded.
-    summary, findings
-        Measures across folds by name, and what the data validator had to say.
-    epochs
-        Of a network: figures of each epoch of the final fit, in the place of importance and trials.
+    ``record`` is the symbol's walk-forward record: ``date`` and the h-day log returns ``predicted_log``,
+    ``baseline_log``, ``realised_log`` (NaN where not known yet). ``importance`` are mean absolute SHAP values
+    of the final fit, ``trials`` those of the search, ``summary`` the measures across folds, ``findings`` what
+    the data validator had to say. A network has ``epochs``, figures of each, for importance and trials.
     """
-    known = record.dropna(subset=["realised_log", "predicted_log"]).sort_values("date").set_index("date")
-    folds, horizon, verdict = metadata["folds"], metadata["horizon_bars"], metadata["verdict"]
-    evidence = {**verdict["evidence"], **(summary or {})}
-    rows = f"Out of sample, {_span(known.index)}, {len(known):,} forecasts"
-    best = sorted(trials, key=lambda trial: (trial["state"] == "pruned", trial["inner_rmse"] or np.inf))
-    pruned, tries = sum(trial["state"] == "pruned" for trial in trials), evidence.get("n_trials", 1)
-    fills = {"rows": f"{rows}.", "horizon": horizon, "total": len(trials), "tries": tries}
-    fills |= {"symbol": symbol, "subtitle": f"{rows} of the return over {horizon} sessions"}
-    words = words_of("training", {**fills, "pruned": pruned, "shown": min(SHOWN_TRIALS, len(trials))})
-    further = metadata.get("path_models") or {}
-    paths = words.records("paths", ({"bars": int(bars), **found} for bars, found in further.items()))
-    best = [{"why": words.table["stopped"], **trial} for trial in best[:SHOWN_TRIALS]]
-    gates = ({"note": words.table["gate"].get(gate["name"], ""), **gate} for gate in verdict["gates"])
-    tables = words.records("gates", gates), _evidence(words, evidence)
+    folds, universe = metadata["folds"], metadata.get("universe")
+    pruned, shown = sum(trial["state"] == "pruned" for trial in trials), min(SHOWN_TRIALS, len(trials))
+    fills = {
+        "symbol": symbol,
+        "alone": "",
+        "together": "",
+        "total": len(trials),
+        "pruned": pruned,
+        "shown": shown,
+    }
+    if universe:
+        # One model of many symbols: what is of this one, and what of all of them, must not be mixed up.
+        together = f", {len(universe['symbols'])} symbols together"
+        fills |= {"alone": f", of {symbol} alone", "together": together}
+    page = _Trained("training", metadata, record, fills, summary or {})
+    words = page.words
     ics = (_floats([fold[name] for fold in folds]) for name in ("ic", "ic_low", "ic_high"))
     ic = words.on("ic", charts.fold_chart([fold["test_start"][:7] for fold in folds], *ics))
     periods = ({**fold, "period": f"{fold['test_start'][:7]} to {fold['test_end'][:7]}"} for fold in folds)
+    further = metadata.get("path_models") or {}
+    paths = words.records("paths", ({"bars": int(bars), **found} for bars, found in further.items()))
+    best = sorted(trials, key=lambda trial: (trial["state"] == "pruned", trial["inner_rmse"] or np.inf))
+    best = [{"why": words.table["stopped"], **trial} for trial in best[:SHOWN_TRIALS]]
     learned = [words.section("epochs", words.records("epochs", epochs))]
     if not epochs:
         looked = words.section("features", _importance(words, importance, folds))
         learned = [looked, words.section("trials", words.records("trials", best))]
     sections = (
         words.section("network_folds" if epochs else "folds", ic, words.records("folds", periods)),
-        words.section("naive", *_skill(words, known, evidence, horizon)),
+        page.naive(),
         *((words.section("paths", paths),) if further else ()),
-        words.section("gates", *tables, bullets=verdict["reasons"]),
+        page.gates(),
         *learned,
-        words.section("data", bullets=findings or words.table["no_findings"]),
-        words.section("origin", _facts(words, provenance_of(metadata))),
+        *page.origin(findings),
     )
-    return _page(words, {"own": {**evidence, "trials": len(trials)}}, verdict, sections)
+    return _page(words, {"own": {**page.evidence, "trials": len(trials)}}, metadata["verdict"], sections)
 
 
 def ensemble_report(
-    *, symbol: str, metadata: Mapping[str, Any], record: pd.DataFrame, findings: Sequence[str] = ()
+    *, symbol: str, metadata: Facts, record: pd.DataFrame, findings: Sequence[str] = ()
 ) -> Report:
-    """Assemble the report of an ensemble: its parts beside the whole.
-
-    Parameters
-    ----------
-    symbol, metadata
-        What was joined, and the bundle's metadata: ``verdict``, ``parts``, horizon, provenance are shown.
-    record
-        ``date``, a ``weight_`` column for each member, and what `training_report` needs.
-    findings
-        What the data validator had to say.
-    """
-    known = record.dropna(subset=["realised_log", "predicted_log"]).set_index("date")
-    parts, verdict, horizon = metadata["parts"], metadata["verdict"], metadata["horizon_bars"]
-    rows = f"Out of sample, {_span(known.index)}, {len(known):,} forecasts"
-    fills = {"rows": f"{rows}.", "horizon": horizon, "tries": verdict["evidence"].get("n_trials", 1)}
-    fills |= {"symbol": symbol, "subtitle": f"{rows} of the return over {horizon} sessions"}
-    fills |= {name: cell(parts[f"{name}_correlation"], "num").text for name in ("error", "signal")}
-    words = words_of("ensemble", fills)
+    """Assemble the report of an ensemble; ``record`` has a ``weight_`` column for each member besides."""
+    parts = metadata["parts"]
+    fills = {name: cell(parts[f"{name}_correlation"], "num").text for name in ("error", "signal")}
+    fills |= {"symbol": symbol, "alone": "", "together": ""}
+    page = _Trained("ensemble", metadata, record, fills, {})
+    words = page.words
     labels = words.table["members"].items()
     curves = {label: (role, _floats(record[f"weight_{name}"])) for name, (label, role) in labels}
     weights = charts.curve_chart(pd.DatetimeIndex(record["date"]), curves, span="full", form="pct")
-    gates = words.records("gates", verdict["gates"]), _evidence(words, verdict["evidence"])
     sections = (
         words.section("parts", words.records("parts", parts["table"]), bullets=parts["notes"]),
         words.section("weights", words.on("weights", weights)),
-        words.section("naive", *_skill(words, known, verdict["evidence"], horizon)),
-        words.section("gates", *gates, bullets=verdict["reasons"]),
-        words.section("data", bullets=findings or words.table["no_findings"]),
-        words.section("origin", _facts(words, provenance_of(metadata))),
+        page.naive(),
+        page.gates(),
+        *page.origin(findings),
     )
-    return _page(words, {"own": {**verdict["evidence"], **parts["weights"]}}, verdict, sections)
+    return _page(words, {"own": {**page.evidence, **parts["weights"]}}, metadata["verdict"], sections)
 
 
-def _skill(words: Words, known: pd.DataFrame, evidence: Mapping[str, Any], horizon: int) -> list[Block]:
-    came, model, drift = (_floats(known[f"{name}_log"]) for name in ("realised", "predicted", "baseline"))
-    # Prices that never move leave the drift no error.
-    whole = float(np.sum((came - drift) ** 2)) or 1.0
-    ahead = np.cumsum((came - drift) ** 2 - (came - model) ** 2) / whole
-    curve = {"model ahead of its drift": ("strategy", ahead)}
-    over_time = charts.curve_chart(pd.DatetimeIndex(known.index), curve, form="pct")
-    naive = words.table["naive"]
-    rows = ({"name": name, "gain": evidence.get(key), "what": what} for name, key, what in naive)
-    calibration = charts.reliability_chart(model, came, overlap_bars=horizon)
-    return [words.records("naive", rows), words.on("calibration", calibration), words.on("ahead", over_time)]
+class _Trained:
+    """What the reports of a training and of an ensemble have in common."""
+
+    def __init__(
+        self, kind: str, metadata: Facts, record: pd.DataFrame, fills: Facts, summary: Facts
+    ) -> None:
+        self.metadata, self.horizon = metadata, metadata["horizon_bars"]
+        known = record.dropna(subset=["realised_log", "predicted_log"])
+        self.known = known.sort_values("date").set_index("date")
+        self.evidence = {**metadata["verdict"]["evidence"], **summary}
+        rows = f"Out of sample, {_span(self.known.index)}"
+        own = f"{rows}, {len(self.known):,} forecasts"
+        told = {"rows": f"{own}{fills['alone']}.", "fold_rows": f"{rows if fills['together'] else own}."}
+        told |= {"subtitle": f"{own} of the return over {self.horizon} sessions"}
+        self.words = words_of(kind, {"horizon": self.horizon, **told, **fills})
+
+    def naive(self) -> Section:
+        words, known = self.words, self.known
+        came, model, drift = (_floats(known[f"{name}_log"]) for name in ("realised", "predicted", "baseline"))
+        # Prices that never move leave the drift no error.
+        whole = float(np.sum((came - drift) ** 2)) or 1.0
+        ahead = np.cumsum((came - drift) ** 2 - (came - model) ** 2) / whole
+        curve = {"model ahead of its drift": ("strategy", ahead)}
+        over_time = charts.curve_chart(pd.DatetimeIndex(known.index), curve, form="pct")
+        naive = words.table["naive"]
+        rows = ({"name": name, "gain": self.evidence.get(key), "what": what} for name, key, what in naive)
+        calibration = charts.reliability_chart(model, came, overlap_bars=self.horizon)
+        blocks = words.on("calibration", calibration), words.on("ahead", over_time)
+        return words.section("naive", words.records("naive", rows), *blocks)
+
+    def gates(self) -> Section:
+        words, verdict = self.words, self.metadata["verdict"]
+        known, unknown, told = words.table["gate"], ("any", ""), verdict["gates"]
+        forms = (
+            {"value_form": form, "note": note} for form, note in (known.get(g["name"], unknown) for g in told)
+        )
+        rows = ({**form, **gate} for form, gate in zip(forms, told, strict=True))
+        tables = words.records("gates", rows), _evidence(words, self.evidence)
+        return words.section("gates", *tables, bullets=verdict["reasons"])
+
+    def origin(self, findings: Sequence[str]) -> tuple[Section, Section]:
+        words = self.words
+        data = words.section("data", bullets=findings or words.table["no_findings"])
+        return data, words.section("origin", _facts(words, provenance_of(self.metadata)))
 
 
-def _importance(words: Words, importance: Mapping[str, float], folds: Iterable[Mapping[str, Any]]) -> Table:
+def _importance(words: Words, importance: Mapping[str, float], folds: Iterable[Facts]) -> Table:
     selected = [set(fold["selected_features"]) for fold in folds]
     top = sorted(importance, key=lambda name: (-importance[name], name))[:SHOWN_FEATURES]
     notes = {name: f"{sum(name in fold for fold in selected)} of {len(selected)}" for name in top}
@@ -420,7 +396,7 @@ def _importance(words: Words, importance: Mapping[str, float], folds: Iterable[M
 def _page(
     words: Words,
     figures: Mapping[str, Mapping[str, float | None]],
-    verdict: Mapping[str, Any],
+    verdict: Facts,
     sections: tuple[Section, ...],
 ) -> Report:
     (tone, text), stamp = words.table["verdict"][verdict["label"]], str(words.fills.get("stamp", ""))

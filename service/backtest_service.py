@@ -17,9 +17,10 @@ from data.schema import Bars, bars_hash
 from evaluation import forward_simulator as simulator
 from evaluation.accounting import DEFAULT_CAPITAL, CostModel, Ledger, account
 from evaluation.advanced_backtester import AdvancedBacktester, BacktestReport, by_action, by_bar, by_month
+from evaluation.charts import Report
 from evaluation.forward_simulator import Book, Evidence, ForwardSimulator, IntArray
 from evaluation.metrics import Measured, calibration_metrics, values
-from evaluation.report import Report, backtest_report, luck_section, provenance_of
+from evaluation.report import backtest_report, luck_section, provenance_of
 from inference import position_sizing as sizes
 from inference.load_ensemble_model import Chosen
 from inference.pipeline import Decisions, backtest_decisions, decide
@@ -162,12 +163,12 @@ def weigh(result: BacktestReport, history: Decisions, request: BacktestRequest, 
     books = (bookkeeper(history, other, request.capital) for other in sizes.alternatives())
     tried = [book(np.arange(len(dates)), first, costs)[0].net_return[1:] for book in books]
     figures = {
-        "n_tries": Measured(float(n_tries), "count"),
+        "n_tries": Measured(float(n_tries)),
         "deflated_sharpe": gates.measured_deflated_sharpe(net, n_tries),
         "deflated_sharpe_active": gates.measured_deflated_sharpe(net - same, n_tries),
         "minimum_track_record_bars": gates.measured_track_record(net),
         "pbo": gates.measured_overfitting(np.column_stack([net, *tried])),
-        "out_of_sample_share": Measured(float(result.daily["is_out_of_sample"].mean()), "fraction"),
+        "out_of_sample_share": Measured(float(result.daily["is_out_of_sample"].mean())),
         **_calibration(history.frame.iloc[first:], history.horizon_bars),
     }
     own = bookkeeper(history, request.sizer, request.capital)

@@ -353,7 +353,7 @@ def print_summary(console: Console, result: Mapping[str, Any]) -> None:
         "information coefficient (signal)": f"{evidence['ic']} (p {evidence['p_ic']})",
         "a year over equal exposure": f"{evidence['active_return_annual']} (p {evidence['p_return']})",
         "direction accuracy": f"{evidence['direction_accuracy']} (always up: {evidence['share_up']})",
-        "tries on these prices": evidence["n_trials"],
+        "verdicts on these prices": evidence["n_trials"],
         "trained in": f"{result['duration_s']} s on {result['device']}, seed {result['seed']}",
     }
     for bars, found in result["path_models"].items():

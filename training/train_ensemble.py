@@ -64,8 +64,8 @@ from utils.errors import (
 )
 from utils.model_paths import ENSEMBLE, artifact_link, training_lock
 from utils.settings import Settings, at_least, configure_logging, read_settings
-from validation.evidence import Run, count_trials, record_run
 from validation.gates import Verdict, judge, ranks_better_p_value
+from validation.wfe_metrics import Run, count_verdicts, record_run
 
 logger = logging.getLogger(__name__)
 
@@ -305,7 +305,7 @@ class EnsembleTrainer:
             horizon_bars=bundle.horizon_bars,
             strategy_return=backtest.daily["net_return"].to_numpy(),
             benchmark_return=backtest.benchmarks["exposure_matched"].daily["net_return"].to_numpy(),
-            n_trials=n_trials,
+            n_verdicts=n_trials,
         )
         return one_session_later(verdict, decisions, self.costs)
 
@@ -430,7 +430,7 @@ def join_symbol(symbol: str, args: argparse.Namespace, settings: Settings) -> Ou
             n_trials=1 if args.method == "simple" else 2,
         )
         trials = settings.models_dir / "trials.jsonl"
-        n_trials = count_trials(trials, run)
+        n_trials = count_verdicts(trials, run)
         record_run(trials, run)
         bundle = trainer.train(bars, n_trials=n_trials)
         label, saved = bundle.metadata["verdict"]["label"], None

@@ -26,7 +26,6 @@ from inference.position_sizing import make_sizer
 from training.recipe import WalkConfig, begin_with_others
 from utils.errors import InsufficientDataError
 from utils.model_paths import ArtifactKind
-from validation.evidence import Run, count_trials, record_run
 from validation.gates import Verdict, judge, of_universe
 from validation.walk_forward import (
     FittedRecipe,
@@ -36,6 +35,7 @@ from validation.walk_forward import (
     WalkForwardValidator,
     fold_table,
 )
+from validation.wfe_metrics import Run, count_verdicts, record_run
 
 MINIMUM_TEST_BARS = 252
 NOT_JUDGED_YET = {"label": "no-edge", "reasons": [], "evidence": {}}
@@ -198,7 +198,7 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
         """Count this look at the panel's prices, before anything of it is shown; return the looks so far."""
         hashes = {symbol: bars_hash(bars.frame) for symbol, bars in panel.items()}
         runs = [self._run(bars, hashes) for bars in panel.values()]
-        before = count_trials(trials_log, *runs)
+        before = count_verdicts(trials_log, *runs)
         record_run(trials_log, *runs)
         return before
 
@@ -293,7 +293,7 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
             strategy_return=walked.returns[:, 0],
             benchmark_return=walked.returns[:, 1],
             summary=walked.result.summary,
-            n_trials=n_trials,
+            n_verdicts=n_trials,
         )
 
     def _book(self, bars: Bars, bundle: BundleT) -> BacktestReport:
@@ -369,7 +369,7 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
             strategy_return=backtest.daily["net_return"].to_numpy(),
             benchmark_return=backtest.benchmarks["exposure_matched"].daily["net_return"].to_numpy(),
             summary=result.summary,
-            n_trials=n_trials,
+            n_verdicts=n_trials,
         )
         return one_session_later(verdict, decisions, self.config.costs), backtest
 

@@ -4,10 +4,9 @@ The recipe is what is validated, whatever it is: this module knows no model. Eve
 session on gets exactly one forecast, made by a fit whose labels had all ended before.
 """
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,46 +17,39 @@ from data.target_engineering import Dataset
 from evaluation.advanced_backtester import BacktestReport
 from evaluation.metrics import sharpe, spearman
 from utils.errors import ModelError, UsageError
-from validation.evidence import (
+from validation.wfe_metrics import (
     MAX_ONE_SIDED,
     MIN_SIGNAL_STD,
     FloatArray,
-    IntArray,
+    ResolvedRows,
     block_bootstrap_means,
     block_length,
     calibration_slope,
     consistency,
     feature_stability,
-    hit_minus_base,
     hit_rate,
-    ic_by_session,
-    mean_known,
-    mean_or_none,
+    known_mean,
+    less,
     overfitting_ratio,
     ratio,
     share_up,
     walk_forward_efficiency,
 )
 
-logger = logging.getLogger(__name__)
+# Of a fold's result as plain data.
+_SESSIONS = ("test_start", "test_end", "trained_through")
+_FIGURES: tuple[str, ...] = ("number", "n", "ic", "ic_low", "ic_high", "fit_ic", "hit_minus_base")
+_FIGURES += ("calibration_slope", "pred_std_over_target_std", "share_positive")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecipePrediction:
-    """Forecasts of rows that the fit has not seen.
+    """Forecasts of rows that the fit has not seen, (n,) each.
 
-    Attributes
-    ----------
-    mean_log
-        Calibrated forecast of the h-day log return, (n,).
-    baseline_log
-        What a model without skill would forecast: the drift, as an h-day log return, (n,).
-    raw_scaled
-        The uncalibrated signal: deviation from the drift in units of the h-day volatility, (n,).
-    per_model
-        Each model's share of the signal before weighing, (n,) each.
-    skill_lower
-        Lower confidence bound of the skill, within [0, 1], as known when the fit was made, (n,).
+    ``mean_log`` is the calibrated h-day log return, ``baseline_log`` the drift, which needs no skill.
+    ``raw_scaled`` is the uncalibrated signal: deviation from the drift in units of the h-day volatility;
+    ``per_model`` are the models' shares of it before weighing. ``skill_lower`` is the lower confidence bound
+    of the skill, within [0, 1], as known when the fit was made.
     """
 
     mean_log: FloatArray
@@ -89,33 +81,17 @@ class Recipe(Protocol):
     """Everything from training rows to a forecaster: scale, select, tune, weigh, fit, calibrate."""
 
     def fit(self, train: Dataset, *, fold: int, earlier: pd.DataFrame) -> FittedRecipe:
-        """Fit on labelled rows.
+        """Fit on rows whose labels were known before the fold.
 
-        Parameters
-        ----------
-        train
-            Rows whose labels were known before the fold.
-        fold
-            Number of the fold, ascending from 0.
-        earlier
-            The record of earlier folds, rows whose labels were known before the fold; may be empty.
+        ``fold`` ascends from 0; ``earlier`` is the record of earlier folds, as far as known then; maybe
+        empty.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WalkForwardConfig(WalkForwardSplit):
-    """How a recipe is walked forward: the split (see `WalkForwardSplit`), and the intervals of the measures.
-
-    Attributes
-    ----------
-    n_resamples
-        Bootstrap resamples of a fold's interval.
-    interval_level
-        Coverage of the interval of the IC.
-    seed
-        Seed of the resampling.
-    """
+    """How a recipe is walked forward: the split, and the bootstrap and coverage of the interval of the IC."""
 
     n_resamples: int = 1_000
     interval_level: float = 0.90
@@ -124,20 +100,11 @@ class WalkForwardConfig(WalkForwardSplit):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoldMeasures:
-    """The measures of one fold that the summary across folds reads.
+    """The measures of one fold that the summary across folds reads; None where undefined.
 
-    Attributes
-    ----------
-    ic, fit_ic
-        Information coefficient on test rows and on the last rows that the model was fitted on.
-    test_hits, test_base, fit_hits, fit_base
-        Hit rates of the uncalibrated forecast, and of "always up", on the same two sets of rows.
-    signal_std
-        Standard deviation of the signal on test rows, in units of the volatility.
-    share_positive
-        Share of test rows with a signal above the drift.
-    selected_features
-        What the fold's model uses.
+    IC: rank correlation of signal and outcome (both in volatilities) over time, mean over symbols. ``test_``
+    and bare names are of test rows, ``fit_`` of the last rows that the model was fitted on; hits are those of
+    the uncalibrated forecast, base those of "always up". ``share_positive``: signals above the drift.
     """
 
     ic: float | None
@@ -153,18 +120,9 @@ class FoldMeasures:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WalkForwardSummary:
-    """Measures across folds; None where undefined.
+    """Measures across folds; None where undefined; see the functions of these names.
 
-    Attributes
-    ----------
-    efficiency
-        See `walk_forward_efficiency`, of the hit rates averaged over folds.
-    consistency, overfitting_ratio, feature_stability
-        See the functions of these names.
-    collapsed_folds
-        Share of folds whose signal hardly varies (variance collapse).
-    one_sided_folds
-        Share of folds whose signal has one sign on most rows (sign imbalance).
+    Collapsed is a fold whose signal hardly varies, one-sided one whose signal has one sign on most rows.
     """
 
     efficiency: float | None
@@ -175,68 +133,33 @@ class WalkForwardSummary:
     one_sided_folds: float | None
 
 
-def summarise_folds(
-    folds: Sequence[FoldMeasures],
-    *,
-    min_signal_std: float = MIN_SIGNAL_STD,
-    max_one_sided: float = MAX_ONE_SIDED,
-) -> WalkForwardSummary:
-    """Summarise the folds of a walk-forward.
-
-    Parameters
-    ----------
-    folds
-        Their measures.
-    min_signal_std
-        A fold with a smaller standard deviation of the signal, in volatilities, has collapsed.
-    max_one_sided
-        A fold with a larger share of one sign is one-sided.
-    """
+def summarise_folds(folds: Sequence[FoldMeasures]) -> WalkForwardSummary:
+    """Summarise the folds of a walk-forward."""
     tested = [fold for fold in folds if fold.test_hits is not None]
     shares = [fold.share_positive for fold in folds if fold.share_positive is not None]
     spreads = [fold.signal_std for fold in folds if fold.signal_std is not None]
     return WalkForwardSummary(
         efficiency=walk_forward_efficiency(
-            mean_known([fold.test_hits for fold in tested]),
-            mean_known([fold.test_base for fold in tested]),
-            mean_known([fold.fit_hits for fold in tested]),
-            mean_known([fold.fit_base for fold in tested]),
+            known_mean([fold.test_hits for fold in tested]),
+            known_mean([fold.test_base for fold in tested]),
+            known_mean([fold.fit_hits for fold in tested]),
+            known_mean([fold.fit_base for fold in tested]),
         ),
         consistency=consistency([fold.ic for fold in tested]),
         overfitting_ratio=overfitting_ratio([fold.fit_ic for fold in tested], [fold.ic for fold in tested]),
         feature_stability=feature_stability([fold.selected_features for fold in folds]),
-        collapsed_folds=mean_known([float(spread < min_signal_std) for spread in spreads]),
-        one_sided_folds=mean_known([float(max(share, 1 - share) > max_one_sided) for share in shares]),
+        collapsed_folds=known_mean([float(spread < MIN_SIGNAL_STD) for spread in spreads]),
+        one_sided_folds=known_mean([float(max(share, 1 - share) > MAX_ONE_SIDED) for share in shares]),
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FoldResult:
+class FoldResult(FoldMeasures):
     """What one fold showed; None where a measure is undefined.
 
-    Attributes
-    ----------
-    number, test_start, test_end
-        Which fold, and its first and last session.
-    trained_through
-        Latest session whose prices the fit has used.
-    n
-        Test rows with a known outcome.
-    ic, ic_low, ic_high
-        Rank correlation of signal and outcome (both in volatilities) over time, mean over symbols, and its
-        block-bootstrap interval.
-    hit_minus_base
-        Hit rate of the calibrated forecast over that of "always up".
-    calibration_slope
-        Slope of outcome on calibrated forecast, both in volatilities.
-    pred_std_over_target_std
-        Spread of the calibrated forecast over that of the outcomes, both in volatilities.
-    share_positive
-        Share of test rows whose signal lies above the drift.
-    selected_features, notes
-        As the fitted recipe tells.
-    measures
-        What the summary across folds reads.
+    ``trained_through`` is the latest session whose prices the fit has used, ``n`` the number of test rows
+    with a known outcome. ``ic_low`` and ``ic_high`` are the block-bootstrap interval of the IC. Hits, slope
+    and spread are those of the calibrated forecast, the last two in volatilities.
     """
 
     number: int
@@ -244,40 +167,27 @@ class FoldResult:
     test_end: pd.Timestamp
     trained_through: pd.Timestamp
     n: int
-    ic: float | None
     ic_low: float | None
     ic_high: float | None
     hit_minus_base: float | None
     calibration_slope: float | None
     pred_std_over_target_std: float | None
-    share_positive: float | None
-    selected_features: tuple[str, ...]
     notes: Mapping[str, object] = field(default_factory=dict)
-    measures: FoldMeasures
 
     def as_dict(self) -> dict[str, object]:
         """Return plain data for JSON; sessions as ISO dates."""
-        names = (name for name in self.__dataclass_fields__ if name not in {"measures", "notes"})
-        plain = {name: getattr(self, name) for name in names}
-        days = {name: f"{plain[name]:%Y-%m-%d}" for name in ("test_start", "test_end", "trained_through")}
-        extra = {"fit_ic": self.measures.fit_ic, "selected_features": list(self.selected_features)}
-        return {**plain, **days, **extra, "notes": dict(self.notes)}
+        days = {name: f"{getattr(self, name):%Y-%m-%d}" for name in _SESSIONS}
+        plain = {name: getattr(self, name) for name in _FIGURES}
+        return {**plain, **days, "selected_features": list(self.selected_features), "notes": dict(self.notes)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WalkForwardResult:
-    """Outcome of a walk-forward.
+    """Outcome of a walk-forward: the record, the folds in order, and the measures across them.
 
-    Attributes
-    ----------
-    record
-        One row per (date, symbol), ascending: ``date``, ``symbol``, ``predicted_log``, ``baseline_log``,
-        ``raw_scaled``, ``model_<name>``, ``realised_log`` (NaN where not known yet), ``sigma_log``,
-        ``label_end``, ``skill_lower``, ``fold``, ``trained_through``.
-    folds
-        The folds in order.
-    summary
-        Measures across folds.
+    The record has one row per (date, symbol), ascending: ``date``, ``symbol``, ``predicted_log``,
+    ``baseline_log``, ``raw_scaled``, ``model_<name>``, ``realised_log`` (NaN where not known yet),
+    ``sigma_log``, ``label_end``, ``skill_lower``, ``fold``, ``trained_through``.
     """
 
     record: pd.DataFrame
@@ -308,23 +218,10 @@ class WalkForwardValidator:
     def run(
         self, dataset: Dataset, recipe: Recipe, *, on_fold: Callable[[FoldResult], None] | None = None
     ) -> WalkForwardResult:
-        """Fit and predict fold after fold.
+        """Fit and predict fold after fold, in order of time; ``on_fold`` is called after each.
 
-        Parameters
-        ----------
-        dataset
-            The panel.
-        recipe
-            What is validated; fitted once per fold, in order of time.
-        on_fold
-            Called after each fold.
-
-        Raises
-        ------
-        InsufficientDataError
-            If there is no session left to test on.
-        ModelError
-            If a forecast is missing or not finite.
+        Raises `InsufficientDataError` if no session is left to test on, `ModelError` if a forecast is not
+        finite.
         """
         frames: list[pd.DataFrame] = []
         results: list[FoldResult] = []
@@ -335,16 +232,10 @@ class WalkForwardValidator:
             frames.append(_predict(fitted, dataset.take(fold.test_idx), fold))
             tail = self._tail(dataset, fold)
             results.append(self._judge(fold, frames[-1], _predict(fitted, tail, fold), fitted, dataset))
-            logger.debug(
-                "fold %d, %s to %s: ic %s", fold.number, fold.test_start, fold.test_end, results[-1].ic
-            )
             if on_fold is not None:
                 on_fold(results[-1])
-        return WalkForwardResult(
-            record=pd.concat(frames, ignore_index=True),
-            folds=tuple(results),
-            summary=summarise_folds([result.measures for result in results]),
-        )
+        record = pd.concat(frames, ignore_index=True)
+        return WalkForwardResult(record=record, folds=tuple(results), summary=summarise_folds(results))
 
     def _tail(self, dataset: Dataset, fold: Fold) -> Dataset:
         """Return the last training rows, as many sessions as a test block has: what the fit knows."""
@@ -355,36 +246,30 @@ class WalkForwardValidator:
     def _judge(
         self, fold: Fold, test: pd.DataFrame, tail: pd.DataFrame, fitted: FittedRecipe, dataset: Dataset
     ) -> FoldResult:
-        rows, known = _Rows(test), _Rows(tail)
+        rows, known = ResolvedRows(test), ResolvedRows(tail)
         scores = rows.ic_by_session()
         low, high = self._interval(scores, dataset.horizon_bars, fold.number)
-        measures = FoldMeasures(
-            ic=mean_or_none(scores),
-            fit_ic=mean_or_none(known.ic_by_session()),
-            test_hits=hit_rate(rows.uncalibrated, rows.outcome),
-            test_base=share_up(rows.outcome),
-            fit_hits=hit_rate(known.uncalibrated, known.outcome),
-            fit_base=share_up(known.outcome),
-            signal_std=float(rows.signal.std()) if len(rows.signal) else None,
-            share_positive=float(np.mean(rows.signal > 0)) if len(rows.signal) else None,
-            selected_features=tuple(fitted.selected_features),
-        )
         return FoldResult(
             number=fold.number,
             test_start=pd.Timestamp(fold.test_start),
             test_end=pd.Timestamp(fold.test_end),
             trained_through=pd.Timestamp(fold.train_end),
             n=len(rows.outcome),
-            ic=measures.ic,
+            ic=known_mean(scores),
             ic_low=low,
             ic_high=high,
-            hit_minus_base=hit_minus_base(rows.forecast, rows.outcome),
+            fit_ic=known_mean(known.ic_by_session()),
+            test_hits=hit_rate(rows.baseline + rows.signal, rows.outcome),
+            test_base=share_up(rows.outcome),
+            fit_hits=hit_rate(known.baseline + known.signal, known.outcome),
+            fit_base=share_up(known.outcome),
+            hit_minus_base=less(hit_rate(rows.forecast, rows.outcome), share_up(rows.outcome)),
             calibration_slope=calibration_slope(rows.forecast, rows.outcome),
             pred_std_over_target_std=ratio(_std(rows.forecast), _std(rows.outcome)),
-            share_positive=measures.share_positive,
-            selected_features=measures.selected_features,
+            signal_std=_std(rows.signal),
+            share_positive=known_mean(rows.signal > 0),
+            selected_features=tuple(fitted.selected_features),
             notes=dict(fitted.notes),
-            measures=measures,
         )
 
     def _interval(
@@ -424,31 +309,8 @@ def fold_table(
     return table
 
 
-class _Rows:
-    """The resolved rows of a fold as arrays, in units of the volatility known at the time."""
-
-    def __init__(self, frame: pd.DataFrame) -> None:
-        resolved = frame[frame["realised_log"].notna()]
-        sigma = _floats(resolved, "sigma_log")
-        self.signal = _floats(resolved, "raw_scaled")
-        self.outcome = _floats(resolved, "realised_log") / sigma
-        self.forecast = _floats(resolved, "predicted_log") / sigma
-        self.uncalibrated = _floats(resolved, "baseline_log") / sigma + self.signal
-        self.session_code = cast("IntArray", pd.factorize(resolved["date"])[0])
-        self.symbol_code = cast("IntArray", pd.factorize(resolved["symbol"])[0])
-
-    def ic_by_session(self) -> FloatArray:
-        if not len(self.signal):
-            return np.empty(0)
-        return ic_by_session(self.signal, self.outcome, self.session_code, self.symbol_code)
-
-
 def _std(values: FloatArray) -> float | None:
     return float(values.std()) if len(values) else None
-
-
-def _floats(frame: pd.DataFrame, name: str) -> FloatArray:
-    return np.asarray(frame[name], dtype=np.float64)
 
 
 def _resolved(frames: list[pd.DataFrame], train_end: np.datetime64) -> pd.DataFrame:

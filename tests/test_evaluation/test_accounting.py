@@ -16,6 +16,10 @@ FREE = CostModel(commission_bps=0.0, slippage_bps=0.0, financing_annual=0.0, bor
 DEAR = CostModel(commission_bps=12.0, slippage_bps=7.0, financing_annual=0.08, borrow_annual=0.05)
 
 
+def all_costs(ledger: Ledger) -> np.ndarray:
+    return ledger.trade_cost + ledger.financing_cost + ledger.borrow_cost
+
+
 class Naive(NamedTuple):
     equity: np.ndarray
     trade_cost: np.ndarray
@@ -71,11 +75,11 @@ def agrees(naive: Naive, ledger: Ledger) -> bool:
 def parts_add_up(ledger: Ledger) -> bool:
     """Cash is never created: what came in, less what was paid, is what is there."""
     before = np.concatenate([[ledger.initial_capital], ledger.equity[:-1]])
-    earned = ledger.gross_return * before - ledger.total_cost
+    earned = ledger.gross_return * before - all_costs(ledger)
     scale = np.maximum.accumulate(np.maximum(np.abs(ledger.equity), ledger.initial_capital))
     return bool(
         np.all(np.abs(ledger.initial_capital + np.cumsum(earned) - ledger.equity) <= 1e-9 * scale)
-        and np.all(ledger.total_cost >= 0.0)
+        and np.all(all_costs(ledger) >= 0.0)
     )
 
 
@@ -135,7 +139,7 @@ def test_parts_add_up(rows: list[tuple[float, float]], minimum: float, band: flo
     before = np.concatenate([[ledger.initial_capital], ledger.equity[:-1]])
     alive = before > 0.0
     np.testing.assert_allclose(
-        (ledger.gross_return - ledger.net_return)[alive], (ledger.total_cost / before)[alive], atol=1e-9
+        (ledger.gross_return - ledger.net_return)[alive], (all_costs(ledger) / before)[alive], atol=1e-9
     )
 
 
@@ -182,7 +186,7 @@ def test_lag_is_one_bar_exactly() -> None:
 def test_constant_full_exposure_pays_once() -> None:
     _, returns = history(3, 3000)
     ledger = account(np.ones(3000), returns, DEAR)
-    assert np.flatnonzero(ledger.total_cost).tolist() == [1]
+    assert np.flatnonzero(all_costs(ledger)).tolist() == [1]
     assert np.flatnonzero(ledger.turnover).tolist() == [1]
 
 
@@ -245,7 +249,7 @@ def test_ruin_is_final_and_adds_up(weight: float, move: float) -> None:
 def test_first_row_books_nothing() -> None:
     ledger = account(np.array([1.0, 1.0]), np.array([np.nan, 0.1]), DEAR)
     assert ledger.equity[0] == 10_000.0
-    assert ledger.total_cost[0] == ledger.net_return[0] == ledger.held_weight[0] == 0.0
+    assert all_costs(ledger)[0] == ledger.net_return[0] == ledger.held_weight[0] == 0.0
 
 
 def test_compiled_books_equal_interpreted_books() -> None:

@@ -199,11 +199,11 @@ def test_shapes_are_checked() -> None:
 
 def test_a_figure_is_a_value_or_a_reason() -> None:
     with pytest.raises(ValueError, match="exactly one"):
-        m.Measured(1.0, "ratio", "why")
+        m.Measured(1.0, "why")
     with pytest.raises(ValueError, match="exactly one"):
-        m.Measured(None, "ratio")
+        m.Measured(None)
     with pytest.raises(ValueError, match="finite"):
-        m.Measured(np.nan, "ratio")
+        m.Measured(np.nan)
 
 
 @pytest.mark.parametrize("came", [-0.4, -0.05, 0.0, 0.012, 0.02, 0.3])

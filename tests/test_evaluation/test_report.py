@@ -11,10 +11,9 @@ import pytest
 from evaluation import charts
 from evaluation.accounting import CostModel
 from evaluation.advanced_backtester import AdvancedBacktester, BacktestReport
+from evaluation.charts import Report, Section
 from evaluation.metrics import Measured
 from evaluation.report import (
-    Report,
-    Section,
     backtest_report,
     ensemble_report,
     provenance_of,
@@ -148,8 +147,13 @@ def bars(make_bars) -> pd.DataFrame:
 
 
 @pytest.fixture(scope="module")
-def honest_page(bars: pd.DataFrame) -> str:
-    return render(demo(bars))
+def honest(bars: pd.DataFrame) -> Report:
+    return demo(bars)
+
+
+@pytest.fixture(scope="module")
+def honest_page(honest: Report) -> str:
+    return render(honest)
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +254,7 @@ def test_a_network_shows_how_it_learned_in_the_place_of_trials(
     learned = {"trainLoss": 0.4321, "valLoss": 0.5678, "learningRate": 1e-3, "directionalAccuracy": 0.513}
     inputs = {**training_inputs(bars), "importance": {}, "trials": ()}
     page = render(training_report(symbol="AAPL", epochs=[{"epoch": 1, **learned}], **inputs))
-    for heading in ("How the network learned", "What was tried", "What the model looks at"):
+    for heading in ("How the network learned", "What the search tried", "What the model looks at"):
         assert (heading in page) == (heading == "How the network learned") != (heading in training_page)
     assert all(figure in page for figure in ("0.4321", "0.5678", "51.3"))
 
@@ -271,12 +275,12 @@ def test_ids_are_unique_and_every_reference_meets_its_own_drawing(honest_page: s
         assert used <= own
 
 
-def test_hostile_strings_are_shown_and_not_run(bars: pd.DataFrame) -> None:
-    report = demo(bars, symbol=HOSTILE)
+def test_hostile_strings_are_shown_and_not_run(honest: Report) -> None:
     report = replace(
-        report,
-        banners=tuple(replace(banner, reasons=(HOSTILE,)) for banner in report.banners),
-        sections=(*report.sections, Section(title=HOSTILE, lead=(HOSTILE,), bullets=(HOSTILE,))),
+        honest,
+        title=HOSTILE,
+        banners=tuple(replace(banner, reasons=(HOSTILE,)) for banner in honest.banners),
+        sections=(*honest.sections, Section(title=HOSTILE, lead=(HOSTILE,), bullets=(HOSTILE,))),
     )
     html = render(report)
     assert outside_resources(html) == []
@@ -353,8 +357,8 @@ def test_a_strategy_is_never_shown_alone(bars: pd.DataFrame, name: str) -> None:
         )
 
 
-def test_every_figure_says_rows_and_costs(bars: pd.DataFrame) -> None:
-    report = demo(bars)
+def test_every_figure_says_rows_and_costs(honest: Report) -> None:
+    report = honest
     captions = {
         block.title: block.caption for section in report.sections for block in section.blocks if block.title
     }
@@ -377,8 +381,8 @@ def test_every_figure_says_rows_and_costs(bars: pd.DataFrame) -> None:
 def test_an_undefined_measure_is_a_dash_with_its_reason(bars: pd.DataFrame) -> None:
     result = backtest(bars)
     planted = dict(result.metrics) | {
-        "sortino_ratio": Measured(None, "ratio", "no return is negative"),
-        "profit_factor": Measured(None, "ratio", "no trade was closed at a loss"),
+        "sortino_ratio": Measured(None, "no return is negative"),
+        "profit_factor": Measured(None, "no trade was closed at a loss"),
     }
     report = backtest_report(
         replace(result, metrics=planted),
@@ -390,8 +394,8 @@ def test_an_undefined_measure_is_a_dash_with_its_reason(bars: pd.DataFrame) -> N
     assert "nan" not in "".join(Page(html).text).lower().replace("finan", "")
 
 
-def test_every_defined_measure_of_the_backtester_is_shown(bars: pd.DataFrame) -> None:
-    shown = "".join(Page(render(demo(bars))).text)
+def test_every_defined_measure_of_the_backtester_is_shown(bars: pd.DataFrame, honest_page: str) -> None:
+    shown = "".join(Page(honest_page).text)
     result = backtest(bars)
     assert f"{result.metrics['sharpe_ratio'].value:.2f}" in shown
     assert f"{result.metrics['total_orders'].value:,.0f}" in shown
@@ -410,8 +414,10 @@ def test_a_strategy_that_only_holds_is_called_by_its_name(bars: pd.DataFrame, ho
     assert "nothing here is skill" not in honest_page
 
 
-def test_the_headline_stands_beside_buy_and_hold_and_equal_exposure(bars: pd.DataFrame) -> None:
-    result, report = backtest(bars), demo(bars)
+def test_the_headline_stands_beside_buy_and_hold_and_equal_exposure(
+    bars: pd.DataFrame, honest: Report
+) -> None:
+    result, report = backtest(bars), honest
     stats = {stat.label: stat for stat in report.headline}
     market = result.benchmarks["buy_hold"].metrics["cagr"].value
     gap = result.metrics["cagr"].value - result.benchmarks["exposure_matched"].metrics["cagr"].value
@@ -470,6 +476,44 @@ def test_the_training_report_shows_what_a_sceptic_asks_for(training_page: str) -
     assert "Stopped early" not in text  # the twelve best were run to their end
 
 
+def test_a_share_is_a_percentage_in_tables_as_it_is_in_tiles(bars: pd.DataFrame) -> None:
+    evidence = VERDICT["evidence"] | {"deflated_sharpe": 0.953}
+    inputs = training_inputs(bars)
+    inputs["metadata"] |= {"verdict": VERDICT | {"evidence": evidence}}
+    blocks = [
+        block
+        for section in training_report(symbol="AAPL", **inputs).sections
+        for block in section.blocks
+        if isinstance(block, charts.Table)
+    ]
+    shown = {row[0].text: row[1].text for block in blocks for row in block.rows if len(row) > 1}
+    percent = "\N{NO-BREAK SPACE}%"
+    assert shown["direction accuracy"] == f"54.8{percent}"
+    assert shown["Deflated Sharpe ratio"] == f"95.3{percent}"
+
+
+def test_trials_of_the_search_verdicts_and_results_are_named_apart(
+    honest_page: str, training_page: str
+) -> None:
+    for page in (honest_page, training_page):
+        text = "".join(Page(page).text)
+        assert "tries" not in text.lower().replace("industries", "")
+    assert "Trials of the search" in training_page
+
+
+def test_a_panel_says_which_figures_are_the_symbols_own(bars: pd.DataFrame, training_page: str) -> None:
+    inputs = training_inputs(bars)
+    inputs["metadata"] |= {"universe": {"symbols": ["AAPL", "IBM", "XOM"], "described": "three"}}
+    report = training_report(symbol="AAPL", **inputs)
+    captions = {block.title: block.caption for section in report.sections for block in section.blocks}
+    assert "forecasts" not in captions["Information coefficient by fold, 3 symbols together"]
+    assert "Folds, 3 symbols together" in captions
+    assert all("of AAPL alone" in captions[name] for name in ("Skill over naive forecasts", "Evidence"))
+    notes = {stat.label: stat.note for stat in report.headline}
+    assert all("of AAPL alone" in notes[name] for name in ("Information coefficient", "Calibration slope"))
+    assert "AAPL alone" not in training_page.replace("Own IC: of AAPL alone", "")
+
+
 def test_a_figure_that_comes_from_two_sides_is_shown_once(bars: pd.DataFrame) -> None:
     inputs = training_inputs(bars)
     verdict = VERDICT | {"evidence": VERDICT["evidence"] | {"walk_forward_efficiency": 0.5}}
@@ -484,17 +528,17 @@ def test_provenance_names_what_is_there_and_leaves_out_what_is_not() -> None:
 
 
 def test_write_report_leaves_one_file_and_makes_its_folder(
-    tmp_path: Path, bars: pd.DataFrame, honest_page: str
+    tmp_path: Path, honest: Report, honest_page: str
 ) -> None:
-    path = write_report(demo(bars), tmp_path / "run" / "report.html")
+    path = write_report(honest, tmp_path / "run" / "report.html")
     assert path.read_text(encoding="utf-8") == honest_page
     assert [file.name for file in path.parent.iterdir()] == ["report.html"]
 
 
-def test_a_folder_that_cannot_be_written_is_a_storage_error(tmp_path: Path, bars: pd.DataFrame) -> None:
+def test_a_folder_that_cannot_be_written_is_a_storage_error(tmp_path: Path, honest: Report) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StorageError, match="cannot write"):
-        write_report(demo(bars.iloc[:300]), tmp_path / "file" / "report.html")
+        write_report(honest, tmp_path / "file" / "report.html")
 
 
 def test_tick_labels_are_not_rounded_with_the_drawing() -> None:

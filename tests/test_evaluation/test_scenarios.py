@@ -277,7 +277,7 @@ def test_a_strategy_that_rests_has_no_sharpe_ratio_and_gives_no_crash() -> None:
 def test_plain_evidence_is_plain(seeds: int) -> None:
     import json
 
-    figures = {"pbo": m.Measured(0.4, "fraction"), "deflated_sharpe": m.Measured(None, "fraction", "why")}
+    figures = {"pbo": m.Measured(0.4), "deflated_sharpe": m.Measured(None, "why")}
     intervals = r.bootstrap_intervals(*draws(1), 252)
     evidence = r.Evidence(figures=figures, intervals=intervals, scenarios=grid_of(backtest(), seeds=seeds))
     plain = json.loads(json.dumps(evidence.plain(), allow_nan=False))

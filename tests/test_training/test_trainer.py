@@ -15,7 +15,7 @@ from training.recipe import RecipeConfig, TrainerConfig
 from training.train_gbm import GBMTrainer
 from training.trainer import Trained, Walked
 from utils.errors import InsufficientDataError
-from validation.evidence import record_run
+from validation.wfe_metrics import record_run
 
 QUICK = TrainerConfig(
     horizon_bars=1, recipe=RecipeConfig(search=SearchConfig(n_trials=3), tune_every_folds=9)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
+import pandas as pd
 import pytest
 from arch.bootstrap import CircularBlockBootstrap
 from hypothesis import given, settings
@@ -13,11 +14,13 @@ from scipy import stats
 from scipy.stats import spearmanr
 
 from utils.errors import InsufficientDataError, StorageError, UsageError
-from validation import evidence
-from validation.evidence import (
+from validation import wfe_metrics
+from validation.gates import collapse_of, ranks_better_p_value
+from validation.wfe_metrics import (
+    ResolvedRows,
     Run,
     SharpeMoments,
-    count_trials,
+    count_verdicts,
     deflated_sharpe,
     expected_maximum_sharpe,
     minimum_track_record_length,
@@ -26,7 +29,6 @@ from validation.evidence import (
     record_run,
     sharpe_moments,
 )
-from validation.gates import collapse_of, ranks_better_p_value
 
 
 def moving_sums(rng, n, window=5):
@@ -37,7 +39,7 @@ def moving_sums(rng, n, window=5):
 @pytest.mark.parametrize("block", [1, 10, 63])
 def test_the_block_bootstrap_agrees_with_arch(block):
     values = moving_sums(np.random.default_rng(0), 800) + 0.3
-    ours = evidence.block_bootstrap_means(values, block, 4_000, np.random.default_rng(1))
+    ours = wfe_metrics.block_bootstrap_means(values, block, 4_000, np.random.default_rng(1))
     theirs = CircularBlockBootstrap(block, values, seed=2).apply(np.mean, 4_000).ravel()
     assert ours.std() == pytest.approx(theirs.std(), rel=0.06)
     assert ours.mean() == pytest.approx(values.mean(), abs=4 * theirs.std() / np.sqrt(4_000))
@@ -48,58 +50,71 @@ def test_the_block_bootstrap_agrees_with_arch(block):
 def test_blocks_see_the_overlap_that_single_rows_do_not():
     values = moving_sums(np.random.default_rng(3), 2_000)
     rng = np.random.default_rng(4)
-    single = evidence.block_bootstrap_means(values, 1, 1_000, rng).std()
-    blocks = evidence.block_bootstrap_means(values, 25, 1_000, rng).std()
+    single = wfe_metrics.block_bootstrap_means(values, 1, 1_000, rng).std()
+    blocks = wfe_metrics.block_bootstrap_means(values, 25, 1_000, rng).std()
     assert blocks / single == pytest.approx(np.sqrt(5), rel=0.25)
 
 
 def test_resampled_sums_are_sums_of_runs_of_the_circle():
     values = np.array([1.0, 10.0, 100.0, 1000.0])
-    sums = evidence.resampled_block_sums(values, 3, 200, np.random.default_rng(0))
+    sums = wfe_metrics.resampled_block_sums(values, 3, 200, np.random.default_rng(0))
     assert set(sums.ravel()) == {111.0, 1110.0, 1101.0, 1011.0}
 
 
-@settings(deadline=None, max_examples=40)
+def rows_of(signal, outcome, session, symbol) -> ResolvedRows:
+    return ResolvedRows(
+        pd.DataFrame(
+            {
+                "date": pd.Timestamp("2020-01-01") + pd.to_timedelta(session, "D"),
+                "symbol": symbol,
+                "raw_scaled": signal,
+                "realised_log": outcome,
+                "predicted_log": 0.0,
+                "baseline_log": 0.0,
+                "sigma_log": 1.0,
+            }
+        )
+    )
+
+
+@settings(deadline=None, max_examples=20)
 @given(seed=st.integers(0, 2**32 - 1), n_symbols=st.integers(1, 5))
 def test_the_ic_by_session_is_the_mean_spearman(seed, n_symbols):
     rng = np.random.default_rng(seed)
     n_sessions = 60
     keep = rng.random(n_sessions * n_symbols) < 0.9
     session = np.repeat(np.arange(n_sessions), n_symbols)[keep]
-    session = np.unique(session, return_inverse=True)[1]
     symbol = np.tile(np.arange(n_symbols), n_sessions)[keep]
     signal = np.round(rng.normal(size=keep.sum()), 1)
     outcome = 0.2 * signal + rng.normal(size=keep.sum())
-    by_session = evidence.ic_by_session(signal, outcome, session, symbol)
+    by_session = rows_of(signal, outcome, session, symbol).ic_by_session()
     expected = [spearmanr(signal[symbol == s], outcome[symbol == s]).statistic for s in range(n_symbols)]
     assert by_session.mean() == pytest.approx(np.mean(expected), abs=1e-12)
 
 
 def test_a_constant_signal_has_no_ic():
-    n = 100
-    outcome = np.random.default_rng(0).normal(size=n)
-    codes = np.arange(n), np.zeros(n, dtype=int)
-    assert not len(evidence.ic_by_session(np.ones(n), outcome, *codes))
-    assert not len(evidence.ic_by_session(outcome[:10], outcome[:10], np.arange(10), np.zeros(10, dtype=int)))
-    assert evidence.mean_or_none(np.empty(0)) is None
+    outcome = np.random.default_rng(0).normal(size=100)
+    assert not len(rows_of(np.ones(100), outcome, np.arange(100), "A").ic_by_session())
+    assert not len(rows_of(outcome[:10], outcome[:10], np.arange(10), "A").ic_by_session())
+    assert wfe_metrics.known_mean(np.empty(0)) is None
 
 
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.sampled_from([-2.0, -1.0, 0.0, 1.0, 3.0]), min_size=1, max_size=40))
 def test_the_rank_among_the_past_is_the_naive_one(values):
     values = np.array(values)
-    ranks = evidence.rank_among_past(values)
+    ranks = wfe_metrics.rank_among_past(values)
     for i, rank in enumerate(ranks):
         below = np.sum(values[:i] < values[i])
         equal = np.sum(values[:i] == values[i])
         assert rank == pytest.approx((below + equal / 2 + 0.5) / (i + 1) - 0.5)
     # It is causal: cutting the future changes nothing.
-    np.testing.assert_array_equal(evidence.rank_among_past(values[:-1]), ranks[:-1])
+    np.testing.assert_array_equal(wfe_metrics.rank_among_past(values[:-1]), ranks[:-1])
 
 
 def test_p_values_of_independent_noise_are_uniform():
     rng = np.random.default_rng(5)
-    p = [evidence.block_bootstrap_p_value(rng.normal(size=1_000), 1, n_resamples=300) for _ in range(300)]
+    p = [wfe_metrics.block_bootstrap_p_value(rng.normal(size=1_000), 1, n_resamples=300) for _ in range(300)]
     assert np.mean(np.array(p) <= 0.05) < 0.09
     assert np.mean(p) == pytest.approx(0.5, abs=0.06)
 
@@ -107,7 +122,7 @@ def test_p_values_of_independent_noise_are_uniform():
 def test_p_values_of_overlapping_values_keep_their_rate_and_those_of_short_blocks_do_not():
     rng = np.random.default_rng(6)
     noise = [moving_sums(rng, 1_000, 20) for _ in range(200)]
-    p = [evidence.block_bootstrap_p_value(values, 20, n_resamples=300) for values in noise]
+    p = [wfe_metrics.block_bootstrap_p_value(values, 20, n_resamples=300) for values in noise]
     assert np.mean(np.array(p) <= 0.05) < 0.11
     # The planted fault: pretending that the labels do not overlap.
     wrong = [values.mean() / (values.std() / np.sqrt(len(values))) > 1.645 for values in noise]
@@ -115,45 +130,48 @@ def test_p_values_of_overlapping_values_keep_their_rate_and_those_of_short_block
 
 
 def test_p_values_are_refused_where_nothing_can_be_told():
-    assert evidence.block_bootstrap_p_value(np.zeros(500), 5) is None
-    assert evidence.block_bootstrap_p_value(np.random.default_rng(0).normal(size=60), 5) is None
+    assert wfe_metrics.block_bootstrap_p_value(np.zeros(500), 5) is None
+    assert wfe_metrics.block_bootstrap_p_value(np.random.default_rng(0).normal(size=60), 5) is None
     shifted = np.random.default_rng(0).normal(1.0, 1.0, size=500)
-    assert 0.0 < evidence.block_bootstrap_p_value(shifted, 5, n_resamples=999) < 1 / 1_000
-    assert evidence.block_bootstrap_p_value(-shifted, 5) > 0.99
+    assert 0.0 < wfe_metrics.block_bootstrap_p_value(shifted, 5, n_resamples=999) < 1 / 1_000
+    assert wfe_metrics.block_bootstrap_p_value(-shifted, 5) > 0.99
 
 
 def test_hits_and_what_always_up_would_have_had():
     outcome = np.array([1.0, 2.0, -1.0, 0.0, 3.0])
-    assert evidence.share_up(outcome) == 0.75
-    assert evidence.hit_rate(np.array([1.0, -1.0, -1.0, 1.0, 1.0]), outcome) == 0.75
-    assert evidence.hit_minus_base(np.ones(5), outcome) == 0.0
-    assert evidence.hit_rate(np.ones(3), np.zeros(3)) is None
-    assert evidence.hit_minus_base(np.ones(3), np.zeros(3)) is None
+    assert wfe_metrics.share_up(outcome) == 0.75
+    assert wfe_metrics.hit_rate(np.array([1.0, -1.0, -1.0, 1.0, 1.0]), outcome) == 0.75
+    assert wfe_metrics.hit_rate(np.ones(3), np.zeros(3)) is None
+    assert wfe_metrics.less(None, 0.5) is None
 
 
 def test_slope_and_skill_of_known_forecasts():
     rng = np.random.default_rng(7)
     forecast = rng.normal(size=5_000)
     outcome = 0.5 * forecast + rng.normal(size=5_000)
-    assert evidence.calibration_slope(forecast, outcome) == pytest.approx(np.polyfit(forecast, outcome, 1)[0])
-    assert evidence.calibration_slope(np.ones(50), outcome[:50]) is None
-    assert evidence.skill(0.5 * forecast, np.zeros(5_000), outcome) == pytest.approx(0.2, abs=0.03)
-    assert evidence.skill(2.0 * forecast, np.zeros(5_000), outcome) < 0, "an overconfident forecast has none"
-    assert evidence.skill(outcome, outcome, outcome) is None
+    assert wfe_metrics.calibration_slope(forecast, outcome) == pytest.approx(
+        np.polyfit(forecast, outcome, 1)[0]
+    )
+    assert wfe_metrics.calibration_slope(np.ones(50), outcome[:50]) is None
+    assert wfe_metrics.skill(0.5 * forecast, np.zeros(5_000), outcome) == pytest.approx(0.2, abs=0.03)
+    assert wfe_metrics.skill(2.0 * forecast, np.zeros(5_000), outcome) < 0, (
+        "an overconfident forecast has none"
+    )
+    assert wfe_metrics.skill(outcome, outcome, outcome) is None
 
 
 def test_an_undefined_efficiency_is_no_efficiency():
-    assert evidence.walk_forward_efficiency(0.54, 0.52, 0.56, 0.52) == pytest.approx(0.5)
-    assert evidence.walk_forward_efficiency(0.55, 0.55, 0.55, 0.55) is None
-    assert evidence.walk_forward_efficiency(0.55, 0.52, 0.50, 0.52) is None
-    assert evidence.walk_forward_efficiency(None, 0.5, 0.6, 0.5) is None
+    assert wfe_metrics.walk_forward_efficiency(0.54, 0.52, 0.56, 0.52) == pytest.approx(0.5)
+    assert wfe_metrics.walk_forward_efficiency(0.55, 0.55, 0.55, 0.55) is None
+    assert wfe_metrics.walk_forward_efficiency(0.55, 0.52, 0.50, 0.52) is None
+    assert wfe_metrics.walk_forward_efficiency(None, 0.5, 0.6, 0.5) is None
 
 
 def test_block_lengths_cover_the_overlap_and_fit_the_sample():
-    assert evidence.block_length(3_000, 20) == 40
-    assert evidence.block_length(3_000, 1) == 29
-    assert evidence.block_length(30, 20) == 15
-    assert evidence.block_length(1, 5) == 1
+    assert wfe_metrics.block_length(3_000, 20) == 40
+    assert wfe_metrics.block_length(3_000, 1) == 29
+    assert wfe_metrics.block_length(30, 20) == 15
+    assert wfe_metrics.block_length(1, 5) == 1
 
 
 # -- everything that was tried
@@ -184,7 +202,7 @@ def test_the_best_of_fifty_coin_flips_over_five_years():
     # docs: about 1.0 a year is what the best of 50 strategies without skill shows over 5 years.
     assert expected_maximum_sharpe(50, 1 / 5) == pytest.approx(1.0, abs=0.05)
     assert expected_maximum_sharpe(1, 1.0) == 0.0
-    with pytest.raises(UsageError, match="n_trials is 0"):
+    with pytest.raises(UsageError, match="n_tried is 0"):
         expected_maximum_sharpe(0, 1.0)
 
 
@@ -268,7 +286,7 @@ def test_impossible_pbo_is_refused():
     returns = np.random.default_rng(0).normal(size=(100, 3))
     with pytest.raises(UsageError, match="even"):
         probability_of_backtest_overfitting(returns, 7)
-    with pytest.raises(InsufficientDataError, match="2 trials"):
+    with pytest.raises(InsufficientDataError, match="1 strategies of 100 bars"):
         probability_of_backtest_overfitting(returns[:, :1])
     with pytest.raises(InsufficientDataError, match="20 bars"):
         probability_of_backtest_overfitting(returns[:12])
@@ -277,17 +295,17 @@ def test_impossible_pbo_is_refused():
 RUN = Run(symbol="AAPL", first_session="2000-01-03", last_session="2013-01-02", fingerprint="a")
 
 
-def test_trials_are_counted_per_symbol_and_window(tmp_path):
+def test_verdicts_are_counted_per_symbol_and_window(tmp_path):
     path = tmp_path / "logs" / "trials.jsonl"
-    assert count_trials(path, RUN) == 1
+    assert count_verdicts(path, RUN) == 1
     record_run(path, RUN)
     record_run(path, RUN)
-    assert count_trials(path, RUN) == 1, "repeating a run is no further trial"
+    assert count_verdicts(path, RUN) == 1, "repeating a run is no further verdict"
     record_run(path, replace(RUN, fingerprint="b", n_trials=3))
     record_run(path, replace(RUN, fingerprint="c", symbol="MSFT"))
     record_run(path, replace(RUN, fingerprint="d", first_session="2014-01-02", last_session="2020-01-02"))
-    assert count_trials(path, RUN) == 4
-    assert count_trials(path, replace(RUN, fingerprint="new")) == 5
+    assert count_verdicts(path, RUN) == 4
+    assert count_verdicts(path, replace(RUN, fingerprint="new")) == 5
 
 
 def test_a_torn_line_does_not_stop_the_count(tmp_path):
@@ -296,11 +314,11 @@ def test_a_torn_line_does_not_stop_the_count(tmp_path):
     with path.open("ab") as file:
         file.write(b'{"symbol": "AA\xff\n[1]\n' + json.dumps({"symbol": "AAPL"}).encode() + b"\n")
     record_run(path, replace(RUN, fingerprint="c"))
-    assert count_trials(path, RUN) == 3
+    assert count_verdicts(path, RUN) == 3
 
 
 def test_a_log_that_cannot_be_written_is_told(tmp_path):
-    with pytest.raises(StorageError, match="log of trials"):
+    with pytest.raises(StorageError, match="log of verdicts"):
         record_run(tmp_path, RUN)
 
 
@@ -341,7 +359,7 @@ def test_neither_of_two_signals_of_noise_is_often_called_the_better():
 def test_beyond_all_draws_evidence_still_grows():
     rng = np.random.default_rng(7)
     noise = rng.normal(size=5_000)
-    found = [evidence.block_bootstrap_p_value(noise + shift, 5) for shift in (0.05, 0.2, 0.5, 1.0)]
+    found = [wfe_metrics.block_bootstrap_p_value(noise + shift, 5) for shift in (0.05, 0.2, 0.5, 1.0)]
     assert all(p is not None for p in found)
     assert found == sorted(found, reverse=True)
     # After a hundred tries the limit of .05 is 5e-6: whoever has that much can still show it.

@@ -5,7 +5,9 @@ units of the volatility known at the time; it shows whether anything was learned
 calibrated, carries the drift, and is what is served; it shows whether it may be believed.
 
 How much of a good result is owed to trying many things is told by the deflated Sharpe ratio, the probability
-of overfitting (PBO), the track record that would be needed, and a log of trials.
+of overfitting (PBO), the track record that would be needed, and a log of verdicts. Three things are counted,
+and named apart: *trials* are settings that a search compared on training rows; *verdicts* are judgements on
+the same prices; *results* are what one could choose a headline from, verdicts times sizing presets.
 """
 
 import json
@@ -16,11 +18,12 @@ from dataclasses import asdict, dataclass
 from itertools import combinations
 from math import comb
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import kurtosis, norm, rankdata, skew
-from scipy.stats import t as student
+import pandas as pd
+from scipy.special import ndtr, ndtri, stdtr
 
 from utils.errors import InsufficientDataError, StorageError, UsageError
 
@@ -35,53 +38,70 @@ MIN_SPREAD_FOR_SLOPE = 0.01
 MIN_RETURNS = 30
 
 
-def ic_by_session(
-    signal: FloatArray, outcome: FloatArray, session_code: IntArray, symbol_code: IntArray
-) -> FloatArray:
-    """Spread the information coefficient over sessions, so that sessions can be resampled.
+class ResolvedRows:
+    """Rows of a walk-forward record whose outcome is known, in order of time.
 
-    Parameters
-    ----------
-    signal, outcome
-        Signal at t and what followed, finite, (n,).
-    session_code
-        0 to T-1, ascending in time, (n,).
-    symbol_code
-        Which symbol a row belongs to, (n,).
-
-    Returns
-    -------
-    array of shape (T,)
-        Its mean is the mean over symbols of each symbol's Spearman correlation over time. Empty when no
-        symbol has `MIN_ROWS_FOR_IC` rows with a signal and an outcome that vary.
+    All are (n,) and, but for the codes, in units of the volatility known at the time: ``signal`` (deviation
+    from the drift, before calibration), ``outcome``, ``forecast`` (calibrated), ``baseline`` (the drift).
     """
-    products = np.zeros(len(signal))
-    n_symbols = 0
-    order = np.argsort(symbol_code, kind="stable")
-    borders = np.flatnonzero(np.diff(symbol_code[order])) + 1
-    for rows in np.split(order, borders):
-        if len(rows) < MIN_ROWS_FOR_IC or np.ptp(signal[rows]) <= 0 or np.ptp(outcome[rows]) <= 0:
-            continue
-        products[rows] = _standard_ranks(signal[rows]) * _standard_ranks(outcome[rows]) / len(rows)
-        n_symbols += 1
-    if not n_symbols:
-        return np.empty(0)
-    n_sessions = int(session_code.max()) + 1
-    by_session = np.bincount(session_code, weights=products, minlength=n_sessions)
-    return np.asarray(by_session * (n_sessions / n_symbols), dtype=np.float64)
+
+    def __init__(self, record: pd.DataFrame) -> None:
+        rows = record[record["realised_log"].notna()].sort_values("date", kind="stable")
+        sigma = np.asarray(rows["sigma_log"], dtype=np.float64)
+        names = ("realised_log", "predicted_log", "baseline_log")
+        scaled = (np.asarray(rows[name], dtype=np.float64) / sigma for name in names)
+        self.outcome, self.forecast, self.baseline = scaled
+        self.signal = np.asarray(rows["raw_scaled"], dtype=np.float64)
+        self.session_code = cast("IntArray", pd.factorize(rows["date"])[0])
+        self.symbol_code = cast("IntArray", pd.factorize(rows["symbol"])[0])
+        self.n_sessions = int(self.session_code.max()) + 1 if len(rows) else 0
+
+    def by_symbol(self) -> list[IntArray]:
+        """Return the positions of each symbol's rows."""
+        order = np.argsort(self.symbol_code, kind="stable")
+        borders = np.flatnonzero(np.diff(self.symbol_code[order])) + 1
+        return np.split(order, borders) if len(order) else []
+
+    def ic_by_session(self) -> FloatArray:
+        """Spread the information coefficient over sessions, (n_sessions,), so that they can be resampled.
+
+        Its mean is the mean over symbols of each symbol's Spearman correlation of signal and outcome over
+        time. Empty when no symbol has `MIN_ROWS_FOR_IC` rows in which both vary.
+        """
+        products, n_symbols = np.zeros(len(self.signal)), 0
+        for rows in self.by_symbol():
+            signal, outcome = self.signal[rows], self.outcome[rows]
+            if len(rows) >= MIN_ROWS_FOR_IC and np.ptp(signal) > 0 and np.ptp(outcome) > 0:
+                products[rows] = _standard_ranks(signal) * _standard_ranks(outcome) / len(rows)
+                n_symbols += 1
+        if not n_symbols:
+            return np.empty(0)
+        return self.sum_by_session(products) * (self.n_sessions / n_symbols)
+
+    def sum_by_session(self, values: FloatArray) -> FloatArray:
+        """Return the sums of ``values`` (n,) over the rows of each session, (n_sessions,)."""
+        sums = np.bincount(self.session_code, weights=values, minlength=self.n_sessions)
+        return np.asarray(sums, dtype=np.float64)
+
+    def drift_so_far(self, horizon_bars: int) -> FloatArray:
+        """Return the mean outcome per symbol over what was resolved at each row, 0 at first, (n,)."""
+        drift = np.zeros(len(self.outcome))
+        for own in self.by_symbol():
+            n_known = np.maximum(np.arange(len(own)) - horizon_bars + 1, 0)
+            total = np.concatenate([[0.0], np.cumsum(self.outcome[own])])[n_known]
+            drift[own] = total / np.maximum(n_known, 1)
+        return drift
 
 
 def _standard_ranks(values: FloatArray) -> FloatArray:
-    ranks = rankdata(values)
+    ranks = pd.Series(values).rank().to_numpy(dtype=np.float64)
     return np.asarray((ranks - ranks.mean()) / ranks.std(), dtype=np.float64)
 
 
 def block_length(n_sessions: int, horizon_bars: int) -> int:
     """Return the length of bootstrap blocks: twice the labels' overlap, and growing with the sample.
 
-    References
-    ----------
-    Kuensch (1989) and Politis, White (2004): a block grows with the cube root of the sample.
+    References: Kuensch (1989); Politis, White (2004): a block grows with the cube root of the sample.
     """
     wanted = max(2 * horizon_bars, round(2 * np.cbrt(n_sessions)))
     return int(max(1, min(wanted, n_sessions // 2)))
@@ -90,21 +110,14 @@ def block_length(n_sessions: int, horizon_bars: int) -> int:
 def block_bootstrap_means(
     values: FloatArray, block_bars: int, n_resamples: int, rng: np.random.Generator
 ) -> FloatArray:
-    """Return means of circular block bootstrap resamples of ``values``, (n_resamples,).
-
-    A resample is the smallest number of whole blocks that holds at least n values.
-
-    References
-    ----------
-    Politis, Romano (1992), A circular block-resampling procedure for stationary data.
-    """
+    """Return means of circular block resamples of ``values``, (n_resamples,), of whole blocks each."""
     return np.asarray(resampled_block_sums(values, block_bars, n_resamples, rng).mean(axis=1) / block_bars)
 
 
 def resampled_block_sums(
     values: FloatArray, block_bars: int, n_resamples: int, rng: np.random.Generator
 ) -> FloatArray:
-    """Return the sums of the blocks of each circular block resample, (n_resamples, n_blocks)."""
+    """Return the sums of the blocks of each resample, (n_resamples, n_blocks): Politis, Romano (1992)."""
     n = len(values)
     n_blocks = -(-n // block_bars)
     cumulated = np.concatenate([[0.0], np.cumsum(np.concatenate([values, values[:block_bars]]))])
@@ -119,25 +132,9 @@ def block_bootstrap_p_value(
 
     Circular blocks of a quarter (63 values, a twentieth of a short sample, four labels of a long horizon) are
     resampled and the mean is studentised by the spread of its block sums. Beyond all draws the tail is
-    Student's, with a degree of freedom less than there are blocks.
-
-    Parameters
-    ----------
-    values
-        In order of time, (n,).
-    horizon_bars
-        How far a value overlaps with later ones.
-    n_resamples, seed
-        Of the bootstrap.
-
-    Returns
-    -------
-    float or None
-        None for values that do not vary, or too few for eight blocks.
-
-    References
-    ----------
-    Politis, Romano (1992); Goetze, Kuensch (1996), Second-order correctness of the blockwise bootstrap.
+    Student's, with a degree of freedom less than there are blocks. Values overlap over ``horizon_bars``. None
+    for values that do not vary, or too few for eight blocks. Goetze, Kuensch (1996), Second-order correctness
+    of the blockwise bootstrap.
     """
     n = len(values)
     block = max(4 * horizon_bars if horizon_bars > 15 else 2 * horizon_bars, min(63, n // 20), 1)
@@ -153,7 +150,7 @@ def block_bootstrap_p_value(
     reached = int(np.sum(studentised >= found))
     floor = (1 + reached) / (1 + n_resamples)
     # Draws cannot tell what lies beyond them all: there, where many tries ask for more, Student's tail does.
-    return floor if reached else min(floor, float(student.sf(found, len(whole) - 1)))
+    return floor if reached else min(floor, float(stdtr(len(whole) - 1, -found)))
 
 
 def rank_among_past(values: FloatArray) -> FloatArray:
@@ -186,10 +183,9 @@ def share_up(outcome: FloatArray) -> float | None:
     return hit_rate(np.ones_like(outcome), outcome)
 
 
-def hit_minus_base(forecast: FloatArray, outcome: FloatArray) -> float | None:
-    """Return the hit rate minus that of "always up", which needs no model."""
-    hits, base = hit_rate(forecast, outcome), share_up(outcome)
-    return None if hits is None or base is None else hits - base
+def less(first: float | None, second: float | None) -> float | None:
+    """Subtract; None where either is missing."""
+    return None if first is None or second is None else first - second
 
 
 def calibration_slope(forecast: FloatArray, outcome: FloatArray) -> float | None:
@@ -213,22 +209,12 @@ def ratio(numerator: float | None, denominator: float | None) -> float | None:
 def walk_forward_efficiency(
     test_hits: float | None, test_base: float | None, fit_hits: float | None, fit_base: float | None
 ) -> float | None:
-    """Return the share of the skill shown on known rows that is left on unknown ones.
+    """Return the share of the skill shown on known rows that is left on unknown ones (Pardo 2008).
 
-    ``(test_hits - test_base) / (fit_hits - fit_base)``, each a hit rate over that of "always up".
-
-    Returns
-    -------
-    float or None
-        None when the model had no skill on the rows that it knew: undefined, which a gate counts as failed.
-
-    References
-    ----------
-    Pardo (2008), The Evaluation and Optimization of Trading Strategies, on walk-forward efficiency.
+    ``(test_hits - test_base) / (fit_hits - fit_base)``, each a hit rate over that of "always up". None when
+    the model had no skill on the rows that it knew: undefined, which a gate counts as failed.
     """
-    if test_hits is None or test_base is None or fit_hits is None or fit_base is None:
-        return None
-    return ratio(test_hits - test_base, fit_hits - fit_base)
+    return ratio(less(test_hits, test_base), less(fit_hits, fit_base))
 
 
 def consistency(fold_ics: Sequence[float | None]) -> float | None:
@@ -238,7 +224,7 @@ def consistency(fold_ics: Sequence[float | None]) -> float | None:
 
 def overfitting_ratio(fit_ics: Sequence[float | None], test_ics: Sequence[float | None]) -> float | None:
     """Return the share of the fitted rows' IC that is lost out of sample: 0 none, 1 all, above 1 reversed."""
-    kept = ratio(mean_known(test_ics), mean_known(fit_ics))
+    kept = ratio(known_mean(test_ics), known_mean(fit_ics))
     return None if kept is None else 1.0 - kept
 
 
@@ -250,12 +236,7 @@ def feature_stability(selections: Sequence[Sequence[str]]) -> float | None:
     return float(np.mean([len(a & b) / len(a | b) if a | b else 1.0 for a, b in combinations(sets, 2)]))
 
 
-def mean_or_none(values: FloatArray) -> float | None:
-    """Return the mean, or None of nothing."""
-    return float(values.mean()) if len(values) else None
-
-
-def mean_known(values: Sequence[float | None]) -> float | None:
+def known_mean(values: Sequence[float | None] | npt.NDArray[np.generic]) -> float | None:
     """Return the mean of the values that are not None; None when there are none."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
@@ -263,17 +244,7 @@ def mean_known(values: Sequence[float | None]) -> float | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharpeMoments:
-    """What the uncertainty of a Sharpe ratio depends on.
-
-    Attributes
-    ----------
-    sharpe
-        Mean over standard deviation of the returns, per bar (not annualised).
-    skew, kurtosis
-        Of the returns; a normal variable has kurtosis 3.
-    n
-        Number of returns.
-    """
+    """What the uncertainty of a Sharpe ratio depends on: all per bar, a normal variable has kurtosis 3."""
 
     sharpe: float
     skew: float
@@ -290,10 +261,12 @@ def sharpe_moments(returns: FloatArray) -> SharpeMoments | None:
     """Measure returns per bar, (n,); None for fewer than `MIN_RETURNS` or returns that do not vary."""
     if len(returns) < MIN_RETURNS or np.std(returns) <= 1e-12:
         return None
+    spread = returns - np.mean(returns)
+    variance = float(np.mean(spread**2))
     return SharpeMoments(
         sharpe=float(np.mean(returns) / np.std(returns, ddof=1)),
-        skew=float(skew(returns)),
-        kurtosis=float(kurtosis(returns, fisher=False)),
+        skew=float(np.mean(spread**3)) / variance**1.5,
+        kurtosis=float(np.mean(spread**4)) / variance**2,
         n=len(returns),
     )
 
@@ -301,55 +274,34 @@ def sharpe_moments(returns: FloatArray) -> SharpeMoments | None:
 def probabilistic_sharpe(moments: SharpeMoments, benchmark_sharpe: float = 0.0) -> float:
     """Return the probability that the true Sharpe ratio exceeds ``benchmark_sharpe`` (per bar).
 
-    References
-    ----------
-    Bailey, Lopez de Prado (2012), The Sharpe Ratio Efficient Frontier, Journal of Risk 15 (2).
+    References: Bailey, Lopez de Prado (2012), The Sharpe Ratio Efficient Frontier, Journal of Risk 15 (2).
     """
     error = np.sqrt(moments.variance_factor / (moments.n - 1))
-    return float(norm.cdf((moments.sharpe - benchmark_sharpe) / error))
+    return float(ndtr((moments.sharpe - benchmark_sharpe) / error))
 
 
-def expected_maximum_sharpe(n_trials: int, trial_variance: float) -> float:
-    """Return the best Sharpe ratio, per bar, that ``n_trials`` strategies without skill are expected to show.
+def expected_maximum_sharpe(n_tried: int, variance: float) -> float:
+    """Return the best Sharpe ratio that ``n_tried`` strategies without skill are expected to show.
 
-    Parameters
-    ----------
-    n_trials
-        Number of independent trials; one trial has nothing to choose from and expects 0.
-    trial_variance
-        Variance of the Sharpe ratios across trials, per bar.
-
-    References
-    ----------
-    Bailey, Lopez de Prado (2014), The Deflated Sharpe Ratio, Journal of Portfolio Management 40 (5), eq. 1.
+    It is per bar, as is the ``variance`` of their Sharpe ratios. Bailey, Lopez de Prado (2014), The Deflated
+    Sharpe Ratio, Journal of Portfolio Management 40 (5), eq. 1.
     """
-    if n_trials < 1:
-        raise UsageError(f"n_trials is {n_trials}, at least the one trial at hand counts")
-    if n_trials == 1:
+    if n_tried < 1:
+        raise UsageError(f"n_tried is {n_tried}, at least the one strategy at hand counts")
+    if n_tried == 1:
         return 0.0
-    euler = float(np.euler_gamma)
-    upper, further = norm.ppf(1 - 1 / n_trials), norm.ppf(1 - 1 / (n_trials * np.e))
-    return float(np.sqrt(trial_variance) * ((1 - euler) * upper + euler * further))
+    upper, further = ndtri(1 - 1 / n_tried), ndtri(1 - 1 / (n_tried * np.e))
+    return float(np.sqrt(variance) * ((1 - np.euler_gamma) * upper + np.euler_gamma * further))
 
 
-def deflated_sharpe(moments: SharpeMoments, n_trials: int, trial_variance: float | None = None) -> float:
-    """Return the probability that the Sharpe ratio beats the best of ``n_trials`` strategies without skill.
+def deflated_sharpe(moments: SharpeMoments, n_tried: int, variance: float | None = None) -> float:
+    """Return the probability that the Sharpe ratio beats the best of ``n_tried`` strategies without skill.
 
-    Parameters
-    ----------
-    moments
-        Of the chosen strategy.
-    n_trials
-        How many were tried, the chosen one counted.
-    trial_variance
-        Variance of their Sharpe ratios, per bar; by default what pure noise of this length has, 1 / (n - 1).
-
-    References
-    ----------
-    Bailey, Lopez de Prado (2014), The Deflated Sharpe Ratio, eq. 2.
+    The chosen one is counted. ``variance`` is that of their Sharpe ratios, per bar; by default what pure
+    noise of this length has, 1 / (n - 1). Bailey, Lopez de Prado (2014), eq. 2.
     """
-    variance = 1.0 / (moments.n - 1) if trial_variance is None else trial_variance
-    return probabilistic_sharpe(moments, expected_maximum_sharpe(n_trials, variance))
+    spread = 1.0 / (moments.n - 1) if variance is None else variance
+    return probabilistic_sharpe(moments, expected_maximum_sharpe(n_tried, spread))
 
 
 def minimum_track_record_length(
@@ -357,55 +309,32 @@ def minimum_track_record_length(
 ) -> float | None:
     """Return how many bars it takes to be sure that the Sharpe ratio exceeds ``benchmark_sharpe``.
 
-    Returns
-    -------
-    float or None
-        Number of bars; None when the estimate does not exceed the benchmark, whatever the length.
-
-    References
-    ----------
-    Bailey, Lopez de Prado (2012), The Sharpe Ratio Efficient Frontier, eq. 11.
+    None when the estimate does not exceed it, whatever the length. Bailey, Lopez de Prado (2012), eq. 11.
     """
     if moments.sharpe <= benchmark_sharpe:
         return None
-    distance = float(norm.ppf(confidence)) / (moments.sharpe - benchmark_sharpe)
+    distance = float(ndtri(confidence)) / (moments.sharpe - benchmark_sharpe)
     return 1.0 + moments.variance_factor * distance**2
 
 
-def probability_of_backtest_overfitting(trial_returns: FloatArray, n_blocks: int = 10) -> float:
-    """Return how often the best of the trials in one half of time is below the median in the other (CSCV).
+def probability_of_backtest_overfitting(tried_returns: FloatArray, n_blocks: int = 10) -> float:
+    """Return how often the best strategy of one half of time is below the median in the other (CSCV).
 
-    Parameters
-    ----------
-    trial_returns
-        Returns per bar of every trial, on the same bars, (T, N); finite.
-    n_blocks
-        Even number of consecutive blocks; every half of them is once the half to choose on.
-
-    Returns
-    -------
-    float
-        1/2 is what trials without skill give; near 0 the best is best again, near 1 choosing does harm.
-
-    Raises
-    ------
-    InsufficientDataError
-        If there are fewer than two trials, or fewer than two bars to a block.
-
-    References
-    ----------
-    Bailey, Borwein, Lopez de Prado, Zhu (2017), The Probability of Backtest Overfitting, Journal of
-    Computational Finance 20 (4).
+    ``tried_returns`` (T, N) are returns per bar of every strategy that was tried; every half of the blocks,
+    an even number, is once the half to choose on. 1/2 is what strategies without skill give; near 0 the best
+    is best again, near 1 choosing does harm. Bailey, Borwein, Lopez de Prado, Zhu (2017), Journal of
+    Computational Finance 20 (4). Raises `InsufficientDataError` for fewer than two strategies, or two bars to
+    a block.
     """
-    n_bars, n_trials = trial_returns.shape
+    n_bars, n_tried = tried_returns.shape
     if n_blocks % 2 or n_blocks < 2:
         raise UsageError(f"n_blocks is {n_blocks}, it must be even")
-    if n_trials < 2 or n_bars < 2 * n_blocks:
+    if n_tried < 2 or n_bars < 2 * n_blocks:
         raise InsufficientDataError(
-            f"{n_trials} trials of {n_bars} bars: at least 2 trials and {2 * n_blocks} bars are needed"
+            f"{n_tried} strategies of {n_bars} bars: at least 2 and {2 * n_blocks} bars are needed"
         )
     size = n_bars // n_blocks
-    blocks = trial_returns[n_bars - size * n_blocks :].reshape(n_blocks, size, n_trials)
+    blocks = tried_returns[n_bars - size * n_blocks :].reshape(n_blocks, size, n_tried)
     sums, squares = blocks.sum(axis=1), (blocks**2).sum(axis=1)
     chosen = np.zeros((comb(n_blocks, n_blocks // 2), n_blocks))
     for row, half in enumerate(combinations(range(n_blocks), n_blocks // 2)):
@@ -414,8 +343,8 @@ def probability_of_backtest_overfitting(trial_returns: FloatArray, n_blocks: int
     inside = _sharpes(chosen @ sums, chosen @ squares, half_bars)
     outside = _sharpes((1 - chosen) @ sums, (1 - chosen) @ squares, half_bars)
     best = inside.argmax(axis=1)
-    ranks = rankdata(outside, axis=1)[np.arange(len(best)), best] / (n_trials + 1)
-    # On the median counts half: identical trials say nothing either way.
+    ranks = pd.DataFrame(outside).rank(axis=1).to_numpy()[np.arange(len(best)), best] / (n_tried + 1)
+    # On the median counts half: identical strategies say nothing either way.
     return float(np.mean(ranks < 0.5) + 0.5 * np.mean(ranks == 0.5))
 
 
@@ -427,19 +356,10 @@ def _sharpes(sums: FloatArray, squares: FloatArray, n_bars: int) -> FloatArray:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """A training run, as far as counting trials needs it.
+    """A training run, as far as counting verdicts needs it: a symbol, and a window of prices as ISO dates.
 
-    Attributes
-    ----------
-    symbol
-        What it was trained for.
-    first_session, last_session
-        The window of prices that it looked at, as ISO dates.
-    fingerprint
-        Hash of data, recipe and seed; a repetition of the same run is no further trial.
-    n_trials
-        Verdicts that the run could choose from; 1 for a recipe that is fixed before it is judged. Settings
-        tried inside the folds do not count: the out-of-sample rows have not seen them.
+    The ``fingerprint`` hashes data, recipe and seed: a repetition is no further verdict. ``n_trials`` are the
+    verdicts that the run could choose from; trials of the search do not count, which test rows have not seen.
     """
 
     symbol: str
@@ -450,13 +370,7 @@ class Run:
 
 
 def record_run(path: Path, *runs: Run) -> None:
-    """Append runs to the log of trials, a file of JSON lines.
-
-    Raises
-    ------
-    StorageError
-        If the file cannot be written.
-    """
+    """Append runs to the log of verdicts, a file of JSON lines; raises `StorageError` if it cannot."""
     lines = "".join(json.dumps(asdict(run), sort_keys=True) + "\n" for run in runs).encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -467,11 +381,11 @@ def record_run(path: Path, *runs: Run) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise StorageError(f"cannot write the log of trials {path.name}: {error.strerror}") from error
+        raise StorageError(f"cannot write the log of verdicts {path.name}: {error.strerror}") from error
 
 
-def count_trials(path: Path, *runs: Run) -> int:
-    """Return how many trials were made on any of the symbols and an overlapping window, this one included.
+def count_verdicts(path: Path, *runs: Run) -> int:
+    """Return how many verdicts there were on any of the symbols and an overlapping window, this included.
 
     ``runs`` are one run as each symbol of its panel sees it: a look at a panel is a look at all of them.
     Lines that cannot be read are passed over: a torn line must not stop a training.
