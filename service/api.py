@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -25,17 +26,20 @@ from pydantic import ValidationError
 from pydantic.json_schema import models_json_schema
 from sse_starlette import EventSourceResponse
 from starlette.convertors import StringConvertor, register_url_convertor
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import Scope
+from starlette.types import Receive, Scope, Send
 
 from service.backtest_service import posted_backtest, posted_forward_sim
 from service.edge import (
     PROBLEM_TYPE,
+    Application,
     EdgeRules,
     Guard,
     Metrics,
     Observer,
+    RateLimit,
     Shortcut,
     WorkPool,
     problem_bytes,
@@ -148,6 +152,20 @@ class TextConvertor(StringConvertor):
     regex = r"(?s:.*)"
 
 
+class Api(FastAPI):
+    """The framework behind the edge: what the edge answers costs none of the framework's own layers."""
+
+    edge: Application
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        await self.edge(scope, receive, send)
+
+    async def framework(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle what the edge passes on."""
+        await super().__call__(scope, receive, send)
+
+
 def create_api(services: Services) -> FastAPI:
     """Build the application around its services."""
     register_url_convertor("text", TextConvertor())
@@ -155,7 +173,7 @@ def create_api(services: Services) -> FastAPI:
     pool = WorkPool(threads=rules.work_threads, queue=rules.work_queue, deadline_s=rules.deadline_s)
     pending = {"work_pending": ("Requests that compute or wait to", lambda: float(pool.pending))}
     metrics = Metrics({**pending, **services.gauges})
-    api = FastAPI(
+    api = Api(
         title="AI-Stocks",
         version=VERSION,
         lifespan=_lifespan(services, pool),
@@ -180,20 +198,44 @@ def create_api(services: Services) -> FastAPI:
     api.add_exception_handler(AIStocksError, _on_our_error)
     api.add_exception_handler(RequestValidationError, _on_invalid)
     api.add_exception_handler(StarletteHTTPException, _on_http_error)
-    # Added last is outermost: what the guard answers carries cross-origin headers too.
-    api.add_middleware(Shortcut, path="/api/predict", ready=services.predictions.ready_answer)
-    api.add_middleware(Guard, rules=rules)
-    api.add_middleware(
-        CORSMiddleware,
+    api.edge = _edge(api, services, metrics)
+    return api
+
+
+def _edge(api: Api, services: Services, metrics: Metrics) -> Application:
+    """Return the application from the outside in."""
+    rate = RateLimit(services.rules.rate_per_s, services.rules.rate_burst)
+    # Not around the framework, which has an answer of its own to what nobody caught.
+    api.add_middleware(Guard, rules=services.rules, rate=rate)
+    # What the guard answers carries cross-origin headers too.
+    cors = CORSMiddleware(
+        api.framework,
         allow_origins=services.origins,
         allow_methods=["GET", "POST", "DELETE"],
         allow_headers=["*"],
         expose_headers=["X-Request-ID", "Content-Disposition", "Retry-After"],
     )
-    api.add_middleware(
-        Observer, metrics=metrics, stopping=services.stopping, known_paths=lambda: api.openapi()["paths"]
+
+    @lru_cache(maxsize=100)
+    def cross_origin(origin: bytes) -> list[tuple[bytes, bytes]]:
+        headers = MutableHeaders(cors.simple_headers if origin else {})
+        if origin and cors.is_allowed_origin(origin.decode("latin-1")):
+            cors.allow_explicit_origin(headers, origin.decode("latin-1"))
+        else:
+            headers["Vary"] = "Origin"
+        return headers.raw
+
+    shortcut = Shortcut(
+        cors,
+        rules=services.rules,
+        rate=rate,
+        path="/api/predict",
+        ready=services.predictions.ready_answer,
+        cross_origin=cross_origin,
     )
-    return api
+    return Observer(
+        shortcut, metrics=metrics, stopping=services.stopping, known_paths=lambda: api.openapi()["paths"]
+    )
 
 
 def _add_pages(api: FastAPI, metrics: Metrics) -> None:

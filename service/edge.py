@@ -365,10 +365,8 @@ class Refusal(NamedTuple):
 class Guard:
     """Bounds what is asked, and turns what nobody caught into a problem."""
 
-    def __init__(self, app: Application, rules: EdgeRules) -> None:
-        self._app = app
-        self._rules = rules
-        self._rate = RateLimit(rules.rate_per_s, rules.rate_burst)
+    def __init__(self, app: Application, rules: EdgeRules, rate: RateLimit) -> None:
+        self._app, self._rules, self._rate = app, rules, rate
         self._keys = tuple(hashlib.sha256(key.encode()).digest() for key in rules.api_keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -391,11 +389,10 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> Refusal | None:
         rules, path = self._rules, scope["path"]
-        if not path.startswith(NEVER_LIMITED):
-            wait_s = self._rate.wait_s(client_of(scope))
-            if wait_s:
-                detail = f"more than {rules.rate_per_s:g} requests a second: slow down"
-                return Refusal(429, detail, {"Retry-After": str(math.ceil(wait_s))})
+        wait_s = 0.0 if path.startswith(NEVER_LIMITED) else self._rate.wait_s(client_of(scope))
+        if wait_s:
+            detail = f"more than {rules.rate_per_s:g} requests a second: slow down"
+            return Refusal(429, detail, {"Retry-After": str(math.ceil(wait_s))})
         writes = scope["method"] not in SAFE_METHODS and path not in READING_POSTS
         status = key_refusal(scope, self._keys) if writes else 0
         if status:
@@ -411,28 +408,52 @@ def _too_large(most: int) -> Refusal:
 class Shortcut:
     """Sends an answer that is at hand; the framework's routing alone would take several times as long.
 
-    ``ready`` gets the whole body of a POST to ``path``; None of it means that the framework has to look.
+    Parameters
+    ----------
+    rules, rate
+        Those of the guard; what they refuse is passed on to it.
+    path, ready
+        ``ready`` gets the whole body of a POST to ``path``; None of it means that the framework has to look.
+    cross_origin
+        The headers that an answer to this origin carries, b"" where none is named.
     """
 
-    def __init__(self, app: Application, *, path: str, ready: Callable[[bytes], bytes | None]) -> None:
-        self._app, self._path, self._ready = app, path, ready
+    def __init__(
+        self,
+        app: Application,
+        *,
+        rules: EdgeRules,
+        rate: RateLimit,
+        path: str,
+        ready: Callable[[bytes], bytes | None],
+        cross_origin: Callable[[bytes], Sequence[tuple[bytes, bytes]]],
+    ) -> None:
+        self._app, self._rules, self._rate, self._path = app, rules, rate, path
+        self._ready, self._cross_origin = ready, cross_origin
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
-        if scope["type"] != "http" or scope["path"] != self._path or scope["method"] != "POST":
+        is_ours = scope["type"] == "http" and scope["path"] == self._path and scope["method"] == "POST"
+        if not is_ours or header(scope, b"content-type") != b"application/json":
             await self._app(scope, receive, send)
             return
-        unread = [await receive()]
-        is_json = header(scope, b"content-type") == b"application/json"
-        whole = is_json and not unread[0].get("more_body")
+        unread: list[Message] = []
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._rules.body_s):
+                unread.append(await receive())
+        whole = unread and not unread[0].get("more_body")
         body = self._ready(unread[0].get("body", b"")) if whole else None
-        if body is not None:
-            headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        if body is not None and not self._rate.wait_s(client_of(scope)):
+            headers = [(b"content-length", b"%d" % len(body)), (b"content-type", b"application/json")]
+            headers += self._cross_origin(header(scope, b"origin"))
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             await send({"type": "http.response.body", "body": body})
             return
+        is_late = not unread
 
         async def receive_again() -> Message:
+            if is_late:
+                raise TimeoutError
             return unread.pop() if unread else await receive()
 
         await self._app(scope, receive_again, send)
@@ -441,12 +462,22 @@ class Shortcut:
 class _Exchange:
     """One request and its answer: bounds the size of a body that was not announced, and how long it takes."""
 
-    __slots__ = ("_body_ended", "_left", "_receive", "_rules", "_scope", "_send", "refusal", "started")
+    __slots__ = (
+        "_begin",
+        "_body_ended",
+        "_left",
+        "_receive",
+        "_rules",
+        "_scope",
+        "_send",
+        "refusal",
+        "started",
+    )
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, rules: EdgeRules) -> None:
         self._scope, self._receive, self._send, self._rules = scope, receive, send, rules
         self._left = rules.most_bytes(scope["path"])
-        self._body_ended = False
+        self._begin, self._body_ended = b"", False
         self.refusal: Refusal | None = None
         self.started = False
 
@@ -461,11 +492,14 @@ class _Exchange:
             self.refusal = Refusal(408, detail, CLOSE)
             return {"type": "http.disconnect"}
         self._body_ended = not message.get("more_body", False)
-        self._left -= len(message.get("body", b""))
+        body = message.get("body", b"")
+        self._left -= len(body)
+        self._begin = (self._begin + body[:4])[:4]
         if self._left < 0:
             self.refusal = _too_large(self._rules.most_bytes(self._scope["path"]))
-            return {"type": "http.disconnect"}
-        return message
+        elif 0 in self._begin:
+            self.refusal = Refusal(400, "the body is not JSON in UTF-8")
+        return message if self.refusal is None else {"type": "http.disconnect"}
 
     async def send(self, message: Message) -> None:
         # Whatever the routes make of a body that was cut off is not what the caller should read.

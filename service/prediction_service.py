@@ -311,6 +311,8 @@ class PredictionService:
         self._registry = registry
         self._bars = BarKeeper(source, cache)
         self._answers: Recent[PredictionRequest, ReadyAnswer] = Recent(MOST_ANSWER_BYTES)
+        # The same, by what was sent: nothing needs to be read to find them.
+        self._by_body: Recent[bytes, ReadyAnswer] = Recent(MOST_ANSWER_BYTES)
         self._decisions: Recent[tuple[object, ...], Decisions] = Recent(MOST_DECISIONS)
         self._drawing: dict[str, threading.Lock] = {}
 
@@ -355,21 +357,24 @@ class PredictionService:
         )
 
     def ready_answer(self, body: bytes) -> bytes | None:
-        """Return `cached_answer` of a request that was not read yet; None also where it is no request."""
-        try:
-            return self.cached_answer(PredictionRequest.model_validate_json(body))
-        except ValidationError:
-            return None
+        """Return the answer given before to a request, which comes as the bytes of its JSON; never waits.
 
-    def cached_answer(self, request: PredictionRequest) -> bytes | None:
-        """Return the bytes of an answer given before, while model and bars are still those; never waits."""
-        ready = self._answers.get(request)
-        if ready is None:
-            return None
-        model, held = self._registry.current(ready.symbol, ready.kind), self._bars.ready(ready.symbol)
-        if model is None or held is None or ready.made_from != _made_from(model, held):
-            return None
+        None where there is none, or model or bars have changed, or the bytes are no request.
+        """
+        ready = self._by_body.get(body)
+        if ready is None or not self._is_current(ready):
+            try:
+                ready = self._answers.get(PredictionRequest.model_validate_json(body))
+            except ValidationError:
+                return None
+            if ready is None or not self._is_current(ready):
+                return None
+            self._by_body.put(body, ready, len(body) + len(ready.body))
         return ready.body
+
+    def _is_current(self, ready: ReadyAnswer) -> bool:
+        model, held = self._registry.current(ready.symbol, ready.kind), self._bars.ready(ready.symbol)
+        return model is not None and held is not None and ready.made_from == _made_from(model, held)
 
     def answer(self, request: PredictionRequest) -> bytes:
         """Return `predict` as it is sent, kept for who asks the same again."""
