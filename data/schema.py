@@ -317,7 +317,8 @@ def bar_dates(table: pd.DataFrame) -> pd.DatetimeIndex:
     """Return the index as tz-naive dates; a zone is dropped, the local date stays."""
     index = pd.DatetimeIndex(table.index)
     index = index.tz_localize(None) if index.tz is not None else index
-    return index.normalize().as_unit("us").rename("date")
+    index = index if index.is_normalized else index.normalize()
+    return index.as_unit("us").rename("date")
 
 
 def _order(table: pd.DataFrame, report: BarsReport) -> tuple[pd.DataFrame, BarsReport]:

@@ -19,7 +19,7 @@ from data.target_engineering import make_target, rescale_sigma
 from evaluation.accounting import DEFAULT_CAPITAL, CostModel
 from evaluation.advanced_backtester import AdvancedBacktester, BacktestReport
 from inference.ensemble import Calibration, FloatArray, FloatMatrix, IntArray
-from inference.intervals import ANCHORS_BARS, ForecastPath, forecast_path, with_bands
+from inference.intervals import ANCHORS_BARS, ForecastPath, columns_of, forecast_path, with_bands
 from inference.position_sizing import Sizer, SizingInputs
 from utils.errors import DataError, ModelIncompatibleError
 from utils.model_paths import ArtifactKind
@@ -280,10 +280,8 @@ def decide(
         ),
         costs or CostModel(),
     )
-    frame = forecast.copy()
-    frame.insert(0, "close", close)
-    frame.insert(1, "asset_return", asset_return)
-    frame["target_weight"] = weights
+    columns = {"close": close, "asset_return": asset_return, **columns_of(forecast), "target_weight": weights}
+    frame = pd.DataFrame(columns, index=forecast.index)
     return Decisions(
         symbol=symbol,
         frame=frame,
@@ -425,20 +423,23 @@ class BundleForecaster:
         """Return centre, scale and skill per bar: the record's rows, then the final model's."""
         bundle, index = self.bundle, pd.DatetimeIndex(bars.index)
         record = bundle.record.set_index("date").reindex(index)
-        frame = pd.DataFrame(index=index)
-        frame["expected_log"] = record["predicted_log"]
-        frame["baseline_log"] = record["baseline_log"]
-        frame["sigma_log"] = record["sigma_log"].fillna(pd.Series(sigma_log, index=index))
-        frame["skill_lower"] = record["skill_lower"].fillna(0.0) if self._is_trusted else 0.0
-        for name in ("raw_scaled", *(f"model_{name}" for name in bundle.models)):
-            frame[name] = record[name]
         after = np.asarray(index > bundle.record["date"].max())
-        frame["is_out_of_sample"] = record["predicted_log"].notna() | after
-        wanted = after | (np.asarray(record["predicted_log"].isna()) if self.include_in_sample else False)
+        replayed = np.asarray(record["predicted_log"].notna())
+        wanted = after | (~replayed if self.include_in_sample else False)
+        signals = ["raw_scaled", *(f"model_{name}" for name in bundle.models)]
+        skill = record["skill_lower"].fillna(0.0) if self._is_trusted else np.zeros(len(index))
+        columns = {
+            "expected_log": record["predicted_log"],
+            "baseline_log": record["baseline_log"],
+            "sigma_log": record["sigma_log"].fillna(pd.Series(sigma_log, index=index)),
+            "skill_lower": skill,
+            **{name: record[name] for name in signals},
+            "is_out_of_sample": replayed | after,
+            **{further_column(ahead): np.full(len(index), np.nan) for ahead in bundle.path_horizons},
+        }
+        frame = pd.DataFrame({name: np.asarray(each) for name, each in columns.items()}, index=index)
         # The record's last bar has no outcome over any horizon: no path model was trained on it.
         ahead = np.asarray(index >= bundle.record["date"].max()) & bool(bundle.path_horizons)
-        for bars_ahead in bundle.path_horizons:
-            frame[further_column(bars_ahead)] = np.nan
         if (wanted | ahead).any():
             features = self._features(bars)
             usable = np.isfinite(features).all(axis=1) & np.isfinite(frame["sigma_log"].to_numpy())
