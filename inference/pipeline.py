@@ -392,8 +392,9 @@ class BundleForecaster:
         """Return centre, scale and skill of every bar's forecast, and its raw signal."""
         target = make_target(bars, self.horizon_bars)
         realised_log = np.asarray(target["target_log"], dtype=np.float64)
-        frame = self._centre(bars, np.asarray(target["sigma_log"], dtype=np.float64))
-        frame["is_of_other_prices"] = self._is_of_other_prices(pd.DatetimeIndex(bars.index), realised_log)
+        record = self.bundle.record.set_index("date").reindex(pd.DatetimeIndex(bars.index))
+        frame = self._centre(bars, record, np.asarray(target["sigma_log"], dtype=np.float64))
+        frame["is_of_other_prices"] = self._is_of_other_prices(record, realised_log)
         frame["is_out_of_sample"] &= ~frame["is_of_other_prices"]
         return frame
 
@@ -405,24 +406,22 @@ class BundleForecaster:
         features = self._features(bars.iloc[first : int(rows.max()) + 1])[rows - first]
         return self.bundle.contributions(features).set_axis(sessions)
 
-    def _is_of_other_prices(self, index: pd.DatetimeIndex, realised_log: FloatArray) -> npt.NDArray[np.bool_]:
+    def _is_of_other_prices(self, record: pd.DataFrame, realised_log: FloatArray) -> npt.NDArray[np.bool_]:
         """Tell which replayed forecasts were made from other prices, as far as each bar can know, (n,).
 
         A forecast of the record is one of these bars only where the outcomes that the record holds are those
         of these bars. The outcome of bar t - h is known at t, so the mask at t depends on nothing later.
         """
-        record = self.bundle.record.set_index("date").reindex(index)
         apart = np.abs(np.asarray(record["realised_log"], dtype=np.float64) - realised_log)
         differs = apart > OTHER_PRICES_SIGMA * np.asarray(record["sigma_log"], dtype=np.float64)
-        known = np.zeros(len(index))
-        known[self.horizon_bars :] = differs[: max(len(index) - self.horizon_bars, 0)]
+        known = np.zeros(len(differs))
+        known[self.horizon_bars :] = differs[: max(len(differs) - self.horizon_bars, 0)]
         recent = pd.Series(known).rolling(OTHER_PRICES_MEMORY_BARS, min_periods=1).max().to_numpy() > 0
         return np.asarray(recent & np.asarray(record["predicted_log"].notna()), dtype=np.bool_)
 
-    def _centre(self, bars: pd.DataFrame, sigma_log: FloatArray) -> pd.DataFrame:
+    def _centre(self, bars: pd.DataFrame, record: pd.DataFrame, sigma_log: FloatArray) -> pd.DataFrame:
         """Return centre, scale and skill per bar: the record's rows, then the final model's."""
         bundle, index = self.bundle, pd.DatetimeIndex(bars.index)
-        record = bundle.record.set_index("date").reindex(index)
         after = np.asarray(index > bundle.record["date"].max())
         replayed = np.asarray(record["predicted_log"].notna())
         wanted = after | (~replayed if self.include_in_sample else False)

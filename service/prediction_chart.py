@@ -42,6 +42,17 @@ EXPLAINED_TRADES, STRONGEST = 4, 3
 MEMBERS = {GBM.name: "boosters", LSTM.name: "LSTM"}
 # Where the walk-forward tells no length of its blocks, a year.
 USUAL_BLOCK_BARS = 252
+# What stands for a forecast of no change where there is none.
+THIRD = 1.0 / 3.0
+NEUTRAL = {
+    "asset_return": 0.0,
+    "lower": 0.0,
+    "upper": 0.0,
+    "prob_up": 0.5,
+    "prob_gain": THIRD,
+    "prob_loss": THIRD,
+}
+MARKED = ("close", "weight_before", "target_weight", "change", "expected_log", "lower", "upper", "prob_up")
 REQUIRED_METRICS = tuple(name for name, field in BacktestMetrics.model_fields.items() if field.is_required())
 MAX_NUMBER = sys.float_info.max
 
@@ -65,30 +76,23 @@ class Chart:
 
     Attributes
     ----------
-    rows
-        `Decisions.frame` with ``weight_before`` (target of the session before), ``shown_log`` (smoothed
-        median h-day log forecast) and ``is_bull`` (see `REGIME_BARS`); finite wherever it is drawn.
-    dates
-        Sessions as ``YYYY-MM-DD``.
+    sessions, dates
+        The last n bars; and as ``YYYY-MM-DD``.
+    columns
+        Those of `Decisions.frame`, (n,) each, with ``weight_before`` (target of the session before) and the
+        ``change`` from it, ``shown_log`` (smoothed median h-day log forecast) and ``is_bull`` (see
+        `REGIME_BARS`); finite wherever they are drawn.
     horizon_bars
         Number of sessions that a forecast looks ahead.
     neutral_rows
         Sessions without a forecast inside the chart, shown as a forecast of no change.
     """
 
-    rows: pd.DataFrame
+    sessions: pd.DatetimeIndex
     dates: list[str]
+    columns: Mapping[str, FloatArray]
     horizon_bars: int
     neutral_rows: int
-
-    def column(self, name: str) -> FloatArray:
-        """Return one column, (n,)."""
-        return np.asarray(self.rows[name], dtype=np.float64)
-
-    @property
-    def change(self) -> FloatArray:
-        """Change of the target weight decided at each close, (n,)."""
-        return self.column("target_weight") - self.column("weight_before")
 
 
 def chart_of(decisions: Decisions, *, days: int, smoothing: wire.Smoothing) -> Chart:
@@ -108,18 +112,22 @@ def chart_of(decisions: Decisions, *, days: int, smoothing: wire.Smoothing) -> C
             f"{decisions.symbol} has {len(frame)} bars and no forecast for the last one: its features need a "
             "longer or more complete history"
         )
-    tail = slice(max(int(np.argmax(known)), len(frame) - days), None)
-    third = 1.0 / 3.0
-    neutral = {"asset_return": 0.0, "lower": 0.0, "upper": 0.0, "prob_up": 0.5}
-    rows = frame.iloc[tail].fillna({**neutral, "prob_gain": third, "prob_loss": third})
-    rows["weight_before"] = frame["target_weight"].shift(1, fill_value=0.0).iloc[tail]
-    rows["shown_log"] = smooth(frame["expected_log"], smoothing).fillna(0.0).iloc[tail]
-    rows["is_bull"] = (frame["close"] >= frame["close"].rolling(REGIME_BARS, min_periods=1).mean()).iloc[tail]
+    first = max(int(np.argmax(known)), len(frame) - days)
+    tail, before = frame.iloc[first:], max(first - REGIME_BARS, 0)
+    columns = dict(zip(map(str, frame.columns), tail.to_numpy(dtype=np.float64).T, strict=True))
+    columns |= {name: np.where(np.isnan(columns[name]), at, columns[name]) for name, at in NEUTRAL.items()}
+    target, close = np.asarray(frame["target_weight"]), frame["close"].iloc[before:]
+    columns["weight_before"] = np.concatenate([[0.0], target[:-1]])[first:]
+    columns["change"] = columns["target_weight"] - columns["weight_before"]
+    columns["shown_log"] = smooth(frame["expected_log"], smoothing).iloc[first:].fillna(0.0).to_numpy()
+    mean = close.rolling(REGIME_BARS, min_periods=1).mean().to_numpy()
+    columns["is_bull"] = columns["close"] >= mean[first - before :]
     return Chart(
-        rows=rows,
-        dates=days_of(rows.index),
+        sessions=pd.DatetimeIndex(tail.index),
+        dates=days_of(tail.index),
+        columns=columns,
         horizon_bars=decisions.horizon_bars,
-        neutral_rows=int(np.count_nonzero(~known[tail])),
+        neutral_rows=int(np.count_nonzero(~known[first:])),
     )
 
 
@@ -134,24 +142,25 @@ def smooth(values: pd.Series, how: wire.Smoothing) -> pd.Series:
 
 def classes_of(chart: Chart) -> list[wire.ClassProbabilities]:
     """Return the chances that the h-day return pays for a round trip upwards, downwards, or not at all."""
+    chances = zip(chart.columns["prob_gain"].tolist(), chart.columns["prob_loss"].tolist(), strict=True)
     return [
         wire.ClassProbabilities(buy=gain, sell=loss, hold=max(1.0 - gain - loss, 0.0))
-        for gain, loss in zip(chart.column("prob_gain"), chart.column("prob_loss"), strict=True)
+        for gain, loss in chances
     ]
 
 
 def is_wanted(chart: Chart, request: PredictionRequest) -> npt.NDArray[np.bool_]:
     """Whether the regime filters want trades decided at each close, (n,)."""
     filters = request.fusion.regime_filters
-    return np.where(chart.rows["is_bull"], filters.bull, filters.bear)
+    return np.where(chart.columns["is_bull"], filters.bull, filters.bear)
 
 
 def forecast_of(chart: Chart, path: ForecastPath, request: PredictionRequest) -> wire.Forecast:
     """Return the sessions to come: the target decided at the last close is reached at the first of them."""
-    dates = days_of(path.dates)
-    before, target = float(chart.column("weight_before")[-1]), float(chart.column("target_weight")[-1])
+    dates, prices = days_of(path.dates), path.prices.tolist()
+    before, target = (float(chart.columns[name][-1]) for name in ("weight_before", "target_weight"))
     first = action_of(before, target) if is_wanted(chart, request)[-1] else "HOLD"
-    prices, names = path.prices.tolist(), [first, *["HOLD"] * (len(dates) - 1)]
+    names: list[wire.ForecastActionName] = [first, *["HOLD" for _ in dates[1:]]]
     return wire.Forecast(
         dates=dates,
         prices=prices,
@@ -185,7 +194,7 @@ def markers_of(
     """
     floors, fusion, wanted = request.confidence_floors, request.fusion, is_wanted(chart, request)
     least = {"buy": max(floors.buy, fusion.buy_threshold), "sell": max(floors.sell, fusion.sell_threshold)}
-    acted = np.flatnonzero((np.abs(chart.change) >= MIN_WEIGHT_CHANGE) & wanted).tolist()
+    acted = np.flatnonzero((np.abs(chart.columns["change"]) >= MIN_WEIGHT_CHANGE) & wanted).tolist()
     markers = [marker_of(chart, row, chart.dates[row], "history", reasons.get(row, "")) for row in acted]
     last = len(chart.dates) - 1
     if wanted[last]:
@@ -203,17 +212,17 @@ def marker_of(
     chart: Chart, row: int, date: str, segment: Literal["history", "forecast"], reason: str
 ) -> wire.TradeMarker:
     """Return the marker of what was decided at the close of ``row``, and why."""
-    at = chart.rows.iloc[row]
-    before, target, up = float(at["weight_before"]), float(at["target_weight"]), float(at["prob_up"])
-    change = target - before
-    acts = abs(change) >= MIN_WEIGHT_CHANGE
-    rises = change > 0.0
+    at = {name: float(chart.columns[name][row]) for name in MARKED}
+    before, target, up, change = (
+        at[name] for name in ("weight_before", "target_weight", "prob_up", "change")
+    )
+    acts, rises = abs(change) >= MIN_WEIGHT_CHANGE, change > 0.0
     median = float(np.expm1(at["expected_log"])) if np.isfinite(at["expected_log"]) else 0.0
     return wire.TradeMarker(
         date=date,
-        price=float(at["close"]),
+        price=at["close"],
         type="hold" if not acts else "buy" if rises else "sell",
-        shares=round(change * MARKER_CAPITAL / float(at["close"]), 4) if acts else 0.0,
+        shares=round(change * MARKER_CAPITAL / at["close"], 4) if acts else 0.0,
         confidence=max(up, 1.0 - up) if not acts else up if rises else 1.0 - up,
         segment=segment,
         scope="prediction",
@@ -232,8 +241,8 @@ def reasons_of(model: Answering, bars: pd.DataFrame, chart: Chart) -> dict[int, 
     """
     if not isinstance(model.forecaster, Explains):
         return {}
-    sessions, end = pd.DatetimeIndex(chart.rows.index), model.bundle.record["date"].max()
-    acted = np.flatnonzero((np.abs(chart.change) >= MIN_WEIGHT_CHANGE) & (sessions > end))
+    sessions, end = chart.sessions, model.bundle.record["date"].max()
+    acted = np.flatnonzero((np.abs(chart.columns["change"]) >= MIN_WEIGHT_CHANGE) & (sessions > end))
     rows = sorted({*acted[-EXPLAINED_TRADES:].tolist(), len(sessions) - 1} if sessions[-1] >= end else ())
     if not rows:
         return {}
@@ -256,24 +265,26 @@ def in_words(shares: pd.Series) -> str:
 
 def overlays_of(bars: pd.DataFrame, chart: Chart, path: ForecastPath) -> list[wire.OverlaySeries]:
     """Return the lines over the chart; averages reach back before its first date."""
-    shown = chart.rows.index
-    close = bars["Close"].iloc[-len(shown) - MOVING_AVERAGE_BARS :]
-    mid = close.rolling(BOLLINGER_BARS).mean().loc[shown].dropna()
-    spread = BOLLINGER_STDS * close.rolling(BOLLINGER_BARS).std(ddof=0).loc[mid.index]
-    average = close.rolling(MOVING_AVERAGE_BARS).mean().loc[shown].dropna()
-    last = float(close.iloc[-1])
-    ahead = pd.Series([last, *path.prices.tolist()], index=[shown[-1], *path.dates])
+
+    def windows(of: int) -> FloatArray:
+        close = bars["Close"].to_numpy()[-len(chart.dates) - of + 1 :]
+        return np.lib.stride_tricks.sliding_window_view(close, of)
+
+    last, middle = float(chart.columns["close"][-1]), windows(BOLLINGER_BARS).mean(axis=1)
+    spread = BOLLINGER_STDS * windows(BOLLINGER_BARS).std(axis=1)
     return [
         wire.OverlaySeries(
             type="bollinger",
-            points=_points(mid),
-            upper=(mid + spread).to_list(),
-            lower=(mid - spread).to_list(),
+            points=_points(chart.dates, middle),
+            upper=(middle + spread).tolist(),
+            lower=(middle - spread).tolist(),
         ),
-        wire.OverlaySeries(type="moving-average", points=_points(average)),
+        wire.OverlaySeries(
+            type="moving-average", points=_points(chart.dates, windows(MOVING_AVERAGE_BARS).mean(axis=1))
+        ),
         wire.OverlaySeries(
             type="predicted-path",
-            points=_points(ahead),
+            points=_points([chart.dates[-1], *days_of(path.dates)], np.array([last, *path.prices])),
             upper=[last, *path.upper.tolist()],
             lower=[last, *path.lower.tolist()],
         ),
@@ -361,7 +372,7 @@ def model_notes(model: Answering, age: int, judged: int) -> list[str]:
 
 def member_notes(chart: Chart, request: PredictionRequest, meta: ModelMeta) -> list[str]:
     """Say what each member of an ensemble forecasts, and when an id decided what serves, and not the mode."""
-    last = chart.rows.iloc[-1]
+    last = {name: float(column[-1]) for name, column in chart.columns.items()}
     told = [
         f"{words} {last[f'model_{name}']:+.3f} (weight {last[f'weight_{name}']:.2f})"
         for name, words in MEMBERS.items()
@@ -485,7 +496,8 @@ def is_finite_number(value: object) -> TypeGuard[float]:
 
 def days_of(index: pd.Index) -> list[str]:
     """Return sessions as ``YYYY-MM-DD``."""
-    return pd.DatetimeIndex(index).strftime("%Y-%m-%d").to_list()
+    days: list[str] = np.datetime_as_string(np.asarray(index, dtype="datetime64[D]")).tolist()
+    return days
 
 
 def ohlcv(frame: pd.DataFrame) -> Iterator[tuple[str, float, float, float, float, float]]:
@@ -493,6 +505,7 @@ def ohlcv(frame: pd.DataFrame) -> Iterator[tuple[str, float, float, float, float
     return zip(days_of(frame.index), *(frame[name].to_list() for name in BAR_COLUMNS), strict=True)
 
 
-def _points(series: pd.Series) -> list[wire.OverlayPoint]:
-    pairs = zip(days_of(series.index), series.to_list(), strict=True)
+def _points(dates: Sequence[str], values: FloatArray) -> list[wire.OverlayPoint]:
+    """Return the values of the last dates."""
+    pairs = zip(dates[-len(values) :], values.tolist(), strict=True)
     return [wire.OverlayPoint(date=date, value=value) for date, value in pairs]

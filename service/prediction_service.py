@@ -414,20 +414,21 @@ class PredictionService:
         path = path_ahead(decisions, ahead)
         forecast = forecast_of(chart, path, request)
         limits = {"max_long": sizer.rules.max_long, "max_short": sizer.rules.max_short}
+        column = chart.columns
         result = PredictionResult(
             symbol=symbol,
             dates=chart.dates,
-            prices=chart.column("close").tolist(),
-            actual_returns=chart.column("asset_return").tolist(),
-            predicted_prices=(chart.column("close") * np.exp(chart.column("shown_log"))).tolist(),
-            predicted_returns=np.expm1(chart.column("shown_log")).tolist(),
-            fused_positions=chart.column("target_weight").tolist(),
+            prices=column["close"].tolist(),
+            actual_returns=column["asset_return"].tolist(),
+            predicted_prices=(column["close"] * np.exp(column["shown_log"])).tolist(),
+            predicted_returns=np.expm1(column["shown_log"]).tolist(),
+            fused_positions=column["target_weight"].tolist(),
             classifier_probabilities=classes_of(chart),
             trade_markers=markers_of(chart, forecast, request, reasons_of(model, bars.frame, chart)),
             overlays=overlays_of(bars.frame, chart, path),
             candles=[
                 wire.Candle(date=date, open=o, high=h, low=low, close=c, volume=volume)
-                for date, o, h, low, c, volume in ohlcv(bars.frame.loc[chart.rows.index])
+                for date, o, h, low, c, volume in ohlcv(bars.frame.tail(len(chart.dates)))
             ],
             forecast=forecast,
             metadata=metadata_of(request, model, bars, decisions, chart).model_copy(update=limits),
