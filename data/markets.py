@@ -7,13 +7,18 @@ survivors.
 """
 
 import functools
+import importlib.metadata
 import re
 import tomllib
+import uuid
+import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,6 +35,7 @@ from data.schema import (
     refuse_above,
 )
 from utils.errors import DataError, UsageError
+from utils.settings import read_settings
 
 _FIRST_DAY = np.datetime64("1960-01-01")
 # Far enough for a forecast of 252 sessions made at any moment of the year after the current one.
@@ -405,22 +411,38 @@ def universe_mean(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 def _load(name: str, last_year: int) -> SessionCalendar:
     end = np.datetime64(f"{last_year}-12-31")
     if name not in {ALWAYS, WEEKDAYS, UNMAPPED}:
-        return _from_exchange(name, end)
+        return _calendar(name, 252, _kept(name, end))
     days = np.arange(_FIRST_DAY, end + 1, dtype="datetime64[D]")
     if name != ALWAYS:
         days = days[np.is_busday(days)]
-    return _calendar(
-        name,
+    of = {
         # Yahoo dates currency pairs by London, where a day of theirs ends at the latest at midnight UTC.
-        timezone="Europe/London" if name == WEEKDAYS else "UTC",
-        per_year={ALWAYS: 365, WEEKDAYS: 260, UNMAPPED: 252}[name],
-        days=days,
-        closes=(days + 1).astype("datetime64[s]"),
-        known_to=days[0] - 1 if name == UNMAPPED else end,
-    )
+        "timezone": np.array("Europe/London" if name == WEEKDAYS else "UTC"),
+        "days": days,
+        "closes": (days + 1).astype("datetime64[s]"),
+        "known_to": np.array(days[0] - 1 if name == UNMAPPED else end),
+    }
+    return _calendar(name, {ALWAYS: 365, WEEKDAYS: 260, UNMAPPED: 252}[name], of)
 
 
-def _from_exchange(name: str, end: np.datetime64) -> SessionCalendar:
+def _kept(name: str, end: np.datetime64) -> Mapping[str, NDArray[Any]]:
+    """Return `_from_exchange`, read from the file of an earlier process where there is one."""
+    release = importlib.metadata.version("exchange_calendars")
+    file = read_settings().cache_dir / "calendars" / f"{name}-{end}-{release}.npz"
+    try:
+        with file.open("rb") as stream, np.load(stream) as kept:
+            return dict(kept)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        built = _from_exchange(name, end)
+    # Who cannot write here builds it again in the next process.
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(aside := file.with_name(f"{uuid.uuid4().hex}.npz"), **built)
+        aside.replace(file)
+    return built
+
+
+def _from_exchange(name: str, end: np.datetime64) -> Mapping[str, NDArray[Any]]:
     import exchange_calendars  # noqa: PLC0415 - takes half a second, which a help text need not wait for
 
     factory = type(exchange_calendars.get_calendar(name, start="2025-01-02", end="2025-03-31"))
@@ -436,28 +458,19 @@ def _from_exchange(name: str, end: np.datetime64) -> SessionCalendar:
         time_of_close = closes[-1] - days[-1].astype("datetime64[s]")
         days = np.concatenate([days, later])
         closes = np.concatenate([closes, later.astype("datetime64[s]") + time_of_close])
-    return _calendar(
-        name, timezone=str(calendar.tz), per_year=252, days=days, closes=closes, known_to=known_to
-    )
+    zone = np.array(str(calendar.tz))
+    return {"timezone": zone, "days": days, "closes": closes, "known_to": np.array(known_to)}
 
 
-def _calendar(
-    name: str,
-    *,
-    timezone: str,
-    per_year: int,
-    days: NDArray[np.datetime64],
-    closes: NDArray[np.datetime64],
-    known_to: np.datetime64,
-) -> SessionCalendar:
-    days.flags.writeable = False
-    closes.flags.writeable = False
+def _calendar(name: str, per_year: int, of: Mapping[str, NDArray[Any]]) -> SessionCalendar:
+    days, closes = of["days"], of["closes"]
+    days.flags.writeable = closes.flags.writeable = False
     return SessionCalendar(
         name=name,
-        timezone=timezone,
+        timezone=str(of["timezone"]),
         sessions_per_year=per_year,
         known_from=pd.Timestamp(days[0]),
-        known_to=pd.Timestamp(known_to),
+        known_to=pd.Timestamp(of["known_to"][()]),
         _days=days,
         _closes=closes,
     )

@@ -1,6 +1,7 @@
 """Sessions of the exchange, from the far past to the far future; and sets of symbols with their caveats."""
 
 from datetime import UTC, date, datetime, timedelta, timezone
+from pathlib import Path
 
 import exchange_calendars
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data import markets
 from data.markets import (
     calendar_for,
     calendar_name,
@@ -323,3 +325,22 @@ def test_gaps_are_those_of_the_set_difference(offsets: list[int]):
     inside = calendar.sessions(dates.min(), dates.max()) if len(dates) else dates
     assert list(calendar.missing(dates)) == sorted(set(inside) - set(dates))
     assert list(calendar.off_calendar(dates)) == sorted(set(dates) - set(inside))
+
+
+def test_a_calendar_is_built_once_for_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AI_STOCKS_CACHE_DIR", str(tmp_path))
+    built = markets._load.__wrapped__("XNYS", 2027)
+    (file,) = (tmp_path / "calendars").iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(markets, "_from_exchange", lambda *_: pytest.fail("built again"))
+        kept = markets._load.__wrapped__("XNYS", 2027)
+    for now, then in ((built._days, kept._days), (built._closes, kept._closes)):
+        np.testing.assert_array_equal(now, then)
+    assert (kept.known_from, kept.known_to) == (built.known_from, built.known_to)
+    assert kept.timezone == built.timezone
+    # A file that was cut off is built again, and a folder that cannot be written does no harm.
+    file.write_bytes(file.read_bytes()[:500])
+    assert len(markets._load.__wrapped__("XNYS", 2027)._days) == len(built._days)
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("AI_STOCKS_CACHE_DIR", str(tmp_path / "file"))
+    assert len(markets._load.__wrapped__("XNYS", 2027)._days) == len(built._days)
