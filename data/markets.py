@@ -437,7 +437,7 @@ def _kept(name: str, end: np.datetime64) -> Mapping[str, NDArray[Any]]:
     # Who cannot write here builds it again in the next process.
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(aside := file.with_name(f"{uuid.uuid4().hex}.npz"), **built)
+        np.savez(aside := file.with_name(f"{uuid.uuid4().hex}.npz"), allow_pickle=False, **built)
         aside.replace(file)
     return built
 
@@ -470,7 +470,7 @@ def _calendar(name: str, per_year: int, of: Mapping[str, NDArray[Any]]) -> Sessi
         timezone=str(of["timezone"]),
         sessions_per_year=per_year,
         known_from=pd.Timestamp(days[0]),
-        known_to=pd.Timestamp(of["known_to"][()]),
+        known_to=pd.Timestamp(of["known_to"].item()),
         _days=days,
         _closes=closes,
     )

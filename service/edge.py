@@ -1,9 +1,9 @@
 """What stands between the network and the routes; plain ASGI that knows no framework.
 
-Two layers. `Observer` is outermost: it gives every request an id, every answer its security headers, and
-writes one log line and the figures of ``/metrics``. `Guard` lies inside of the cross-origin headers, since a
-browser shows no error that lacks them: it bounds how often, by whom and how much is asked, and turns what
-nobody caught into a problem (RFC 9457). `WorkPool` is where routes compute.
+`Observer` is outermost: it gives every request an id, every answer its security headers, and writes one log
+line and the figures of ``/metrics``. `Shortcut` sends answers that are at hand. `Guard` lies inside of the
+cross-origin headers, since a browser shows no error that lacks them: it bounds how often, by whom and how
+much is asked, and turns what nobody caught into a problem (RFC 9457). `WorkPool` is where routes compute.
 """
 
 import asyncio
@@ -76,10 +76,7 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EdgeRules:
-    """What a request may cost, and who may write; `utils.settings.Settings` says more of what it sets here.
-
-    Bodies of ``large_body_bytes`` are for what holds a whole prediction; all have ``body_s`` to arrive.
-    """
+    """What a request may cost, and who may write, see `utils.settings.Settings`."""
 
     body_bytes: int = 1 << 20
     large_body_bytes: int = 16 << 20
@@ -114,10 +111,8 @@ class WorkPool:
 
         Raises
         ------
-        OverloadError
-            If the queue is full; nothing is computed.
-        DeadlineError
-            If it takes too long. What has begun is finished, what has not is dropped.
+        OverloadError, DeadlineError
+            If the queue is full, or it takes too long: what has begun is finished, what has not is dropped.
         """
         with self._guard:
             if self.pending >= self._most:
@@ -139,7 +134,7 @@ class WorkPool:
             self.pending -= 1
 
     def close(self) -> None:
-        """Drop what has not begun; what has is not waited for. The next call opens it again."""
+        """Drop what has not begun; what has is not waited for."""
         with self._guard:
             closed, self._executor = self._executor, None
         if closed is not None:
@@ -149,8 +144,7 @@ class WorkPool:
 class RateLimit:
     """A token bucket per client, as the time at which it would be full again (GCRA).
 
-    The oldest client is forgotten when there are more than ``MAX_CLIENTS``: whoever has that many addresses
-    gets past this anyhow, and the memory stays bounded.
+    Beyond ``MAX_CLIENTS`` the oldest is forgotten: whoever has that many addresses gets past this anyhow.
     """
 
     def __init__(self, per_s: float, burst: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -282,7 +276,7 @@ def announced_bytes(scope: Scope) -> int:
 class Observer:
     """Gives requests their id and answers their headers; logs and counts each.
 
-    Of a request that got no further than the guard, the route is known where it is one of ``known_paths``.
+    Where no route was looked for, it is known if it is one of ``known_paths``.
     """
 
     def __init__(
@@ -408,14 +402,8 @@ def _too_large(most: int) -> Refusal:
 class Shortcut:
     """Sends an answer that is at hand; the framework's routing alone would take several times as long.
 
-    Parameters
-    ----------
-    rules, rate
-        Those of the guard; what they refuse is passed on to it.
-    path, ready
-        ``ready`` gets the whole body of a POST to ``path``; None of it means that the framework has to look.
-    cross_origin
-        The headers that an answer to this origin carries, b"" where none is named.
+    ``ready`` gets the whole body of a POST to ``path``; None of it means that the framework has to look, and
+    so does a caller who is over its rate. ``cross_origin`` returns the headers for an origin, b"" for none.
     """
 
     def __init__(
@@ -462,18 +450,6 @@ class Shortcut:
 class _Exchange:
     """One request and its answer: bounds the size of a body that was not announced, and how long it takes."""
 
-    __slots__ = (
-        "_begin",
-        "_body_ended",
-        "_left",
-        "_receive",
-        "_rules",
-        "_scope",
-        "_send",
-        "refusal",
-        "started",
-    )
-
     def __init__(self, scope: Scope, receive: Receive, send: Send, rules: EdgeRules) -> None:
         self._scope, self._receive, self._send, self._rules = scope, receive, send, rules
         self._left = rules.most_bytes(scope["path"])
@@ -508,7 +484,7 @@ class _Exchange:
             await self._send(message)
 
     async def refuse(self, refusal: Refusal) -> None:
-        """Send the refusal, then throw away what is still coming: a closed door loses the answer."""
+        # What is still coming is thrown away: a closed door loses the answer.
         body = problem_bytes(self._scope, refusal.status, refusal.detail)
         headers = [(b"content-type", PROBLEM_TYPE.encode()), (b"content-length", b"%d" % len(body))]
         headers += [(name.lower().encode(), value.encode()) for name, value in refusal.headers.items()]

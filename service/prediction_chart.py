@@ -160,7 +160,7 @@ def forecast_of(chart: Chart, path: ForecastPath, request: PredictionRequest) ->
     dates, prices = days_of(path.dates), path.prices.tolist()
     before, target = (float(chart.columns[name][-1]) for name in ("weight_before", "target_weight"))
     first = action_of(before, target) if is_wanted(chart, request)[-1] else "HOLD"
-    names: list[wire.ForecastActionName] = [first, *["HOLD" for _ in dates[1:]]]
+    rest: list[wire.ForecastActionName] = ["HOLD"] * (len(dates) - 1)
     return wire.Forecast(
         dates=dates,
         prices=prices,
@@ -170,7 +170,7 @@ def forecast_of(chart: Chart, path: ForecastPath, request: PredictionRequest) ->
         upper_band=path.upper.tolist(),
         actions=[
             wire.ForecastAction(date=date, action=name, price=price, target_position=target)
-            for date, name, price in zip(dates, names, prices, strict=True)
+            for date, name, price in zip(dates, [first, *rest], prices, strict=True)
         ],
     )
 
@@ -189,8 +189,8 @@ def markers_of(
 ) -> list[wire.TradeMarker]:
     """Mark each confident and large enough change of the target weight, and the first session to come.
 
-    The confidence is the probability that the price moves in the direction of the change within the model's
-    horizon. A marker of the history lies on the session at whose close the change was decided.
+    The confidence is the chance that the price moves in the direction of the change within the horizon. A
+    marker of the history lies on the session at whose close the change was decided.
     """
     floors, fusion, wanted = request.confidence_floors, request.fusion, is_wanted(chart, request)
     least = {"buy": max(floors.buy, fusion.buy_threshold), "sell": max(floors.sell, fusion.sell_threshold)}
@@ -432,10 +432,7 @@ def request_notes(request: PredictionRequest) -> list[str]:
 def model_meta(
     metadata: Mapping[str, Any], *, ensemble_size: int = len(MODEL_NAMES), warnings: Sequence[str] = ()
 ) -> ModelMeta:
-    """Translate ``training_metadata.json`` into what the list of models says.
-
-    ``warnings`` go into the notes; `ModelCorruptError` if a field is missing or of another type.
-    """
+    """Translate ``training_metadata.json``; `ModelCorruptError` if a field is missing or of another type."""
     try:
         metrics, undefined = wire_metrics(metadata.get("metrics") or {})
         notes = [f"undefined, sent as 0: {', '.join(undefined)}"] if undefined else []
@@ -470,10 +467,7 @@ def model_meta(
 
 
 def wire_metrics(stored: Mapping[str, Any]) -> tuple[BacktestMetrics, tuple[str, ...]]:
-    """Return metrics that the page can draw, and the wire names of the required ones that are undefined.
-
-    The page reads eight numbers and knows no "undefined": those become 0.0 and are named beside.
-    """
+    """Return metrics that the page can draw, and which of the required ones are undefined, and 0.0 there."""
     known = {name: value for name, value in stored.items() if is_finite_number(value)}
     undefined = []
     for name in REQUIRED_METRICS:

@@ -96,13 +96,7 @@ class ReadyAnswer:
 def hold_bars(
     symbol: str, *, source: BarSource, cache: ReadsThrough | None, now: datetime, before: Held | None
 ) -> Held:
-    """Fetch bars to be kept in memory; those from before, marked stale, where that fails.
-
-    Raises
-    ------
-    UnknownSymbolError, UpstreamError, DataError
-        Where there are none from before.
-    """
+    """Fetch bars to be kept in memory; those from before, marked stale, where that fails, if there are any."""
     try:
         revision = source.revision(symbol) if isinstance(source, RevisionedSource) else None
         if before is not None and revision is not None and before.revision == revision:
@@ -132,12 +126,7 @@ class BarKeeper:
     """Bars of the symbols that are served, in memory: fetched once per session, old ones rather than none.
 
     Who finds them due asks the source; who comes meanwhile gets the older ones at once, marked stale where a
-    session has closed since: a slow source holds up one request and no more.
-
-    Parameters
-    ----------
-    source, cache, clock
-        As for `data.data_fetcher.fetch_stock_data`; the clock says when it is, UTC.
+    session has closed since: a slow source holds up one request and no more. The clock tells UTC.
     """
 
     def __init__(
@@ -217,13 +206,7 @@ class BarKeeper:
 
 
 class Outbox:
-    """Served forecasts on their way to where they are kept; safe for many threads.
-
-    Parameters
-    ----------
-    record
-        Keeps a forecast that was served at ``now``; may raise `StorageError`.
-    """
+    """Served forecasts on their way to ``record``, which keeps each with its moment; safe for many threads."""
 
     def __init__(self, record: Callable[[ServedForecast, datetime], object]) -> None:
         self._record = record
@@ -287,17 +270,7 @@ class Outbox:
 
 
 class PredictionService:
-    """Answers what the page asks about one symbol.
-
-    Parameters
-    ----------
-    registry
-        Saved models.
-    source, cache
-        Where bars come from.
-    on_served
-        Told of every forecast before its answer goes out.
-    """
+    """Answers what the page asks about one symbol; ``on_served`` is told of a forecast before it goes out."""
 
     def __init__(
         self,
@@ -395,12 +368,8 @@ class PredictionService:
 
         Raises
         ------
-        UsageError
-            If the request asks for what is not served.
-        ModelMissingError, ModelError
-            If there is no model, or none that can be used.
-        UpstreamError, DataError
-            If there are no bars, or not enough.
+        UsageError, ModelError, UpstreamError, DataError
+            If what is asked for is not served, or there is no model that can be used, or not enough bars.
         """
         return self._drawn(request, *self._found(request))
 
