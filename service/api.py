@@ -44,8 +44,7 @@ from utils.errors import AIStocksError, without_paths
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-VERSION, ERRORS_IN_DETAIL = "0.1.0", 5
-TRAINING = r"(`python -m training\.[^`]+)`"
+VERSION, ERRORS_IN_DETAIL, TRAINING = "0.1.0", 5, r"(`python -m training\.[^`]+)`"
 # Seconds after which asking again may help.
 RETRY_AFTER_S: Mapping[type[AIStocksError], int] = {errors.UpstreamError: 30, errors.OverloadError: 2}
 # Longer than a stream of events sleeps.
@@ -131,8 +130,8 @@ def create_api(services: Services) -> FastAPI:
     register_url_convertor("text", TextConvertor())
     rules = services.rules
     pool = edge.WorkPool(threads=rules.work_threads, queue=rules.work_queue, deadline_s=rules.deadline_s)
-    pending = {"work_pending": ("Requests that compute or wait to", lambda: float(pool.pending))}
-    metrics = edge.Metrics({**pending, **services.gauges})
+    pending = ("Requests that compute or wait to", lambda: float(pool.pending))
+    metrics = edge.Metrics({"work_pending": pending, **services.gauges})
     api = Api(
         title="AI-Stocks",
         version=VERSION,
@@ -146,14 +145,11 @@ def create_api(services: Services) -> FastAPI:
     api.state.source = services.source_name
     stock_openapi = api.openapi
     api.openapi = lambda: api.openapi_schema or document_errors(stock_openapi())  # type: ignore[method-assign]
-    for router in (
-        _health_routes(services),
-        _model_routes(services, pool),
-        _price_routes(services.predictions, pool),
-        _training_routes(services.training),
-        _judging_routes(services, pool),
-    ):
-        api.include_router(router)
+    api.include_router(_health_routes(services))
+    api.include_router(_model_routes(services, pool))
+    api.include_router(_price_routes(services.predictions, pool))
+    api.include_router(_training_routes(services.training))
+    api.include_router(_judging_routes(services, pool))
     _add_pages(api, metrics)
     api.add_exception_handler(AIStocksError, _on_our_error)
     api.add_exception_handler(RequestValidationError, _on_invalid)
@@ -352,7 +348,7 @@ def _price_routes(predictions: PredictionService, pool: edge.WorkPool) -> APIRou
     @router.post("/api/predict", response_model=wire.PredictionResult)
     async def predict(request: wire.PredictionRequest) -> Response:
         """Return history, positions and forecast of one symbol."""
-        return json_response(await pool.run(lambda: predictions.answer(request)))
+        return answer(await pool.run(lambda: predictions.answer(request)))
 
     return router
 
@@ -444,16 +440,13 @@ def _judging_routes(services: Services, pool: edge.WorkPool) -> APIRouter:
     return router
 
 
-def answer(said: wire.Wire | Sequence[wire.Wire]) -> Response:
-    """Return a model's own JSON, or a list: the framework's encoder takes three to ten times as long."""
+def answer(said: bytes | wire.Wire | Sequence[wire.Wire]) -> Response:
+    """Return JSON: ready-made, a model's own, or a list; the framework's encoder takes far longer."""
     if isinstance(said, wire.Wire):
-        return json_response(said.wire_bytes())
-    return json_response(b"[" + b",".join(model.wire_bytes() for model in said) + b"]")
-
-
-def json_response(body: bytes) -> Response:
-    """Return JSON that is ready to be sent."""
-    return Response(body, media_type="application/json")
+        said = said.wire_bytes()
+    elif not isinstance(said, bytes):
+        said = b"[" + b",".join(model.wire_bytes() for model in said) + b"]"
+    return Response(said, media_type="application/json")
 
 
 def problem(scope: Scope, status: int, detail: str, headers: Mapping[str, str] | None = None) -> Response:

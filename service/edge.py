@@ -96,8 +96,7 @@ class EdgeRules:
 class WorkPool:
     """Threads that compute, a bounded queue before them, and a deadline.
 
-    A thread cannot be stopped: what runs past its deadline keeps its place until it is done, so that no more
-    than ``threads`` computations ever run.
+    A thread cannot be stopped: what runs past its deadline keeps its place until it is done.
     """
 
     def __init__(self, *, threads: int, queue: int, deadline_s: float) -> None:
@@ -241,8 +240,8 @@ def problem_bytes(scope: Scope, status: int, detail: str) -> bytes:
         type="about:blank",
         title=http.HTTPStatus(status).phrase,
         status=status,
-        detail=_printable(detail),
-        instance=_printable(str(scope.get("path", "")))[:200],
+        detail=detail.encode("utf-8", "replace").decode(),
+        instance=str(scope.get("path", ""))[:200].encode("utf-8", "replace").decode(),
         request_id=scope.get("state", {}).get("request_id", ""),
     ).wire_bytes()
 
@@ -252,10 +251,6 @@ def unexpected_detail(scope: Scope, error: Exception) -> str:
     request_id = scope.get("state", {}).get("request_id", "")
     logger.error("request %s failed", request_id, exc_info=error)
     return f"something broke here; the server's log has it under request {request_id}"
-
-
-def _printable(text: str) -> str:
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def header(scope: Scope, name: bytes) -> bytes:
@@ -287,8 +282,7 @@ class Observer:
         stopping: Callable[[], bool],
         known_paths: Callable[[], Iterable[str]],
     ) -> None:
-        self._app, self._metrics, self._stopping = app, metrics, stopping
-        self._known_paths = known_paths
+        self._app, self._metrics, self._stopping, self._known_paths = app, metrics, stopping, known_paths
         self._statics: frozenset[str] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -6,7 +6,7 @@ Nothing is decided here, and no position is changed: smoothing, floors and filte
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +19,14 @@ from data.schema import BAR_COLUMNS, Bars
 from inference.ensemble import MODEL_NAMES
 from inference.intervals import ForecastPath
 from inference.modes import PARTS, mode_of
-from inference.pipeline import Decisions, Explains, Forecaster
+from inference.pipeline import Decisions, Explains
 from service import schemas as wire
 from service.schemas import BacktestMetrics, ModelMeta, PredictionRequest
 from utils.errors import InsufficientDataError, ModelCorruptError
 from utils.model_paths import GBM, LSTM
+
+if TYPE_CHECKING:
+    from service.model_registry import ServedModel
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -55,19 +58,6 @@ NEUTRAL = {
 MARKED = ("close", "weight_before", "target_weight", "change", "expected_log", "lower", "upper", "prob_up")
 REQUIRED_METRICS = tuple(name for name, field in BacktestMetrics.model_fields.items() if field.is_required())
 MAX_NUMBER = sys.float_info.max
-
-
-class Answering(Protocol):
-    """What of a model the chart shows, see `service.model_registry.ServedModel`."""
-
-    @property
-    def meta(self) -> ModelMeta: ...  # noqa: D102
-    @property
-    def bundle(self) -> Any: ...  # noqa: ANN401, D102
-    @property
-    def forecaster(self) -> Forecaster: ...  # noqa: D102
-    @property
-    def warnings(self) -> tuple[str, ...]: ...  # noqa: D102
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,7 +224,7 @@ def marker_of(
     )
 
 
-def reasons_of(model: Answering, bars: pd.DataFrame, chart: Chart) -> dict[int, str]:
+def reasons_of(model: "ServedModel", bars: pd.DataFrame, chart: Chart) -> dict[int, str]:
     """Say what the forecasts behind the latest trades are made from, by row of the chart.
 
     Only of the model that forecasts now: of those that made the walk-forward record nothing is kept.
@@ -292,11 +282,7 @@ def overlays_of(bars: pd.DataFrame, chart: Chart, path: ForecastPath) -> list[wi
 
 
 def metadata_of(
-    request: PredictionRequest,
-    model: Answering,
-    bars: Bars,
-    decisions: Decisions,
-    chart: Chart,
+    request: PredictionRequest, model: "ServedModel", bars: Bars, decisions: Decisions, chart: Chart
 ) -> wire.PredictionMetadata:
     """Echo what was asked, and say what answered and how far it may be believed."""
     meta, trained = model.meta, model.bundle.metadata
@@ -346,7 +332,7 @@ def metadata_of(
     )
 
 
-def age_of(model: Answering, bars: Bars) -> tuple[int, int]:
+def age_of(model: "ServedModel", bars: Bars) -> tuple[int, int]:
     """Return how many sessions ago the model was trained, and the oldest age that the walk-forward judged."""
     metadata = model.bundle.metadata
     through, last = pd.Timestamp(metadata["trained_through"]), bars.provenance.last_session
@@ -354,7 +340,7 @@ def age_of(model: Answering, bars: Bars) -> tuple[int, int]:
     return max(age, 0), max((fold["n"] for fold in metadata.get("folds", ())), default=USUAL_BLOCK_BARS)
 
 
-def model_notes(model: Answering, age: int, judged: int) -> list[str]:
+def model_notes(model: "ServedModel", age: int, judged: int) -> list[str]:
     """Say in words how far the model may be believed."""
     unsure = {
         "no-edge": "this model has shown no edge out of sample",
@@ -393,7 +379,7 @@ def std_ratio(record: pd.DataFrame) -> float | None:
     return float(np.std(predicted[known])) / spread if spread > 0.0 else None
 
 
-def data_notes(bars: Bars, chart: Chart, model: Answering, request: PredictionRequest) -> list[str]:
+def data_notes(bars: Bars, chart: Chart, model: "ServedModel", request: PredictionRequest) -> list[str]:
     """Say in words what is amiss with the bars and the chart."""
     notes = list(bars.report.problems())
     if bars.provenance.stale:

@@ -96,7 +96,7 @@ class ReadyAnswer:
 def hold_bars(
     symbol: str, *, source: BarSource, cache: ReadsThrough | None, now: datetime, before: Held | None
 ) -> Held:
-    """Fetch bars to be kept in memory; those from before, marked stale, where that fails, if there are any."""
+    """Fetch bars to be kept in memory; where that fails, those from before, if any, marked stale."""
     try:
         revision = source.revision(symbol) if isinstance(source, RevisionedSource) else None
         if before is not None and revision is not None and before.revision == revision:
@@ -206,7 +206,7 @@ class BarKeeper:
 
 
 class Outbox:
-    """Served forecasts on their way to ``record``, which keeps each with its moment; safe for many threads."""
+    """Served forecasts on their way to ``record``, which keeps each with its moment; thread-safe."""
 
     def __init__(self, record: Callable[[ServedForecast, datetime], object]) -> None:
         self._record = record
