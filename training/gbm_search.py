@@ -25,7 +25,8 @@ import optuna
 import xgboost
 
 from data.data_splitter import PurgedTimeSeriesSplit
-from inference.ensemble import Booster, FloatArray, overlap_error, predict_booster
+from inference.ensemble import FloatArray, overlap_error
+from inference.load_gbm_models import Booster, predict_booster
 from training.libraries import LIBRARIES, Fitting, Library, Params, Rows
 from utils.errors import DeviceError, UsageError
 

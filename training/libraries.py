@@ -16,7 +16,8 @@ import numpy.typing as npt
 import optuna
 import xgboost
 
-from inference.ensemble import Booster, FloatArray, FloatMatrix, overlap_error, shap_values
+from inference.ensemble import FloatArray, FloatMatrix, overlap_error
+from inference.load_gbm_models import Booster, shap_values
 from utils.errors import UsageError
 
 logger = logging.getLogger(__name__)

@@ -16,18 +16,8 @@ from sklearn.preprocessing import RobustScaler
 
 from data.target_engineering import DEFAULT_HORIZON_BARS, Dataset
 from evaluation.accounting import CostModel
-from inference.ensemble import (
-    Booster,
-    BoosterEnsemble,
-    Calibration,
-    FloatArray,
-    FloatMatrix,
-    IntArray,
-    calibrate,
-    calibrate_symbols,
-    select_scaled,
-    shrunk_weights,
-)
+from inference.ensemble import Calibration, FloatArray, FloatMatrix, IntArray, calibrate, calibrate_symbols
+from inference.load_gbm_models import Booster, BoosterEnsemble, select_scaled, shrunk_weights
 from inference.load_lstm_model import windows_of
 from training.gbm_search import SearchConfig, Tuned, fit_boosters, tune
 from training.libraries import Rows, Selection, screen, select_features
