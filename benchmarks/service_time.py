@@ -142,6 +142,8 @@ class Bench:
         self.environment = {
             **os.environ,
             "PYTHONPATH": str(PROJECT_ROOT),
+            # Compiled once, by the training, as on any machine that is not told otherwise.
+            "PYTHONDONTWRITEBYTECODE": "",
             "AI_STOCKS_SOURCE": self.source,
             "AI_STOCKS_RATE_PER_S": "0",
             "AI_STOCKS_DRAIN_S": "0",

@@ -8,7 +8,11 @@ other room reads, counts what it mended, and refuses what it cannot mend. Calend
 
 import functools
 import hashlib
+import importlib.metadata
 import re
+import uuid
+import zipfile
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from datetime import UTC, date, datetime
 
@@ -17,6 +21,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from utils.errors import DataError, InsufficientDataError, InvalidSymbolError, UsageError
+from utils.settings import read_settings
 
 Days = NDArray[np.datetime64]
 BAR_COLUMNS = ("Open", "High", "Low", "Close", "Volume")
@@ -187,11 +192,29 @@ def _load(name: str, last_year: int) -> SessionCalendar:
         days = days if name == ALWAYS else days[np.is_busday(days)]
         closes, known_to = (days + 1).astype("datetime64[s]"), days[0] - 1 if name == UNMAPPED else end
     else:
-        (timezone, days, closes, known_to), per_year = _from_exchange(name, end), 252
+        (timezone, days, closes, known_to), per_year = _kept(name, end), 252
     days.flags.writeable = closes.flags.writeable = False
     return SessionCalendar(
         name=name, timezone=timezone, sessions_per_year=per_year, days=days, closes=closes, known_to=known_to
     )
+
+
+def _kept(name: str, end: np.datetime64) -> tuple[str, Days, Days, np.datetime64]:
+    """Return `_from_exchange`, from the file of an earlier process where there is one."""
+    release = importlib.metadata.version("exchange_calendars")
+    file = read_settings().cache_dir / "calendars" / f"{name}-{end}-{release}.npz"
+    try:
+        with file.open("rb") as stream, np.load(stream) as kept:
+            return str(kept["zone"]), kept["days"], kept["closes"], kept["known_to"][()]
+    except (OSError, ValueError, EOFError, LookupError, zipfile.BadZipFile):
+        zone, days, closes, known_to = built = _from_exchange(name, end)
+    # Who cannot write here builds it again in the next process.
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        aside = file.with_name(f"{uuid.uuid4().hex}.npz")
+        np.savez(aside, zone=np.array(zone), days=days, closes=closes, known_to=np.array(known_to))
+        aside.replace(file)
+    return built
 
 
 def _from_exchange(name: str, end: np.datetime64) -> tuple[str, Days, Days, np.datetime64]:
@@ -344,7 +367,8 @@ def _as_numbers(raw: pd.DataFrame) -> pd.DataFrame:
 
 def bar_dates(table: pd.DataFrame) -> pd.DatetimeIndex:
     """Return the index as tz-naive dates; a zone is dropped, the local date stays."""
-    return pd.DatetimeIndex(table.index).tz_localize(None).normalize().as_unit("us").rename("date")
+    index = pd.DatetimeIndex(table.index).tz_localize(None)
+    return (index if index.is_normalized else index.normalize()).as_unit("us").rename("date")
 
 
 def _order(table: pd.DataFrame, counts: dict[str, int]) -> pd.DataFrame:

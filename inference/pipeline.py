@@ -21,7 +21,7 @@ from evaluation.advanced_backtester import AdvancedBacktester, BacktestReport
 from inference import artifact
 from inference.artifact import GOLDEN_TOLERANCE, RECORD, Saved, Version, corrupt, unusable
 from inference.ensemble import Calibration, FloatArray, FloatMatrix, IntArray
-from inference.intervals import ANCHORS_BARS, ForecastPath, forecast_path, with_bands
+from inference.intervals import ANCHORS_BARS, ForecastPath, columns_of, forecast_path, with_bands
 from inference.position_sizing import Sizer, SizingInputs
 from utils.errors import DataError, ModelIncompatibleError
 from utils.model_paths import ArtifactKind
@@ -251,10 +251,8 @@ def decide(
         ),
         costs or CostModel(),
     )
-    frame = forecast.copy()
-    frame.insert(0, "close", close)
-    frame.insert(1, "asset_return", asset_return)
-    frame["target_weight"] = weights
+    columns = {"close": close, "asset_return": asset_return, **columns_of(forecast), "target_weight": weights}
+    frame = pd.DataFrame(columns, index=forecast.index)
     return Decisions(
         symbol=symbol,
         frame=frame,
@@ -352,8 +350,9 @@ class BundleForecaster:
         """Return centre, scale and skill of every bar's forecast, and its raw signal."""
         target = make_target(bars, self.horizon_bars)
         realised_log = np.asarray(target["target_log"], dtype=np.float64)
-        frame = self._centre(bars, np.asarray(target["sigma_log"], dtype=np.float64))
-        frame["is_of_other_prices"] = self._is_of_other_prices(pd.DatetimeIndex(bars.index), realised_log)
+        record = self.bundle.record.set_index("date").reindex(pd.DatetimeIndex(bars.index))
+        frame = self._centre(bars, record, np.asarray(target["sigma_log"], dtype=np.float64))
+        frame["is_of_other_prices"] = self._is_of_other_prices(record, realised_log)
         frame["is_out_of_sample"] &= ~frame["is_of_other_prices"]
         return frame
 
@@ -365,38 +364,39 @@ class BundleForecaster:
         features = self._features(bars.iloc[first : int(rows.max()) + 1])[rows - first]
         return self.bundle.contributions(features).set_axis(sessions)
 
-    def _is_of_other_prices(self, index: pd.DatetimeIndex, realised_log: FloatArray) -> npt.NDArray[np.bool_]:
+    def _is_of_other_prices(self, record: pd.DataFrame, realised_log: FloatArray) -> npt.NDArray[np.bool_]:
         """Tell which replayed forecasts were made from other prices, as far as each bar can know, (n,).
 
         A forecast of the record is one of these bars only where the outcomes that the record holds are those
         of these bars. The outcome of bar t - h is known at t, so the mask at t depends on nothing later.
         """
-        record = self.bundle.record.set_index("date").reindex(index)
         apart = np.abs(np.asarray(record["realised_log"], dtype=np.float64) - realised_log)
         differs = apart > OTHER_PRICES_SIGMA * np.asarray(record["sigma_log"], dtype=np.float64)
-        known = np.zeros(len(index))
-        known[self.horizon_bars :] = differs[: max(len(index) - self.horizon_bars, 0)]
+        known = np.zeros(len(differs))
+        known[self.horizon_bars :] = differs[: max(len(differs) - self.horizon_bars, 0)]
         recent = pd.Series(known).rolling(OTHER_PRICES_MEMORY_BARS, min_periods=1).max().to_numpy() > 0
         return np.asarray(recent & np.asarray(record["predicted_log"].notna()), dtype=np.bool_)
 
-    def _centre(self, bars: pd.DataFrame, sigma_log: FloatArray) -> pd.DataFrame:
+    def _centre(self, bars: pd.DataFrame, record: pd.DataFrame, sigma_log: FloatArray) -> pd.DataFrame:
         """Return centre, scale and skill per bar: the record's rows, then the final model's."""
         bundle, index = self.bundle, pd.DatetimeIndex(bars.index)
-        record = bundle.record.set_index("date").reindex(index)
-        frame = pd.DataFrame(index=index)
-        frame["expected_log"] = record["predicted_log"]
-        frame["baseline_log"] = record["baseline_log"]
-        frame["sigma_log"] = record["sigma_log"].fillna(pd.Series(sigma_log, index=index))
-        frame["skill_lower"] = record["skill_lower"].fillna(0.0) if self._is_trusted else 0.0
-        for name in ("raw_scaled", *(f"model_{name}" for name in bundle.models)):
-            frame[name] = record[name]
         after = np.asarray(index > bundle.record["date"].max())
-        frame["is_out_of_sample"] = record["predicted_log"].notna() | after
-        wanted = after | (np.asarray(record["predicted_log"].isna()) if self.include_in_sample else False)
+        replayed = np.asarray(record["predicted_log"].notna())
+        wanted = after | (~replayed if self.include_in_sample else False)
+        signals = ["raw_scaled", *(f"model_{name}" for name in bundle.models)]
+        skill = record["skill_lower"].fillna(0.0) if self._is_trusted else np.zeros(len(index))
+        columns = {
+            "expected_log": record["predicted_log"],
+            "baseline_log": record["baseline_log"],
+            "sigma_log": record["sigma_log"].fillna(pd.Series(sigma_log, index=index)),
+            "skill_lower": skill,
+            **{name: record[name] for name in signals},
+            "is_out_of_sample": replayed | after,
+            **{further_column(ahead): np.full(len(index), np.nan) for ahead in bundle.path_horizons},
+        }
+        frame = pd.DataFrame({name: np.asarray(each) for name, each in columns.items()}, index=index)
         # The record's last bar has no outcome over any horizon: no path model was trained on it.
         ahead = np.asarray(index >= bundle.record["date"].max()) & bool(bundle.path_horizons)
-        for bars_ahead in bundle.path_horizons:
-            frame[further_column(bars_ahead)] = np.nan
         if (wanted | ahead).any():
             features = self._features(bars)
             usable = np.isfinite(features).all(axis=1) & np.isfinite(frame["sigma_log"].to_numpy())

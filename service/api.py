@@ -3,16 +3,17 @@
 Every answer is JSON and every error a problem (RFC 9457) whose ``detail`` is a string; `STATUS_OF` says which
 status an error becomes. Routes that compute do so in the bounded `WorkPool`, so that health never waits.
 
-From the outside in: `edge.Observer`, cross-origin headers, `edge.Guard`, `edge.Shortcut`, the routes.
+From the outside in: `edge.Observer`, `edge.Shortcut`, cross-origin headers, `edge.Guard`, the routes.
 """
 
 import asyncio
 import http
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -25,46 +26,17 @@ from pydantic import ValidationError
 from pydantic.json_schema import models_json_schema
 from sse_starlette import EventSourceResponse
 from starlette.convertors import StringConvertor, register_url_convertor
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import Scope
+from starlette.types import Receive, Scope, Send
 
+from service import edge
+from service import schemas as wire
 from service.backtest_service import posted_backtest, posted_forward_sim
-from service.edge import (
-    PROBLEM_TYPE,
-    EdgeRules,
-    Guard,
-    Metrics,
-    Observer,
-    Shortcut,
-    WorkPool,
-    problem_bytes,
-    unexpected_detail,
-)
 from service.model_registry import ModelRegistry
 from service.prediction_chart import is_finite_number
 from service.prediction_service import PredictionService
-from service.schemas import (
-    MAX_CHART_BARS,
-    SYMBOL_PATTERN,
-    BacktestRequest,
-    BacktestResult,
-    ForwardSimResult,
-    HistoricalResponse,
-    ModelMeta,
-    ModelVersion,
-    PredictionRequest,
-    PredictionResult,
-    Problem,
-    RealtimeQuote,
-    StatusAnswer,
-    TrackRecord,
-    TrainingJob,
-    TrainingParams,
-    TrainingStarted,
-    Welcome,
-    Wire,
-)
 from service.training_service import TrainingService
 from utils import errors
 from utils.errors import AIStocksError, without_paths
@@ -72,8 +44,7 @@ from utils.errors import AIStocksError, without_paths
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-VERSION, ERRORS_IN_DETAIL = "0.1.0", 5
-TRAINING = r"(`python -m training\.[^`]+)`"
+VERSION, ERRORS_IN_DETAIL, TRAINING = "0.1.0", 5, r"(`python -m training\.[^`]+)`"
 # Seconds after which asking again may help.
 RETRY_AFTER_S: Mapping[type[AIStocksError], int] = {errors.UpstreamError: 30, errors.OverloadError: 2}
 # Longer than a stream of events sleeps.
@@ -107,37 +78,29 @@ REF = "#/components/schemas/{model}"
 DOCS = Path(__file__).with_name("docs.html.j2")
 DOCS_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
 
-Days = Annotated[int, Query(ge=1, le=MAX_CHART_BARS)]
-SymbolInPath = Annotated[str, PathParameter(json_schema_extra={"pattern": SYMBOL_PATTERN, "maxLength": 64})]
-
-
-def _no_record(symbol: str, _limit: int) -> TrackRecord:
-    return TrackRecord(symbol=symbol, summaries=[], forecasts=[], notes=["no record is kept here"])
+Days = Annotated[int, Query(ge=1, le=wire.MAX_CHART_BARS)]
+SymbolInPath = Annotated[
+    str, PathParameter(json_schema_extra={"pattern": wire.SYMBOL_PATTERN, "maxLength": 64})
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
     """What the routes answer with.
 
-    Attributes
-    ----------
-    track_record
-        What was served of a symbol, the last so many forecasts, and what became of it.
-    stopping
-        Whether the service is about to end.
-    gauges
-        Further figures of ``/metrics``: what they say, how to ask.
+    ``track_record`` takes a symbol and how many forecasts of it are wanted, ``gauges`` are further figures of
+    ``/metrics``: what they say, and how to ask.
     """
 
     registry: ModelRegistry
     predictions: PredictionService
     training: TrainingService
+    track_record: Callable[[str, int], wire.TrackRecord]
     source_name: str
     origins: tuple[str, ...]
     on_start: Callable[[], None]
     on_stop: Callable[[], None] = lambda: None
-    track_record: Callable[[str, int], TrackRecord] = _no_record
-    rules: EdgeRules = field(default_factory=EdgeRules)
+    rules: edge.EdgeRules = field(default_factory=edge.EdgeRules)
     stopping: Callable[[], bool] = lambda: False
     gauges: Mapping[str, tuple[str, Callable[[], float]]] = field(default_factory=dict)
 
@@ -148,14 +111,28 @@ class TextConvertor(StringConvertor):
     regex = r"(?s:.*)"
 
 
+class Api(FastAPI):
+    """The framework behind the edge: what the edge answers costs none of the framework's own layers."""
+
+    outermost: edge.Application
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        await self.outermost(scope, receive, send)
+
+    async def framework(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle what the edge passes on."""
+        await super().__call__(scope, receive, send)
+
+
 def create_api(services: Services) -> FastAPI:
     """Build the application around its services."""
     register_url_convertor("text", TextConvertor())
     rules = services.rules
-    pool = WorkPool(threads=rules.work_threads, queue=rules.work_queue, deadline_s=rules.deadline_s)
-    pending = {"work_pending": ("Requests that compute or wait to", lambda: float(pool.pending))}
-    metrics = Metrics({**pending, **services.gauges})
-    api = FastAPI(
+    pool = edge.WorkPool(threads=rules.work_threads, queue=rules.work_queue, deadline_s=rules.deadline_s)
+    pending = ("Requests that compute or wait to", lambda: float(pool.pending))
+    metrics = edge.Metrics({"work_pending": pending, **services.gauges})
+    api = Api(
         title="AI-Stocks",
         version=VERSION,
         lifespan=_lifespan(services, pool),
@@ -163,40 +140,61 @@ def create_api(services: Services) -> FastAPI:
         redirect_slashes=False,
         docs_url=None,
         redoc_url=None,
-        responses={"default": {"model": Problem, "description": "Every error"}},
+        responses={"default": {"model": wire.Problem, "description": "Every error"}},
     )
     api.state.source = services.source_name
     stock_openapi = api.openapi
     api.openapi = lambda: api.openapi_schema or document_errors(stock_openapi())  # type: ignore[method-assign]
-    for router in (
-        _health_routes(services),
-        _model_routes(services, pool),
-        _price_routes(services.predictions, pool),
-        _training_routes(services.training),
-        _judging_routes(services, pool),
-    ):
-        api.include_router(router)
+    api.include_router(_health_routes(services))
+    api.include_router(_model_routes(services, pool))
+    api.include_router(_price_routes(services.predictions, pool))
+    api.include_router(_training_routes(services.training))
+    api.include_router(_judging_routes(services, pool))
     _add_pages(api, metrics)
     api.add_exception_handler(AIStocksError, _on_our_error)
     api.add_exception_handler(RequestValidationError, _on_invalid)
     api.add_exception_handler(StarletteHTTPException, _on_http_error)
-    # Added last is outermost: what the guard answers carries cross-origin headers too.
-    api.add_middleware(Shortcut, path="/api/predict", ready=services.predictions.ready_answer)
-    api.add_middleware(Guard, rules=rules)
-    api.add_middleware(
-        CORSMiddleware,
+    api.outermost = _outermost(api, services, metrics)
+    return api
+
+
+def _outermost(api: Api, services: Services, metrics: edge.Metrics) -> edge.Application:
+    """Return the application from the outside in."""
+    rate = edge.RateLimit(services.rules.rate_per_s, services.rules.rate_burst)
+    # Not around the framework, which has an answer of its own to what nobody caught.
+    api.add_middleware(edge.Guard, rules=services.rules, rate=rate)
+    # What the guard answers carries cross-origin headers too.
+    cors = CORSMiddleware(
+        api.framework,
         allow_origins=services.origins,
         allow_methods=["GET", "POST", "DELETE"],
         allow_headers=["*"],
         expose_headers=["X-Request-ID", "Content-Disposition", "Retry-After"],
     )
-    api.add_middleware(
-        Observer, metrics=metrics, stopping=services.stopping, known_paths=lambda: api.openapi()["paths"]
+
+    @lru_cache(maxsize=100)
+    def cross_origin(origin: bytes) -> list[tuple[bytes, bytes]]:
+        headers = MutableHeaders(cors.simple_headers if origin else {})
+        if origin and cors.is_allowed_origin(origin.decode("latin-1")):
+            cors.allow_explicit_origin(headers, origin.decode("latin-1"))
+        else:
+            headers["Vary"] = "Origin"
+        return headers.raw
+
+    shortcut = edge.Shortcut(
+        cors,
+        rules=services.rules,
+        rate=rate,
+        path="/api/predict",
+        ready=services.predictions.ready_answer,
+        cross_origin=cross_origin,
     )
-    return api
+    return edge.Observer(
+        shortcut, metrics=metrics, stopping=services.stopping, known_paths=lambda: api.openapi()["paths"]
+    )
 
 
-def _add_pages(api: FastAPI, metrics: Metrics) -> None:
+def _add_pages(api: FastAPI, metrics: edge.Metrics) -> None:
     """Add what is for people and machines beside the page: it is no part of the contract."""
 
     @api.get("/metrics", include_in_schema=False)
@@ -218,8 +216,8 @@ def _add_pages(api: FastAPI, metrics: Metrics) -> None:
 
 def document_errors(schema: dict[str, Any]) -> dict[str, Any]:
     """Say in an OpenAPI document what every error looks like, and which ones there are."""
-    problems = {PROBLEM_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    _, posted = models_json_schema([(BacktestRequest, "validation")], ref_template=REF)
+    problems = {edge.PROBLEM_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    _, posted = models_json_schema([(wire.BacktestRequest, "validation")], ref_template=REF)
     schema["components"]["schemas"] |= posted["$defs"]
     for path, item in schema["paths"].items():
         for method, operation in item.items():
@@ -233,7 +231,9 @@ def document_errors(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
-def _lifespan(services: Services, pool: WorkPool) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+def _lifespan(
+    services: Services, pool: edge.WorkPool
+) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(api: FastAPI) -> Any:  # noqa: ANN401
         services.on_start()
@@ -253,27 +253,27 @@ def _lifespan(services: Services, pool: WorkPool) -> Callable[[FastAPI], Abstrac
 def _health_routes(services: Services) -> APIRouter:
     router = APIRouter(tags=["health"])
 
-    @router.get("/", response_model=Welcome)
+    @router.get("/", response_model=wire.Welcome)
     def welcome() -> Response:
         """Say what this is."""
-        return answer(Welcome(message="AI-Stocks: POST /api/predict, see /docs"))
+        return answer(wire.Welcome(message="AI-Stocks: POST /api/predict, see /docs"))
 
-    @router.get("/api/health", response_model=StatusAnswer)
+    @router.get("/api/health", response_model=wire.StatusAnswer)
     async def health() -> Response:
         """Say that the service answers, and from which prices."""
-        return answer(StatusAnswer(status="ok", version=VERSION, source=services.source_name))
+        return answer(wire.StatusAnswer(status="ok", version=VERSION, source=services.source_name))
 
-    @router.get("/api/health/live", response_model=StatusAnswer)
+    @router.get("/api/health/live", response_model=wire.StatusAnswer)
     async def live() -> Response:
         """Say that the process runs."""
-        return answer(StatusAnswer(status="ok"))
+        return answer(wire.StatusAnswer(status="ok"))
 
-    @router.get("/api/health/ready", response_model=StatusAnswer)
+    @router.get("/api/health/ready", response_model=wire.StatusAnswer)
     def ready(request: Request) -> Response:
         """Say whether requests are welcome: not before the start has ended, nor once it stops."""
         if services.stopping() or not getattr(request.app.state, "ready", False):
             raise HTTPException(503, "the service is starting or stopping", {"Retry-After": "1"})
-        return answer(StatusAnswer(status="ok", models=len(services.registry.list())))
+        return answer(wire.StatusAnswer(status="ok", models=len(services.registry.list())))
 
     return router
 
@@ -284,39 +284,39 @@ def _unless_training(services: Services, model_id: str, change: Callable[[str], 
     return change(model_id)
 
 
-def _model_routes(services: Services, pool: WorkPool) -> APIRouter:
+def _model_routes(services: Services, pool: edge.WorkPool) -> APIRouter:
     router, registry = APIRouter(tags=["models"]), services.registry
 
-    @router.get("/api/models", response_model=list[ModelMeta])
+    @router.get("/api/models", response_model=list[wire.ModelMeta])
     def models() -> Response:
         """List the saved models."""
-        return answer_all(registry.list())
+        return answer(registry.list())
 
-    @router.get("/api/models/{model_id}", response_model=ModelMeta)
+    @router.get("/api/models/{model_id}", response_model=wire.ModelMeta)
     def model(model_id: str) -> Response:
         """Describe one saved model."""
         return answer(registry.find(model_id))
 
-    @router.delete("/api/models/{model_id}", response_model=StatusAnswer)
+    @router.delete("/api/models/{model_id}", response_model=wire.StatusAnswer)
     async def delete(model_id: str) -> Response:
         """Move a model to the trash, from where `restore` brings it back."""
         await pool.run(lambda: _unless_training(services, model_id, registry.delete))
-        return answer(StatusAnswer(status="deleted"))
+        return answer(wire.StatusAnswer(status="deleted"))
 
-    @router.post("/api/models/{model_id}/restore", response_model=ModelMeta)
+    @router.post("/api/models/{model_id}/restore", response_model=wire.ModelMeta)
     async def restore(model_id: str) -> Response:
         """Undo the last deletion of a model."""
         return await pool.run(lambda: answer(registry.restore(model_id)))
 
-    @router.post("/api/models/{model_id}/rollback", response_model=ModelMeta)
+    @router.post("/api/models/{model_id}/rollback", response_model=wire.ModelMeta)
     async def roll_back(model_id: str) -> Response:
         """Let the newest earlier version that loads serve again."""
         return await pool.run(lambda: answer(_unless_training(services, model_id, registry.roll_back)))
 
-    @router.get("/api/models/{model_id}/versions", response_model=list[ModelVersion])
+    @router.get("/api/models/{model_id}/versions", response_model=list[wire.ModelVersion])
     async def versions(model_id: str) -> Response:
         """List the kept versions of a model, the newest first."""
-        return await pool.run(lambda: answer_all(registry.versions(model_id)))
+        return await pool.run(lambda: answer(registry.versions(model_id)))
 
     @router.get(
         "/api/models/{model_id}/download",
@@ -332,23 +332,23 @@ def _model_routes(services: Services, pool: WorkPool) -> APIRouter:
     return router
 
 
-def _price_routes(predictions: PredictionService, pool: WorkPool) -> APIRouter:
+def _price_routes(predictions: PredictionService, pool: edge.WorkPool) -> APIRouter:
     router = APIRouter(tags=["prices"])
 
-    @router.get("/api/historical/{symbol:text}", response_model=HistoricalResponse)
+    @router.get("/api/historical/{symbol:text}", response_model=wire.HistoricalResponse)
     async def historical(symbol: SymbolInPath, days: Days = 90) -> Response:
         """Return the last sessions, adjusted for splits and dividends."""
         return await pool.run(lambda: answer(predictions.history(symbol, days)))
 
-    @router.get("/api/realtime/{symbol:text}", response_model=RealtimeQuote)
+    @router.get("/api/realtime/{symbol:text}", response_model=wire.RealtimeQuote)
     async def realtime(symbol: SymbolInPath) -> Response:
         """Return the last closed session; it says from when it is, and whether a later one has closed."""
         return await pool.run(lambda: answer(predictions.quote(symbol)))
 
-    @router.post("/api/predict", response_model=PredictionResult)
-    async def predict(request: PredictionRequest) -> Response:
+    @router.post("/api/predict", response_model=wire.PredictionResult)
+    async def predict(request: wire.PredictionRequest) -> Response:
         """Return history, positions and forecast of one symbol."""
-        return json_response(await pool.run(lambda: predictions.answer(request)))
+        return answer(await pool.run(lambda: predictions.answer(request)))
 
     return router
 
@@ -356,30 +356,30 @@ def _price_routes(predictions: PredictionService, pool: WorkPool) -> APIRouter:
 def _training_routes(training: TrainingService) -> APIRouter:
     router = APIRouter(tags=["training"])
 
-    @router.post("/api/training/start", response_model=TrainingStarted)
-    def start(params: TrainingParams) -> Response:
+    @router.post("/api/training/start", response_model=wire.TrainingStarted)
+    def start(params: wire.TrainingParams) -> Response:
         """Queue a training."""
-        return answer(TrainingStarted(job_id=training.start(params).id))
+        return answer(wire.TrainingStarted(job_id=training.start(params).id))
 
-    @router.post("/api/models/train", status_code=501, response_model=Problem)
+    @router.post("/api/models/train", status_code=501, response_model=wire.Problem)
     def train() -> None:
         """Not served; the detail names what to use instead."""
         raise HTTPException(501, "not served: use POST /api/training/start instead")
 
-    @router.get("/api/training", response_model=list[TrainingJob])
+    @router.get("/api/training", response_model=list[wire.TrainingJob])
     def jobs() -> Response:
         """List the trainings, newest first."""
-        return answer_all(training.list())
+        return answer(training.list())
 
-    @router.get("/api/training/{job_id}", response_model=TrainingJob)
+    @router.get("/api/training/{job_id}", response_model=wire.TrainingJob)
     def job(job_id: str) -> Response:
         """Describe one training."""
         return answer(training.get(job_id))
 
-    @router.delete("/api/training/{job_id}", response_model=StatusAnswer)
+    @router.delete("/api/training/{job_id}", response_model=wire.StatusAnswer)
     def cancel(job_id: str) -> Response:
         """End a training that waits or runs; one that had ended before stays what it was."""
-        return answer(StatusAnswer(status=training.cancel(job_id).status))
+        return answer(wire.StatusAnswer(status=training.cancel(job_id).status))
 
     @router.get("/api/training/{job_id}/events", response_class=EventSourceResponse)
     @router.get("/api/jobs/{job_id}/events", response_class=EventSourceResponse)
@@ -399,7 +399,7 @@ def _training_routes(training: TrainingService) -> APIRouter:
     return router
 
 
-async def raw_body(request: Request) -> bytes:
+async def posted(request: Request) -> bytes:
     """Return a body as it came: a whole prediction takes too long to read for the thread of all requests."""
     try:
         return await request.body()
@@ -407,29 +407,32 @@ async def raw_body(request: Request) -> bytes:
         raise HTTPException(400, "the body was cut off") from error
 
 
-def read_posted(body: bytes) -> BacktestRequest:
+def read(body: bytes) -> wire.BacktestRequest:
     """Read the body of a backtest; what is wrong with it is told like that of any other body."""
     try:
-        return BacktestRequest.model_validate_json(body)
+        return wire.BacktestRequest.model_validate_json(body)
     except ValidationError as error:
         raise RequestValidationError(error.errors(include_url=False)) from error
 
 
-def _judging_routes(services: Services, pool: WorkPool) -> APIRouter:
+Posted = Annotated[bytes, Depends(posted)]
+
+
+def _judging_routes(services: Services, pool: edge.WorkPool) -> APIRouter:
     router, schema = APIRouter(tags=["judging"]), {"$ref": REF.format(model="BacktestRequest")}
     whole = {"requestBody": {"content": {"application/json": {"schema": schema}}, "required": True}}
 
-    @router.post("/api/backtest", response_model=BacktestResult, openapi_extra=whole)
-    async def backtest(body: Annotated[bytes, Depends(raw_body)]) -> Response:
+    @router.post("/api/backtest", response_model=wire.BacktestResult, openapi_extra=whole)
+    async def backtest(body: Posted) -> Response:
         """Book the positions of a prediction, and set them beside buy and hold."""
-        return await pool.run(lambda: answer(posted_backtest(read_posted(body))))
+        return await pool.run(lambda: answer(posted_backtest(read(body))))
 
-    @router.post("/api/forward_sim", response_model=ForwardSimResult, openapi_extra=whole)
-    async def forward_sim(body: Annotated[bytes, Depends(raw_body)]) -> Response:
+    @router.post("/api/forward_sim", response_model=wire.ForwardSimResult, openapi_extra=whole)
+    async def forward_sim(body: Posted) -> Response:
         """Book the last positions of a prediction."""
-        return await pool.run(lambda: answer(posted_forward_sim(read_posted(body))))
+        return await pool.run(lambda: answer(posted_forward_sim(read(body))))
 
-    @router.get("/api/track-record/{symbol:text}", response_model=TrackRecord)
+    @router.get("/api/track-record/{symbol:text}", response_model=wire.TrackRecord)
     async def track_record(symbol: SymbolInPath, limit: Days = 250) -> Response:
         """Return served forecasts and what became of them."""
         return await pool.run(lambda: answer(services.track_record(symbol, limit)))
@@ -437,30 +440,24 @@ def _judging_routes(services: Services, pool: WorkPool) -> APIRouter:
     return router
 
 
-def answer(model: Wire) -> Response:
-    """Return the model's own JSON; the framework's encoder takes three to ten times as long."""
-    return json_response(model.wire_bytes())
-
-
-def answer_all(models: Iterable[Wire]) -> Response:
-    """Return a list of models."""
-    return json_response(b"[" + b",".join(model.wire_bytes() for model in models) + b"]")
-
-
-def json_response(body: bytes) -> Response:
-    """Return JSON that is ready to be sent."""
-    return Response(body, media_type="application/json")
+def answer(said: bytes | wire.Wire | Sequence[wire.Wire]) -> Response:
+    """Return JSON: ready-made, a model's own, or a list; the framework's encoder takes far longer."""
+    if isinstance(said, wire.Wire):
+        said = said.wire_bytes()
+    elif not isinstance(said, bytes):
+        said = b"[" + b",".join(model.wire_bytes() for model in said) + b"]"
+    return Response(said, media_type="application/json")
 
 
 def problem(scope: Scope, status: int, detail: str, headers: Mapping[str, str] | None = None) -> Response:
     """Return an error as the page reads it."""
-    return Response(problem_bytes(scope, status, detail), status, headers, PROBLEM_TYPE)
+    return Response(edge.problem_bytes(scope, status, detail), status, headers, edge.PROBLEM_TYPE)
 
 
 def _on_our_error(request: Request, error: Exception) -> Response:
     status = next(STATUS_OF[cls] for cls in type(error).__mro__ if cls in STATUS_OF)
     if status == 500:
-        return problem(request.scope, 500, unexpected_detail(request.scope, error))
+        return problem(request.scope, 500, edge.unexpected_detail(request.scope, error))
     logger.info("%s %s: %s", status, request.url.path.encode("unicode_escape").decode(), error)
     wait_s = next((RETRY_AFTER_S[cls] for cls in type(error).__mro__ if cls in RETRY_AFTER_S), None)
     headers = {"Retry-After": str(wait_s)} if wait_s is not None and status == 503 else None

@@ -1,9 +1,9 @@
 """What stands between the network and the routes; plain ASGI that knows no framework.
 
-Two layers. `Observer` is outermost: it gives every request an id, every answer its security headers, and
-writes one log line and the figures of ``/metrics``. `Guard` lies inside of the cross-origin headers, since a
-browser shows no error that lacks them: it bounds how often, by whom and how much is asked, and turns what
-nobody caught into a problem (RFC 9457). `WorkPool` is where routes compute.
+`Observer` is outermost: it gives every request an id, every answer its security headers, and writes one log
+line and the figures of ``/metrics``. `Shortcut` sends answers that are at hand. `Guard` lies inside of the
+cross-origin headers, since a browser shows no error that lacks them: it bounds how often, by whom and how
+much is asked, and turns what nobody caught into a problem (RFC 9457). `WorkPool` is where routes compute.
 """
 
 import asyncio
@@ -76,10 +76,7 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EdgeRules:
-    """What a request may cost, and who may write; `utils.settings.Settings` says more of what it sets here.
-
-    Bodies of ``large_body_bytes`` are for what holds a whole prediction; all have ``body_s`` to arrive.
-    """
+    """What a request may cost, and who may write, see `utils.settings.Settings`."""
 
     body_bytes: int = 1 << 20
     large_body_bytes: int = 16 << 20
@@ -99,8 +96,7 @@ class EdgeRules:
 class WorkPool:
     """Threads that compute, a bounded queue before them, and a deadline.
 
-    A thread cannot be stopped: what runs past its deadline keeps its place until it is done, so that no more
-    than ``threads`` computations ever run.
+    A thread cannot be stopped: what runs past its deadline keeps its place until it is done.
     """
 
     def __init__(self, *, threads: int, queue: int, deadline_s: float) -> None:
@@ -114,10 +110,8 @@ class WorkPool:
 
         Raises
         ------
-        OverloadError
-            If the queue is full; nothing is computed.
-        DeadlineError
-            If it takes too long. What has begun is finished, what has not is dropped.
+        OverloadError, DeadlineError
+            If the queue is full, or it takes too long: what has begun is finished, what has not is dropped.
         """
         with self._guard:
             if self.pending >= self._most:
@@ -139,7 +133,7 @@ class WorkPool:
             self.pending -= 1
 
     def close(self) -> None:
-        """Drop what has not begun; what has is not waited for. The next call opens it again."""
+        """Drop what has not begun; what has is not waited for."""
         with self._guard:
             closed, self._executor = self._executor, None
         if closed is not None:
@@ -149,8 +143,7 @@ class WorkPool:
 class RateLimit:
     """A token bucket per client, as the time at which it would be full again (GCRA).
 
-    The oldest client is forgotten when there are more than ``MAX_CLIENTS``: whoever has that many addresses
-    gets past this anyhow, and the memory stays bounded.
+    Beyond ``MAX_CLIENTS`` the oldest is forgotten: whoever has that many addresses gets past this anyhow.
     """
 
     def __init__(self, per_s: float, burst: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -247,8 +240,8 @@ def problem_bytes(scope: Scope, status: int, detail: str) -> bytes:
         type="about:blank",
         title=http.HTTPStatus(status).phrase,
         status=status,
-        detail=_printable(detail),
-        instance=_printable(str(scope.get("path", "")))[:200],
+        detail=detail.encode("utf-8", "replace").decode(),
+        instance=str(scope.get("path", ""))[:200].encode("utf-8", "replace").decode(),
         request_id=scope.get("state", {}).get("request_id", ""),
     ).wire_bytes()
 
@@ -258,10 +251,6 @@ def unexpected_detail(scope: Scope, error: Exception) -> str:
     request_id = scope.get("state", {}).get("request_id", "")
     logger.error("request %s failed", request_id, exc_info=error)
     return f"something broke here; the server's log has it under request {request_id}"
-
-
-def _printable(text: str) -> str:
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def header(scope: Scope, name: bytes) -> bytes:
@@ -282,7 +271,7 @@ def announced_bytes(scope: Scope) -> int:
 class Observer:
     """Gives requests their id and answers their headers; logs and counts each.
 
-    Of a request that got no further than the guard, the route is known where it is one of ``known_paths``.
+    Where no route was looked for, it is known if it is one of ``known_paths``.
     """
 
     def __init__(
@@ -293,8 +282,7 @@ class Observer:
         stopping: Callable[[], bool],
         known_paths: Callable[[], Iterable[str]],
     ) -> None:
-        self._app, self._metrics, self._stopping = app, metrics, stopping
-        self._known_paths = known_paths
+        self._app, self._metrics, self._stopping, self._known_paths = app, metrics, stopping, known_paths
         self._statics: frozenset[str] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -365,10 +353,8 @@ class Refusal(NamedTuple):
 class Guard:
     """Bounds what is asked, and turns what nobody caught into a problem."""
 
-    def __init__(self, app: Application, rules: EdgeRules) -> None:
-        self._app = app
-        self._rules = rules
-        self._rate = RateLimit(rules.rate_per_s, rules.rate_burst)
+    def __init__(self, app: Application, rules: EdgeRules, rate: RateLimit) -> None:
+        self._app, self._rules, self._rate = app, rules, rate
         self._keys = tuple(hashlib.sha256(key.encode()).digest() for key in rules.api_keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -391,11 +377,10 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> Refusal | None:
         rules, path = self._rules, scope["path"]
-        if not path.startswith(NEVER_LIMITED):
-            wait_s = self._rate.wait_s(client_of(scope))
-            if wait_s:
-                detail = f"more than {rules.rate_per_s:g} requests a second: slow down"
-                return Refusal(429, detail, {"Retry-After": str(math.ceil(wait_s))})
+        wait_s = 0.0 if path.startswith(NEVER_LIMITED) else self._rate.wait_s(client_of(scope))
+        if wait_s:
+            detail = f"more than {rules.rate_per_s:g} requests a second: slow down"
+            return Refusal(429, detail, {"Retry-After": str(math.ceil(wait_s))})
         writes = scope["method"] not in SAFE_METHODS and path not in READING_POSTS
         status = key_refusal(scope, self._keys) if writes else 0
         if status:
@@ -411,28 +396,46 @@ def _too_large(most: int) -> Refusal:
 class Shortcut:
     """Sends an answer that is at hand; the framework's routing alone would take several times as long.
 
-    ``ready`` gets the whole body of a POST to ``path``; None of it means that the framework has to look.
+    ``ready`` gets the whole body of a POST to ``path``; None of it means that the framework has to look, and
+    so does a caller who is over its rate. ``cross_origin`` returns the headers for an origin, b"" for none.
     """
 
-    def __init__(self, app: Application, *, path: str, ready: Callable[[bytes], bytes | None]) -> None:
-        self._app, self._path, self._ready = app, path, ready
+    def __init__(
+        self,
+        app: Application,
+        *,
+        rules: EdgeRules,
+        rate: RateLimit,
+        path: str,
+        ready: Callable[[bytes], bytes | None],
+        cross_origin: Callable[[bytes], Sequence[tuple[bytes, bytes]]],
+    ) -> None:
+        self._app, self._rules, self._rate, self._path = app, rules, rate, path
+        self._ready, self._cross_origin = ready, cross_origin
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
-        if scope["type"] != "http" or scope["path"] != self._path or scope["method"] != "POST":
+        is_ours = scope["type"] == "http" and scope["path"] == self._path and scope["method"] == "POST"
+        if not is_ours or header(scope, b"content-type") != b"application/json":
             await self._app(scope, receive, send)
             return
-        unread = [await receive()]
-        is_json = header(scope, b"content-type") == b"application/json"
-        whole = is_json and not unread[0].get("more_body")
+        unread: list[Message] = []
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._rules.body_s):
+                unread.append(await receive())
+        whole = unread and not unread[0].get("more_body")
         body = self._ready(unread[0].get("body", b"")) if whole else None
-        if body is not None:
-            headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        if body is not None and not self._rate.wait_s(client_of(scope)):
+            headers = [(b"content-length", b"%d" % len(body)), (b"content-type", b"application/json")]
+            headers += self._cross_origin(header(scope, b"origin"))
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             await send({"type": "http.response.body", "body": body})
             return
+        is_late = not unread
 
         async def receive_again() -> Message:
+            if is_late:
+                raise TimeoutError
             return unread.pop() if unread else await receive()
 
         await self._app(scope, receive_again, send)
@@ -441,12 +444,10 @@ class Shortcut:
 class _Exchange:
     """One request and its answer: bounds the size of a body that was not announced, and how long it takes."""
 
-    __slots__ = ("_body_ended", "_left", "_receive", "_rules", "_scope", "_send", "refusal", "started")
-
     def __init__(self, scope: Scope, receive: Receive, send: Send, rules: EdgeRules) -> None:
         self._scope, self._receive, self._send, self._rules = scope, receive, send, rules
         self._left = rules.most_bytes(scope["path"])
-        self._body_ended = False
+        self._begin, self._body_ended = b"", False
         self.refusal: Refusal | None = None
         self.started = False
 
@@ -461,11 +462,14 @@ class _Exchange:
             self.refusal = Refusal(408, detail, CLOSE)
             return {"type": "http.disconnect"}
         self._body_ended = not message.get("more_body", False)
-        self._left -= len(message.get("body", b""))
+        body = message.get("body", b"")
+        self._left -= len(body)
+        self._begin = (self._begin + body[:4])[:4]
         if self._left < 0:
             self.refusal = _too_large(self._rules.most_bytes(self._scope["path"]))
-            return {"type": "http.disconnect"}
-        return message
+        elif 0 in self._begin:
+            self.refusal = Refusal(400, "the body is not JSON in UTF-8")
+        return message if self.refusal is None else {"type": "http.disconnect"}
 
     async def send(self, message: Message) -> None:
         # Whatever the routes make of a body that was cut off is not what the caller should read.
@@ -474,7 +478,7 @@ class _Exchange:
             await self._send(message)
 
     async def refuse(self, refusal: Refusal) -> None:
-        """Send the refusal, then throw away what is still coming: a closed door loses the answer."""
+        # What is still coming is thrown away: a closed door loses the answer.
         body = problem_bytes(self._scope, refusal.status, refusal.detail)
         headers = [(b"content-type", PROBLEM_TYPE.encode()), (b"content-length", b"%d" % len(body))]
         headers += [(name.lower().encode(), value.encode()) for name, value in refusal.headers.items()]

@@ -6,7 +6,7 @@ Nothing is decided here, and no position is changed: smoothing, floors and filte
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +18,14 @@ from data.schema import BAR_COLUMNS, Bars, calendar_for
 from inference.ensemble import MODEL_NAMES
 from inference.intervals import ForecastPath
 from inference.load_ensemble_model import PARTS, mode_of
-from inference.pipeline import Decisions, Explains, Forecaster
+from inference.pipeline import Decisions, Explains
 from service import schemas as wire
 from service.schemas import BacktestMetrics, ModelMeta, PredictionRequest
 from utils.errors import InsufficientDataError, ModelCorruptError
 from utils.model_paths import GBM, LSTM
+
+if TYPE_CHECKING:
+    from service.model_registry import ServedModel
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -41,21 +44,19 @@ EXPLAINED_TRADES, STRONGEST = 4, 3
 MEMBERS = {GBM.name: "boosters", LSTM.name: "LSTM"}
 # Where the walk-forward tells no length of its blocks, a year.
 USUAL_BLOCK_BARS = 252
+# What stands for a forecast of no change where there is none.
+THIRD = 1.0 / 3.0
+NEUTRAL = {
+    "asset_return": 0.0,
+    "lower": 0.0,
+    "upper": 0.0,
+    "prob_up": 0.5,
+    "prob_gain": THIRD,
+    "prob_loss": THIRD,
+}
+MARKED = ("close", "weight_before", "target_weight", "change", "expected_log", "lower", "upper", "prob_up")
 REQUIRED_METRICS = tuple(name for name, field in BacktestMetrics.model_fields.items() if field.is_required())
 MAX_NUMBER = sys.float_info.max
-
-
-class Answering(Protocol):
-    """What of a model the chart shows, see `service.model_registry.ServedModel`."""
-
-    @property
-    def meta(self) -> ModelMeta: ...  # noqa: D102
-    @property
-    def bundle(self) -> Any: ...  # noqa: ANN401, D102
-    @property
-    def forecaster(self) -> Forecaster: ...  # noqa: D102
-    @property
-    def warnings(self) -> tuple[str, ...]: ...  # noqa: D102
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,30 +65,23 @@ class Chart:
 
     Attributes
     ----------
-    rows
-        `Decisions.frame` with ``weight_before`` (target of the session before), ``shown_log`` (smoothed
-        median h-day log forecast) and ``is_bull`` (see `REGIME_BARS`); finite wherever it is drawn.
-    dates
-        Sessions as ``YYYY-MM-DD``.
+    sessions, dates
+        The last n bars; and as ``YYYY-MM-DD``.
+    columns
+        Those of `Decisions.frame`, (n,) each, with ``weight_before`` (target of the session before) and the
+        ``change`` from it, ``shown_log`` (smoothed median h-day log forecast) and ``is_bull`` (see
+        `REGIME_BARS`); finite wherever they are drawn.
     horizon_bars
         Number of sessions that a forecast looks ahead.
     neutral_rows
         Sessions without a forecast inside the chart, shown as a forecast of no change.
     """
 
-    rows: pd.DataFrame
+    sessions: pd.DatetimeIndex
     dates: list[str]
+    columns: Mapping[str, FloatArray]
     horizon_bars: int
     neutral_rows: int
-
-    def column(self, name: str) -> FloatArray:
-        """Return one column, (n,)."""
-        return np.asarray(self.rows[name], dtype=np.float64)
-
-    @property
-    def change(self) -> FloatArray:
-        """Change of the target weight decided at each close, (n,)."""
-        return self.column("target_weight") - self.column("weight_before")
 
 
 def chart_of(decisions: Decisions, *, days: int, smoothing: wire.Smoothing) -> Chart:
@@ -107,18 +101,22 @@ def chart_of(decisions: Decisions, *, days: int, smoothing: wire.Smoothing) -> C
             f"{decisions.symbol} has {len(frame)} bars and no forecast for the last one: its features need a "
             "longer or more complete history"
         )
-    tail = slice(max(int(np.argmax(known)), len(frame) - days), None)
-    third = 1.0 / 3.0
-    neutral = {"asset_return": 0.0, "lower": 0.0, "upper": 0.0, "prob_up": 0.5}
-    rows = frame.iloc[tail].fillna({**neutral, "prob_gain": third, "prob_loss": third})
-    rows["weight_before"] = frame["target_weight"].shift(1, fill_value=0.0).iloc[tail]
-    rows["shown_log"] = smooth(frame["expected_log"], smoothing).fillna(0.0).iloc[tail]
-    rows["is_bull"] = (frame["close"] >= frame["close"].rolling(REGIME_BARS, min_periods=1).mean()).iloc[tail]
+    first = max(int(np.argmax(known)), len(frame) - days)
+    tail, before = frame.iloc[first:], max(first - REGIME_BARS, 0)
+    columns = dict(zip(map(str, frame.columns), tail.to_numpy(dtype=np.float64).T, strict=True))
+    columns |= {name: np.where(np.isnan(columns[name]), at, columns[name]) for name, at in NEUTRAL.items()}
+    target, close = np.asarray(frame["target_weight"]), frame["close"].iloc[before:]
+    columns["weight_before"] = np.concatenate([[0.0], target[:-1]])[first:]
+    columns["change"] = columns["target_weight"] - columns["weight_before"]
+    columns["shown_log"] = smooth(frame["expected_log"], smoothing).iloc[first:].fillna(0.0).to_numpy()
+    mean = close.rolling(REGIME_BARS, min_periods=1).mean().to_numpy()
+    columns["is_bull"] = columns["close"] >= mean[first - before :]
     return Chart(
-        rows=rows,
-        dates=days_of(rows.index),
+        sessions=pd.DatetimeIndex(tail.index),
+        dates=days_of(tail.index),
+        columns=columns,
         horizon_bars=decisions.horizon_bars,
-        neutral_rows=int(np.count_nonzero(~known[tail])),
+        neutral_rows=int(np.count_nonzero(~known[first:])),
     )
 
 
@@ -133,24 +131,25 @@ def smooth(values: pd.Series, how: wire.Smoothing) -> pd.Series:
 
 def classes_of(chart: Chart) -> list[wire.ClassProbabilities]:
     """Return the chances that the h-day return pays for a round trip upwards, downwards, or not at all."""
+    chances = zip(chart.columns["prob_gain"].tolist(), chart.columns["prob_loss"].tolist(), strict=True)
     return [
         wire.ClassProbabilities(buy=gain, sell=loss, hold=max(1.0 - gain - loss, 0.0))
-        for gain, loss in zip(chart.column("prob_gain"), chart.column("prob_loss"), strict=True)
+        for gain, loss in chances
     ]
 
 
 def is_wanted(chart: Chart, request: PredictionRequest) -> npt.NDArray[np.bool_]:
     """Whether the regime filters want trades decided at each close, (n,)."""
     filters = request.fusion.regime_filters
-    return np.where(chart.rows["is_bull"], filters.bull, filters.bear)
+    return np.where(chart.columns["is_bull"], filters.bull, filters.bear)
 
 
 def forecast_of(chart: Chart, path: ForecastPath, request: PredictionRequest) -> wire.Forecast:
     """Return the sessions to come: the target decided at the last close is reached at the first of them."""
-    dates = days_of(path.dates)
-    before, target = float(chart.column("weight_before")[-1]), float(chart.column("target_weight")[-1])
+    dates, prices = days_of(path.dates), path.prices.tolist()
+    before, target = (float(chart.columns[name][-1]) for name in ("weight_before", "target_weight"))
     first = action_of(before, target) if is_wanted(chart, request)[-1] else "HOLD"
-    prices, names = path.prices.tolist(), [first, *["HOLD"] * (len(dates) - 1)]
+    rest: list[wire.ForecastActionName] = ["HOLD"] * (len(dates) - 1)
     return wire.Forecast(
         dates=dates,
         prices=prices,
@@ -160,7 +159,7 @@ def forecast_of(chart: Chart, path: ForecastPath, request: PredictionRequest) ->
         upper_band=path.upper.tolist(),
         actions=[
             wire.ForecastAction(date=date, action=name, price=price, target_position=target)
-            for date, name, price in zip(dates, names, prices, strict=True)
+            for date, name, price in zip(dates, [first, *rest], prices, strict=True)
         ],
     )
 
@@ -179,12 +178,12 @@ def markers_of(
 ) -> list[wire.TradeMarker]:
     """Mark each confident and large enough change of the target weight, and the first session to come.
 
-    The confidence is the probability that the price moves in the direction of the change within the model's
-    horizon. A marker of the history lies on the session at whose close the change was decided.
+    The confidence is the chance that the price moves in the direction of the change within the horizon. A
+    marker of the history lies on the session at whose close the change was decided.
     """
     floors, fusion, wanted = request.confidence_floors, request.fusion, is_wanted(chart, request)
     least = {"buy": max(floors.buy, fusion.buy_threshold), "sell": max(floors.sell, fusion.sell_threshold)}
-    acted = np.flatnonzero((np.abs(chart.change) >= MIN_WEIGHT_CHANGE) & wanted).tolist()
+    acted = np.flatnonzero((np.abs(chart.columns["change"]) >= MIN_WEIGHT_CHANGE) & wanted).tolist()
     markers = [marker_of(chart, row, chart.dates[row], "history", reasons.get(row, "")) for row in acted]
     last = len(chart.dates) - 1
     if wanted[last]:
@@ -202,17 +201,17 @@ def marker_of(
     chart: Chart, row: int, date: str, segment: Literal["history", "forecast"], reason: str
 ) -> wire.TradeMarker:
     """Return the marker of what was decided at the close of ``row``, and why."""
-    at = chart.rows.iloc[row]
-    before, target, up = float(at["weight_before"]), float(at["target_weight"]), float(at["prob_up"])
-    change = target - before
-    acts = abs(change) >= MIN_WEIGHT_CHANGE
-    rises = change > 0.0
+    at = {name: float(chart.columns[name][row]) for name in MARKED}
+    before, target, up, change = (
+        at[name] for name in ("weight_before", "target_weight", "prob_up", "change")
+    )
+    acts, rises = abs(change) >= MIN_WEIGHT_CHANGE, change > 0.0
     median = float(np.expm1(at["expected_log"])) if np.isfinite(at["expected_log"]) else 0.0
     return wire.TradeMarker(
         date=date,
-        price=float(at["close"]),
+        price=at["close"],
         type="hold" if not acts else "buy" if rises else "sell",
-        shares=round(change * MARKER_CAPITAL / float(at["close"]), 4) if acts else 0.0,
+        shares=round(change * MARKER_CAPITAL / at["close"], 4) if acts else 0.0,
         confidence=max(up, 1.0 - up) if not acts else up if rises else 1.0 - up,
         segment=segment,
         scope="prediction",
@@ -224,15 +223,15 @@ def marker_of(
     )
 
 
-def reasons_of(model: Answering, bars: pd.DataFrame, chart: Chart) -> dict[int, str]:
+def reasons_of(model: "ServedModel", bars: pd.DataFrame, chart: Chart) -> dict[int, str]:
     """Say what the forecasts behind the latest trades are made from, by row of the chart.
 
     Only of the model that forecasts now: of those that made the walk-forward record nothing is kept.
     """
     if not isinstance(model.forecaster, Explains):
         return {}
-    sessions, end = pd.DatetimeIndex(chart.rows.index), model.bundle.record["date"].max()
-    acted = np.flatnonzero((np.abs(chart.change) >= MIN_WEIGHT_CHANGE) & (sessions > end))
+    sessions, end = chart.sessions, model.bundle.record["date"].max()
+    acted = np.flatnonzero((np.abs(chart.columns["change"]) >= MIN_WEIGHT_CHANGE) & (sessions > end))
     rows = sorted({*acted[-EXPLAINED_TRADES:].tolist(), len(sessions) - 1} if sessions[-1] >= end else ())
     if not rows:
         return {}
@@ -255,24 +254,26 @@ def in_words(shares: pd.Series) -> str:
 
 def overlays_of(bars: pd.DataFrame, chart: Chart, path: ForecastPath) -> list[wire.OverlaySeries]:
     """Return the lines over the chart; averages reach back before its first date."""
-    shown = chart.rows.index
-    close = bars["Close"].iloc[-len(shown) - MOVING_AVERAGE_BARS :]
-    mid = close.rolling(BOLLINGER_BARS).mean().loc[shown].dropna()
-    spread = BOLLINGER_STDS * close.rolling(BOLLINGER_BARS).std(ddof=0).loc[mid.index]
-    average = close.rolling(MOVING_AVERAGE_BARS).mean().loc[shown].dropna()
-    last = float(close.iloc[-1])
-    ahead = pd.Series([last, *path.prices.tolist()], index=[shown[-1], *path.dates])
+
+    def windows(of: int) -> FloatArray:
+        close = bars["Close"].to_numpy()[-len(chart.dates) - of + 1 :]
+        return np.lib.stride_tricks.sliding_window_view(close, of)
+
+    last, middle = float(chart.columns["close"][-1]), windows(BOLLINGER_BARS).mean(axis=1)
+    spread = BOLLINGER_STDS * windows(BOLLINGER_BARS).std(axis=1)
     return [
         wire.OverlaySeries(
             type="bollinger",
-            points=_points(mid),
-            upper=(mid + spread).to_list(),
-            lower=(mid - spread).to_list(),
+            points=_points(chart.dates, middle),
+            upper=(middle + spread).tolist(),
+            lower=(middle - spread).tolist(),
         ),
-        wire.OverlaySeries(type="moving-average", points=_points(average)),
+        wire.OverlaySeries(
+            type="moving-average", points=_points(chart.dates, windows(MOVING_AVERAGE_BARS).mean(axis=1))
+        ),
         wire.OverlaySeries(
             type="predicted-path",
-            points=_points(ahead),
+            points=_points([chart.dates[-1], *days_of(path.dates)], np.array([last, *path.prices])),
             upper=[last, *path.upper.tolist()],
             lower=[last, *path.lower.tolist()],
         ),
@@ -280,11 +281,7 @@ def overlays_of(bars: pd.DataFrame, chart: Chart, path: ForecastPath) -> list[wi
 
 
 def metadata_of(
-    request: PredictionRequest,
-    model: Answering,
-    bars: Bars,
-    decisions: Decisions,
-    chart: Chart,
+    request: PredictionRequest, model: "ServedModel", bars: Bars, decisions: Decisions, chart: Chart
 ) -> wire.PredictionMetadata:
     """Echo what was asked, and say what answered and how far it may be believed."""
     meta, trained = model.meta, model.bundle.metadata
@@ -334,7 +331,7 @@ def metadata_of(
     )
 
 
-def age_of(model: Answering, bars: Bars) -> tuple[int, int]:
+def age_of(model: "ServedModel", bars: Bars) -> tuple[int, int]:
     """Return how many sessions ago the model was trained, and the oldest age that the walk-forward judged."""
     metadata = model.bundle.metadata
     through, last = pd.Timestamp(metadata["trained_through"]), bars.provenance.last_session
@@ -342,7 +339,7 @@ def age_of(model: Answering, bars: Bars) -> tuple[int, int]:
     return max(age, 0), max((fold["n"] for fold in metadata.get("folds", ())), default=USUAL_BLOCK_BARS)
 
 
-def model_notes(model: Answering, age: int, judged: int) -> list[str]:
+def model_notes(model: "ServedModel", age: int, judged: int) -> list[str]:
     """Say in words how far the model may be believed."""
     unsure = {
         "no-edge": "this model has shown no edge out of sample",
@@ -360,7 +357,7 @@ def model_notes(model: Answering, age: int, judged: int) -> list[str]:
 
 def member_notes(chart: Chart, request: PredictionRequest, meta: ModelMeta) -> list[str]:
     """Say what each member of an ensemble forecasts, and when an id decided what serves, and not the mode."""
-    last = chart.rows.iloc[-1]
+    last = {name: float(column[-1]) for name, column in chart.columns.items()}
     told = [
         f"{words} {last[f'model_{name}']:+.3f} (weight {last[f'weight_{name}']:.2f})"
         for name, words in MEMBERS.items()
@@ -381,7 +378,7 @@ def std_ratio(record: pd.DataFrame) -> float | None:
     return float(np.std(predicted[known])) / spread if spread > 0.0 else None
 
 
-def data_notes(bars: Bars, chart: Chart, model: Answering, request: PredictionRequest) -> list[str]:
+def data_notes(bars: Bars, chart: Chart, model: "ServedModel", request: PredictionRequest) -> list[str]:
     """Say in words what is amiss with the bars and the chart."""
     notes = list(bars.report.problems())
     if bars.provenance.stale:
@@ -420,10 +417,7 @@ def request_notes(request: PredictionRequest) -> list[str]:
 def model_meta(
     metadata: Mapping[str, Any], *, ensemble_size: int = len(MODEL_NAMES), warnings: Sequence[str] = ()
 ) -> ModelMeta:
-    """Translate ``training_metadata.json`` into what the list of models says.
-
-    ``warnings`` go into the notes; `ModelCorruptError` if a field is missing or of another type.
-    """
+    """Translate ``training_metadata.json``; `ModelCorruptError` if a field is missing or of another type."""
     try:
         metrics, undefined = wire_metrics(metadata.get("metrics") or {})
         notes = [f"undefined, sent as 0: {', '.join(undefined)}"] if undefined else []
@@ -458,10 +452,7 @@ def model_meta(
 
 
 def wire_metrics(stored: Mapping[str, Any]) -> tuple[BacktestMetrics, tuple[str, ...]]:
-    """Return metrics that the page can draw, and the wire names of the required ones that are undefined.
-
-    The page reads eight numbers and knows no "undefined": those become 0.0 and are named beside.
-    """
+    """Return metrics that the page can draw, and which of the required ones are undefined, and 0.0 there."""
     known = {name: value for name, value in stored.items() if is_finite_number(value)}
     undefined = []
     for name in REQUIRED_METRICS:
@@ -484,7 +475,8 @@ def is_finite_number(value: object) -> TypeGuard[float]:
 
 def days_of(index: pd.Index) -> list[str]:
     """Return sessions as ``YYYY-MM-DD``."""
-    return pd.DatetimeIndex(index).strftime("%Y-%m-%d").to_list()
+    days: list[str] = np.datetime_as_string(np.asarray(index, dtype="datetime64[D]")).tolist()
+    return days
 
 
 def ohlcv(frame: pd.DataFrame) -> Iterator[tuple[str, float, float, float, float, float]]:
@@ -492,6 +484,7 @@ def ohlcv(frame: pd.DataFrame) -> Iterator[tuple[str, float, float, float, float
     return zip(days_of(frame.index), *(frame[name].to_list() for name in BAR_COLUMNS), strict=True)
 
 
-def _points(series: pd.Series) -> list[wire.OverlayPoint]:
-    pairs = zip(days_of(series.index), series.to_list(), strict=True)
+def _points(dates: Sequence[str], values: FloatArray) -> list[wire.OverlayPoint]:
+    """Return the values of the last dates."""
+    pairs = zip(dates[-len(values) :], values.tolist(), strict=True)
     return [wire.OverlayPoint(date=date, value=value) for date, value in pairs]

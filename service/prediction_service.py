@@ -95,13 +95,7 @@ class ReadyAnswer:
 def hold_bars(
     symbol: str, *, source: BarSource, cache: ReadsThrough | None, now: datetime, before: Held | None
 ) -> Held:
-    """Fetch bars to be kept in memory; those from before, marked stale, where that fails.
-
-    Raises
-    ------
-    UnknownSymbolError, UpstreamError, DataError
-        Where there are none from before.
-    """
+    """Fetch bars to be kept in memory; where that fails, those from before, if any, marked stale."""
     try:
         revision = source.revision(symbol) if isinstance(source, RevisionedSource) else None
         if before is not None and revision is not None and before.revision == revision:
@@ -131,12 +125,7 @@ class BarKeeper:
     """Bars of the symbols that are served, in memory: fetched once per session, old ones rather than none.
 
     Who finds them due asks the source; who comes meanwhile gets the older ones at once, marked stale where a
-    session has closed since: a slow source holds up one request and no more.
-
-    Parameters
-    ----------
-    source, cache, clock
-        As for `data.data_fetcher.fetch_stock_data`; the clock says when it is, UTC.
+    session has closed since: a slow source holds up one request and no more. The clock tells UTC.
     """
 
     def __init__(
@@ -216,13 +205,7 @@ class BarKeeper:
 
 
 class Outbox:
-    """Served forecasts on their way to where they are kept; safe for many threads.
-
-    Parameters
-    ----------
-    record
-        Keeps a forecast that was served at ``now``; may raise `StorageError`.
-    """
+    """Served forecasts on their way to ``record``, which keeps each with its moment; thread-safe."""
 
     def __init__(self, record: Callable[[ServedForecast, datetime], object]) -> None:
         self._record = record
@@ -286,17 +269,7 @@ class Outbox:
 
 
 class PredictionService:
-    """Answers what the page asks about one symbol.
-
-    Parameters
-    ----------
-    registry
-        Saved models.
-    source, cache
-        Where bars come from.
-    on_served
-        Told of every forecast before its answer goes out.
-    """
+    """Answers what the page asks about one symbol; ``on_served`` is told of a forecast before it goes out."""
 
     def __init__(
         self,
@@ -310,6 +283,8 @@ class PredictionService:
         self._registry = registry
         self._bars = BarKeeper(source, cache)
         self._answers: Recent[PredictionRequest, ReadyAnswer] = Recent(MOST_ANSWER_BYTES)
+        # The same, by what was sent: nothing needs to be read to find them.
+        self._by_body: Recent[bytes, ReadyAnswer] = Recent(MOST_ANSWER_BYTES)
         self._decisions: Recent[tuple[object, ...], Decisions] = Recent(MOST_DECISIONS)
         self._drawing: dict[str, threading.Lock] = {}
 
@@ -354,21 +329,24 @@ class PredictionService:
         )
 
     def ready_answer(self, body: bytes) -> bytes | None:
-        """Return `cached_answer` of a request that was not read yet; None also where it is no request."""
-        try:
-            return self.cached_answer(PredictionRequest.model_validate_json(body))
-        except ValidationError:
-            return None
+        """Return the answer given before to a request, which comes as the bytes of its JSON; never waits.
 
-    def cached_answer(self, request: PredictionRequest) -> bytes | None:
-        """Return the bytes of an answer given before, while model and bars are still those; never waits."""
-        ready = self._answers.get(request)
-        if ready is None:
-            return None
-        model, held = self._registry.current(ready.symbol, ready.kind), self._bars.ready(ready.symbol)
-        if model is None or held is None or ready.made_from != _made_from(model, held):
-            return None
+        None where there is none, or model or bars have changed, or the bytes are no request.
+        """
+        ready = self._by_body.get(body)
+        if ready is None or not self._is_current(ready):
+            try:
+                ready = self._answers.get(PredictionRequest.model_validate_json(body))
+            except ValidationError:
+                return None
+            if ready is None or not self._is_current(ready):
+                return None
+            self._by_body.put(body, ready, len(body) + len(ready.body))
         return ready.body
+
+    def _is_current(self, ready: ReadyAnswer) -> bool:
+        model, held = self._registry.current(ready.symbol, ready.kind), self._bars.ready(ready.symbol)
+        return model is not None and held is not None and ready.made_from == _made_from(model, held)
 
     def answer(self, request: PredictionRequest) -> bytes:
         """Return `predict` as it is sent, kept for who asks the same again."""
@@ -389,12 +367,8 @@ class PredictionService:
 
         Raises
         ------
-        UsageError
-            If the request asks for what is not served.
-        ModelMissingError, ModelError
-            If there is no model, or none that can be used.
-        UpstreamError, DataError
-            If there are no bars, or not enough.
+        UsageError, ModelError, UpstreamError, DataError
+            If what is asked for is not served, or there is no model that can be used, or not enough bars.
         """
         return self._drawn(request, *self._found(request))
 
@@ -408,20 +382,21 @@ class PredictionService:
         path = path_ahead(decisions, ahead)
         forecast = forecast_of(chart, path, request)
         limits = {"max_long": sizer.rules.max_long, "max_short": sizer.rules.max_short}
+        column = chart.columns
         result = PredictionResult(
             symbol=symbol,
             dates=chart.dates,
-            prices=chart.column("close").tolist(),
-            actual_returns=chart.column("asset_return").tolist(),
-            predicted_prices=(chart.column("close") * np.exp(chart.column("shown_log"))).tolist(),
-            predicted_returns=np.expm1(chart.column("shown_log")).tolist(),
-            fused_positions=chart.column("target_weight").tolist(),
+            prices=column["close"].tolist(),
+            actual_returns=column["asset_return"].tolist(),
+            predicted_prices=(column["close"] * np.exp(column["shown_log"])).tolist(),
+            predicted_returns=np.expm1(column["shown_log"]).tolist(),
+            fused_positions=column["target_weight"].tolist(),
             classifier_probabilities=classes_of(chart),
             trade_markers=markers_of(chart, forecast, request, reasons_of(model, bars.frame, chart)),
             overlays=overlays_of(bars.frame, chart, path),
             candles=[
                 wire.Candle(date=date, open=o, high=h, low=low, close=c, volume=volume)
-                for date, o, h, low, c, volume in ohlcv(bars.frame.loc[chart.rows.index])
+                for date, o, h, low, c, volume in ohlcv(bars.frame.tail(len(chart.dates)))
             ],
             forecast=forecast,
             metadata=metadata_of(request, model, bars, decisions, chart).model_copy(update=limits),

@@ -2,6 +2,7 @@
 
 import re
 from datetime import UTC, date, datetime, timedelta, timezone
+from pathlib import Path
 
 import exchange_calendars
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data import schema
 from data.schema import (
     BAR_COLUMNS,
     RAW_COLUMNS,
@@ -425,3 +427,22 @@ def test_gaps_are_those_of_the_set_difference(offsets: list[int]):
     inside = ORACLE.sessions[(ORACLE.sessions >= dates.min()) & (ORACLE.sessions <= dates.max())]
     assert list(NYSE.missing(dates)) == sorted(set(inside) - set(dates))
     assert list(NYSE.off_calendar(dates)) == sorted(set(dates) - set(inside))
+
+
+def test_a_calendar_is_built_once_for_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AI_STOCKS_CACHE_DIR", str(tmp_path))
+    built = schema._load.__wrapped__("XNYS", 2027)
+    (file,) = (tmp_path / "calendars").iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(schema, "_from_exchange", lambda *_: pytest.fail("built again"))
+        kept = schema._load.__wrapped__("XNYS", 2027)
+    for now, then in ((built.days, kept.days), (built.closes, kept.closes)):
+        np.testing.assert_array_equal(now, then)
+    assert kept.known_to == built.known_to
+    assert kept.timezone == built.timezone
+    # A file that was cut off is built again, and a folder that cannot be written does no harm.
+    file.write_bytes(file.read_bytes()[:500])
+    assert len(schema._load.__wrapped__("XNYS", 2027).days) == len(built.days)
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("AI_STOCKS_CACHE_DIR", str(tmp_path / "file"))
+    assert len(schema._load.__wrapped__("XNYS", 2027).days) == len(built.days)

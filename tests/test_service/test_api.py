@@ -6,6 +6,7 @@ import logging
 import re
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from service.api import STATUS_OF, Services, create_api
 from service.edge import LINGER_BYTES, EdgeRules
 from service.prediction_service import PredictionService
 from service.schemas import PredictionResult
-from service.training_service import TrainingService
 from tests.test_service.conftest import FakeRegistry, FakeSource, served
 from utils import errors
 
@@ -227,19 +227,10 @@ def test_fault_1_hostile_symbols_in_the_path(client: TestClient, source: FakeSou
         ("005930.KS", "005930.KS"),
     ],
 )
-def test_fault_1_real_symbols_pass(training: TrainingService, symbol: str, normalised: str) -> None:
+def test_fault_1_real_symbols_pass(services: Services, symbol: str, normalised: str) -> None:
     registry = FakeRegistry(served(normalised))
-    service = PredictionService(registry=registry, source=FakeSource({}), cache=None)
-    api = create_api(
-        Services(
-            registry=registry,
-            predictions=service,
-            training=training,
-            source_name="fake",
-            origins=(),
-            on_start=lambda: None,
-        )
-    )
+    predictions = PredictionService(registry=registry, source=FakeSource({}), cache=None)
+    api = create_api(replace(services, registry=registry, predictions=predictions))
     detail = check_problem(TestClient(api).post("/api/predict", json={"symbol": symbol}), 404)
     assert detail == f"fake does not know {normalised}"
 

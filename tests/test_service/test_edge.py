@@ -280,6 +280,11 @@ def call(app: Application, chunks: list[bytes | float], **scope: object) -> list
     return sent
 
 
+def guard_of(app: Application, **rules: float) -> Guard:
+    bounds = EdgeRules(**rules)  # type: ignore[arg-type]
+    return Guard(app, bounds, RateLimit(bounds.rate_per_s, bounds.rate_burst))
+
+
 async def reads_all(scope: Scope, receive: Receive, send: Send) -> None:
     size, more = 0, True
     while more:
@@ -300,7 +305,7 @@ def detail_of(sent: list[dict[str, Any]]) -> str:
     [("/api/predict", 1 << 20), ("/api/backtest", 16 << 20), ("/api/forward_sim", 16 << 20)],
 )
 def test_fault_02_bodies_are_bounded_by_route(path: str, most: int) -> None:
-    guard = Guard(reads_all, EdgeRules())
+    guard = guard_of(reads_all)
     chunk = b"x" * (1 << 18)
     fitting = [chunk] * (most // len(chunk))
     assert call(guard, [*fitting], path=path)[0]["status"] == 200
@@ -311,7 +316,7 @@ def test_fault_02_bodies_are_bounded_by_route(path: str, most: int) -> None:
 
 
 def test_fault_02_a_body_that_does_not_arrive_is_408() -> None:
-    sent = call(Guard(reads_all, EdgeRules(body_s=0.05)), [b"x", 0.5, b"y"])
+    sent = call(guard_of(reads_all, body_s=0.05), [b"x", 0.5, b"y"])
     assert sent[0]["status"] == 408
     assert "0.05 s" in detail_of(sent)
 
@@ -330,23 +335,54 @@ def test_fault_02_a_body_that_does_not_arrive_is_408() -> None:
 def test_only_a_known_body_is_answered_without_the_framework(
     chunks: list[bytes | float], scope: dict[str, Any], shortened: bool
 ) -> None:
-    ready = {b"known": b"at hand"}
-    shortcut = Shortcut(reads_all, path="/api/predict", ready=ready.get)
+    shortcut = shortcut_of({b"known": b"at hand"}.get)
     sent = call(shortcut, chunks, **{"headers": [(b"content-type", b"application/json")], **scope})
     # The framework gets the body as it came.
     assert sent[1]["body"] == (b"at hand" if shortened else b"%d" % 5)
 
 
+def shortcut_of(ready: Callable[[bytes], bytes | None], **rules: float) -> Shortcut:
+    bounds = EdgeRules(**rules)  # type: ignore[arg-type]
+    rate = RateLimit(bounds.rate_per_s, bounds.rate_burst)
+    guard = Guard(reads_all, bounds, rate)
+    return Shortcut(
+        guard, rules=bounds, rate=rate, path="/api/predict", ready=ready, cross_origin=lambda _: []
+    )
+
+
+def test_the_shortcut_is_bound_by_rate_and_by_time() -> None:
+    shortcut = shortcut_of(lambda _: b"at hand", rate_per_s=0.01, rate_burst=2, body_s=0.05)
+    headers = [(b"content-type", b"application/json")]
+    assert [call(shortcut, [b"x"], headers=headers)[0]["status"] for _ in range(3)] == [200, 200, 429]
+    late = call(shortcut, [0.5, b"x"], headers=headers, client=("b", 1))
+    assert late[0]["status"] == 408
+    assert "0.05 s" in detail_of(late)
+
+
 def test_the_shortcut_answers_what_the_route_answers(build: Build) -> None:
     client = build()
-    for body in ({"symbol": "AAPL"}, {"symbol": "AAPL", "horizon": 7, "sequence_length": 60}):
-        first, second = (client.post("/api/predict", json=body) for _ in range(2))
-        assert first.content == second.content
-        assert first.headers["content-type"] == second.headers["content-type"]
-    assert count_of(client, method="POST", route="/api/predict", status="200") == 4.0
+    ours, foreign = ({"Origin": origin} for origin in ("http://localhost:3000", "http://elsewhere"))
+    for origin in ({}, ours, foreign):
+        for body in ({"symbol": "AAPL"}, {"symbol": "AAPL", "horizon": 7, "sequence_length": 60}):
+            # Written differently it is another request until it has been read.
+            content = json.dumps(body).encode() + b" " * len(str(origin))
+            headers = {"Content-Type": "application/json", **origin}
+            first, second = (client.post("/api/predict", content=content, headers=headers) for _ in range(2))
+            assert first.content == second.content
+            assert {**first.headers, "x-request-id": ""} == {**second.headers, "x-request-id": ""}
+    assert count_of(client, method="POST", route="/api/predict", status="200") == 12.0
     check_problem(
         client.post("/api/predict", content=b"{", headers={"Content-Type": "application/json"}), 400
     )
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"])
+@pytest.mark.parametrize("path", ["/api/predict", "/api/backtest", "/api/training/start"])
+def test_a_body_in_another_encoding_than_utf_8_is_400(build: Build, path: str, encoding: str) -> None:
+    content = json.dumps({"symbol": "AAPL"}).encode(encoding)
+    response = build().post(path, content=content, headers={"Content-Type": "application/json"})
+    check_problem(response, 400)
+    assert "UTF-8" in response.json()["detail"]
 
 
 def test_an_answer_that_has_begun_is_not_replaced() -> None:
@@ -355,7 +391,7 @@ def test_an_answer_that_has_begun_is_not_replaced() -> None:
         raise RuntimeError("too late for a problem")
 
     with pytest.raises(RuntimeError, match="too late"):
-        call(Guard(begins, EdgeRules()), [b""])
+        call(guard_of(begins), [b""])
 
 
 # ---------------------------------------------------------------- headers, figures, lines
@@ -479,7 +515,7 @@ def test_the_edge_is_cheap() -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
         await send({"type": "http.response.body", "body": b"{}"})
 
-    guard = Guard(ready, EdgeRules())
+    guard = guard_of(ready)
     app = Observer(guard, metrics=Metrics({}), stopping=lambda: False, known_paths=frozenset)
 
     async def receive() -> dict[str, Any]:

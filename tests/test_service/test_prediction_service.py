@@ -464,12 +464,12 @@ def service(counted_registry: FakeRegistry, source: FakeSource) -> PredictionSer
 def test_an_answer_is_ready_once_it_was_given(
     service: PredictionService, counting: CountingForecaster, source: FakeSource
 ) -> None:
-    assert service.cached_answer(request()) is None
+    assert service.ready_answer(request().wire_bytes()) is None
     body = service.answer(request())
-    assert service.cached_answer(request()) is body
+    assert service.ready_answer(request().wire_bytes()) is body
     assert service.answer(request()) is body
     assert body == service.predict(request()).wire_bytes()
-    assert service.cached_answer(request(horizon=6)) is None
+    assert service.ready_answer(request(horizon=6).wire_bytes()) is None
     assert service.answer(request(horizon=6)) != body
     assert counting.made == [500], "what is drawn differently is decided once"
     service.answer(request(maxLong=0.5))
@@ -480,11 +480,11 @@ def test_an_answer_is_ready_once_it_was_given(
 def test_a_ready_answer_is_cheap_and_asks_nobody(service: PredictionService, source: FakeSource) -> None:
     service.answer(request())
     source.answers.clear()
-    asked = request()
+    asked = request().wire_bytes()
     took = []
     for _ in range(200):
         began = time.perf_counter()
-        assert service.cached_answer(asked) is not None
+        assert service.ready_answer(asked) is not None
         took.append(time.perf_counter() - began)
     assert np.median(took) < 100e-6
 
@@ -494,10 +494,11 @@ def test_a_new_model_ends_a_ready_answer(
 ) -> None:
     service.answer(request())
     counted_registry.models["AAPL"] = replace(served("AAPL", version="v2"), forecaster=counting, stamp=2)
-    assert service.cached_answer(request()) is None
+    assert service.ready_answer(request().wire_bytes()) is None
     assert json.loads(service.answer(request()))["metadata"]["modelVersion"] == "v2"
+    assert b'"modelVersion":"v2"' in (service.ready_answer(request().wire_bytes()) or b"")
     del counted_registry.models["AAPL"]
-    assert service.cached_answer(request()) is None
+    assert service.ready_answer(request().wire_bytes()) is None
     with pytest.raises(ModelMissingError):
         service.answer(request())
 
@@ -517,12 +518,12 @@ def test_fault_08_a_dead_source_leaves_answers_that_say_so(bars: pd.DataFrame) -
     assert fresh["metadata"]["dataStale"] is False
     clock.now += timedelta(days=4)
     source.answers["AAPL"] = UpstreamError("down")
-    assert service.cached_answer(request()) is None, "a newer session is due"
+    assert service.ready_answer(request().wire_bytes()) is None, "a newer session is due"
     stale = json.loads(service.answer(request()))
     assert (stale["metadata"]["dataStale"], stale["metadata"]["dataAsOf"]) == (True, fresh["dates"][-1])
     assert any("prices end" in note for note in stale["metadata"]["notes"])
     assert stale["fusedPositions"] == fresh["fusedPositions"]
-    assert service.cached_answer(request()) is not None, "until it is asked again"
+    assert service.ready_answer(request().wire_bytes()) is not None, "until it is asked again"
     assert service.quote("AAPL").data_stale
     assert service.history("AAPL", 3).data_stale
     assert len(source.asked) == 2
@@ -559,7 +560,7 @@ def test_fault_22_each_answer_comes_from_one_version_while_models_change(source:
 
     def ask_and_flip() -> bytes:
         registry.models["AAPL"] = models[next(turn) % 2]
-        return service.cached_answer(request()) or service.answer(request())
+        return service.ready_answer(request().wire_bytes()) or service.answer(request())
 
     alone = [PredictionService(registry=FakeRegistry(m), source=source, cache=None) for m in models]
     assert set(in_parallel(ask_and_flip)) == {one.answer(request()) for one in alone}
