@@ -85,25 +85,6 @@ def make_planted(make_bars: MakeBars) -> MakeBars:
 
 
 @pytest.fixture(scope="session")
-def believe_any_skill() -> Callable[[pytest.MonkeyPatch], None]:
-    """Return what silences the leak alarm: a planted signal is stronger than any that prices have."""
-
-    def silence(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr("validation.gates.IMPLAUSIBLE_IC", 1.0)
-        patch.setattr("validation.gates.IMPLAUSIBLE_HITS", 1.0)
-
-    return silence
-
-
-@pytest.fixture
-def planted_world(
-    monkeypatch: pytest.MonkeyPatch, believe_any_skill: Callable[[pytest.MonkeyPatch], None]
-) -> None:
-    """A world in which a strong signal is no leak."""
-    believe_any_skill(monkeypatch)
-
-
-@pytest.fixture(scope="session")
 def csv_dir(tmp_path_factory: pytest.TempPathFactory, make_planted: MakeBars) -> Path:
     """A folder in Yahoo's columns: NOISE, a random walk, and SIGNAL, with a planted edge."""
     folder = tmp_path_factory.mktemp("prices")
@@ -117,14 +98,12 @@ def csv_dir(tmp_path_factory: pytest.TempPathFactory, make_planted: MakeBars) ->
 def tiny_bundle(
     tmp_path_factory: pytest.TempPathFactory,
     csv_dir: Path,
-    believe_any_skill: Callable[[pytest.MonkeyPatch], None],
 ) -> Path:
     """A folder of saved models with SIGNAL and NOISE, trained for one day ahead by the real command line."""
     from training.train_gbm import main
 
     models = tmp_path_factory.mktemp("models")
     with pytest.MonkeyPatch.context() as patch:
-        believe_any_skill(patch)
         patch.setenv("AI_STOCKS_MODELS_DIR", str(models))
         patch.setenv("AI_STOCKS_LOGS_DIR", str(models / "logs"))
         patch.setenv("AI_STOCKS_CACHE_DIR", str(models / "cache"))

@@ -22,8 +22,9 @@ p_ic <= .05 in 4 to 8 % of them, ``edge`` in 2.1 to 4.4 %; for white noise, year
   statistic is studentised.
 
 An IC above .10, or a hit rate above 57 % that is 2 points above "always up", is no success but the mark of
-a leak. The alarm is told first among the reasons and as ``leak_alarm``, and it forbids ``edge``: figures that
-nobody may believe prove nothing, so that what would be an edge is ``insufficient`` until a person has looked.
+a leak. The alarm is told first among the reasons and as ``leak_alarm``. The label stays what the tests say,
+since a signal may be that strong where it was planted; but what the alarm stands beside is not to be believed
+until a person has looked, and ``--strict`` saves none of it.
 
 The classic gates are computed and shown beside, and never change the label: a constant passes some of them.
 """
@@ -103,6 +104,11 @@ class Verdict:
     evidence: Mapping[str, EvidenceValue]
     gates: tuple[Gate, ...]
 
+    @property
+    def is_believable_edge(self) -> bool:
+        """Whether it is an edge, and no leak alarm stands beside it."""
+        return self.label == "edge" and not self.evidence["leak_alarm"]
+
     def as_dict(self) -> dict[str, object]:
         """Return plain data for JSON."""
         return {
@@ -160,9 +166,7 @@ def judge(
     evidence["leak_alarm"] = leak_alarm(evidence)
     alarm, missing = _alarm_reasons(evidence), _missing_reasons(rows, horizon_bars)
     failed, held = _edge_reasons(evidence, p_limits(n_verdicts))
-    # What would be an edge is none that can be believed while the alarm stands.
-    is_open = bool(missing or (alarm and not failed))
-    label: Label = "insufficient" if is_open else "no-edge" if failed else "edge"
+    label: Label = "insufficient" if missing else "no-edge" if failed else "edge"
     return Verdict(
         label=label,
         reasons=(*alarm, *missing, *failed, *held),
@@ -182,7 +186,7 @@ def of_universe(pooled: Verdict, own: Verdict, symbol: str, n_symbols: int) -> V
     shared = {f"universe_{name}": pooled.evidence[name] for name in UNIVERSE_EVIDENCE}
     shared["leak_alarm"] = bool(own.evidence["leak_alarm"] or pooled.evidence["leak_alarm"])
     label = pooled.label
-    if own.label == "insufficient" or (shared["leak_alarm"] and label == "edge"):
+    if own.label == "insufficient":
         label = "insufficient"
     elif ic is None or ic <= 0.0:
         label = "no-edge"

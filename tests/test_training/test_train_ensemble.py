@@ -70,7 +70,6 @@ def part(bundle: EnsembleBundle, name: str) -> dict[str, float]:
 # What comes out.
 
 
-@pytest.mark.usefixtures("planted_world")
 def test_what_the_network_knows_and_the_boosters_lack_makes_the_whole_better(bundles, bars):
     gbm = bundles["SIGNAL"]
     bundle = EnsembleTrainer(gbm, network_like(gbm, skill=0.15), method="simple").train(bars["SIGNAL"])

@@ -170,10 +170,8 @@ def events() -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def trained(make_planted, events, believe_any_skill) -> Trained:
-    with pytest.MonkeyPatch.context() as patch:
-        believe_any_skill(patch)
-        return LSTMTrainer(QUICK, events.append).train(as_bars(make_planted(n=2_000, seed=1, ic=0.4)))
+def trained(make_planted, events) -> Trained:
+    return LSTMTrainer(QUICK, events.append).train(as_bars(make_planted(n=2_000, seed=1, ic=0.4)))
 
 
 @with_tensorflow
