@@ -32,10 +32,9 @@ from data.feature_engineer import feature_set_hash, get_feature_columns
 from data.schema import Bars
 from inference.artifact import library_versions, read_manifest
 from inference.load_gbm_models import GBMBundle, GBMManifest, golden_outputs, load_folder
-from training.gbm_search import DeviceChoice, choose_device
 from training.recipe import TrainerConfig
-from training.run_log import progress_line
-from training.train_gbm import GBMTrainer
+from training.run_log import progress_line, to_nobody
+from training.train_gbm import DeviceChoice, GBMTrainer, choose_device
 from training.trainer import Trained
 from utils.errors import AIStocksError, ModelIncompatibleError, ModelMissingError, UsageError
 from utils.model_paths import LSTM
@@ -115,7 +114,7 @@ def train_again(
     if universe is not None:
         last = {name: universe["data"][name]["last_session"] for name in universe["symbols"]}
     panel = {name: bars_as_then(name, last[name], source, cache) for name in last}
-    with progress_line(console, bundle.symbol) as on_event:
+    with progress_line(console, bundle.symbol, to_nobody) as on_event:
         trainer = GBMTrainer(config, on_event, device=device_as_then(config))
         walked = trainer.walk(panel)
         return trainer.conclude(walked, panel[bundle.symbol]), walked.hashes

@@ -5,9 +5,8 @@ import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -15,7 +14,7 @@ import pandas as pd
 
 from data.feature_engineer import MAX_WARMUP_BARS, feature_set_hash
 from data.schema import Bars, bars_hash, check_enough
-from data.target_engineering import Dataset, build_dataset
+from data.target_engineering import DEFAULT_HORIZON_BARS, Dataset, build_dataset
 from evaluation.accounting import CostModel
 from evaluation.advanced_backtester import BacktestReport
 from evaluation.metrics import values
@@ -23,16 +22,16 @@ from inference.artifact import GOLDEN_ROWS, new_version_id
 from inference.ensemble import FloatArray, FloatMatrix
 from inference.pipeline import Bundle, BundleForecaster, Decisions, backtest_decisions, decide
 from inference.position_sizing import make_sizer
-from training.recipe import WalkConfig, begin_with_others
 from utils.errors import InsufficientDataError
 from utils.model_paths import ArtifactKind
-from validation.evidence import Run, count_trials, record_run
+from validation.evidence import Run
 from validation.gates import Verdict, judge, of_universe
 from validation.walk_forward import (
     FittedRecipe,
     FoldResult,
-    Recipe,
+    WalkForwardConfig,
     WalkForwardResult,
+    WalkForwardSummary,
     WalkForwardValidator,
     fold_table,
 )
@@ -47,7 +46,40 @@ FittedT_co = TypeVar("FittedT_co", bound=FittedRecipe, covariant=True)
 BundleT = TypeVar("BundleT", bound=Bundle)
 
 
-class FinalRecipe(Recipe, Protocol[FittedT_co]):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowsConfig:
+    """Which rows any recipe is fitted on, and towards what.
+
+    ``common_move_share`` of the session's mean target over the panel is taken off the training targets: what
+    all symbols do together is mostly noise to a model of each. A row counts half at the age of
+    ``weight_half_life_sessions``. Training targets beyond ``target_limit_sigma`` volatilities are winsorised;
+    outcomes never are. Rows of the symbols in ``leave_out`` train and calibrate nothing: their forecasts
+    prove that the model generalises. ``seed`` is that of everything that draws.
+    """
+
+    common_move_share: float = 0.5
+    weight_half_life_sessions: float = 252.0 * 20
+    target_limit_sigma: float = 4.0
+    leave_out: tuple[str, ...] = ()
+    seed: int = 7
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WalkConfig:
+    """Everything that a training run of any kind of model is decided by; recorded in the bundle.
+
+    Forecasts that are judged and decide look ``horizon_bars`` ahead; the forecast path also passes through
+    ``path_horizons_bars``, each with a model of its own. ``costs`` are what the verdict's positions pay.
+    """
+
+    horizon_bars: int = DEFAULT_HORIZON_BARS
+    path_horizons_bars: tuple[int, ...] = ()
+    recipe: RowsConfig
+    walk_forward: WalkForwardConfig = field(default_factory=WalkForwardConfig)
+    costs: CostModel = field(default_factory=CostModel)
+
+
+class FinalRecipe(Protocol[FittedT_co]):
     """A recipe that is validated, and then fitted on everything; see `validation.walk_forward.Recipe`."""
 
     @property
@@ -78,55 +110,24 @@ class Trained(Generic[BundleT]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WalkedPath(Generic[FittedT]):
-    """A further horizon, walked forward on its own target; its record is weighed, and not saved.
-
-    Attributes
-    ----------
-    horizon_bars
-        Number of bars that its forecast looks ahead.
-    record
-        The walk-forward record of all symbols.
-    fitted
-        The recipe on every labelled row.
-    """
+    """A further horizon on its own target: the record of all symbols, not saved, and the final fit."""
 
     horizon_bars: int
     record: pd.DataFrame
     fitted: FittedT
 
-    def figures(self, symbol: str) -> dict[str, float | int | bool | None]:
-        """Return what the symbol's own out-of-sample rows say; None where undefined."""
-        own = self.record[self.record["symbol"] == symbol]
-        empty = np.empty(0)
-        found = judge(own, horizon_bars=self.horizon_bars, strategy_return=empty, benchmark_return=empty)
-        return {name: found.evidence[name] for name in PATH_EVIDENCE}
+    def figures(self, symbol: str) -> dict[str, Any]:
+        """Return what the symbol's own out-of-sample rows say."""
+        return figures_of(self.record[self.record["symbol"] == symbol], self.horizon_bars)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Walked(Generic[FittedT]):
-    """What all symbols of a run share: the rows, the walk-forward, the final fit.
+    """What all symbols of a run share: the rows, hashes of the prices, the walk-forward, the final fit.
 
-    Attributes
-    ----------
-    dataset
-        Rows of all symbols.
-    hashes
-        Hash of the prices by symbol.
-    result
-        The walk-forward over all of them.
-    fitted
-        The recipe on every labelled row.
-    trials
-        Every trial of every search, as recorded.
-    started
-        Clock (`time.monotonic`) at the start of the run.
-    universe
-        What the panel is called.
-    paths
-        The further horizons, ascending.
-    returns
-        Of a panel: net returns per session of the decided positions of all symbols, in equal parts, and of
-        their benchmarks of equal exposure, (m, 2); None for a symbol that stands alone.
+    ``started`` is the clock (`time.monotonic`) at the start, ``universe`` what the panel is called, ``paths``
+    are the further horizons, ascending. ``returns`` of a panel are net returns per session of the decided
+    positions of all symbols, in equal parts, and of their benchmarks of equal exposure, (m, 2).
     """
 
     dataset: Dataset
@@ -146,13 +147,8 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
     A kind says what is fitted (`recipe`), what is kept of it (`bundle_of`) and what is to be known about it
     (`facts`); everything that makes its numbers honest is done here, and is the same for all kinds.
 
-    Parameters
-    ----------
-    config
-        See `WalkConfig`.
-    on_event
-        Called with plain mappings as the run proceeds: ``{"type": "stage", "stage": ..., "progress": 0..1}``,
-        and ``{"type": "fold", ...}`` with the measures of each fold; a kind may add events of its own.
+    ``on_event`` is told plain mappings as the run proceeds: ``{"type": "stage", "stage": ..., "progress":
+    0..1}``, and ``{"type": "fold", ...}`` with the measures of each fold; a kind may add events of its own.
     """
 
     kind: ClassVar[ArtifactKind]
@@ -186,21 +182,17 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
         del config["path_horizons_bars"]
         return config
 
-    def train(
-        self, bars: Bars, *, trials_log: Path | None = None, problems: Sequence[str] = ()
-    ) -> "Trained[BundleT]":
+    def train(self, bars: Bars) -> "Trained[BundleT]":
         """Train one symbol on its own prices; see `walk` and `conclude`."""
-        panel = {bars.symbol: bars}
-        n_trials = self.register(panel, trials_log) if trials_log else 1
-        return self.conclude(self.walk(panel), bars, n_trials=n_trials, problems=problems)
+        return self.conclude(self.walk({bars.symbol: bars}), bars)
 
-    def register(self, panel: Mapping[str, Bars], trials_log: Path) -> int:
-        """Count this look at the panel's prices, before anything of it is shown; return the looks so far."""
+    def runs(self, panel: Mapping[str, Bars]) -> list[Run]:
+        """Return what identifies this run among all that looked at the panel, as each symbol sees it."""
         hashes = {symbol: bars_hash(bars.frame) for symbol, bars in panel.items()}
-        runs = [self._run(bars, hashes) for bars in panel.values()]
-        before = count_trials(trials_log, *runs)
-        record_run(trials_log, *runs)
-        return before
+        return [
+            run_of(bars, [hashes if len(panel) > 1 else hashes[symbol], feature_set_hash(), self.identity()])
+            for symbol, bars in panel.items()
+        ]
 
     @property
     def needed_bars(self) -> int:
@@ -214,12 +206,8 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
         """Walk the recipe forward over the panel, split by date, and fit it on all labelled rows.
 
         Further horizons come first, each on its own, so that the rows of one are in memory at a time.
-        ``universe`` is what the panel is called; it is recorded.
-
-        Raises
-        ------
-        InsufficientDataError
-            When a symbol stands alone and its bars leave no year out of sample.
+        ``universe`` is what the panel is called. A symbol that stands alone and has too few bars for a year
+        out of sample is an `InsufficientDataError`.
         """
         started = time.monotonic()
         if len(panel) == 1:
@@ -249,7 +237,15 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
         dataset = build_dataset(frames, self.config.horizon_bars)
         dataset = begin_with_others(dataset, self.config.recipe.leave_out)
         recipe = self.recipe(dataset)
-        result = self._walk_forward(dataset, recipe)
+        validator = WalkForwardValidator(self.config.walk_forward)
+        n_folds = validator.n_folds(dataset)
+
+        def on_fold(fold: FoldResult) -> None:
+            done = fold.number + 1
+            self._tell({"type": "fold", **fold.as_dict()})
+            self._stage(f"walk-forward, fold {done} of {n_folds}", 0.05 + 0.85 * done / n_folds)
+
+        result = validator.run(dataset, recipe, on_fold=on_fold)
         self._stage("final fit", WALKED_AT)
         return dataset, recipe, result, recipe.fit_all(dataset, result.record)
 
@@ -274,33 +270,15 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
         counts = walked.result.record["symbol"].value_counts()
         strategies, benchmarks = {}, {}
         for symbol in (name for name in panel if counts.get(name, 0) >= 2):
-            report = self._book(panel[symbol], self._bundle(panel[symbol], walked))
+            decisions = self._decide(panel[symbol], self._bundle(panel[symbol], walked), as_lived=True)
+            report = backtest_decisions(decisions, self.config.costs)
             strategies[symbol] = report.daily["net_return"]
             benchmarks[symbol] = report.benchmarks["exposure_matched"].daily["net_return"]
         both = (pd.DataFrame(returns).mean(axis=1) for returns in (strategies, benchmarks))
         return np.column_stack([np.asarray(returns, dtype=np.float64) for returns in both])
 
-    def judge_together(self, walked: Walked[FittedT], *, n_trials: int = 1) -> Verdict | None:
-        """Judge a panel as one: all forecasts, and the decided positions in equal parts; None for one symbol.
-
-        ``n_trials`` counts the verdicts on the prices of the symbol that it is wanted for.
-        """
-        if walked.returns is None:
-            return None
-        return judge(
-            walked.result.record,
-            horizon_bars=self.config.horizon_bars,
-            strategy_return=walked.returns[:, 0],
-            benchmark_return=walked.returns[:, 1],
-            summary=walked.result.summary,
-            n_trials=n_trials,
-        )
-
-    def _book(self, bars: Bars, bundle: BundleT) -> BacktestReport:
-        """Decide on every out-of-sample row with the skill that was known of then, and book it."""
-        return backtest_decisions(self._decide(bars, bundle, as_lived=True), self.config.costs)
-
-    def _decide(self, bars: Bars, bundle: BundleT, *, as_lived: bool = False) -> Decisions:
+    def _decide(self, bars: Bars, bundle: BundleT, *, as_lived: bool) -> Decisions:
+        """Decide on every row; ``as_lived``: with the skill that was known of then."""
         forecaster = BundleForecaster(bundle=bundle, as_lived=as_lived)
         return decide(bars.symbol, bars.frame, forecaster, make_sizer(), costs=self.config.costs)
 
@@ -309,21 +287,8 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
     ) -> Trained[BundleT]:
         """Judge one symbol of the panel on its own rows, with its own calibration.
 
-        Parameters
-        ----------
-        walked
-            What `walk` returned.
-        bars
-            The symbol's prices, as they were in the panel.
-        n_trials
-            Looks at these prices so far, see `register`.
-        problems
-            What is known to be amiss with the prices, in words; kept with the model.
-
-        Raises
-        ------
-        InsufficientDataError
-            When the walk-forward holds less than a year of known outcomes of the symbol.
+        ``n_trials`` counts the looks at its prices so far, see `runs`; ``problems`` say what is amiss with
+        them. Less than a year of forecasts with a known outcome is an `InsufficientDataError`.
         """
         self._stage("verdict", 0.95)
         record = walked.result.record
@@ -334,12 +299,26 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
                 f"{MINIMUM_TEST_BARS} (a year) are needed: choose a symbol with later or more prices"
             )
         bundle = self._bundle(bars, walked)
-        verdict, backtest = self.judge(bars, bundle, walked.result, n_trials=n_trials)
-        pooled = self.judge_together(walked, n_trials=n_trials)
-        if pooled is not None and bars.symbol not in self.config.recipe.leave_out:
+        verdict, backtest = judge_lived(
+            bundle.record,
+            self._decide(bars, bundle, as_lived=True),
+            self.config.costs,
+            horizon_bars=bundle.horizon_bars,
+            summary=walked.result.summary,
+            n_trials=n_trials,
+        )
+        if walked.returns is not None and bars.symbol not in self.config.recipe.leave_out:
+            pooled = judge(
+                record,
+                horizon_bars=bundle.horizon_bars,
+                strategy_return=walked.returns[:, 0],
+                benchmark_return=walked.returns[:, 1],
+                summary=walked.result.summary,
+                n_trials=n_trials,
+            )
             verdict = of_universe(pooled, verdict, bars.symbol, len(walked.hashes))
         bundle = replace(bundle, metadata={**bundle.metadata, "verdict": verdict.as_dict()})
-        served = backtest_decisions(self._decide(bars, bundle), self.config.costs)
+        served = backtest_decisions(self._decide(bars, bundle, as_lived=False), self.config.costs)
         judged = {
             "data": {**bundle.metadata["data"], "problems": [*bars.report.problems(), *problems]},
             "metrics": {**headline_metrics(served), "correlation": verdict.evidence["ic"]},
@@ -357,59 +336,15 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
             golden_inputs=walked.dataset.features[own[-self.golden_rows :]],
         )
 
-    def judge(
-        self, bars: Bars, bundle: BundleT, result: WalkForwardResult, *, n_trials: int = 1
-    ) -> tuple[Verdict, BacktestReport]:
-        """Book the decided positions, and weigh the evidence of the symbol alone."""
-        decisions = self._decide(bars, bundle, as_lived=True)
-        backtest = backtest_decisions(decisions, self.config.costs)
-        verdict = judge(
-            bundle.record,
-            horizon_bars=bundle.horizon_bars,
-            strategy_return=backtest.daily["net_return"].to_numpy(),
-            benchmark_return=backtest.benchmarks["exposure_matched"].daily["net_return"].to_numpy(),
-            summary=result.summary,
-            n_trials=n_trials,
-        )
-        return one_session_later(verdict, decisions, self.config.costs), backtest
-
-    def _walk_forward(self, dataset: Dataset, recipe: FinalRecipe[FittedT]) -> WalkForwardResult:
-        validator = WalkForwardValidator(self.config.walk_forward)
-        n_folds = validator.n_folds(dataset)
-
-        def on_fold(fold: FoldResult) -> None:
-            done = fold.number + 1
-            self._tell({"type": "fold", **fold.as_dict()})
-            self._stage(f"walk-forward, fold {done} of {n_folds}", 0.05 + 0.85 * done / n_folds)
-
-        return validator.run(dataset, recipe, on_fold=on_fold)
-
     def _bundle(self, bars: Bars, walked: Walked[FittedT]) -> BundleT:
         record = walked.result.record
         own = record[record["symbol"] == bars.symbol].reset_index(drop=True)
-        return self.bundle_of(walked, bars.symbol, own, self._metadata(bars, walked, own))
-
-    def _metadata(self, bars: Bars, walked: Walked[FittedT], record: pd.DataFrame) -> dict[str, Any]:
-        created_at = datetime.now(UTC)
         config, dataset = self.config, walked.dataset
-        return {
-            "schema_version": 1,
-            "model_id": f"{bars.symbol}-{self.kind.name}",
-            "model_version": new_version_id(created_at),
-            "symbol": bars.symbol,
-            "created_at": created_at.isoformat(timespec="seconds"),
-            "horizon_bars": config.horizon_bars,
-            "source": bars.provenance.source,
-            "data_hash": walked.hashes[bars.symbol],
-            "data": {
-                "hash": walked.hashes[bars.symbol],
-                "first_session": f"{bars.frame.index[0]:%Y-%m-%d}",
-                "last_session": f"{bars.frame.index[-1]:%Y-%m-%d}",
-                "n_bars": len(bars.frame),
-            },
+        metadata = {
+            **facts_of(bars, self.kind, config.horizon_bars, walked.hashes[bars.symbol]),
             "universe": universe_facts(walked, left_out=config.recipe.leave_out),
             "trained_through": str(dataset.label_end[dataset.labelled].max()),
-            "out_of_sample_from": f"{record['date'].min():%Y-%m-%d}",
+            "out_of_sample_from": f"{own['date'].min():%Y-%m-%d}",
             "seed": config.recipe.seed,
             "feature_set_hash": feature_set_hash(),
             "recipe": asdict(config),
@@ -418,17 +353,7 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
             "verdict": NOT_JUDGED_YET,
             "folds": [fold.as_dict() for fold in walked.result.folds],
         }
-
-    def _run(self, bars: Bars, hashes: Mapping[str, str]) -> Run:
-        """Return what identifies this run among all that looked at the symbol."""
-        prices = hashes[bars.symbol] if len(hashes) == 1 else dict(hashes)
-        content = json.dumps([prices, feature_set_hash(), self.identity()], sort_keys=True)
-        return Run(
-            symbol=bars.symbol,
-            first_session=f"{bars.frame.index[0]:%Y-%m-%d}",
-            last_session=f"{bars.frame.index[-1]:%Y-%m-%d}",
-            fingerprint=hashlib.sha256(content.encode()).hexdigest()[:16],
-        )
+        return self.bundle_of(walked, bars.symbol, own, metadata)
 
     def _stage(self, stage: str, progress: float) -> None:
         if progress <= WALKED_AT:
@@ -436,19 +361,81 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
         self._tell({"type": "stage", "stage": stage, "progress": round(progress, 3)})
 
 
-def one_session_later(verdict: Verdict, decisions: Decisions, costs: CostModel) -> Verdict:
-    """Add what the same positions earn when they are taken a session later: no close decides on itself."""
+def judge_lived(
+    record: pd.DataFrame,
+    decisions: Decisions,
+    costs: CostModel,
+    *,
+    horizon_bars: int,
+    n_trials: int,
+    summary: WalkForwardSummary | None = None,
+) -> tuple[Verdict, BacktestReport]:
+    """Book positions as they would have been lived, and weigh the evidence of one symbol.
+
+    Also says what the same positions earn when they are taken a session later: no close decides on itself.
+    """
+
+    def active(report: BacktestReport) -> "tuple[pd.Series[float], pd.Series[float]]":
+        return report.daily["net_return"], report.benchmarks["exposure_matched"].daily["net_return"]
+
+    backtest = backtest_decisions(decisions, costs)
+    strategy, benchmark = active(backtest)
+    verdict = judge(
+        record,
+        horizon_bars=horizon_bars,
+        strategy_return=np.asarray(strategy, dtype=np.float64),
+        benchmark_return=np.asarray(benchmark, dtype=np.float64),
+        summary=summary,
+        n_trials=n_trials,
+    )
     frame = decisions.frame
     late = replace(decisions, frame=frame.assign(target_weight=frame["target_weight"].shift(1).fillna(1.0)))
-    report = backtest_decisions(late, costs)
-    matched = report.benchmarks["exposure_matched"].daily["net_return"]
-    annual = float((report.daily["net_return"] - matched).mean()) * costs.periods_per_year
+    strategy, benchmark = active(backtest_decisions(late, costs))
+    annual = float((strategy - benchmark).mean()) * costs.periods_per_year
     text = f"taken one session later, the same positions earn {annual:+.2%} a year over equal exposure"
-    return replace(
-        verdict,
-        reasons=(*verdict.reasons, text) if verdict.evidence["p_return"] is not None else verdict.reasons,
-        evidence={**verdict.evidence, "active_return_one_session_later_annual": annual},
+    reasons = verdict.reasons if verdict.evidence["p_return"] is None else (*verdict.reasons, text)
+    found = {**verdict.evidence, "active_return_one_session_later_annual": annual}
+    return replace(verdict, reasons=reasons, evidence=found), backtest
+
+
+def figures_of(record: pd.DataFrame, horizon_bars: int) -> dict[str, Any]:
+    """Return what a record of out-of-sample rows says alone; None where undefined."""
+    nothing = np.empty(0)
+    found = judge(record, horizon_bars=horizon_bars, strategy_return=nothing, benchmark_return=nothing)
+    return {name: found.evidence[name] for name in PATH_EVIDENCE}
+
+
+def run_of(bars: Bars, content: object, n_trials: int = 1) -> Run:
+    """Return what identifies a run, whose outcome is decided by ``content``, among the looks at a symbol."""
+    text = json.dumps(content, sort_keys=True)
+    return Run(
+        symbol=bars.symbol,
+        first_session=f"{bars.frame.index[0]:%Y-%m-%d}",
+        last_session=f"{bars.frame.index[-1]:%Y-%m-%d}",
+        fingerprint=hashlib.sha256(text.encode()).hexdigest()[:16],
+        n_trials=n_trials,
     )
+
+
+def facts_of(bars: Bars, kind: ArtifactKind, horizon_bars: int, prices_hash: str) -> dict[str, Any]:
+    """Return what the metadata of every kind of model begin with."""
+    created_at = datetime.now(UTC)
+    return {
+        "schema_version": 1,
+        "model_id": f"{bars.symbol}-{kind.name}",
+        "model_version": new_version_id(created_at),
+        "symbol": bars.symbol,
+        "created_at": created_at.isoformat(timespec="seconds"),
+        "horizon_bars": horizon_bars,
+        "source": bars.provenance.source,
+        "data_hash": prices_hash,
+        "data": {
+            "hash": prices_hash,
+            "first_session": f"{bars.frame.index[0]:%Y-%m-%d}",
+            "last_session": f"{bars.frame.index[-1]:%Y-%m-%d}",
+            "n_bars": len(bars.frame),
+        },
+    }
 
 
 def universe_facts(walked: Walked[Any], *, left_out: Sequence[str]) -> dict[str, Any] | None:
@@ -479,3 +466,11 @@ def headline_metrics(backtest: BacktestReport) -> dict[str, float | None]:
     }
     same = ("sharpe_ratio", "max_drawdown", "win_rate", "average_trade_profit", "total_trades", "turnover")
     return {ours: found[theirs] for ours, theirs in (renamed | dict(zip(same, same, strict=True))).items()}
+
+
+def begin_with_others(data: Dataset, leave_out: tuple[str, ...]) -> Dataset:
+    """Return the rows from the first session on of a symbol that is not left out."""
+    others = ~np.isin(np.asarray(data.symbols)[data.symbol_code], leave_out)
+    if not leave_out or not others.any():
+        return data
+    return data.take(np.flatnonzero(data.date >= data.date[others].min()))

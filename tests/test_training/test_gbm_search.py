@@ -2,8 +2,17 @@ import numpy as np
 import pytest
 
 from inference.ensemble import predict_booster, shap_values
-from training.gbm_search import EARNED_T, SearchConfig, careful, fit_boosters, inner_blocks, search, tune
-from training.libraries import LIBRARIES, Rows
+from training.gbm_search import (
+    EARNED_T,
+    LIBRARIES,
+    Rows,
+    SearchConfig,
+    careful,
+    fit_boosters,
+    inner_blocks,
+    search,
+    tune,
+)
 from utils.errors import UsageError
 
 CONFIG = SearchConfig(n_trials=3, max_rounds=40)
