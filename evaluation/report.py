@@ -340,7 +340,7 @@ def training_report(
     paths = words.records("paths", ({"bars": int(bars), **found} for bars, found in further.items()))
     best = [{"why": words.table["stopped"], **trial} for trial in best[:SHOWN_TRIALS]]
     gates = ({"note": words.table["gate"].get(gate["name"], ""), **gate} for gate in verdict["gates"])
-    tables = words.records("gates", gates), _evidence(words, evidence)
+    tables = words.records("gates", gates), _evidence(words, evidence), *_tries(words, metadata)
     ics = (_floats([fold[name] for fold in folds]) for name in ("ic", "ic_low", "ic_high"))
     ic = words.on("ic", charts.fold_chart([fold["test_start"][:7] for fold in folds], *ics))
     periods = ({**fold, "period": f"{fold['test_start'][:7]} to {fold['test_end'][:7]}"} for fold in folds)
@@ -384,7 +384,8 @@ def ensemble_report(
     labels = words.table["members"].items()
     curves = {label: (role, _floats(record[f"weight_{name}"])) for name, (label, role) in labels}
     weights = charts.curve_chart(pd.DatetimeIndex(record["date"]), curves, span="full", form="pct")
-    gates = words.records("gates", verdict["gates"]), _evidence(words, verdict["evidence"])
+    shown = words.records("gates", verdict["gates"]), _evidence(words, verdict["evidence"])
+    gates = *shown, *_tries(words, metadata)
     sections = (
         words.section("parts", words.records("parts", parts["table"]), bullets=parts["notes"]),
         words.section("weights", words.on("weights", weights)),
@@ -394,6 +395,11 @@ def ensemble_report(
         words.section("origin", _facts(words, provenance_of(metadata))),
     )
     return _page(words, {"own": {**verdict["evidence"], **parts["weights"]}}, verdict, sections)
+
+
+def _tries(words: Words, metadata: Mapping[str, Any]) -> list[Table]:
+    """Return the table of the verdicts before this one; nothing where it was the first."""
+    return [words.records("tries", metadata["tries"])] if metadata.get("tries") else []
 
 
 def _skill(words: Words, known: pd.DataFrame, evidence: Mapping[str, Any], horizon: int) -> list[Block]:

@@ -103,6 +103,15 @@ class SearchConfig:
             raise UsageError(f"models {self.models}: name each of {', '.join(LIBRARIES)} at most once")
 
 
+# Names the columns to fit on, ascending, from the rows to fit.
+Chooser = Callable[[Rows], tuple[int, ...]]
+
+
+def all_columns(rows: Rows) -> tuple[int, ...]:
+    """Choose every column."""
+    return tuple(range(rows.features.shape[1]))
+
+
 class Fitting(NamedTuple):
     """How a booster is fitted, whatever its parameters."""
 
@@ -358,23 +367,23 @@ def _side_by_side(jobs: Mapping[str, Callable[[], T]]) -> dict[str, T]:
         return {name: future.result() for name, future in futures.items()}
 
 
-def inner_blocks(rows: Rows, config: SearchConfig) -> list[tuple[Rows, Rows]]:
-    """Split training rows into (fit, score) blocks: expanding, purged by label end, over the later half."""
+def inner_blocks(rows: Rows, config: SearchConfig, choose: Chooser = all_columns) -> list[tuple[Rows, Rows]]:
+    """Split training rows into (fit, score) blocks: expanding, purged by label end, over the later half.
+
+    The columns of a block are those that ``choose`` names when it sees the rows to fit alone.
+    """
     splitter = PurgedTimeSeriesSplit(
         config.n_inner_blocks, test_size_bars=len(rows) // (2 * config.n_inner_blocks)
     )
-    folds = splitter.split(len(rows), rows.label_end_position, date=rows.date)
-    return [(rows.take(fit), rows.take(score)) for fit, score in folds]
+    blocks = []
+    for fit, score in splitter.split(len(rows), rows.label_end_position, date=rows.date):
+        columns = choose(rows.take(fit))
+        blocks.append((rows.take(fit).with_columns(columns), rows.take(score).with_columns(columns)))
+    return blocks
 
 
-def _binned(library: Library, rows: Rows, config: SearchConfig) -> list[tuple[Any, Any, Rows]]:
-    """Bin the inner blocks once for all trials: rows to fit, rows to score, and the latter as they were."""
-    blocks = ((library.bin(fit), score) for fit, score in inner_blocks(rows, config))
-    return [(binned, library.bin(score, binned), score) for binned, score in blocks]
-
-
-def search(name: str, rows: Rows, config: SearchConfig, seed: int) -> Tuned:
-    """Search one library's parameters on inner blocks of the training rows.
+def search(name: str, rows: Rows, config: SearchConfig, seed: int, choose: Chooser = all_columns) -> Tuned:
+    """Search one library's parameters on inner blocks of the training rows, see `inner_blocks`.
 
     The best trial is returned where it has earned its place, else the careful setting; the same seed draws
     the same trials, and nothing after ``rows`` is seen.
@@ -383,7 +392,8 @@ def search(name: str, rows: Rows, config: SearchConfig, seed: int) -> Tuned:
     if config.n_trials == 0:
         return fallback
     library, how = LIBRARIES[name], Fitting(seed, config.threads, config.device)
-    blocks = _binned(library, rows, config)
+    inner = ((library.bin(fit), score) for fit, score in inner_blocks(rows, config, choose))
+    blocks = [(binned, library.bin(score, binned), score) for binned, score in inner]
 
     def objective(trial: optuna.Trial) -> float:
         params = library.suggest(trial, len(rows))
@@ -442,8 +452,8 @@ def _trial_record(name: str, trial: optuna.trial.FrozenTrial) -> dict[str, objec
     }
 
 
-def tune(rows: Rows, config: SearchConfig, seed: int) -> dict[str, Tuned]:
+def tune(rows: Rows, config: SearchConfig, seed: int, choose: Chooser = all_columns) -> dict[str, Tuned]:
     """Search every library of ``config``; libraries run side by side, each with its own seeded study."""
     # Optuna announces each trial at INFO on its own handler; the trials are recorded in the bundle instead.
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return _side_by_side({name: partial(search, name, rows, config, seed) for name in config.models})
+    return _side_by_side({name: partial(search, name, rows, config, seed, choose) for name in config.models})

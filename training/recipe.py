@@ -7,6 +7,7 @@ is carried over was chosen on still earlier rows. Everything else is redone in e
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 import lightgbm
@@ -32,7 +33,7 @@ from inference.ensemble import (
     shrunk_weights,
 )
 from inference.load_lstm_model import windows_of
-from training.gbm_search import DateArray, Rows, SearchConfig, Tuned, fit_boosters, tune
+from training.gbm_search import DateArray, Rows, SearchConfig, Tuned, all_columns, fit_boosters, tune
 from training.trainer import RowsConfig, WalkConfig
 from utils.errors import DataError
 from validation.walk_forward import RecipePrediction
@@ -208,13 +209,14 @@ class GBMRecipe:
         train, earlier = without_symbols(train, earlier, config.leave_out)
         drifts, drift = drift_by_symbol(train, sample_weights(train, config.weight_half_life_sessions))
         scaler = RobustScaler().fit(some_rows(train.features))
-        columns = tuple(range(len(train.columns)))
-        rows = training_rows(train, select_scaled(scaler, train.features, columns), drifts, config)
+        scaled = select_scaled(scaler, train.features, tuple(range(len(train.columns))))
+        rows = training_rows(train, scaled, drifts, config)
         # The rows of a panel are enough for all features; those of one symbol are not.
-        alone = len(train.symbols) == 1
-        screened = screen(rows, config.screen_t, config.screen_share) if alone else columns
+        alone = partial(screen, least_t=config.screen_t, share=config.screen_share)
+        choose = alone if len(train.symbols) == 1 else all_columns
+        screened = choose(rows)
         if not self.searches or fold % config.tune_every_folds == 0:
-            self.searches.append(tune(rows.with_columns(screened), config.search, config.seed))
+            self.searches.append(tune(rows, config.search, config.seed, choose))
         tuned = self.searches[-1]
         models, selection = self._fit_selected(rows, screened, tuned)
         weights, calibration, calibrations = evidence(

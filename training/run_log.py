@@ -1,15 +1,8 @@
 """How a command that trains is asked, and what it tells: a plain log per run, the report, the terminal.
 
 The log is written anew after every event, so a run that is killed leaves what it had come to; its last
-section, STATUS, is then missing. Neither log nor report may fail a training: trouble with them is a warning.
-
-STATUS begins with one word:
-
-- ``SUCCESS``: the verdict is ``edge``;
-- ``NO_EDGE``: it is ``no-edge`` or ``insufficient``;
-- ``COLLAPSED``: in half of the folds or more the signal hardly varied, whatever the verdict; or a network's
-  did while it was trained, which ends the run and saves nothing;
-- ``FAILED``: the run ended in an error, which is named.
+section, STATUS, is then missing: one word, see `status_of` and `RunLog.fail`, and why. Neither log nor report
+may fail a training: trouble with them is a warning.
 """
 
 import argparse
@@ -33,7 +26,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from evaluation.report import Report, training_report, write_report
-from training.trainer import OnEvent, RowsConfig, Trained, Trainer, WalkConfig
+from training.trainer import OnEvent, RowsConfig, Trained, Trainer, WalkConfig, leaves
 from utils.errors import (
     AIStocksError,
     CollapsedError,
@@ -42,7 +35,7 @@ from utils.errors import (
     StorageError,
     UsageError,
 )
-from utils.model_paths import GBM, ArtifactKind, artifact_link
+from utils.model_paths import ArtifactKind, artifact_link
 from utils.settings import Settings, at_least, configure_logging, json_lines, print_rows
 
 logger = logging.getLogger(__name__)
@@ -56,7 +49,9 @@ GRACE_S = 2.0
 # What every library takes as a seed.
 MAX_SEED = 2**31 - 1
 Outcome = dict[str, Any]
-IN_EVERY_OUTCOME = ("model_version", "out_of_sample_from", "trained_through", "horizon_bars", "data_hash")
+IN_EVERY_OUTCOME = (
+    "model_version", "out_of_sample_from", "trained_through", "horizon_bars", "data_hash", "tries",
+)  # fmt: skip
 FOLD_COLUMNS = (
     "number", "test_start", "test_end", "n", "ic", "ic_low", "ic_high", "symbol_ic", "hit_minus_base",
     "sharpe", "sharpe_buy_hold", "calibration_slope", "pred_std_over_target_std", "share_positive",
@@ -67,9 +62,8 @@ FOLD_COLUMNS = (
 class Program:
     """What one kind of model adds to the common command line; it travels as ``args.program``.
 
-    ``check`` refuses what the flags cannot mean together, and what is not installed, before anything is
-    fetched. ``config`` and ``trainer`` make what the flags ask for, the latter for about so many rows.
-    ``save`` takes a bundle with its golden inputs; ``load_folder`` sees whether a version can serve.
+    ``check`` refuses, before anything is fetched, what the flags cannot mean together. ``config`` and
+    ``trainer`` (for about so many rows) are what they ask for; ``save`` takes a bundle and golden inputs.
     """
 
     check: Callable[[argparse.Namespace], None]
@@ -128,19 +122,18 @@ def refuse(wrong: Mapping[str, object]) -> None:
 
 
 class RunLog:
-    """The log of one run for one symbol, ``<SYMBOL>_<kind>_<timestamp>.log`` in ``folder``.
+    """The log of one run for one symbol; a folder that cannot be written makes it silent after one warning.
 
-    ``config`` is everything that decides the run, nested; it is written flat. A folder that cannot be written
-    makes the log silent after one warning.
+    ``config`` is everything that decides the run, nested; it is written flat.
     """
 
-    def __init__(self, folder: Path, symbol: str, config: Mapping[str, Any], kind: str = GBM.name) -> None:
+    def __init__(self, folder: Path, symbol: str, config: Mapping[str, Any], kind: str) -> None:
         self.path: Path | None = folder / f"{symbol}_{kind}_{datetime.now(UTC):%Y%m%dT%H%M%S%f}.log"
         self.status: Status | None = None
         self._is_closed = False
         self._folds: list[Mapping[str, Any]] = []
         self._sections: dict[str, list[str]] = {name: [] for name in SECTIONS}
-        self._sections["TRAINING CONFIG"] = [f"{key}: {_text(value)}" for key, value in flat(config)]
+        self._sections["TRAINING CONFIG"] = _lines(config)
         self._write()
 
     def on_event(self, event: Mapping[str, Any]) -> None:
@@ -167,7 +160,7 @@ class RunLog:
         }
         self._sections["FOLD METRICS"] = fold_lines(metadata["folds"])
         self._sections["FINAL METRICS"] = [
-            *(f"{key}: {_text(value)}" for key, value in flat(found)),
+            *_lines(found),
             *(
                 f"gate {gate.name}: {_text(gate.value)} (threshold {gate.threshold}) "
                 f"{'passed' if gate.passed else 'failed'}"
@@ -206,15 +199,13 @@ class RunLog:
             # No STATUS yet means that the run is not over, or was killed.
             if name != "STATUS" or content:
                 lines += [f"=== {name} ===", *(content or ["none"]), ""]
-        part = self.path.with_name(f".{self.path.name}.part")
+        folder, part = self.path.parent, self.path.with_name(f".{self.path.name}.part")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             part.write_text("\n".join(lines), encoding="utf-8")
             part.replace(self.path)
         except OSError as error:
-            logger.warning(
-                "no training log in %s: %s; the training goes on", self.path.parent, error.strerror
-            )
+            logger.warning("no training log in %s: %s; the training goes on", folder, error.strerror)
             self.path = None
 
 
@@ -234,13 +225,8 @@ def fold_lines(folds: Sequence[Mapping[str, Any]]) -> list[str]:
     return ["  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in rows]
 
 
-def flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the leaves of nested mappings with their dotted names."""
-    for key, value in nested.items():
-        if isinstance(value, Mapping) and value:
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def _lines(nested: Mapping[str, Any]) -> list[str]:
+    return [f"{name}: {_text(value)}" for name, value in leaves(nested)]
 
 
 def together(*listeners: OnEvent) -> OnEvent:
@@ -285,9 +271,7 @@ def interruptible() -> Iterator[None]:
 
 
 @contextmanager
-def logged_run(
-    folder: Path, symbol: str, config: Mapping[str, Any], kind: str = GBM.name
-) -> Iterator[RunLog]:
+def logged_run(folder: Path, symbol: str, config: Mapping[str, Any], kind: str) -> Iterator[RunLog]:
     """Keep the log of a run; warnings of the libraries go into it, and an error ends it as FAILED."""
     log = RunLog(folder, symbol, config, kind)
     handler = _IntoLog(log)
@@ -310,8 +294,18 @@ class _IntoLog(logging.Handler):
         self.kept.warn(f"{record.name}: {record.getMessage()}")
 
 
+def publish(page: Report, folder: Path, metadata: Mapping[str, Any]) -> Path | None:
+    """Write a bundle's report into ``folder``; None, after a warning, where that cannot be done."""
+    kind = metadata["model_id"].rpartition("-")[2]
+    try:
+        return write_report(page, folder / f"{metadata['symbol']}_{kind}_{metadata['model_version']}.html")
+    except StorageError as error:
+        logger.warning("no report of the training: %s", error)
+        return None
+
+
 def publish_report(trained: Trained[Any], folder: Path) -> Path | None:
-    """Write the HTML report into ``folder``, see `publish`."""
+    """Write the HTML report of a training, see `publish`."""
     bundle = trained.bundle
     page = training_report(
         symbol=bundle.symbol,
@@ -323,16 +317,7 @@ def publish_report(trained: Trained[Any], folder: Path) -> Path | None:
         findings=bundle.metadata["data"]["problems"],
         epochs=bundle.hyperparameters.get("epochs", ()),
     )
-    return publish(page, folder / f"{bundle.symbol}_{bundle.KIND.name}_{bundle.model_version}.html")
-
-
-def publish(page: Report, path: Path) -> Path | None:
-    """Write a report; None, after a warning, where that cannot be done."""
-    try:
-        return write_report(page, path)
-    except StorageError as error:
-        logger.warning("no report of the training: %s", error)
-        return None
+    return publish(page, folder, bundle.metadata)
 
 
 def _text(value: object) -> str:

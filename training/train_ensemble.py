@@ -59,7 +59,7 @@ from training.run_log import (
     tell_all,
 )
 from training.train_gbm import fetch, look
-from training.trainer import OnEvent, facts_of, figures_of, headline_metrics, judge_lived, run_of
+from training.trainer import OnEvent, as_told, facts_of, figures_of, headline_metrics, judge_lived, run_of
 from utils.errors import AIStocksError, InsufficientDataError
 from utils.model_paths import ENSEMBLE, artifact_link, training_lock
 from utils.settings import Settings, read_settings
@@ -196,13 +196,14 @@ class EnsembleTrainer:
         }
         content = [bars_hash(bars.frame), said, self.method, asdict(self.config), asdict(SimpleEnsemble())]
         # Where a meta-learner is tried, two verdicts are there to choose from.
-        return run_of(bars, content, n_trials=1 if self.method == "simple" else 2)
+        n_trials = 1 if self.method == "simple" else 2
+        return run_of(bars, content, ENSEMBLE, f"{self.method}, seed {self.config.seed}", n_trials)
 
-    def train(self, bars: Bars, *, n_trials: int = 1) -> EnsembleBundle:
+    def train(self, bars: Bars, *, earlier: Sequence[Run] = ()) -> EnsembleBundle:
         """Join, compare and judge; nothing is saved.
 
-        ``bars`` are those that the members were trained on, and later ones; ``n_trials`` counts the looks at
-        them, this one included. Less than a year of common forecasts is an `InsufficientDataError`.
+        ``bars`` are those that the members were trained on, and later ones; ``earlier`` are the looks at them
+        before. Less than a year of common forecasts is an `InsufficientDataError`.
         """
         plain = self._bundle(bars)
         frame = self._join(plain).centre(bars.frame)
@@ -222,13 +223,14 @@ class EnsembleTrainer:
             self._decide(self._join(bundle), bars),
             self.costs,
             horizon_bars=bundle.horizon_bars,
-            n_trials=n_trials,
+            n_trials=self.run(bars).n_trials + sum(run.n_trials for run in earlier),
         )
         metadata = {
             **plain.metadata,
             "method": bundle.method,
             "out_of_sample_from": f"{record['date'].iloc[0]:%Y-%m-%d}",
             "verdict": verdict.as_dict(),
+            "tries": as_told(earlier),
             "parts": self._parts(bars, frame, record, compared),
         }
         judged = replace(bundle, record=record, metadata=metadata)
@@ -354,12 +356,12 @@ def join_symbol(symbol: str, args: argparse.Namespace, settings: Settings) -> Ou
     bars = fetch(symbol, args, settings)
     with training_lock(settings.models_dir, symbol):
         trainer = EnsembleTrainer(gbm, lstm, method=args.method, config=MetaConfig(seed=args.seed))
-        bundle = trainer.train(bars, n_trials=look(settings, [trainer.run(bars)]))
+        bundle = trainer.train(bars, earlier=look(settings, [trainer.run(bars)]))
         metadata, saved = bundle.metadata, None
         page = ensemble_report(
             symbol=symbol, metadata=metadata, record=bundle.record, findings=bars.report.problems()
         )
-        report = publish(page, settings.logs_dir / f"{symbol}_ensemble_{metadata['model_version']}.html")
+        report = publish(page, settings.logs_dir, metadata)
         if args.strict:
             refuse_without_edge(symbol, metadata["verdict"]["label"])
         if not args.validate_only:

@@ -34,7 +34,7 @@ from data.markets import refuse_delisted, resolve_universe
 from data.schema import Bars, check_enough, normalise_symbol
 from data.target_engineering import DEFAULT_HORIZON_BARS, Dataset, check_horizon
 from inference.load_gbm_models import GBMBundle, PathModel, load_folder, save_bundle, versions_of
-from training.gbm_search import LIBRARIES, SearchConfig, catboost
+from training.gbm_search import SearchConfig, catboost
 from training.recipe import FittedGBM, GBMRecipe, RecipeConfig, TrainerConfig
 from training.run_log import (
     Outcome,
@@ -56,7 +56,7 @@ from training.trainer import MINIMUM_TEST_BARS, OnEvent, Trainer, Walked
 from utils.errors import AIStocksError, DataError, DeviceError, LockedError, StorageError
 from utils.model_paths import GBM, current_version, roll_back, training_lock
 from utils.settings import Settings, at_least, configure_logging, read_settings
-from validation.evidence import Run, count_trials, record_run
+from validation.evidence import Run, earlier_runs, record_run
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +92,7 @@ def choose_device(
     refuse(
         {
             "--require-gpu and --device cpu contradict each other": require_gpu and requested == "cpu",
-            "--require-gpu and --allow-cpu-fallback contradict each other": require_gpu
-            and allow_cpu_fallback,
+            "--require-gpu contradicts --allow-cpu-fallback": require_gpu and allow_cpu_fallback,
             "--require-gpu: only XGBoost trains on a GPU here": require_gpu and "xgb" not in models,
         }
     )
@@ -181,7 +180,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--tune", action=flag, help=f"search with {TUNE_TRIALS} trials, pooled models too")
     add("--n-trials", type=at_least(0), help="trials per library; 0: careful settings, no search")
-    add("--models", type=models, metavar="xgb,lgb,cat", help="libraries (default: xgb,lgb)")
+    add("--models", metavar="xgb,lgb,cat", help="libraries (default: xgb,lgb)")
     add("--no-lgb", action=flag, help="leave LightGBM out")
     add("--max-features", type=at_least(1), default=RecipeConfig().max_features, help="features kept")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where XGBoost trains")
@@ -200,24 +199,16 @@ def horizons(text: str) -> tuple[int, ...]:
     return decides, *sorted(set(named) - {decides})
 
 
-def models(text: str) -> tuple[str, ...]:
-    """Read a list of libraries."""
-    names = tuple(part.strip() for part in text.split(","))
-    if not set(names) <= set(LIBRARIES) or len(set(names)) < len(names):
-        raise argparse.ArgumentTypeError(f"{text!r}: name each of {', '.join(LIBRARIES)} at most once")
-    return names
-
-
 def refuse_contradictions(args: argparse.Namespace) -> None:
     """Refuse flags that cannot be meant together, and what is not there, before anything is fetched."""
     refuse_common(args)
+    fallback = args.allow_cpu_fallback
     refuse(
         {
             "--models and --no-lgb: name the libraries once": args.models and args.no_lgb,
             "--tune --n-trials 0: a search needs trials": args.tune and args.n_trials == 0,
             "--include-sentiment: no sentiment features are registered yet": args.include_sentiment,
-            "--device cpu leaves nothing to --allow-cpu-fallback": args.allow_cpu_fallback
-            and args.device == "cpu",
+            "--device cpu leaves nothing to --allow-cpu-fallback": fallback and args.device == "cpu",
         }
     )
     if "cat" in config_from(args).recipe.search.models:
@@ -229,7 +220,7 @@ def config_from(args: argparse.Namespace) -> TrainerConfig:
     """Return the trainer's configuration that the command line asks for."""
     search = SearchConfig()
     n_trials = TUNE_TRIALS if args.tune else 0 if args.universe else search.n_trials
-    names = args.models or tuple(name for name in search.models if name != "lgb" or not args.no_lgb)
+    names = tuple((args.models or ("xgb" if args.no_lgb else "xgb,lgb")).replace(" ", "").split(","))
     search = replace(search, n_trials=n_trials if args.n_trials is None else args.n_trials, models=names)
     if args.universe:
         # Libraries are fitted side by side; one symbol's rows keep no further thread busy.
@@ -322,12 +313,12 @@ def fetch(symbol: str, args: argparse.Namespace, settings: Settings) -> Bars:
     return bars
 
 
-def look(settings: Settings, runs: Sequence[Run]) -> int:
-    """Count a look at prices, as each symbol sees it, before it shows anything; return the looks so far."""
+def look(settings: Settings, runs: Sequence[Run]) -> tuple[Run, ...]:
+    """Record a look at prices, as each symbol sees it, before it shows anything; return those before."""
     log = settings.models_dir / "trials.jsonl"
-    n_trials = count_trials(log, *runs)
+    earlier = earlier_runs(log, *runs)
     record_run(log, *runs)
-    return n_trials
+    return earlier
 
 
 def train_symbols(
@@ -412,14 +403,14 @@ def train_group(
         n_rows = sum(len(bars.frame) - MAX_WARMUP_BARS for bars in panel.values())
         tell = together(*(log.on_event for log in logs.values()), on_event)
         trainer = program.trainer(config, args, n_rows, tell)
-        n_trials = look(settings, trainer.runs(panel))
+        earlier = look(settings, trainer.runs(panel))
         walked = trainer.walk(panel, universe=Path(args.universe or "").name)
         cache = None if args.no_cache else BarCache(settings.cache_dir)
         for symbol, log in logs.items():
             bars = group[symbol]
             try:
                 problems = findings(bars, config.horizon_bars, cache)
-                trained = trainer.conclude(walked, bars, n_trials=n_trials, problems=problems)
+                trained = trainer.conclude(walked, bars, earlier=earlier, problems=problems)
                 outcomes[symbol] = deliver(trained, log, args, settings, on_event)
             except AIStocksError as error:
                 log.fail(error)
@@ -429,10 +420,10 @@ def train_group(
 
 def go_back(symbol: str, args: argparse.Namespace, settings: Settings) -> Outcome:
     """Let the version before serve again; return which."""
-    program: Program = args.program
-    with training_lock(settings.models_dir, symbol):
-        before = current_version(settings.models_dir, symbol, args.kind).name
-        now = roll_back(settings.models_dir, symbol, args.kind, program.load_folder).name
+    folder = settings.models_dir
+    with training_lock(folder, symbol):
+        before = current_version(folder, symbol, args.kind).name
+        now = roll_back(folder, symbol, args.kind, args.program.load_folder).name
     return {"symbol": symbol, "model_version": now, "rolled_back_from": before}
 
 

@@ -56,7 +56,7 @@ from training.train_gbm import run
 from training.trainer import OnEvent, Trainer, Walked
 from utils.errors import CollapsedError, UsageError
 from utils.model_paths import LSTM
-from utils.settings import at_least, below
+from utils.settings import at_least, below, silence_tensorflow
 from validation.gates import collapse_of
 from validation.walk_forward import RecipePrediction
 
@@ -111,6 +111,7 @@ class KerasNetwork:
 
     def __init__(self, config: NetworkConfig, n_features: int) -> None:
         require_tensorflow()
+        silence_tensorflow()
         import keras  # noqa: PLC0415 - a gigabyte, only for who trains a network
         import tensorflow as tf  # noqa: PLC0415
 

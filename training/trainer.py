@@ -4,7 +4,7 @@ import hashlib
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
@@ -116,10 +116,6 @@ class WalkedPath(Generic[FittedT]):
     record: pd.DataFrame
     fitted: FittedT
 
-    def figures(self, symbol: str) -> dict[str, Any]:
-        """Return what the symbol's own out-of-sample rows say."""
-        return figures_of(self.record[self.record["symbol"] == symbol], self.horizon_bars)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Walked(Generic[FittedT]):
@@ -189,25 +185,35 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
     def runs(self, panel: Mapping[str, Bars]) -> list[Run]:
         """Return what identifies this run among all that looked at the panel, as each symbol sees it."""
         hashes = {symbol: bars_hash(bars.frame) for symbol, bars in panel.items()}
+        identity, plain = (
+            self.identity(),
+            type(self)(type(self.config)(recipe=type(self.config.recipe)())).identity(),
+        )
+        unlike = [
+            f"{name} {value}" for name, value in leaves(identity) if (name, value) not in [*leaves(plain)]
+        ]
+        settings = ", ".join([f"{len(panel)} symbols"] * (len(panel) > 1) + unlike)
         return [
-            run_of(bars, [hashes if len(panel) > 1 else hashes[symbol], feature_set_hash(), self.identity()])
+            run_of(
+                bars,
+                [hashes if len(panel) > 1 else hashes[symbol], feature_set_hash(), identity],
+                self.kind,
+                settings,
+            )
             for symbol, bars in panel.items()
         ]
 
     @property
     def needed_bars(self) -> int:
         """Bars that a symbol needs to be trained alone: warm-up, first training rows, a year of test."""
-        config = self.config
-        first_train = config.walk_forward.min_train_bars
-        longest = max((config.horizon_bars, *config.path_horizons_bars))
-        return MAX_WARMUP_BARS + first_train + longest + MINIMUM_TEST_BARS
+        longest = max(self.config.horizon_bars, *self.config.path_horizons_bars, 0)
+        return MAX_WARMUP_BARS + self.config.walk_forward.min_train_bars + longest + MINIMUM_TEST_BARS
 
     def walk(self, panel: Mapping[str, Bars], *, universe: str = "") -> Walked[FittedT]:
         """Walk the recipe forward over the panel, split by date, and fit it on all labelled rows.
 
-        Further horizons come first, each on its own, so that the rows of one are in memory at a time.
-        ``universe`` is what the panel is called. A symbol that stands alone and has too few bars for a year
-        out of sample is an `InsufficientDataError`.
+        Further horizons come first, each on its own, so that the rows of one are in memory at a time. Too few
+        bars for a year out of sample are an `InsufficientDataError` of a symbol that stands alone.
         """
         started = time.monotonic()
         if len(panel) == 1:
@@ -283,16 +289,22 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
         return decide(bars.symbol, bars.frame, forecaster, make_sizer(), costs=self.config.costs)
 
     def conclude(
-        self, walked: Walked[FittedT], bars: Bars, *, n_trials: int = 1, problems: Sequence[str] = ()
+        self,
+        walked: Walked[FittedT],
+        bars: Bars,
+        *,
+        earlier: Sequence[Run] = (),
+        problems: Sequence[str] = (),
     ) -> Trained[BundleT]:
         """Judge one symbol of the panel on its own rows, with its own calibration.
 
-        ``n_trials`` counts the looks at its prices so far, see `runs`; ``problems`` say what is amiss with
+        ``earlier`` are the looks at its prices before, which count; ``problems`` say what is amiss with
         them. Less than a year of forecasts with a known outcome is an `InsufficientDataError`.
         """
         self._stage("verdict", 0.95)
+        n_trials = 1 + sum(run.n_trials for run in earlier)
         record = walked.result.record
-        n_known = int(record.loc[record["symbol"] == bars.symbol, "realised_log"].notna().sum())
+        n_known = int(of_symbol(record, bars.symbol)["realised_log"].notna().sum())
         if n_known < MINIMUM_TEST_BARS:
             raise InsufficientDataError(
                 f"{bars.symbol} has {n_known} out-of-sample forecasts with a known outcome in this panel, "
@@ -323,7 +335,11 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
             "data": {**bundle.metadata["data"], "problems": [*bars.report.problems(), *problems]},
             "metrics": {**headline_metrics(served), "correlation": verdict.evidence["ic"]},
             "folds": fold_table(walked.result, bundle.record, backtest),
-            "path_models": {str(path.horizon_bars): path.figures(bars.symbol) for path in walked.paths},
+            "path_models": {
+                str(path.horizon_bars): figures_of(of_symbol(path.record, bars.symbol), path.horizon_bars)
+                for path in walked.paths
+            },
+            "tries": as_told(earlier),
             "duration_s": round(time.monotonic() - walked.started, 1),
         }
         own = np.flatnonzero(walked.dataset.symbol_code == walked.dataset.symbols.index(bars.symbol))
@@ -337,8 +353,7 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
         )
 
     def _bundle(self, bars: Bars, walked: Walked[FittedT]) -> BundleT:
-        record = walked.result.record
-        own = record[record["symbol"] == bars.symbol].reset_index(drop=True)
+        own = of_symbol(walked.result.record, bars.symbol)
         config, dataset = self.config, walked.dataset
         metadata = {
             **facts_of(bars, self.kind, config.horizon_bars, walked.hashes[bars.symbol]),
@@ -398,6 +413,11 @@ def judge_lived(
     return replace(verdict, reasons=reasons, evidence=found), backtest
 
 
+def of_symbol(record: pd.DataFrame, symbol: str) -> pd.DataFrame:
+    """Return one symbol's rows of the record of a panel."""
+    return record[record["symbol"] == symbol].reset_index(drop=True)
+
+
 def figures_of(record: pd.DataFrame, horizon_bars: int) -> dict[str, Any]:
     """Return what a record of out-of-sample rows says alone; None where undefined."""
     nothing = np.empty(0)
@@ -405,7 +425,16 @@ def figures_of(record: pd.DataFrame, horizon_bars: int) -> dict[str, Any]:
     return {name: found.evidence[name] for name in PATH_EVIDENCE}
 
 
-def run_of(bars: Bars, content: object, n_trials: int = 1) -> Run:
+def leaves(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of nested mappings, each with its dotted name."""
+    for key, value in nested.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def run_of(bars: Bars, content: object, kind: ArtifactKind, settings: str, n_trials: int = 1) -> Run:
     """Return what identifies a run, whose outcome is decided by ``content``, among the looks at a symbol."""
     text = json.dumps(content, sort_keys=True)
     return Run(
@@ -414,7 +443,16 @@ def run_of(bars: Bars, content: object, n_trials: int = 1) -> Run:
         last_session=f"{bars.frame.index[-1]:%Y-%m-%d}",
         fingerprint=hashlib.sha256(text.encode()).hexdigest()[:16],
         n_trials=n_trials,
+        at=datetime.now(UTC).isoformat(timespec="seconds"),
+        kind=kind.name,
+        settings=settings or "as they come",
     )
+
+
+def as_told(earlier: Sequence[Run]) -> list[dict[str, Any]]:
+    """Return the earlier runs whose looks count in a verdict, as plain data."""
+    names = ("at", "kind", "symbol", "settings", "n_trials")
+    return [{name: getattr(run, name) or "not recorded" for name in names} for run in earlier]
 
 
 def facts_of(bars: Bars, kind: ArtifactKind, horizon_bars: int, prices_hash: str) -> dict[str, Any]:
@@ -439,7 +477,7 @@ def facts_of(bars: Bars, kind: ArtifactKind, horizon_bars: int, prices_hash: str
 
 
 def universe_facts(walked: Walked[Any], *, left_out: Sequence[str]) -> dict[str, Any] | None:
-    """Return what a bundle remembers of the other symbols of its panel; None where there were none."""
+    """Return what a bundle remembers of its panel; None for a symbol that stands alone."""
     if len(walked.hashes) == 1:
         return None
     data = walked.dataset
@@ -459,13 +497,13 @@ def universe_facts(walked: Walked[Any], *, left_out: Sequence[str]) -> dict[str,
 def headline_metrics(backtest: BacktestReport) -> dict[str, float | None]:
     """Return the figures that lists of models show; None where undefined."""
     found = values(backtest.metrics)
-    renamed = {
-        "cumulative_return": "total_return",
-        "directional_accuracy": "direction_accuracy",
-        "transaction_costs": "total_transaction_costs",
-    }
     same = ("sharpe_ratio", "max_drawdown", "win_rate", "average_trade_profit", "total_trades", "turnover")
-    return {ours: found[theirs] for ours, theirs in (renamed | dict(zip(same, same, strict=True))).items()}
+    return {
+        "cumulative_return": found["total_return"],
+        "directional_accuracy": found["direction_accuracy"],
+        "transaction_costs": found["total_transaction_costs"],
+        **{name: found[name] for name in same},
+    }
 
 
 def begin_with_others(data: Dataset, leave_out: tuple[str, ...]) -> Dataset:

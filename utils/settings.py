@@ -189,6 +189,11 @@ def configure_logging(level: str = "INFO", style: Literal["text", "json"] = "tex
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 
+def silence_tensorflow() -> None:
+    """Keep TensorFlow's own lines off stderr, unless the environment asks for them; before it is imported."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
 @contextmanager
 def json_lines(path: str) -> Iterator[Callable[[Mapping[str, object]], None]]:
     """Write objects for another program, one a line; this process ends when nobody listens any more.

@@ -440,6 +440,8 @@ class Run:
     n_trials
         Verdicts that the run could choose from; 1 for a recipe that is fixed before it is judged. Settings
         tried inside the folds do not count: the out-of-sample rows have not seen them.
+    at, kind, settings
+        When it was, which kind of model, and what was not left as it comes; empty where not recorded.
     """
 
     symbol: str
@@ -447,6 +449,9 @@ class Run:
     last_session: str
     fingerprint: str
     n_trials: int = 1
+    at: str = ""
+    kind: str = ""
+    settings: str = ""
 
 
 def record_run(path: Path, *runs: Run) -> None:
@@ -471,21 +476,26 @@ def record_run(path: Path, *runs: Run) -> None:
 
 
 def count_trials(path: Path, *runs: Run) -> int:
-    """Return how many trials were made on any of the symbols and an overlapping window, this one included.
+    """Return how many trials were made on the prices of the runs, this one included, see `earlier_runs`."""
+    return runs[0].n_trials + sum(past.n_trials for past in earlier_runs(path, *runs))
+
+
+def earlier_runs(path: Path, *runs: Run) -> tuple[Run, ...]:
+    """Return the other runs, each once, on any of the symbols and an overlapping window.
 
     ``runs`` are one run as each symbol of its panel sees it: a look at a panel is a look at all of them.
     Lines that cannot be read are passed over: a torn line must not stop a training.
     """
     now = {run.symbol: run for run in runs}
     others = {
-        past.fingerprint: past.n_trials
+        past.fingerprint: past
         for past in _read_runs(path)
         if (run := now.get(past.symbol)) is not None
         and past.first_session <= run.last_session
         and past.last_session >= run.first_session
         and past.fingerprint != run.fingerprint
     }
-    return runs[0].n_trials + sum(others.values())
+    return tuple(others.values())
 
 
 def _read_runs(path: Path) -> Iterator[Run]:

@@ -88,6 +88,20 @@ def test_a_tuned_setting_that_is_clearly_better_is_used(name: str):
     assert found.gain_t > EARNED_T
 
 
+def test_columns_of_a_block_are_chosen_by_its_rows_to_fit_alone():
+    rows, seen = make_rows(), []
+
+    def choose(fit: Rows) -> tuple[int, ...]:
+        seen.append(fit.date.max())
+        return (2, 5)
+
+    for (fit, score), known in zip(inner_blocks(rows, CONFIG, choose), seen, strict=True):
+        assert fit.features.shape[1] == score.features.shape[1] == 2
+        assert known < score.date.min()
+    found = search("lgb", rows, CONFIG, 1, choose)
+    assert len(found.trials) == 3
+
+
 def test_without_trials_nothing_is_searched():
     found = search("lgb", make_rows(), SearchConfig(n_trials=0), seed=1)
     assert found == careful("lgb", 700, 5)
