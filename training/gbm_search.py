@@ -40,20 +40,8 @@ EARNED_T = 2.0
 class Rows:
     """Training rows as the boosters want them.
 
-    Attributes
-    ----------
-    features
-        Scaled features, float32, (n, p).
-    target_scaled
-        Volatility-scaled and winsorised target, (n,).
-    weight
-        Sample weights, (n,).
-    date
-        Session of each row, ascending, (n,).
-    label_end_position
-        For each row, the position of the first row at whose date the label is known, (n,).
-    horizon_bars
-        Length of the labels.
+    Scaled features, float32, (n, p); the volatility-scaled and winsorised target, sample weights, sessions,
+    ascending, and the position of the first row at whose date the label is known, (n,); length of the labels.
     """
 
     features: FloatMatrix
@@ -376,9 +364,10 @@ def inner_blocks(rows: Rows, config: SearchConfig, choose: Chooser = all_columns
         config.n_inner_blocks, test_size_bars=len(rows) // (2 * config.n_inner_blocks)
     )
     blocks = []
-    for fit, score in splitter.split(len(rows), rows.label_end_position, date=rows.date):
-        columns = choose(rows.take(fit))
-        blocks.append((rows.take(fit).with_columns(columns), rows.take(score).with_columns(columns)))
+    for fit_index, score_index in splitter.split(len(rows), rows.label_end_position, date=rows.date):
+        fit = rows.take(fit_index)
+        columns = choose(fit)
+        blocks.append((fit.with_columns(columns), rows.take(score_index).with_columns(columns)))
     return blocks
 
 

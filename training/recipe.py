@@ -200,10 +200,9 @@ class GBMRecipe:
         return tuple(trial for found in self.searches for tuned in found.values() for trial in tuned.trials)
 
     def fit(self, train: Dataset, *, fold: int, earlier: pd.DataFrame) -> FittedGBM:
-        """Fit on ``train``, rows whose labels were known before the fold.
+        """Fit on ``train``, rows whose labels were known before the fold; `evidence` weighs ``earlier`` rows.
 
-        ``earlier`` is the walk-forward record of earlier folds, resolved before this one, that calibrates; it
-        may be empty. Folds are numbered from 0; their number decides whether tuning is redone.
+        Folds are numbered from 0; their number decides whether tuning is redone.
         """
         config = self.config
         train, earlier = without_symbols(train, earlier, config.leave_out)

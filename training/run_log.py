@@ -179,8 +179,8 @@ class RunLog:
         if isinstance(error, GateRefusedError) and self.status is not None:
             self._finish(self.status, (*self._sections["STATUS"][1:], f"refused: {said}"))
         else:
-            status: Status = "COLLAPSED" if isinstance(error, CollapsedError) else "FAILED"
-            self._finish(status, (f"{type(error).__name__}: {said}",))
+            word: Status = "COLLAPSED" if isinstance(error, CollapsedError) else "FAILED"
+            self._finish(word, (f"{type(error).__name__}: {said}",))
 
     def close(self) -> None:
         """Take down nothing more: what goes wrong later befalls another symbol of the run."""
@@ -241,9 +241,9 @@ def together(*listeners: OnEvent) -> OnEvent:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Let the first SIGINT end the run within `GRACE_S`, as a `KeyboardInterrupt`, so that half is removed.
+    """Let the first SIGINT end the run by a `KeyboardInterrupt`, so that what is half written is removed.
 
-    A search waits for the threads of its boosters, which nothing can stop but the end of the process.
+    Nothing but the end of the process, after `GRACE_S`, stops the threads that a search waits for.
     """
 
     def end() -> None:
@@ -386,8 +386,8 @@ def show(outcome: Outcome, console: Console, *, in_full: bool) -> None:
         console.print("{symbol}: {model_version} serves, instead of {rolled_back_from}".format(**outcome))
     elif in_full:
         joined = f", models joined by {outcome['method']}" if "parts" in outcome else ""
+        parts = outcome.get("parts") or {"table": summary(outcome), "notes": []}
         console.print(f"{outcome['symbol']}: {outcome['verdict']}{joined}", style="italic")
-        parts = outcome["parts"] if joined else {"table": summary(outcome), "notes": []}
         print_rows(console, parts["table"])
         for text in (*parts["notes"], *outcome["reasons"]):
             console.print(f"  - {escape(text)}", soft_wrap=True)
@@ -473,9 +473,8 @@ def stage_lines(symbol: str) -> OnEvent:
 def event_lines(path: str | None) -> Iterator[OnEvent]:
     """Write events for a program that listens: one JSON object a line, in the names of the wire.
 
-    What a trainer tells are mappings with a ``type``: ``stage`` (with ``progress``), ``epoch`` (with the
-    figures of the epoch), ``log`` (``message``), ``fold``, and what `ending` returns. A file or pipe that
-    cannot be written is a `UsageError`; None tells nobody.
+    They are mappings with a ``type``: ``stage``, ``epoch``, ``log``, ``fold``, and what `ending` returns. A
+    file or pipe that cannot be written is a `UsageError`; None tells nobody.
     """
     if path is None:
         yield to_nobody
@@ -501,10 +500,5 @@ def ending(outcome: Outcome) -> dict[str, Any]:
     """Return the event that ends the training of a symbol."""
     if "error" in outcome:
         return {"type": "failed", "status": "failed", "message": outcome["error"]}
-    words = outcome.get("verdict") or f"{outcome['model_version']} serves"
-    return {
-        "type": "completed",
-        "status": "completed",
-        "progress": 1.0,
-        "message": f"{outcome['symbol']}: {words}",
-    }
+    words = f"{outcome['symbol']}: {outcome.get('verdict') or outcome['model_version'] + ' serves'}"
+    return {"type": "completed", "status": "completed", "progress": 1.0, "message": words}

@@ -296,12 +296,6 @@ class GBMTrainer(Trainer[FittedGBM, GBMBundle]):
             "device_reason": self._device_reason,
         }
 
-    def identity(self) -> dict[str, Any]:
-        """Leave out how many threads share the work: it changes no result."""
-        config = super().identity()
-        del config["recipe"]["search"]["threads"]
-        return config
-
 
 def fetch(symbol: str, args: argparse.Namespace, settings: Settings) -> Bars:
     """Return the symbol's prices from the source that was asked for."""

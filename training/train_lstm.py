@@ -83,10 +83,6 @@ class Batches:
     target: FloatMatrix
     weight: FloatMatrix
 
-    def __len__(self) -> int:
-        """Return the number of sequences."""
-        return len(self.target)
-
     def take(self, index: IntArray) -> tuple[FloatMatrix, FloatMatrix, FloatMatrix]:
         """Return inputs (k, length, p), targets and weights of some sequences."""
         return self.features[self.windows[index]], self.target[index], self.weight[index]
@@ -171,7 +167,7 @@ class KerasNetwork:
 
     def train_epoch(self, batches: Batches, rate: float, rng: np.random.Generator) -> float:
         """Go once through all sequences in a drawn order; return the mean loss."""
-        order = rng.permutation(len(batches))
+        order = rng.permutation(len(batches.target))
         total = 0.0
         self.model.optimizer.learning_rate.assign(rate)
         # An epoch of few large steps would end before the network has left its beginning.
@@ -184,7 +180,7 @@ class KerasNetwork:
 
     def look(self, batches: Batches) -> tuple[float, FloatArray]:
         """Return the weighted loss of sequences that are not learned, and the signal, (n,)."""
-        index = np.arange(len(batches))
+        index = np.arange(len(batches.target))
         chunks = (index[start : start + CHUNK_ROWS] for start in range(0, len(index), CHUNK_ROWS))
         outputs = np.concatenate([self.model.predict_on_batch(batches.take(c)[0]) for c in chunks])
         losses = self.loss(batches.target, outputs).numpy()
@@ -262,10 +258,7 @@ class LSTMRecipe:
         self._fitted: FittedLSTM | None = None
 
     def fit(self, train: Dataset, *, fold: int, earlier: pd.DataFrame, name: str | None = None) -> FittedLSTM:
-        """Fit on ``train``; calibrate on ``earlier`` out-of-sample rows; see `training.recipe.GBMRecipe.fit`.
-
-        A network that answers the same to everything is a `CollapsedError`.
-        """
+        """Fit, see `training.recipe.GBMRecipe.fit`; a network that has collapsed is a `CollapsedError`."""
         config = self.config
         train, earlier = without_symbols(train, earlier, config.leave_out)
         drifts, drift = drift_by_symbol(train, sample_weights(train, config.weight_half_life_sessions))

@@ -84,7 +84,7 @@ class FinalRecipe(Protocol[FittedT_co]):
 
     @property
     def trials(self) -> tuple[Mapping[str, object], ...]:
-        """Every trial of every search so far; empty for a recipe that searches nothing."""
+        """Every trial of every search so far."""
         ...
 
     def fit(self, train: Dataset, *, fold: int, earlier: pd.DataFrame) -> FittedT_co:
@@ -121,9 +121,8 @@ class WalkedPath(Generic[FittedT]):
 class Walked(Generic[FittedT]):
     """What all symbols of a run share: the rows, hashes of the prices, the walk-forward, the final fit.
 
-    ``started`` is the clock (`time.monotonic`) at the start, ``universe`` what the panel is called, ``paths``
-    are the further horizons, ascending. ``returns`` of a panel are net returns per session of the decided
-    positions of all symbols, in equal parts, and of their benchmarks of equal exposure, (m, 2).
+    ``returns`` of a panel are net returns per session of the decided positions of all symbols, in equal
+    parts, and of their benchmarks of equal exposure, (m, 2).
     """
 
     dataset: Dataset
@@ -138,10 +137,7 @@ class Walked(Generic[FittedT]):
 
 
 class Trainer(ABC, Generic[FittedT, BundleT]):
-    """Runs the walk-forward, the final fit and the verdict of one kind of model.
-
-    A kind says what is fitted (`recipe`), what is kept of it (`bundle_of`) and what is to be known about it
-    (`facts`); everything that makes its numbers honest is done here, and is the same for all kinds.
+    """Runs the walk-forward, the final fit and the verdict: all that makes numbers honest, for every kind.
 
     ``on_event`` is told plain mappings as the run proceeds: ``{"type": "stage", "stage": ..., "progress":
     0..1}``, and ``{"type": "fold", ...}`` with the measures of each fold; a kind may add events of its own.
@@ -172,10 +168,10 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
         """What the metadata of this kind tell: ``n_trials``, ``versions``, ``device``, ``device_reason``."""
 
     def identity(self) -> dict[str, Any]:
-        """Return what of the configuration may change what is judged."""
+        """Return what of the configuration may change what is judged: not further horizons, not threads."""
         config = asdict(self.config)
-        # Further horizons change nothing of what is judged.
         del config["path_horizons_bars"]
+        config["recipe"].get("search", {}).pop("threads", None)
         return config
 
     def train(self, bars: Bars) -> "Trained[BundleT]":
@@ -185,23 +181,15 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
     def runs(self, panel: Mapping[str, Bars]) -> list[Run]:
         """Return what identifies this run among all that looked at the panel, as each symbol sees it."""
         hashes = {symbol: bars_hash(bars.frame) for symbol, bars in panel.items()}
-        identity, plain = (
-            self.identity(),
-            type(self)(type(self.config)(recipe=type(self.config.recipe)())).identity(),
-        )
-        unlike = [
-            f"{name} {value}" for name, value in leaves(identity) if (name, value) not in [*leaves(plain)]
-        ]
+        plain = type(self.config)(recipe=type(self.config.recipe)())
+        usual, ours = (list(leaves(type(self)(config).identity())) for config in (plain, self.config))
+        unlike = [f"{name} {value}" for name, value in ours if (name, value) not in usual]
         settings = ", ".join([f"{len(panel)} symbols"] * (len(panel) > 1) + unlike)
-        return [
-            run_of(
-                bars,
-                [hashes if len(panel) > 1 else hashes[symbol], feature_set_hash(), identity],
-                self.kind,
-                settings,
-            )
-            for symbol, bars in panel.items()
-        ]
+        found = []
+        for symbol, bars in panel.items():
+            content = [hashes if len(panel) > 1 else hashes[symbol], feature_set_hash(), self.identity()]
+            found.append(run_of(bars, content, self.kind, settings))
+        return found
 
     @property
     def needed_bars(self) -> int:
@@ -274,13 +262,11 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
         self._stage("positions of the universe", 0.92)
         # A position earns from the session after the one that decided it.
         counts = walked.result.record["symbol"].value_counts()
-        strategies, benchmarks = {}, {}
-        for symbol in (name for name in panel if counts.get(name, 0) >= 2):
-            decisions = self._decide(panel[symbol], self._bundle(panel[symbol], walked), as_lived=True)
-            report = backtest_decisions(decisions, self.config.costs)
-            strategies[symbol] = report.daily["net_return"]
-            benchmarks[symbol] = report.benchmarks["exposure_matched"].daily["net_return"]
-        both = (pd.DataFrame(returns).mean(axis=1) for returns in (strategies, benchmarks))
+        booked = []
+        for bars in (bars for symbol, bars in panel.items() if counts.get(symbol, 0) >= 2):
+            decisions = self._decide(bars, self._bundle(bars, walked), as_lived=True)
+            booked.append(both_returns(backtest_decisions(decisions, self.config.costs)))
+        both = (pd.DataFrame(dict(enumerate(returns))).mean(axis=1) for returns in zip(*booked, strict=True))
         return np.column_stack([np.asarray(returns, dtype=np.float64) for returns in both])
 
     def _decide(self, bars: Bars, bundle: BundleT, *, as_lived: bool) -> Decisions:
@@ -389,12 +375,8 @@ def judge_lived(
 
     Also says what the same positions earn when they are taken a session later: no close decides on itself.
     """
-
-    def active(report: BacktestReport) -> "tuple[pd.Series[float], pd.Series[float]]":
-        return report.daily["net_return"], report.benchmarks["exposure_matched"].daily["net_return"]
-
     backtest = backtest_decisions(decisions, costs)
-    strategy, benchmark = active(backtest)
+    strategy, benchmark = both_returns(backtest)
     verdict = judge(
         record,
         horizon_bars=horizon_bars,
@@ -405,12 +387,17 @@ def judge_lived(
     )
     frame = decisions.frame
     late = replace(decisions, frame=frame.assign(target_weight=frame["target_weight"].shift(1).fillna(1.0)))
-    strategy, benchmark = active(backtest_decisions(late, costs))
+    strategy, benchmark = both_returns(backtest_decisions(late, costs))
     annual = float((strategy - benchmark).mean()) * costs.periods_per_year
     text = f"taken one session later, the same positions earn {annual:+.2%} a year over equal exposure"
     reasons = verdict.reasons if verdict.evidence["p_return"] is None else (*verdict.reasons, text)
     found = {**verdict.evidence, "active_return_one_session_later_annual": annual}
     return replace(verdict, reasons=reasons, evidence=found), backtest
+
+
+def both_returns(report: BacktestReport) -> "tuple[pd.Series[float], pd.Series[float]]":
+    """Return the daily net returns of positions, and of their benchmark of equal exposure."""
+    return report.daily["net_return"], report.benchmarks["exposure_matched"].daily["net_return"]
 
 
 def of_symbol(record: pd.DataFrame, symbol: str) -> pd.DataFrame:

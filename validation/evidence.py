@@ -475,11 +475,6 @@ def record_run(path: Path, *runs: Run) -> None:
         raise StorageError(f"cannot write the log of trials {path.name}: {error.strerror}") from error
 
 
-def count_trials(path: Path, *runs: Run) -> int:
-    """Return how many trials were made on the prices of the runs, this one included, see `earlier_runs`."""
-    return runs[0].n_trials + sum(past.n_trials for past in earlier_runs(path, *runs))
-
-
 def earlier_runs(path: Path, *runs: Run) -> tuple[Run, ...]:
     """Return the other runs, each once, on any of the symbols and an overlapping window.
 

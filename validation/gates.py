@@ -204,7 +204,7 @@ def judge(
     summary
         Measures across folds, for the classic gates.
     n_trials
-        Verdicts on these prices, this one counted; see `validation.evidence.count_trials`.
+        Verdicts on these prices, this one counted; see `validation.evidence.earlier_runs`.
     trial_returns
         Returns per bar of alternatives that were looked at, (m, k), for the probability of overfitting.
     config

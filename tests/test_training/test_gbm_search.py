@@ -4,7 +4,6 @@ import pytest
 from inference.ensemble import predict_booster, shap_values
 from training.gbm_search import (
     EARNED_T,
-    LIBRARIES,
     Rows,
     SearchConfig,
     careful,
@@ -109,7 +108,7 @@ def test_without_trials_nothing_is_searched():
 
 
 def test_a_large_panel_may_grow_larger_trees():
-    small, large = (LIBRARIES["lgb"].careful(n, 1) for n in (700, 300_000))
+    small, large = (careful("lgb", n, 1).params for n in (700, 300_000))
     assert small["num_leaves"] < large["num_leaves"]
     assert small["min_data_in_leaf"] < large["min_data_in_leaf"]
 

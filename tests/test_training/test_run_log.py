@@ -29,7 +29,11 @@ def trained(make_planted) -> Trained:
     seen = Provenance(source="csv", fetched_at=frame.index[-1], last_session=frame.index[-1], stale=False)
     report = BarsReport(duplicates=3)
     config = TrainerConfig(horizon_bars=1, recipe=RecipeConfig(search=SearchConfig(n_trials=0)))
-    return GBMTrainer(config).train(Bars(symbol="TEST", frame=frame, provenance=seen, report=report))
+    trainer, bars = GBMTrainer(config), Bars(symbol="TEST", frame=frame, provenance=seen, report=report)
+    # Of two looks at the prices before, the older was written by a version that recorded less.
+    (before,) = GBMTrainer(replace(config, recipe=replace(config.recipe, seed=8))).runs({"TEST": bars})
+    bare = replace(before, fingerprint="bare", at="", kind="", settings="", n_trials=2)
+    return trainer.conclude(trainer.walk({"TEST": bars}), bars, earlier=(bare, before))
 
 
 def the_log(folder: Path) -> str:
@@ -175,6 +179,12 @@ def test_the_report_shows_what_a_sceptic_asks_for(tmp_path, trained):
     for reason in trained.verdict.reasons:
         assert page.count(reason) >= 2, "in the banner and beside the gates"
     assert trained.bundle.metadata["device_reason"] in page
+    assert "Verdicts that were sought on these prices before" in page
+    assert "recipe.seed 8" in page
+    names, unknown = ("at", "kind", "settings"), "not recorded"
+    bare = dict.fromkeys(names, unknown) | {"symbol": "TEST", "n_trials": 2}
+    assert trained.bundle.metadata["tries"][0] == bare
+    assert trained.verdict.evidence["n_trials"] == 4
     top = max(trained.bundle.importance, key=lambda name: trained.bundle.importance[name])
     assert top in page
 

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +18,8 @@ from validation import evidence
 from validation.evidence import (
     Run,
     SharpeMoments,
-    count_trials,
     deflated_sharpe,
+    earlier_runs,
     expected_maximum_sharpe,
     minimum_track_record_length,
     probabilistic_sharpe,
@@ -274,6 +275,10 @@ def test_impossible_pbo_is_refused():
         probability_of_backtest_overfitting(returns[:12])
 
 
+def count_trials(path: Path, run: Run) -> int:
+    return run.n_trials + sum(past.n_trials for past in earlier_runs(path, run))
+
+
 RUN = Run(symbol="AAPL", first_session="2000-01-03", last_session="2013-01-02", fingerprint="a")
 
 
@@ -288,6 +293,7 @@ def test_trials_are_counted_per_symbol_and_window(tmp_path):
     record_run(path, replace(RUN, fingerprint="d", first_session="2014-01-02", last_session="2020-01-02"))
     assert count_trials(path, RUN) == 4
     assert count_trials(path, replace(RUN, fingerprint="new")) == 5
+    assert [run.fingerprint for run in earlier_runs(path, RUN)] == ["b"]
 
 
 def test_a_torn_line_does_not_stop_the_count(tmp_path):
@@ -297,6 +303,9 @@ def test_a_torn_line_does_not_stop_the_count(tmp_path):
         file.write(b'{"symbol": "AA\xff\n[1]\n' + json.dumps({"symbol": "AAPL"}).encode() + b"\n")
     record_run(path, replace(RUN, fingerprint="c"))
     assert count_trials(path, RUN) == 3
+    assert [run.at for run in earlier_runs(path, RUN)] == ["", ""], (
+        "lines of before tell no more than they did"
+    )
 
 
 def test_a_log_that_cannot_be_written_is_told(tmp_path):
