@@ -106,10 +106,9 @@ class LSTMConfig(WalkConfig):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """Positions of the kept columns, ascending, and why they were kept.
+    """Positions of the kept columns, ascending, and the share that each of all has in the SHAP values, (p,).
 
-    ``importance`` is the mean absolute SHAP value of every column, normalised to sum to one, (p,); of the
-    gain where ``method`` is not ``shap`` but ``gain``.
+    Where ``method`` is not ``shap`` but ``gain``, in the gain.
     """
 
     selected: tuple[int, ...]

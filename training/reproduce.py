@@ -32,7 +32,7 @@ from data.feature_engineer import feature_set_hash, get_feature_columns
 from inference.artifact import library_versions, read_manifest
 from inference.load_gbm_models import GBMBundle, GBMManifest, golden_outputs, load_folder
 from training.recipe import TrainerConfig
-from training.run_log import progress_line, to_nobody
+from training.run_log import progress_line, together
 from training.train_gbm import DeviceChoice, GBMTrainer, choose_device
 from training.trainer import Trained, leaves
 from utils.errors import AIStocksError, ModelIncompatibleError, ModelMissingError, UsageError
@@ -86,7 +86,7 @@ def train_again(
         last = {name: universe["data"][name]["last_session"] for name in universe["symbols"]}
     fetched = {name: fetch_stock_data(name, source=source, cache=cache) for name in last}
     panel = {name: replace(bars, frame=bars.frame.loc[: last[name]]) for name, bars in fetched.items()}
-    with progress_line(console, bundle.symbol, to_nobody) as on_event:
+    with progress_line(console, bundle.symbol, together()) as on_event:
         trainer = GBMTrainer(config, on_event, device=device_as_then(config))
         walked = trainer.walk(panel)
         return trainer.conclude(walked, panel[bundle.symbol]), walked.hashes

@@ -230,7 +230,7 @@ def _lines(nested: Mapping[str, Any]) -> list[str]:
 
 
 def together(*listeners: OnEvent) -> OnEvent:
-    """Return a listener that tells all of these."""
+    """Return a listener that tells all of these; nobody where there are none."""
 
     def tell(event: Mapping[str, Any]) -> None:
         for listener in listeners:
@@ -455,10 +455,6 @@ def progress_line(console: Console, symbol: str, tell: OnEvent) -> Iterator[OnEv
         yield together(on_event, tell)
 
 
-def to_nobody(_event: Mapping[str, Any]) -> None:
-    """Listen, and tell nobody."""
-
-
 def stage_lines(symbol: str) -> OnEvent:
     """Return a listener that logs a line for each stage."""
 
@@ -477,7 +473,7 @@ def event_lines(path: str | None) -> Iterator[OnEvent]:
     file or pipe that cannot be written is a `UsageError`; None tells nobody.
     """
     if path is None:
-        yield to_nobody
+        yield together()
         return
     with json_lines(path) as write:
         progress = 0.0

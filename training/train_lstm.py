@@ -65,9 +65,8 @@ QUANTILES = (0.1, 0.5, 0.9)
 MONITOR_EPOCHS = 5
 # Validation rows are forecast so many at a time.
 CHUNK_ROWS = 2_048
-MIN_INNER_ROWS = 100
 # Smaller batches than asked for are taken where an epoch would have fewer steps.
-MIN_STEPS, MIN_BATCH_ROWS = 10, 32
+MIN_STEPS, MIN_BATCH_ROWS, MIN_INNER_ROWS = 10, 32, 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,7 +180,7 @@ class KerasNetwork:
     def look(self, batches: Batches) -> tuple[float, FloatArray]:
         """Return the weighted loss of sequences that are not learned, and the signal, (n,)."""
         index = np.arange(len(batches.target))
-        chunks = (index[start : start + CHUNK_ROWS] for start in range(0, len(index), CHUNK_ROWS))
+        chunks = np.split(index, range(CHUNK_ROWS, len(index), CHUNK_ROWS))
         outputs = np.concatenate([self.model.predict_on_batch(batches.take(c)[0]) for c in chunks])
         losses = self.loss(batches.target, outputs).numpy()
         middle = outputs[:, outputs.shape[1] // 2].astype(np.float64)
@@ -205,9 +204,8 @@ class KerasNetwork:
 class FittedLSTM:
     """One fold's fit; see `validation.walk_forward.FittedRecipe`.
 
-    The network, which may have been fitted some folds ago, has the calibration of the panel; a symbol that is
-    not in ``calibrations`` takes it. Of the ``epochs``, with their figures, ``best_epoch``, counted from 1,
-    was kept. ``keras`` is the network as Keras saves it, of the final fit alone.
+    The network has the calibration of the panel; a symbol not in ``calibrations`` takes it. ``best_epoch`` is
+    counted from 1. ``keras`` is the network as Keras saves it, of the final fit alone.
     """
 
     network: Network
@@ -259,10 +257,9 @@ class LSTMRecipe:
 
     def fit(self, train: Dataset, *, fold: int, earlier: pd.DataFrame, name: str | None = None) -> FittedLSTM:
         """Fit, see `training.recipe.GBMRecipe.fit`; a network that has collapsed is a `CollapsedError`."""
-        config = self.config
-        train, earlier = without_symbols(train, earlier, config.leave_out)
-        drifts, drift = drift_by_symbol(train, sample_weights(train, config.weight_half_life_sessions))
-        if self._fitted is None or fold % config.refit_every_folds == 0:
+        train, earlier = without_symbols(train, earlier, self.config.leave_out)
+        drifts, drift = drift_by_symbol(train, sample_weights(train, self.config.weight_half_life_sessions))
+        if self._fitted is None or fold % self.config.refit_every_folds == 0:
             self._fitted = self._fit_network(train, drifts, name or f"fold {fold}")
         _, pooled, own = evidence(
             earlier, (MODEL,), drift=drift, drifts=drifts, horizon_bars=train.horizon_bars
@@ -274,9 +271,8 @@ class LSTMRecipe:
         """Fit on every labelled row, calibrated on the whole walk-forward record."""
         labelled = dataset.take(np.flatnonzero(dataset.labelled))
         fitted = self.fit(labelled, fold=0, earlier=record, name="final fit")
-        if self._keras is None:
-            raise RuntimeError("a fit leaves its Keras model behind")
-        return replace(fitted, keras=self._keras.saved(fitted.network))
+        keras = self._keras or KerasNetwork(self.config, len(dataset.columns))
+        return replace(fitted, keras=keras.saved(fitted.network))
 
     def _fit_network(self, train: Dataset, drifts: Mapping[str, float], name: str) -> FittedLSTM:
         config = self.config
@@ -382,8 +378,8 @@ class LSTMTrainer(Trainer[FittedLSTM, LSTMBundle]):
             metadata=metadata,
             importance={},
             hyperparameters={"best_epoch": fit.best_epoch, "epochs": fit.epochs},
-            network=walked.fitted.for_symbol(symbol),
-            keras=walked.fitted.keras,
+            network=fit.for_symbol(symbol),
+            keras=fit.keras,
         )
 
     @property

@@ -200,13 +200,13 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
     def walk(self, panel: Mapping[str, Bars], *, universe: str = "") -> Walked[FittedT]:
         """Walk the recipe forward over the panel, split by date, and fit it on all labelled rows.
 
-        Further horizons come first, each on its own, so that the rows of one are in memory at a time. Too few
-        bars for a year out of sample are an `InsufficientDataError` of a symbol that stands alone.
+        Too few bars of a symbol that stands alone are an `InsufficientDataError`.
         """
         started = time.monotonic()
         if len(panel) == 1:
             ((symbol, bars),) = panel.items()
             check_enough(bars.frame, self.needed_bars, f"training {symbol} alone with one year out of sample")
+        # Further horizons come first, each on its own: the rows of one are in memory at a time.
         paths = tuple(self._walk_path(panel, bars_ahead) for bars_ahead in self.config.path_horizons_bars)
         self._begun = len(paths) / (len(paths) + 1)
         dataset, recipe, result, fitted = self.fit(panel)
@@ -496,6 +496,5 @@ def headline_metrics(backtest: BacktestReport) -> dict[str, float | None]:
 def begin_with_others(data: Dataset, leave_out: tuple[str, ...]) -> Dataset:
     """Return the rows from the first session on of a symbol that is not left out."""
     others = ~np.isin(np.asarray(data.symbols)[data.symbol_code], leave_out)
-    if not leave_out or not others.any():
-        return data
-    return data.take(np.flatnonzero(data.date >= data.date[others].min()))
+    is_all = not leave_out or not others.any()
+    return data if is_all else data.take(np.flatnonzero(data.date >= data.date[others].min()))
