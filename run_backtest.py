@@ -33,7 +33,7 @@ from evaluation.charts import Cell, cell
 from evaluation.forward_simulator import CONFIDENCE, GRID_SEEDS
 from evaluation.metrics import reasons, values
 from evaluation.report import Banner, Block, Report, luck_section, words_of, write_report
-from inference.modes import MODES, forecaster_for, load_parts
+from inference.load_ensemble_model import MODES, forecaster_for, load_parts
 from inference.position_sizing import DEFAULT_SIZING, PRESETS
 from service.backtest_service import (
     MODE,

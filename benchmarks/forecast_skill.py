@@ -32,10 +32,8 @@ from rich.table import Table
 from scipy.stats import spearmanr
 
 from data.data_splitter import WalkForwardSplit
-from data.markets import universe_mean
-from data.target_engineering import Dataset, build_dataset
-from inference.ensemble import EMBARGO_BARS, SignalRows, SimpleEnsemble
-from inference.load_ensemble_model import meta_features
+from data.target_engineering import Dataset, build_dataset, universe_mean
+from inference.ensemble import EMBARGO_BARS, SignalRows, SimpleEnsemble, meta_features
 from training.gbm_search import SearchConfig
 from training.recipe import GBMRecipe, NetworkConfig, RecipeConfig, Sequences
 from training.train_ensemble import CommonRows, MetaConfig, walk_meta

@@ -4,7 +4,7 @@
 
     python benchmarks/interval_quality.py [--quick] [--symbols AAPL,KO] [--horizons 1,5,20] [--json] [--fit]
 
-Measured is what `GBMForecaster` draws: `forecast_volatility` and `calibrate_band`. The centre of every band
+Measured is what `BundleForecaster` draws: `forecast_volatility` and `calibrate_band`. The centre of each band
 is a forecast without skill (the mean of all series' standardised outcomes known before the year), so that
 scale and shape are what is compared. The rivals:
 

@@ -6,9 +6,8 @@
     python -m data.cache_manager refresh AAPL MSFT --source yahoo
     python -m data.cache_manager clear AAPL
 
-A table is a Parquet file named by its content, and a small JSON file that points to it and holds its sha256.
-The JSON is replaced atomically once the table is on disk: a reader sees the old pair or the new one. A file
-that is not what was written is moved aside and fetched again, never read.
+A table is a Parquet file named by its content, and a sealed JSON file that points to it and is replaced
+atomically: a reader sees the old pair or the new one. A damaged file is moved aside and fetched again.
 """
 
 import argparse
@@ -21,32 +20,32 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from data.data_fetcher import BarSource, RawAnswer, RevisionedSource, last_due, make_source
-from data.markets import calendar_for, check_answer, join_raw, priced_rows, settled_rows
-from data.schema import (
-    Bars,
-    CorruptTableError,
-    TableMeta,
-    bars_hash,
-    decode_table,
-    encode_table,
-    normalise_symbol,
-    seal,
-    unseal,
+from data.data_fetcher import (
+    BarSource,
+    RawAnswer,
+    RevisionedSource,
+    check_answer,
+    last_due,
+    make_source,
+    settled_rows,
 )
+from data.schema import PRICE_COLUMNS, calendar_for, normalise_symbol
 from utils.errors import (
     AIStocksError,
     DataError,
@@ -61,37 +60,107 @@ from utils.settings import Settings, configure_logging, read_settings
 logger = logging.getLogger(__name__)
 
 Kind = Literal["bars", "features"]
-_MOST_REMEMBERED = 1024
+SCHEMA_VERSION = 1
+# So many cached sessions are fetched again, to see whether the past was adjusted anew: adjusted prices wobble
+# in the seventh digit, the smallest dividends move them by more than this share.
+OVERLAP_BARS, PRICE_TOLERANCE = 10, 1e-5
+# A live source that had nothing newer is left alone so long, unless a session closed meanwhile.
+ASK_AGAIN_AFTER = timedelta(minutes=15)
+# So long a source that failed for a symbol is left alone, and another request for the symbol is waited for.
+REMEMBER_FAILURE_S, LOCK_TIMEOUT_S = 30.0, 180.0
+# A whole answer must hold this share of the cached sessions, and the last one, to replace them.
+KEEP_SHARE = 0.99
+MOST_REMEMBERED = 1024
+_SEAL = b'{"sha256": "%b", "meta": %b}'
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CachePolicy:
-    """When a cached table is enough, and when an answer may extend or replace it.
+class CorruptTableError(DataError):
+    """A cached file is not the one that was written."""
 
-    Attributes
-    ----------
-    overlap_bars, price_tolerance
-        How many cached sessions are fetched again, and how far (relative) prices may differ: adjusted prices
-        wobble in the seventh digit, the smallest dividends move them by more.
-    ask_again_after, remember_failure_s
-        A live source that had nothing newer is left alone so long, unless a session closed meanwhile; and one
-        that failed for the symbol.
-    keep_share
-        A whole answer must hold this share of the cached sessions, and the last one, to replace them.
-    lock_timeout_s
-        How long to wait for another request for the same symbol.
+
+class TableMeta(BaseModel):
+    """What lies beside a table on disk; ``rows``, ``file`` and ``sha256`` are filled in when it is stored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int = SCHEMA_VERSION
+    symbol: str
+    source: str
+    last_session: date
+    fetched_at: datetime
+    revision: str | None = None
+    bars_hash: str | None = None
+    feature_set_hash: str | None = None
+    target_horizon_bars: int | None = None
+    rows: int = 0
+    file: str = Field(default="", pattern=r"^(bars|features)-[0-9a-f]{16}\.parquet$")
+    sha256: str = ""
+
+
+def seal(meta: TableMeta) -> bytes:
+    """Return the description of a table as JSON that begins with its own sha256."""
+    text = json.dumps(meta.model_dump(mode="json"), sort_keys=True).encode()
+    return _SEAL % (_sha256(text).encode(), text)
+
+
+def unseal(sealed: bytes) -> TableMeta | None:
+    """Return what :func:`seal` wrote, None of another schema version; ``CorruptTableError`` if damaged."""
+    text = sealed[len(_SEAL % (b"", b"")) + 63 : -1]
+    if sealed != _SEAL % (_sha256(text).encode(), text):
+        raise CorruptTableError("the description of a table is not what was written")
+    meta = json.loads(text)
+    return TableMeta.model_validate(meta) if meta["schema_version"] == SCHEMA_VERSION else None
+
+
+def encode_table(frame: pd.DataFrame) -> bytes:
+    """Return a table of numbers over dates as a Parquet file with page checksums."""
+    dates = pd.DatetimeIndex(frame.index).as_unit("us").to_numpy()
+    columns = {str(name): np.asarray(frame[name], dtype=np.float64) for name in frame.columns}
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"date": dates, **columns}), sink, write_page_checksum=True)
+    return bytes(sink.getvalue())
+
+
+def decode_table(content: bytes) -> pd.DataFrame:
+    """Return the table that :func:`encode_table` wrote, after checking its pages."""
+    table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
+    columns = {name: table[name].to_numpy() for name in table.column_names if name != "date"}
+    return pd.DataFrame(columns, index=pd.DatetimeIndex(table["date"].to_numpy(), name="date"))
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def priced_rows(raw: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows that have every price, ascending, the last one of doubles."""
+    priced = raw.dropna(subset=list(PRICE_COLUMNS)).sort_index(kind="stable")
+    return priced.loc[~priced.index.duplicated(keep="last")]
+
+
+def join_raw(old: pd.DataFrame, new: pd.DataFrame, *, tolerance: float) -> pd.DataFrame | None:
+    """Return ``old`` up to where ``new`` begins, then ``new``; None if shared sessions disagree (relatively).
+
+    A split or a dividend re-adjusts the whole past: nothing may be appended to it then.
     """
+    earlier = old.index < new.index.min()
+    before, after = priced_rows(old.loc[~earlier]), priced_rows(new)
+    if before.empty or not before.index.isin(after.index).all():
+        return None
+    ours, theirs = (table.loc[before.index, list(PRICE_COLUMNS)] for table in (before, after))
+    agree = np.allclose(theirs, ours, rtol=tolerance, atol=0.0)
+    return pd.concat([old.loc[earlier], new]) if agree else None
 
-    overlap_bars: int = 10
-    price_tolerance: float = 1e-5
-    ask_again_after: timedelta = timedelta(minutes=15)
-    remember_failure_s: float = 30.0
-    keep_share: float = 0.99
-    lock_timeout_s: float = 180.0
+
+def _write(path: Path, content: bytes) -> None:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".writing-", delete=False) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    Path(file.name).replace(path)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CachedTable:
+class CachedTable(NamedTuple):
     """A table that passed its checks, with what lies beside it."""
 
     frame: pd.DataFrame
@@ -103,19 +172,10 @@ class CachedTable:
 
 
 class BarCache:
-    """Raw prices and engineered features by source and symbol.
+    """Raw prices and engineered features by source and symbol, in a folder that is made when first needed."""
 
-    Parameters
-    ----------
-    root
-        Folder of the cache; made when first written to.
-    policy
-        Thresholds.
-    """
-
-    def __init__(self, root: Path, policy: CachePolicy | None = None) -> None:
+    def __init__(self, root: Path) -> None:
         self._root = root
-        self._policy = policy or CachePolicy()
         # How this process's last flight for (source, symbol) ended: the monotonic time, and its error.
         self._flights: dict[tuple[str, str], tuple[float, UpstreamError | None]] = {}
 
@@ -125,27 +185,21 @@ class BarCache:
         """Return the cached raw table, asking ``source`` when it may know more.
 
         One flight per symbol: who waits for the lock reads what the holder fetched, or hears how it failed.
-
-        Raises
-        ------
-        UpstreamError, DataError
-            If the source fails or what it says cannot be used; beside a cache, the answer says so instead.
+        Beside a cache, the answer tells of an ``UpstreamError`` or ``DataError`` instead of raising it.
         """
         asked = time.monotonic()
         if not force_refresh:
-            try:
+            with suppress(CorruptTableError):  # seen to below, under the lock
                 cached = self.load("bars", symbol, source.name)
-            except CorruptTableError:
-                cached = None  # seen to below, under the lock
-            if cached is not None and self._is_fresh(cached.meta, source, now):
-                return cached.answer()
+                if cached is not None and self._is_fresh(cached.meta, source, now):
+                    return cached.answer()
         with self.locked(symbol, source.name):
             cached = self.recover("bars", symbol, source.name)
             ended, error = self._flights.get((source.name, symbol), (0.0, None))
             accept = cached is not None and (ended >= asked or not force_refresh)
             if cached is not None and accept and self._is_fresh(cached.meta, source, now):
                 return cached.answer()
-            since = asked if force_refresh else time.monotonic() - self._policy.remember_failure_s
+            since = asked if force_refresh else time.monotonic() - REMEMBER_FAILURE_S
             if error is None or ended < since:
                 try:
                     return self._ask(symbol, source, cached, now, whole=force_refresh)
@@ -155,10 +209,7 @@ class BarCache:
             return self._without_source(symbol, source, cached, error)
 
     def load(self, kind: Kind, symbol: str, source_name: str) -> CachedTable | None:
-        """Return a cached table, None where there is none of this schema version.
-
-        Raises ``CorruptTableError`` if a byte of it is not what was written.
-        """
+        """Return a cached table, None if none is of this schema version; ``CorruptTableError`` if damaged."""
         folder = self._folder(symbol, source_name)
         pointer = folder / f"{kind}.json"
         for _ in range(3):
@@ -171,9 +222,9 @@ class BarCache:
                 continue  # absent, or replaced by a writer between the two reads
             except OSError as error:
                 raise StorageError(f"the cache {self._root} cannot be read ({error.strerror})") from error
-            if hashlib.sha256(content).hexdigest() != meta.sha256:
+            if _sha256(content) != meta.sha256:
                 raise CorruptTableError(f"{meta.file} is not what was written")
-            return CachedTable(frame=decode_table(content), meta=meta)
+            return CachedTable(decode_table(content), meta)
         if pointer.exists():
             raise CorruptTableError(f"{pointer.name} points to a file that is not there")
         return None
@@ -198,22 +249,23 @@ class BarCache:
     def _is_fresh(self, meta: TableMeta, source: BarSource, now: datetime) -> bool:
         if isinstance(source, RevisionedSource):
             return meta.revision == source.revision(meta.symbol)
-        calendar, asked_at = calendar_for(meta.symbol), meta.fetched_at
+        calendar = calendar_for(meta.symbol)
         last_closed = calendar.last_closed_session(now)
-        if not source.is_live or pd.Timestamp(meta.last_session) >= last_closed:
-            return source.is_live
-        just_asked = timedelta(0) <= now - asked_at < self._policy.ask_again_after
-        return just_asked and calendar.last_closed_session(asked_at) == last_closed
+        if pd.Timestamp(meta.last_session) >= last_closed:
+            return True
+        just_asked = timedelta(0) <= now - meta.fetched_at < ASK_AGAIN_AFTER
+        return just_asked and calendar.last_closed_session(meta.fetched_at) == last_closed
 
     def _ask(
         self, symbol: str, source: BarSource, cached: CachedTable | None, now: datetime, *, whole: bool
     ) -> RawAnswer:
         last_closed = calendar_for(symbol).last_closed_session(now)
+        extend = cached if source.is_live else None
         raw, revision = None, None
-        if source.is_live and cached is not None and not whole:
-            start = priced_rows(cached.frame).index[-self._policy.overlap_bars :][0].date()
+        if extend is not None and not whole:
+            start = priced_rows(extend.frame).index[-OVERLAP_BARS:][0].date()
             newer = settled_rows(source.fetch(symbol, start=start), last_closed)
-            raw = join_raw(cached.frame, newer, tolerance=self._policy.price_tolerance)
+            raw = join_raw(extend.frame, newer, tolerance=PRICE_TOLERANCE)
         if isinstance(source, RevisionedSource):
             # A file is kept as it is: another ``now`` may want more of it. A live bar may still form.
             raw, revision = source.fetch_revised(symbol)
@@ -221,10 +273,10 @@ class BarCache:
             raw = settled_rows(source.fetch(symbol), last_closed)
         try:
             check_answer(symbol, raw, source.name, now)
-            if source.is_live and cached is not None:
-                self._refuse_fewer(symbol, cached.frame, raw)
+            if extend is not None:
+                _refuse_fewer(symbol, extend.frame, raw)
         except DataError as error:
-            if source.is_live and cached is not None:
+            if extend is not None:
                 raise UpstreamError(str(error)) from error
             raise
         meta = TableMeta(
@@ -238,14 +290,6 @@ class BarCache:
         self._remember(symbol, source, None)
         return RawAnswer(raw=raw, fetched_at=now)
 
-    def _refuse_fewer(self, symbol: str, cached: pd.DataFrame, raw: pd.DataFrame) -> None:
-        kept = priced_rows(cached).index.isin(priced_rows(raw).index)
-        if kept.mean() < self._policy.keep_share or not kept[-1]:
-            raise DataError(
-                f"the new answer lacks {int((~kept).sum())} of {len(kept)} cached sessions, which stay; "
-                f"if it is right, run `python -m data.cache_manager clear {symbol}`"
-            )
-
     def _without_source(
         self, symbol: str, source: BarSource, cached: CachedTable | None, error: UpstreamError
     ) -> RawAnswer:
@@ -257,7 +301,7 @@ class BarCache:
         raise kind(str(error)) from error
 
     def _remember(self, symbol: str, source: BarSource, error: UpstreamError | None) -> None:
-        for forgotten in list(self._flights)[: 1 - _MOST_REMEMBERED]:
+        for forgotten in list(self._flights)[: 1 - MOST_REMEMBERED]:
             self._flights.pop(forgotten, None)
         self._flights[source.name, symbol] = (time.monotonic(), error)
 
@@ -268,9 +312,8 @@ class BarCache:
     def locked(self, symbol: str, source_name: str) -> Iterator[None]:
         """Keep other threads and processes off what is cached; ``LockedError`` after too long."""
         # As many files as a byte has values: symbols that nobody knows leave no trace of their own.
-        name = hashlib.sha256(f"{source_name}/{symbol}".encode()).hexdigest()[:2]
-        path = self._root / "locks" / f"{name}.lock"
-        lock = FileLock(path, timeout=self._policy.lock_timeout_s)
+        path = self._root / "locks" / f"{_sha256(f'{source_name}/{symbol}'.encode())[:2]}.lock"
+        lock = FileLock(path, timeout=LOCK_TIMEOUT_S)
         with self._writing():
             path.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire()
@@ -297,7 +340,7 @@ class BarCache:
         """Write a table and its description; the caller holds the lock. What was stored stays on failure."""
         folder = self._folder(meta.symbol, meta.source)
         content = encode_table(frame)
-        sha256 = hashlib.sha256(content).hexdigest()
+        sha256 = _sha256(content)
         file = f"{kind}-{sha256[:16]}.parquet"
         meta = meta.model_copy(update={"rows": len(frame), "file": file, "sha256": sha256})
         with self._writing():
@@ -319,59 +362,13 @@ class BarCache:
             ) from error
 
 
-def _write(path: Path, content: bytes) -> None:
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".writing-", delete=False) as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    Path(file.name).replace(path)
-
-
-def cached_features(
-    bars: Bars,
-    cache: BarCache,
-    engineer: Callable[[pd.DataFrame], pd.DataFrame],
-    *,
-    feature_set_hash: str,
-    horizon_bars: int | None = None,
-) -> pd.DataFrame:
-    """Return ``engineer(bars.frame)``, from disk where bars, feature set and horizon are the stored ones.
-
-    After new bars the features are computed in full and compared with the stored rows to the last bit: a
-    difference is logged as what it is, a feature that reads later bars.
-
-    Notes
-    -----
-    It is a check of the past and a record, not a shortcut: 66 features of 11,355 bars are computed in 5 to
-    17 ms and read back, with their checksums, in 32 to 44 ms. Training and serving compute, and so are the
-    optional families, which `data.target_engineering.build_dataset` adds to a whole panel: the key knows
-    nothing of their series.
-    """
-    symbol, source = bars.symbol, bars.provenance.source
-    key = bars_hash(bars.frame)
-    with cache.locked(symbol, source):
-        stored = cache.recover("features", symbol, source)
-        if stored is not None:
-            made_with = (stored.meta.feature_set_hash, stored.meta.target_horizon_bars)
-            stored = stored if made_with == (feature_set_hash, horizon_bars) else None
-        if stored is not None and stored.meta.bars_hash == key:
-            return stored.frame
-        frame = engineer(bars.frame)
-        rows = stored.meta.rows if stored is not None else 0
-        same_past = stored is not None and stored.meta.bars_hash == bars_hash(bars.frame.iloc[:rows])
-        if stored is not None and same_past and bars_hash(stored.frame) != bars_hash(frame.iloc[:rows]):
-            logger.warning("%s: features of past bars changed when bars were added: a look-ahead", symbol)
-        meta = TableMeta(
-            symbol=symbol,
-            source=source,
-            last_session=frame.index[-1].date(),
-            fetched_at=bars.provenance.fetched_at,
-            bars_hash=key,
-            feature_set_hash=feature_set_hash,
-            target_horizon_bars=horizon_bars,
+def _refuse_fewer(symbol: str, cached: pd.DataFrame, raw: pd.DataFrame) -> None:
+    kept = priced_rows(cached).index.isin(priced_rows(raw).index)
+    if kept.mean() < KEEP_SHARE or not kept[-1]:
+        raise DataError(
+            f"the new answer lacks {int((~kept).sum())} of {len(kept)} cached sessions, which stay; "
+            f"if it is right, run `python -m data.cache_manager clear {symbol}`"
         )
-        cache.store("features", frame, meta)
-        return frame
 
 
 def describe(cache: BarCache, symbol: str, source_name: str, now: datetime) -> dict[str, Any]:

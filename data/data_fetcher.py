@@ -10,25 +10,31 @@ import io
 import logging
 import re
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from data.markets import calendar_for, check_answer
 from data.schema import (
+    MAX_MISSING_SESSIONS,
+    MAX_OFF_CALENDAR,
     RAW_COLUMNS,
     Bars,
+    BarsReport,
     Provenance,
     bar_dates,
+    calendar_for,
+    clean_bars,
     normalise_symbol,
+    refuse_above,
 )
 from utils.errors import AIStocksError, DataError, UnknownSymbolError, UpstreamError, UsageError
 from utils.settings import Settings
@@ -41,57 +47,46 @@ _UNKNOWN = re.compile(
 )
 _NOT_A_CHART = (ValueError, LookupError, TypeError, AttributeError)
 DEFAULT_MAX_BYTES = 1 << 30
-SOURCES_HELP = "yahoo, sample or csv:DIR"
+# Who has had no bar for more sessions will have none any more.
+DELISTED_AFTER_SESSIONS = 10
 
 
-class BarSource(Protocol):
+class BarSource(ABC):
     """Anything that knows raw daily prices; ``is_live`` where a newer session may appear by itself."""
 
-    @property
-    def name(self) -> str: ...  # noqa: D102
+    name: str
+    is_live: bool
 
-    @property
-    def is_live(self) -> bool: ...  # noqa: D102
-
+    @abstractmethod
     def fetch(self, symbol: str, *, start: date | None = None) -> pd.DataFrame:
         """Return ``RAW_COLUMNS`` over tz-naive session dates, from ``start`` on or all there is.
 
-        Raises
-        ------
-        UnknownSymbolError
-            If the source answers and has nothing for the symbol.
-        UpstreamError
-            If the source cannot be asked.
+        Raises ``UnknownSymbolError`` if it has nothing for the symbol, ``UpstreamError`` if out of reach.
         """
-        ...
 
 
-@runtime_checkable
-class RevisionedSource(Protocol):
-    """A source that can say cheaply whether its answer would be another one than before."""
+class RevisionedSource(BarSource):
+    """A source whose table is read whole, and that can say cheaply whether it is another one than before."""
 
-    def revision(self, symbol: str) -> str:
-        """Return a string that changes with the data of ``symbol``."""
-        ...
+    is_live = False
 
+    @abstractmethod
     def fetch_revised(self, symbol: str) -> tuple[pd.DataFrame, str]:
-        """Return all there is, and the revision of just that: both of the same bytes."""
-        ...
+        """Return all rows, and the sha256 of the very bytes they were read from."""
+
+    @abstractmethod
+    def revision(self, symbol: str) -> str:
+        """Return that sha256 alone, quickly."""
+
+    def fetch(self, symbol: str, *, start: date | None = None) -> pd.DataFrame:
+        """Return the rows from ``start`` on; see :class:`BarSource`."""
+        table, _ = self.fetch_revised(symbol)
+        return table if start is None else table.loc[np.asarray(table.index >= pd.Timestamp(start))]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RawAnswer:
-    """A raw table with the moment at which its source was asked.
-
-    Attributes
-    ----------
-    raw
-        As :meth:`BarSource.fetch` returns it.
-    fetched_at
-        UTC.
-    failure
-        Why a newer answer could not be had, when it was tried in vain.
-    """
+    """What a source said, when it was asked (UTC), and why nothing newer could be had if that failed."""
 
     raw: pd.DataFrame
     fetched_at: datetime
@@ -101,11 +96,9 @@ class RawAnswer:
 class ReadsThrough(Protocol):
     """What :func:`fetch_stock_data` needs of a cache; see ``data.cache_manager.BarCache``."""
 
-    def read_through(
+    def read_through(  # noqa: D102
         self, symbol: str, source: BarSource, *, now: datetime, force_refresh: bool
-    ) -> RawAnswer:
-        """Return the cached raw table, asking ``source`` when it may know more."""
-        ...
+    ) -> RawAnswer: ...
 
 
 def fetch_stock_data(
@@ -118,19 +111,17 @@ def fetch_stock_data(
 ) -> Bars:
     """Return adjusted, checked daily bars of one symbol.
 
-    Only sessions that have closed are returned. With a cache, a source that fails does no harm as long as
-    older bars are at hand: they come with ``provenance.stale``.
-
     Parameters
     ----------
     symbol
         As people write it; normalised here.
     source, cache
-        Where to ask, and where to keep the answer.
+        Where to ask, and where to keep the answer: older bars are then better than a source's failure, and
+        come with ``provenance.stale``.
     force_refresh
         Ask the source for the whole history whatever the cache holds.
     now
-        Moment of asking (UTC), by default the present; bars of later sessions are not returned.
+        Moment of asking (UTC), by default the present; only sessions that had closed are returned.
 
     Raises
     ------
@@ -142,7 +133,47 @@ def fetch_stock_data(
         answer = RawAnswer(raw=source.fetch(symbol), fetched_at=now)
     else:
         answer = cache.read_through(symbol, source, now=now, force_refresh=force_refresh)
-    return _to_bars(symbol, answer, source.name, now)
+    frame, report = check_answer(symbol, answer.raw, source.name, now)
+    for problem in report.problems():
+        logger.info("%s from %s: %s", symbol, source.name, problem)
+    last = pd.Timestamp(frame.index[-1])
+    stale = last < last_due(symbol, source.name, now) or answer.failure is not None
+    seen = Provenance(source=source.name, fetched_at=answer.fetched_at, last_session=last, stale=stale)
+    return Bars(symbol=symbol, frame=frame, provenance=seen, report=report)
+
+
+def settled_rows(raw: pd.DataFrame, last_closed: pd.Timestamp) -> pd.DataFrame:
+    """Return the rows of a raw table whose sessions had closed by ``last_closed`` (tz-naive)."""
+    return raw.loc[bar_dates(raw) <= last_closed]
+
+
+def check_answer(
+    symbol: str, raw: pd.DataFrame, source_name: str, now: datetime
+) -> tuple[pd.DataFrame, BarsReport]:
+    """Return the bars of the sessions in a raw table that had closed by ``now``, and what was found in it.
+
+    Raises ``DataError``, which names symbol and source, if the table cannot be used.
+    """
+    calendar = calendar_for(symbol)
+    settled = settled_rows(raw, calendar.last_closed_session(now))
+    if settled.empty:
+        raise DataError(f"{symbol}: {source_name} has no session that had closed by {now:%Y-%m-%d %H:%M} UTC")
+    try:
+        frame, report = clean_bars(settled)
+        closed = calendar.off_calendar(pd.DatetimeIndex(frame.index))
+        refuse_above(len(closed), len(frame), MAX_OFF_CALENDAR, "rows lie on days without a session")
+        frame = frame.drop(index=closed)
+        missing = len(calendar.missing(pd.DatetimeIndex(frame.index)))
+        refuse_above(missing, len(frame) + missing, MAX_MISSING_SESSIONS, "sessions are missing")
+    except DataError as error:
+        raise type(error)(f"{symbol} from {source_name}: {error}") from error
+    return frame, replace(
+        report,
+        rows=len(frame),
+        off_calendar=len(closed),
+        missing_sessions=missing,
+        unfinished_dropped=len(raw) - len(settled),
+    )
 
 
 def load_panel(
@@ -152,25 +183,10 @@ def load_panel(
     *,
     max_bytes: int = DEFAULT_MAX_BYTES,
 ) -> tuple[dict[str, Bars], dict[str, AIStocksError]]:
-    """Return the bars of every symbol, in the order given, and why others have none.
+    """Return what ``read`` says of every symbol, in the order given, and why others have no bars.
 
-    A panel that silently lacks its failures is a panel of survivors: tell them, or refuse it.
-
-    Parameters
-    ----------
-    symbols
-        As people write them.
-    read
-        Returns the bars of a symbol, as :func:`fetch_stock_data` does.
-    jobs
-        How many are read at a time, in threads.
-    max_bytes
-        Largest size of all bars together.
-
-    Raises
-    ------
-    DataError
-        If the bars pass ``max_bytes``.
+    A panel that silently lacks its failures is a panel of survivors: tell them, or refuse it. ``jobs`` are
+    read at a time, in threads; raises ``DataError`` if all bars together pass ``max_bytes``.
     """
     panel: dict[str, Bars] = {}
     failures: dict[str, AIStocksError] = {}
@@ -193,28 +209,21 @@ def load_panel(
     return panel, failures
 
 
-def _to_bars(symbol: str, answer: RawAnswer, source_name: str, now: datetime) -> Bars:
-    frame, report = check_answer(symbol, answer.raw, source_name, now)
-    for problem in report.problems():
-        logger.info("%s from %s: %s", symbol, source_name, problem)
-    last = pd.Timestamp(frame.index[-1])
-    return Bars(
-        symbol=symbol,
-        frame=frame,
-        provenance=Provenance(
-            source=source_name,
-            fetched_at=answer.fetched_at,
-            last_session=last,
-            stale=last < last_due(symbol, source_name, now) or answer.failure is not None,
-        ),
-        report=report,
-    )
-
-
 def last_due(symbol: str, source_name: str, now: datetime) -> pd.Timestamp:
     """Return the last session that had closed by ``now`` and that the source could know."""
     last_closed = calendar_for(symbol).last_closed_session(now)
     return min(last_closed, SampleSource.ENDS) if source_name == SampleSource.name else last_closed
+
+
+def refuse_delisted(bars: Bars, now: datetime) -> None:
+    """Refuse bars of a live source that ended long ago, by a ``DataError``: nothing is left to forecast."""
+    calendar, last = calendar_for(bars.symbol), bars.provenance.last_session
+    missed = calendar.sessions_between(last, calendar.last_closed_session(now))
+    if missed > DELISTED_AFTER_SESSIONS:
+        raise DataError(
+            f"{bars.symbol} has had no bar since {last:%Y-%m-%d}, {missed} sessions ago: it was delisted or "
+            "renamed; save its prices as a file and train with --source csv:DIR to study it all the same"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,14 +232,10 @@ class Held:
 
     Attributes
     ----------
-    bars
-        The bars.
     content
         Hash of their frame, and whether they are stale: what an answer depends on.
-    due
-        From when on there may be newer ones, UTC.
-    tries
-        How often in a row there were none.
+    due, tries
+        From when on there may be newer ones, UTC, and how often in a row there were none.
     revision
         That of the source's answer, where it has revisions; None after a failure.
     """
@@ -244,18 +249,15 @@ class Held:
     def at(self, now: datetime, *, failed: bool = False) -> "Held":
         """Return these bars as of ``now``: stale if a session has closed since, or after a failure."""
         where = self.bars.provenance
-        late = where.last_session < last_due(self.bars.symbol, where.source, now)
-        bars = replace(self.bars, provenance=replace(where, stale=late or failed or where.stale))
-        return replace(self, bars=bars, content=(self.content[0], bars.provenance.stale))
+        stale = where.stale or failed or where.last_session < last_due(self.bars.symbol, where.source, now)
+        bars = replace(self.bars, provenance=replace(where, stale=stale))
+        return replace(self, bars=bars, content=(self.content[0], stale))
 
 
 def make_source(spec: str, *, cache_dir: Path | None = None) -> BarSource:
     """Return the source ``yahoo`` (whose cookies go to ``cache_dir``), ``sample`` or ``csv:DIR``.
 
-    Raises
-    ------
-    UsageError
-        For anything else, and for a folder that does not exist.
+    Raises ``UsageError`` for anything else, and for a folder that does not exist.
     """
     if spec == "yahoo":
         return YahooSource(cache_dir or Settings.model_fields["cache_dir"].get_default())
@@ -264,25 +266,22 @@ def make_source(spec: str, *, cache_dir: Path | None = None) -> BarSource:
     kind, colon, directory = spec.partition(":")
     if kind == "csv" and colon and directory:
         return CsvSource(Path(directory).expanduser())
-    raise UsageError(f"there is no source {spec!r}: use {SOURCES_HELP}")
+    raise UsageError(f"there is no source {spec!r}: use yahoo, sample or csv:DIR")
 
 
 class _TransientError(Exception):
     """Yahoo could not be asked this time."""
 
 
-class YahooSource:
+class YahooSource(BarSource):
     """Yahoo Finance by way of yfinance, whose caches lie in ours and whose errors are made to show.
 
     Parameters
     ----------
-    cache_dir
-        Where yfinance keeps cookies and time zones.
+    cache_dir, session
+        Where yfinance keeps cookies and time zones, and what it uses in place of its own HTTP session.
     attempts, backoff_s, timeout_s
-        Tries on transient errors, the longest first pause between them (a random one, doubled from there),
-        and the longest wait for one answer.
-    session
-        An HTTP session of curl_cffi to use in place of yfinance's own.
+        Tries on transient errors, longest first pause between them (random, then doubled), longest wait.
     """
 
     name = "yahoo"
@@ -297,9 +296,7 @@ class YahooSource:
         timeout_s: float = 10.0,
         session: object | None = None,
     ) -> None:
-        self._cache_dir = cache_dir / "yfinance"
-        self._timeout_s = timeout_s
-        self._session = session
+        self._cache_dir, self._timeout_s, self._session = cache_dir / "yfinance", timeout_s, session
         self._retrying = Retrying(
             stop=stop_after_attempt(attempts),
             wait=wait_random_exponential(multiplier=backoff_s, max=30.0),
@@ -352,26 +349,14 @@ class YahooSource:
         return yfinance
 
 
-class CsvSource:
-    """A folder that holds ``<SYMBOL>.csv`` with the columns ``Date`` and ``RAW_COLUMNS``.
-
-    Parameters
-    ----------
-    directory
-        The folder; its last part goes into the source's name, its place does not.
-    """
-
-    is_live = False
+class CsvSource(RevisionedSource):
+    """A folder with ``<SYMBOL>.csv`` of ``Date`` and ``RAW_COLUMNS``; its last part goes into the name."""
 
     def __init__(self, directory: Path) -> None:
         if not directory.is_dir():
             raise UsageError(f"--source csv:{directory}: there is no such folder")
         self._directory = directory
         self.name = f"csv:{directory.resolve().name}"
-
-    def fetch(self, symbol: str, *, start: date | None = None) -> pd.DataFrame:
-        """Return the file's rows; see :class:`BarSource`."""
-        return _since(self.fetch_revised(symbol)[0], start)
 
     def fetch_revised(self, symbol: str) -> tuple[pd.DataFrame, str]:
         """Return the file's rows, and the sha256 of the bytes they were read from."""
@@ -402,45 +387,36 @@ class CsvSource:
             raise UpstreamError(f"{symbol}.csv of {self.name} cannot be read: {error.strerror}") from error
 
 
-class SampleSource:
+class SampleSource(RevisionedSource):
     """Real prices of AAPL, FB, GOOG, IBM and MSFT from 2000 to March 2013, embedded in ``bokeh_sampledata``.
 
-    Its table holds prices and volumes as they were printed on the day, and ``Adj Close`` as of years later.
-    Here it is brought to Yahoo's convention: a split shows as a jump of ``Adj Close / Close`` by a simple
-    ratio; prices before it are divided by the ratio and volumes multiplied by it, and ``Adj Close`` is scaled
-    to meet the last close. Volumes then equal Yahoo's (up to later splits), but for the days of the splits
-    themselves, which the table has at half.
-
-    References
-    ----------
-    Quandl WIKI Prices, public domain.
+    The table (Quandl WIKI, public domain) holds prices and volumes as printed on the day, and ``Adj Close``
+    as of years later. Here a split shows as a jump of ``Adj Close / Close`` by a simple ratio; prices before
+    it are divided by the ratio and volumes multiplied by it, and ``Adj Close`` is scaled to meet the last
+    close. Volumes then equal Yahoo's (up to later splits), but for the days of the splits themselves, which
+    the table has at half.
     """
 
     name = "sample"
-    is_live = False
     ENDS = pd.Timestamp("2013-03-01")
     # A factor jumps by 11 % at the largest special dividend (MSFT 2004), by 50 % at the smallest usual split.
     _SMALLEST_SPLIT = 1.25
 
-    def fetch(self, symbol: str, *, start: date | None = None) -> pd.DataFrame:
-        """Return the embedded rows; see :class:`BarSource`."""
-        table, _ = self._everything
+    def fetch_revised(self, symbol: str) -> tuple[pd.DataFrame, str]:
+        """Return the embedded rows, and the sha256 of the file."""
+        table, revision = self._everything
         known = sorted(set(table["Ticker"]))
         if symbol not in known:
             raise UnknownSymbolError(f"the source sample has no {symbol}; it has {_listed(known)}")
         one = table.loc[np.asarray(table["Ticker"] == symbol)].set_index("Date")
-        return _since(self._in_yahoos_convention(one.loc[:, list(RAW_COLUMNS)].astype(np.float64)), start)
+        return self._in_yahoos_convention(one.loc[:, list(RAW_COLUMNS)].astype(np.float64)), revision
 
     def revision(self, symbol: str) -> str:
         """Return the sha256 of the embedded file."""
         return self._everything[1]
 
-    def fetch_revised(self, symbol: str) -> tuple[pd.DataFrame, str]:
-        """Return all embedded rows, and the sha256 of the file."""
-        return self.fetch(symbol), self._everything[1]
-
     @cached_property
-    def _path(self) -> Path:
+    def _everything(self) -> tuple[pd.DataFrame, str]:
         spec = importlib.util.find_spec("bokeh_sampledata")
         folders = spec.submodule_search_locations if spec is not None else None
         if not folders:
@@ -448,11 +424,7 @@ class SampleSource:
         path = Path(folders[0]) / "_data" / "stocks.csv.gz"
         if not path.is_file():
             raise UsageError("--source sample needs bokeh_sampledata 2026.1 or later")
-        return path
-
-    @cached_property
-    def _everything(self) -> tuple[pd.DataFrame, str]:
-        content = self._path.read_bytes()
+        content = path.read_bytes()
         table = pd.read_csv(io.BytesIO(content), compression="gzip", parse_dates=["Date"])
         return table, hashlib.sha256(content).hexdigest()
 
@@ -465,10 +437,6 @@ class SampleSource:
         return table.assign(
             **prices, Volume=table["Volume"] * later_splits, **{"Adj Close": table["Adj Close"] / factor[-1]}
         )
-
-
-def _since(table: pd.DataFrame, start: date | None) -> pd.DataFrame:
-    return table if start is None else table.loc[np.asarray(table.index >= pd.Timestamp(start))]
 
 
 def _listed(names: Sequence[str], most: int = 12) -> str:

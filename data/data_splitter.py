@@ -5,10 +5,9 @@ label ended before the block began (purge), with a further distance where featur
 where many symbols share a session, are split by session, never by row.
 """
 
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass
-from itertools import combinations
-from math import comb
+from itertools import pairwise
 from typing import cast
 
 import numpy as np
@@ -17,11 +16,8 @@ import numpy.typing as npt
 from utils.errors import DataError, InsufficientDataError, ModelError, UsageError
 
 IntArray = npt.NDArray[np.intp]
-BoolArray = npt.NDArray[np.bool_]
 DateArray = npt.NDArray[np.datetime64]
 FloatArray = npt.NDArray[np.float64]
-
-MAX_COMBINATIONS = 10_000
 
 
 class PurgedTimeSeriesSplit:
@@ -32,14 +28,10 @@ class PurgedTimeSeriesSplit:
 
     Parameters
     ----------
-    n_splits
-        Number of test blocks; they are the last rows, in order, without holes.
-    test_size_bars
-        Rows of one test block; by default rows // (n_splits + 1).
-    purge_bars
-        Rows that a label spans at least.
-    embargo_bars
-        Further rows between the last label end and the test block.
+    n_splits, test_size_bars
+        Number of test blocks and rows of one (default: rows // (n_splits + 1)): the last rows, without holes.
+    purge_bars, embargo_bars
+        Rows that a label spans at least, and further rows between the last label end and the test block.
     max_train_bars
         Keep at most so many of the latest training rows (rolling); None keeps all (anchored).
 
@@ -71,22 +63,10 @@ class PurgedTimeSeriesSplit:
     ) -> Iterator[tuple[IntArray, IntArray]]:
         """Yield (training rows, test rows), both ascending.
 
-        Parameters
-        ----------
-        n_rows_or_x
-            Number of rows, or anything with a length.
-        label_end_position
-            Row at which each row's label is known, (n,); rows that are never labelled carry n or more.
-        date
-            Session of each row, (n,), ascending. When given, a block begins with the first row of a session,
-            so that no session stands on both sides.
-
-        Raises
-        ------
-        InsufficientDataError
-            If a fold has no training row left.
-        DataError
-            If a label ends before its row, or the dates are not ascending.
+        ``label_end_position``, (n,), is the row at which each row's label is known, n or more if never. With
+        ``date``, (n,), the session of each row, no session stands on both sides. Raises
+        ``InsufficientDataError`` if a fold has no training row left, ``DataError`` if a label ends before its
+        row, or dates do not ascend.
         """
         n_rows = n_rows_or_x if isinstance(n_rows_or_x, int) else len(n_rows_or_x)
         label_end = _label_ends(n_rows, label_end_position, self.purge_bars)
@@ -101,10 +81,6 @@ class PurgedTimeSeriesSplit:
                     f"give more than {n_rows} rows, or fewer splits"
                 )
             yield train, np.arange(start, stop)
-
-    def get_n_splits(self) -> int:
-        """Return the number of test blocks."""
-        return self.n_splits
 
     def _starts(self, n_rows: int, date: DateArray | None) -> list[int]:
         size = self.test_size_bars or n_rows // (self.n_splits + 1)
@@ -121,15 +97,6 @@ class PurgedTimeSeriesSplit:
         return [int(start) for start in starts]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Partition:
-    """Training, validation and test rows, ascending and in that order of time."""
-
-    train: IntArray
-    validation: IntArray
-    test: IntArray
-
-
 def create_train_val_test_split(
     n_rows: int,
     *,
@@ -138,38 +105,25 @@ def create_train_val_test_split(
     purge_bars: int = 0,
     embargo_bars: int = 0,
     label_end_position: npt.ArrayLike | None = None,
-) -> Partition:
-    """Split rows once, in time: the last ones are the test, those before them the validation.
+) -> tuple[IntArray, IntArray, IntArray]:
+    """Split rows once, in time: return training, validation and, last, test rows, ascending.
 
-    Parameters
-    ----------
-    n_rows
-        Number of rows.
-    validation_fraction, test_fraction
-        Shares of the rows, rounded down.
-    purge_bars, embargo_bars, label_end_position
-        As in `PurgedTimeSeriesSplit`; both borders are purged.
-
-    Raises
-    ------
-    InsufficientDataError
-        If one of the three would be empty.
+    Shares are rounded down; ``purge_bars``, ``embargo_bars`` and ``label_end_position`` are those of
+    `PurgedTimeSeriesSplit`, and both borders are purged. ``InsufficientDataError`` if a part would be empty.
     """
     n_test, n_validation = int(n_rows * test_fraction), int(n_rows * validation_fraction)
-    test_start = n_rows - n_test
-    validation_start = test_start - n_validation
-    label_end = _label_ends(n_rows, label_end_position, purge_bars)
-    rows = np.arange(n_rows)
-    train = rows[(rows < validation_start) & (label_end < validation_start - embargo_bars)]
-    within = (rows >= validation_start) & (rows < test_start)
-    validation = rows[within & (label_end < test_start - embargo_bars)]
-    test = rows[test_start:]
+    label_end, rows = _label_ends(n_rows, label_end_position, purge_bars), np.arange(n_rows)
+    borders = (0, n_rows - n_test - n_validation, n_rows - n_test)
+    train, validation = (
+        rows[start:stop][label_end[start:stop] < stop - embargo_bars] for start, stop in pairwise(borders)
+    )
+    test = rows[borders[-1] :]
     if min(len(train), len(validation), len(test)) < 1:
         raise InsufficientDataError(
             f"{n_rows} rows leave {len(train)} for training, {len(validation)} for validation and "
             f"{len(test)} for the test (purge {purge_bars}, embargo {embargo_bars}): give more rows"
         )
-    return Partition(train=train, validation=validation, test=test)
+    return train, validation, test
 
 
 def split_latest(
@@ -177,19 +131,8 @@ def split_latest(
 ) -> tuple[IntArray, IntArray]:
     """Set the latest sessions apart: return rows whose labels ended before these, and the rows of these.
 
-    Parameters
-    ----------
-    date, label_end
-        Session of each row, and the one at whose close its label is known, (n,).
-    share
-        Share of the sessions that is set apart.
-    at_least_rows
-        Rows that either side needs.
-
-    Raises
-    ------
-    InsufficientDataError
-        When a side has fewer.
+    ``date`` and ``label_end``, (n,): session of each row, and the one at whose close its label is known;
+    ``share`` is that of the sessions. Raises ``InsufficientDataError`` when a side has too few rows.
     """
     sessions, position = np.unique(date, return_inverse=True)
     start = min(int(len(sessions) * (1 - share)), len(sessions) - 1)
@@ -203,94 +146,11 @@ def split_latest(
     return earlier, later
 
 
-class CombinatorialPurgedSplit:
-    """Every choice of ``n_test_blocks`` out of ``n_blocks`` as the test, purged on both sides.
-
-    Training rows may follow a test block here: those that its labels reach into are dropped, and an embargo.
-
-    Parameters
-    ----------
-    n_blocks, n_test_blocks
-        Number of consecutive blocks of nearly equal length, and how many are the test of one split.
-    purge_bars
-        Rows that a label spans at least.
-    embargo_bars
-        Further rows dropped after a test block.
-
-    References
-    ----------
-    Lopez de Prado (2018), Advances in Financial Machine Learning, chapter 12.
-    """
-
-    def __init__(
-        self, n_blocks: int = 6, n_test_blocks: int = 2, *, purge_bars: int = 0, embargo_bars: int = 0
-    ) -> None:
-        if n_test_blocks >= n_blocks or comb(n_blocks, n_test_blocks) > MAX_COMBINATIONS:
-            raise UsageError(
-                f"{n_test_blocks} of {n_blocks} blocks as the test: choose fewer than {n_blocks}, and "
-                f"at most {MAX_COMBINATIONS} combinations"
-            )
-        self.n_blocks = n_blocks
-        self.n_test_blocks = n_test_blocks
-        self.purge_bars = purge_bars
-        self.embargo_bars = embargo_bars
-        _check_at_least(1, self, "n_blocks", "n_test_blocks")
-        _check_at_least(0, self, "purge_bars", "embargo_bars")
-
-    def get_n_splits(self) -> int:
-        """Return the number of splits."""
-        return comb(self.n_blocks, self.n_test_blocks)
-
-    def split(
-        self, n_rows_or_x: int | Sized, label_end_position: npt.ArrayLike | None = None
-    ) -> Iterator[tuple[IntArray, tuple[IntArray, ...]]]:
-        """Yield (training rows, the test blocks' rows), in the order of `itertools.combinations`.
-
-        All rows are taken to be labelled: drop those that are not before splitting.
-
-        Raises
-        ------
-        InsufficientDataError
-            If a split has no training row left.
-        """
-        n_rows = n_rows_or_x if isinstance(n_rows_or_x, int) else len(n_rows_or_x)
-        label_end = _label_ends(n_rows, label_end_position, self.purge_bars)
-        blocks = np.array_split(np.arange(n_rows), self.n_blocks)
-        for chosen in combinations(range(self.n_blocks), self.n_test_blocks):
-            tests = tuple(blocks[i] for i in chosen)
-            train = np.flatnonzero(self._allowed(n_rows, label_end, tests))
-            if not len(train) or min(len(test) for test in tests) < 1:
-                raise InsufficientDataError(
-                    f"{n_rows} rows in {self.n_blocks} blocks leave no training rows beside test blocks "
-                    f"{chosen}: give more rows or fewer blocks"
-                )
-            yield train, tests
-
-    def _allowed(self, n_rows: int, label_end: IntArray, tests: Sequence[IntArray]) -> BoolArray:
-        rows = np.arange(n_rows)
-        allowed = np.ones(n_rows, dtype=np.bool_)
-        for test in tests:
-            first, last_known = int(test[0]), int(label_end[test].max())
-            before = (rows < first) & (label_end < first)
-            after = rows > max(last_known, int(test[-1])) + self.embargo_bars
-            allowed &= before | after
-        return allowed
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fold:
-    """One step of a walk-forward.
+    """One step of a walk-forward: rows, ascending; test rows may be unlabelled, training rows never are.
 
-    Attributes
-    ----------
-    number
-        Ascending from 0.
-    train_idx, test_idx
-        Rows, ascending. Test rows may be unlabelled, training rows never are.
-    test_start, test_end
-        First and last session of the test rows.
-    train_end
-        Latest session whose prices a training label uses.
+    ``train_end`` is the latest session whose prices a training label uses; ``number`` counts from 0.
     """
 
     number: int
@@ -309,14 +169,11 @@ class WalkForwardSplit:
 
     Attributes
     ----------
-    test_bars
-        Sessions of one test block; the last block may be shorter.
-    min_train_bars
-        Sessions that the first fold trains on at least.
-    lag_bars
-        Sessions between a decision and the first return that it earns.
-    embargo_bars
-        Further sessions between the last training label and the test block.
+    test_bars, min_train_bars
+        Sessions of one test block (the last may be shorter), and those that the first fold trains on.
+    lag_bars, embargo_bars
+        Sessions between a decision and the first return that it earns, and further ones between the last
+        training label and the test block.
     max_train_bars
         Train on at most so many of the latest sessions (rolling); None trains on all (anchored).
     """
@@ -332,29 +189,21 @@ class WalkForwardSplit:
         _check_at_least(0, self, "lag_bars", "embargo_bars")
 
     def folds(self, date: DateArray, label_end: DateArray, *, horizon_bars: int) -> list[Fold]:
-        """Return the folds of a panel.
+        """Return the folds of a panel, at least one.
+
+        Training labels ended ``lag_bars + embargo_bars`` sessions before a fold's first one.
 
         Parameters
         ----------
-        date
-            Session of each row, (n,), ascending.
-        label_end
-            Session at whose close each row's label is known, (n,); NaT where it is not known yet.
+        date, label_end
+            Session of each row, (n,), ascending, and the one at whose close its label is known, NaT if none.
         horizon_bars
             Sessions that a label spans at least.
 
-        Returns
-        -------
-        list of Fold
-            At least one. A training row's label ended at least ``lag_bars + embargo_bars`` sessions before
-            the first test session.
-
         Raises
         ------
-        InsufficientDataError
-            If no session is left to test on.
-        DataError
-            If the dates are not ascending, or a label ends sooner than ``horizon_bars`` after its row.
+        InsufficientDataError, DataError
+            If no session is left to test on; if dates do not ascend, or a label ends too soon after its row.
         """
         _check_ascending(date, len(label_end))
         sessions, position = np.unique(date, return_inverse=True)
@@ -441,24 +290,9 @@ def walk_rows(
 ) -> FloatArray:
     """Walk anything forward over rows, one level up from what made them: no row is scored by a fit on it.
 
-    Parameters
-    ----------
-    fit
-        Takes the rows to learn from, and returns what forecasts the rows that it is given.
-    date, label_end, split, horizon_bars
-        See `WalkForwardSplit.folds`.
-
-    Returns
-    -------
-    array of shape (n,)
-        Forecasts; NaN before the first fold.
-
-    Raises
-    ------
-    InsufficientDataError
-        If there is no session left to score.
-    ModelError
-        If a label of the rows to learn from ends in or after the rows to be scored.
+    ``fit`` takes the rows to learn from, and returns what forecasts the rows that it is given; the rest is as
+    for `WalkForwardSplit.folds`. Returns forecasts, (n,), NaN before the first fold. Raises ``ModelError`` if
+    a label to learn from ends in or after the rows to be scored.
     """
     said = np.full(len(date), np.nan)
     for fold in split.folds(date, label_end, horizon_bars=horizon_bars):

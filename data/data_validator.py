@@ -1,77 +1,43 @@
 """Look at bars, features and target before anything is trained, and say in words what is wrong with them."""
 
+import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 from scipy.stats import kurtosis, rankdata, skew
 from statsmodels.tools.sm_exceptions import SingularMatrixWarning
 from statsmodels.tsa.stattools import adfuller
 
-from data.cache_manager import BarCache, cached_features
+from data.cache_manager import BarCache, TableMeta
 from data.feature_engineer import engineer_features, feature_set_hash
-from data.markets import calendar_for
-from data.schema import Bars
+from data.indicators import FloatArray
+from data.schema import Bars, SessionCalendar, bars_hash, calendar_for
 from data.target_engineering import DEFAULT_HORIZON_BARS, make_target
 from utils.errors import DataError
 
-FloatArray = npt.NDArray[np.float64]
+logger = logging.getLogger(__name__)
+
 Severity = Literal["ok", "warning", "error"]
 
 MAX_NAMED = 8
-
-
-class Calendar(Protocol):
-    """What the gap check asks of a calendar; see `data.markets.SessionCalendar`."""
-
-    def missing(self, index: pd.DatetimeIndex) -> pd.DatetimeIndex:
-        """Return the sessions between the first and the last of ``index`` that it lacks."""
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ValidatorConfig:
-    """Limits of the checks.
-
-    Attributes
-    ----------
-    max_target_tie
-        Rank correlation of a feature with the target above which it is too close to be honest.
-    max_next_bar_tie, max_next_bar_tie_over_past, times_past_tie
-        Rank correlation of a feature's last change with the next bar above which it is implausible: by
-        itself, and where it is also so many times the tie with the bar that the feature has just seen.
-    noise_z
-        All three are widened by so many standard errors of a correlation of noise.
-    max_nan_fraction
-        Share of missing or infinite values after the warm-up above which a feature is an error.
-    max_adf_p
-        p-value of the augmented Dickey-Fuller test above which a feature counts as not stationary.
-    adf_rows, adf_lags
-        Latest rows that the test reads, and its lags.
-    max_missing_fraction
-        Share of missing sessions above which gaps are an error.
-    outlier_z
-        Robust z-score of a feature, and of a daily log return, above which a value is an outlier.
-    min_rows
-        Fewer rows than this are an error: no check could tell anything.
-    """
-
-    max_target_tie: float = 0.30
-    max_next_bar_tie: float = 0.17
-    max_next_bar_tie_over_past: float = 0.10
-    times_past_tie: float = 1.5
-    noise_z: float = 2.0
-    max_nan_fraction: float = 0.01
-    max_adf_p: float = 0.05
-    adf_rows: int = 2_520
-    adf_lags: int = 5
-    max_missing_fraction: float = 0.01
-    outlier_z: float = 25.0
-    min_rows: int = 100
+# Rank correlation with the target above which a feature is too close to it to be honest.
+MAX_TARGET_TIE = 0.30
+# That of a feature's last change with the next bar above which it is implausible: by itself, and where it is
+# also so many times the tie with the bar that the feature has just seen. All three are widened by so many
+# standard errors of a correlation of noise.
+MAX_NEXT_BAR_TIE, MAX_NEXT_BAR_TIE_OVER_PAST, TIMES_PAST_TIE, NOISE_Z = 0.17, 0.10, 1.5, 2.0
+# Share of values missing after the warm-up, and of sessions missing, above which they are an error.
+MAX_NAN_FRACTION = MAX_MISSING_FRACTION = 0.01
+# Augmented Dickey-Fuller test: p-value that counts as not stationary, latest rows that are read, lags.
+MAX_ADF_P, ADF_ROWS, ADF_LAGS = 0.05, 2_520, 5
+# Robust z-score of a feature, and of a daily log return, above which a value is an outlier.
+OUTLIER_Z = 25.0
+# With fewer rows no check could tell anything.
+MIN_ROWS = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,13 +52,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValidationReport:
-    """Outcome of all checks.
-
-    Attributes
-    ----------
-    checks
-        In the order in which they were made.
-    """
+    """Outcome of all checks, in the order in which they were made."""
 
     checks: tuple[Check, ...]
 
@@ -109,14 +69,6 @@ class ValidationReport:
         width = max((len(check.name) for check in self.checks), default=0)
         return "\n".join(f"{c.severity:<8}{c.name:<{width}}  {c.summary}" for c in self.checks)
 
-    def as_dict(self) -> dict[str, object]:
-        """Return plain data for JSON."""
-        checks = [
-            {"name": c.name, "severity": c.severity, "summary": c.summary, "details": dict(c.details)}
-            for c in self.checks
-        ]
-        return {"is_usable": self.is_usable, "checks": checks}
-
 
 class DataValidator:
     """Checks one symbol's bars and features.
@@ -126,18 +78,11 @@ class DataValidator:
     bars
         Adjusted OHLCV bars on ascending sessions.
     features
-        Indexed like ``bars``; missing at the start of a column only.
+        On the same rows; missing at the start of a column only.
     horizon_bars
         Length of the labels.
     calendar
         For the gap check; None leaves only gaps of more than a week to be seen.
-    config
-        Limits.
-
-    Raises
-    ------
-    DataError
-        If bars and features have different rows.
     """
 
     def __init__(
@@ -146,38 +91,32 @@ class DataValidator:
         features: pd.DataFrame,
         *,
         horizon_bars: int = DEFAULT_HORIZON_BARS,
-        calendar: Calendar | None = None,
-        config: ValidatorConfig | None = None,
+        calendar: SessionCalendar | None = None,
     ) -> None:
         if not features.index.equals(bars.index):
             raise DataError(
                 f"{len(features)} feature rows do not stand on the {len(bars)} sessions of the bars"
             )
-        self.config = config or ValidatorConfig()
         self._index = pd.DatetimeIndex(bars.index)
-        self._names = [str(name) for name in features.columns]
-        self._features = np.asarray(features, dtype=np.float64)
-        self._horizon_bars = horizon_bars
-        self._calendar = calendar
+        self._columns = {str(name): np.array(features[name], dtype=np.float64) for name in features.columns}
+        self._horizon_bars, self._calendar = horizon_bars, calendar
         self._log_close = np.log(np.asarray(bars["Close"], dtype=np.float64))
         self._target = np.asarray(make_target(bars, horizon_bars)["target_log"], dtype=np.float64)
 
     def run_all_validations(self) -> ValidationReport:
         """Make every check."""
-        n_rows = len(self._index)
-        if n_rows < self.config.min_rows:
-            summary = f"{n_rows} rows, at least {self.config.min_rows} are needed to check anything"
-            check = Check(name="size", severity="error", summary=summary, details={"n_rows": n_rows})
-            return ValidationReport(checks=(check,))
+        if len(self._index) < MIN_ROWS:
+            said = f"{len(self._index)} rows, at least {MIN_ROWS} are needed to check anything"
+            return ValidationReport(checks=(Check(name="size", severity="error", summary=said, details={}),))
         checks = (
-            self.check_missing_values(),
-            self.check_leakage(),
-            self.check_stationarity(),
-            self.check_target(),
-            self.check_gaps(),
-            self.check_outliers(),
+            self.check_missing_values,
+            self.check_leakage,
+            self.check_stationarity,
+            self.check_target,
+            self.check_gaps,
+            self.check_outliers,
         )
-        return ValidationReport(checks=checks)
+        return ValidationReport(checks=tuple(check() for check in checks))
 
     def check_leakage(self) -> Check:
         """Look for features that know the future.
@@ -189,69 +128,56 @@ class DataValidator:
         error. A feature that is slow, or says nothing about prices, can be shifted unseen by this; the
         recomputation on cut history in the tests of the feature registry sees all of them.
         """
-        ties = self.leakage_ties()
-        config = self.config
-        found = {
-            name: {key: round(value, 4) for key, value in tie.items()}
-            for name, tie in ties.items()
-            if tie["target"] > config.max_target_tie + tie["noise"] * self._horizon_bars**0.5
-            or tie["next_bar"] > config.max_next_bar_tie + tie["noise"]
-            or tie["next_bar"]
-            > max(config.max_next_bar_tie_over_past + tie["noise"], config.times_past_tie * tie["past_bar"])
-        }
+        ties, found = self.leakage_ties(), {}
+        for name, tie in ties.items():
+            over_past = max(MAX_NEXT_BAR_TIE_OVER_PAST + tie["noise"], TIMES_PAST_TIE * tie["past_bar"])
+            if (
+                tie["target"] > MAX_TARGET_TIE + tie["noise"] * self._horizon_bars**0.5
+                or tie["next_bar"] > MAX_NEXT_BAR_TIE + tie["noise"]
+                or tie["next_bar"] > over_past
+            ):
+                found[name] = {key: round(value, 4) for key, value in tie.items()}
         summary = f"{len(ties)} features know nothing of the next bar that prices do not tell"
         if found:
             summary = f"{_named(found)} know more of the future than any price tells: they look ahead"
-        return Check(
-            name="leakage",
-            severity="error" if found else "ok",
-            summary=summary,
-            details={"suspicious": found},
-        )
+        severity: Severity = "error" if found else "ok"
+        return Check(name="leakage", severity=severity, summary=summary, details={"suspicious": found})
 
     def leakage_ties(self) -> dict[str, dict[str, float]]:
-        """Return the figures behind `check_leakage`, by feature.
+        """Return the absolute rank correlations behind `check_leakage`, by feature.
 
-        Returns
-        -------
-        dict
-            Absolute rank correlations: ``target`` of the feature with the target; ``past_target`` with the
-            target of ``horizon_bars`` earlier, known at t; ``next_bar`` and ``past_bar`` of its change with
-            the next and the last bar (direction or size, the larger); ``noise``, the margin for chance.
+        ``target``: of the feature with the target; ``next_bar`` and ``past_bar``: of its change with the next
+        and the last bar (direction or size, the larger); ``noise``: the margin for chance.
         """
-        h = self._horizon_bars
-        past_target = np.concatenate([np.full(h, np.nan), self._target[:-h]])
         last = np.diff(self._log_close, prepend=np.nan)
         following = np.append(last[1:], np.nan)
         ties = {}
-        for position, name in enumerate(self._names):
-            column = np.where(np.isfinite(self._features[:, position]), self._features[:, position], np.nan)
+        for name, values in self._columns.items():
+            column = np.where(np.isfinite(values), values, np.nan)
             change = np.diff(column, prepend=np.nan)
-            n_known = int(np.isfinite(change).sum())
             ties[name] = {
                 "target": _tie(column, self._target),
-                "past_target": _tie(column, past_target),
                 "next_bar": max(_tie(change, following), _tie(change, np.abs(following))),
                 "past_bar": max(_tie(change, last), _tie(change, np.abs(last))),
-                "noise": self.config.noise_z / max(n_known, 1) ** 0.5,
+                "noise": NOISE_Z / max(int(np.isfinite(change).sum()), 1) ** 0.5,
             }
         return ties
 
     def check_missing_values(self) -> Check:
         """Look for values that are missing or infinite after a feature's first one."""
-        finite = np.isfinite(self._features)
-        first = np.where(finite.any(axis=0), finite.argmax(axis=0), len(finite))
-        after = np.arange(len(finite))[:, np.newaxis] >= first
-        holes = (after & ~finite).sum(axis=0)
-        shares = np.where(first < len(finite), holes / np.maximum(after.sum(axis=0), 1), 1.0)
-        found = {name: float(share) for name, share in zip(self._names, shares, strict=True) if share > 0}
+        found = {}
+        for name, values in self._columns.items():
+            finite = np.isfinite(values)
+            holes = ~finite[int(finite.argmax()) :]
+            if holes.any():
+                found[name] = float(holes.mean())
         if not found:
             return Check(name="missing values", severity="ok", summary="none after the warm-up", details={})
-        bad = max(found.values()) > self.config.max_nan_fraction
+        most = max(found.values())
         return Check(
             name="missing values",
-            severity="error" if bad else "warning",
-            summary=f"{_named(found)} miss up to {max(found.values()):.2%} of their values after the warm-up",
+            severity="error" if most > MAX_NAN_FRACTION else "warning",
+            summary=f"{_named(found)} miss up to {most:.2%} of their values after the warm-up",
             details={"share_missing": found},
         )
 
@@ -259,19 +185,16 @@ class DataValidator:
         """Test each feature for a unit root (augmented Dickey-Fuller); a constant one is named apart."""
         p_values: dict[str, float] = {}
         constant: list[str] = []
-        for position, name in enumerate(self._names):
-            column = self._features[-self.config.adf_rows :, position]
+        for name, values in self._columns.items():
+            column = values[-ADF_ROWS:]
             column = column[np.isfinite(column)]
-            if len(column) < self.config.min_rows or np.ptp(column) <= 1e-12:
+            if len(column) < MIN_ROWS or np.ptp(column) <= 1e-12:
                 constant.append(name)
-                continue
-            p_values[name] = adf_p_value(column, self.config.adf_lags)
-        wandering = {name: p for name, p in p_values.items() if p > self.config.max_adf_p}
-        parts = []
-        if wandering:
-            parts.append(f"{_named(wandering)} may have a unit root")
-        if constant:
-            parts.append(f"{_named(constant)} do not vary")
+            else:
+                p_values[name] = adf_p_value(column, ADF_LAGS)
+        wandering = [name for name, p in p_values.items() if p > MAX_ADF_P]
+        parts = [f"{_named(wandering)} may have a unit root"] if wandering else []
+        parts += [f"{_named(constant)} do not vary"] if constant else []
         return Check(
             name="stationarity",
             severity="warning" if parts else "ok",
@@ -317,7 +240,7 @@ class DataValidator:
         severity: Severity = "warning" if len(missing) or len(long) else "ok"
         return Check(
             name="gaps",
-            severity="error" if share > self.config.max_missing_fraction else severity,
+            severity="error" if share > MAX_MISSING_FRACTION else severity,
             summary=f"{len(missing)} sessions missing ({share:.2%}), {len(long)} gaps of more than a week",
             details=details,
         )
@@ -325,11 +248,10 @@ class DataValidator:
     def check_outliers(self) -> Check:
         """Look for daily returns and feature values that are far outside of their usual range."""
         returns = np.diff(self._log_close)
-        jumps = np.flatnonzero(np.abs(_robust_z(returns)) > self.config.outlier_z)
+        jumps = np.flatnonzero(np.abs(_robust_z(returns)) > OUTLIER_Z)
         found = {}
-        for position, name in enumerate(self._names):
-            extreme = int(np.sum(np.abs(_robust_z(self._features[:, position])) > self.config.outlier_z))
-            if extreme:
+        for name, values in self._columns.items():
+            if extreme := int(np.sum(np.abs(_robust_z(values)) > OUTLIER_Z)):
                 found[name] = extreme
         days = {f"{self._index[i + 1]:%Y-%m-%d}": round(float(returns[i]), 4) for i in jumps[:MAX_NAMED]}
         parts = [f"{len(jumps)} daily returns"] if len(jumps) else []
@@ -337,22 +259,59 @@ class DataValidator:
         return Check(
             name="outliers",
             severity="warning" if parts else "ok",
-            summary=f"{' and '.join(parts) or 'none'} beyond {self.config.outlier_z:g} robust deviations",
+            summary=f"{' and '.join(parts) or 'none'} beyond {OUTLIER_Z:g} robust deviations",
             details={"jumps_log": days, "features": found},
         )
+
+
+def cached_features(
+    bars: Bars,
+    cache: BarCache,
+    engineer: Callable[[pd.DataFrame], pd.DataFrame],
+    *,
+    feature_set_hash: str,
+    horizon_bars: int | None = None,
+) -> pd.DataFrame:
+    """Return ``engineer(bars.frame)``, from disk where bars, feature set and horizon are the stored ones.
+
+    After new bars the features are computed in full and compared with the stored rows to the last bit: a
+    difference is logged as what it is, a feature that reads later bars.
+
+    It is a check of the past and a record, not a shortcut: reading the features back, with their checksums,
+    takes longer than to compute them, as training and serving do. The key knows nothing of the optional
+    families' series.
+    """
+    symbol, source = bars.symbol, bars.provenance.source
+    key = bars_hash(bars.frame)
+    made_with = (feature_set_hash, horizon_bars)
+    with cache.locked(symbol, source):
+        stored = cache.recover("features", symbol, source)
+        if stored and (stored.meta.feature_set_hash, stored.meta.target_horizon_bars) != made_with:
+            stored = None
+        if stored and stored.meta.bars_hash == key:
+            return stored.frame
+        frame = engineer(bars.frame)
+        rows = stored.meta.rows if stored else 0
+        same_past = stored is not None and stored.meta.bars_hash == bars_hash(bars.frame.iloc[:rows])
+        if stored and same_past and bars_hash(stored.frame) != bars_hash(frame.iloc[:rows]):
+            logger.warning("%s: features of past bars changed when bars were added: a look-ahead", symbol)
+        meta = TableMeta(
+            symbol=symbol,
+            source=source,
+            last_session=frame.index[-1].date(),
+            fetched_at=bars.provenance.fetched_at,
+            bars_hash=key,
+            feature_set_hash=feature_set_hash,
+            target_horizon_bars=horizon_bars,
+        )
+        cache.store("features", frame, meta)
+        return frame
 
 
 def findings(bars: Bars, horizon_bars: int, cache: BarCache | None = None) -> tuple[str, ...]:
     """Return what the data validator has to say about prices and features, in words.
 
-    Parameters
-    ----------
-    bars
-        Prices of the symbol.
-    horizon_bars
-        Length of the labels.
-    cache
-        Where features are kept; with it, those of past bars are also compared with what they were last time.
+    With a cache, features of past bars are also compared with what they were last time.
     """
     if cache is None:
         features = engineer_features(bars.frame)
@@ -360,8 +319,9 @@ def findings(bars: Bars, horizon_bars: int, cache: BarCache | None = None) -> tu
         features = cached_features(
             bars, cache, engineer_features, feature_set_hash=feature_set_hash(), horizon_bars=horizon_bars
         )
-    calendar = calendar_for(bars.symbol)
-    validator = DataValidator(bars.frame, features, horizon_bars=horizon_bars, calendar=calendar)
+    validator = DataValidator(
+        bars.frame, features, horizon_bars=horizon_bars, calendar=calendar_for(bars.symbol)
+    )
     return validator.run_all_validations().problems()
 
 

@@ -2,10 +2,7 @@
 
 All of them are known at the close of their bar, free of the scale of prices and volumes, bounded by fixed
 constants, and finite after the declared warm-up whatever happens: no volume, no range, no move. None is the
-one-day return.
-
-Two families are optional: what other series say of a stock's bar. They may use what had traded by its close
-and nothing else: the other series is aligned by session, never by what follows.
+one-day return. Optional families say what other series, aligned by session, had told by the same close.
 """
 
 import argparse
@@ -21,8 +18,7 @@ import talib
 
 from data import indicators as ind
 from data.indicators import NO_MOVE, BarArrays, FloatArray
-from data.markets import ALWAYS, WEEKDAYS, calendar_name
-from data.schema import bar_dates
+from data.schema import ALWAYS, BAR_COLUMNS, WEEKDAYS, bar_dates, calendar_name
 from utils.errors import DataError, UsageError
 
 # Raised whenever values change while the words of a formula stay the same; part of the hash.
@@ -38,20 +34,10 @@ _SESSIONS_PER_YEAR = 252.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeatureSpec:
-    """What a feature is.
+    """What a feature is: column, family that it is computed with, formula in the legend's terms, its source.
 
-    Attributes
-    ----------
-    name, family
-        Its column and the family that it is computed with.
-    formula
-        In the terms of the table's legend.
-    warmup_bars
-        Number of leading bars without a value; after them it does not depend (within 1e-6) on older history.
-    lower, upper
-        Fixed bounds; values beyond them are winsorised.
-    source
-        Where the formula comes from.
+    ``warmup_bars`` leading bars have no value, and after them it does not depend (within 1e-6) on older
+    history; values beyond ``lower`` and ``upper`` are winsorised.
     """
 
     name: str
@@ -71,11 +57,9 @@ _REGISTRY = tuple(
 )
 # What a feature is called where people read it.
 FEATURE_WORDS: dict[str, str] = _TABLES["words"]
-CROSS_ASSET: tuple[FeatureSpec, ...] = tuple(spec for spec in _REGISTRY if spec.family == "cross_asset")
-MARKET_CONTEXT: tuple[FeatureSpec, ...] = tuple(spec for spec in _REGISTRY if spec.family == "market_context")
-FEATURES: tuple[FeatureSpec, ...] = tuple(
-    spec for spec in _REGISTRY if spec not in {*CROSS_ASSET, *MARKET_CONTEXT}
-)
+CROSS_ASSET = tuple(spec for spec in _REGISTRY if spec.family == "cross_asset")
+MARKET_CONTEXT = tuple(spec for spec in _REGISTRY if spec.family == "market_context")
+FEATURES = tuple(spec for spec in _REGISTRY if spec not in CROSS_ASSET + MARKET_CONTEXT)
 MAX_WARMUP_BARS: int = max(spec.warmup_bars for spec in FEATURES)
 
 LEGEND = (
@@ -95,14 +79,9 @@ OPTIONAL_LEGEND = (
 
 
 class FeatureRows:
-    """Rows of a block by the names of the features; what is stored is winsorised, its warm-up blanked.
+    """Rows of ``block``, (features, bars), by the names of the features.
 
-    Attributes
-    ----------
-    block
-        Shape (features, bars); a row means nothing before it is stored.
-    stored
-        Names of the features stored so far.
+    What is stored is winsorised and its warm-up blanked; a row means nothing before it is ``stored``.
     """
 
     def __init__(self, n_bars: int, optional: tuple[FeatureSpec, ...] = ()) -> None:
@@ -229,9 +208,8 @@ def _regime(x: BarArrays, rows: FeatureRows) -> None:
 def _microstructure(x: BarArrays, rows: FeatureRows) -> None:
     rows["high_low_range"] = x.span
     rows["close_location"] = x.location
-    rows["intraday_volatility"] = np.sqrt(
-        ind.guarded_ratio(x.gk, ind.rolling_sum(x.gk, 20) / 20, NO_MOVE**2, 1.0)
-    )
+    month = ind.rolling_sum(x.gk, 20) / 20
+    rows["intraday_volatility"] = np.sqrt(ind.guarded_ratio(x.gk, month, NO_MOVE**2, 1.0))
     rows["overnight_return"] = x.overnight
 
 
@@ -243,7 +221,7 @@ def _std(ret: FloatArray, window: int) -> FloatArray:
 
 
 def _cross_asset_rows(x: BarArrays, vix: FloatArray) -> dict[str, FloatArray]:
-    """Return the features of the family by name; ``vix`` as :func:`align_close` gives it."""
+    """Return the family's features by name; ``vix`` as :func:`align_close` gives it."""
     level = vix / 100.0
     spread = np.sqrt(_SESSIONS_PER_YEAR) * _std(x.ret, 20) - level
     mean, _, deviation = ind.rolling_deviations(spread, 120)
@@ -262,9 +240,7 @@ def _market_rows(x: BarArrays, market: FloatArray) -> dict[str, FloatArray]:
     own, theirs, month = _std(x.ret, 60), _std(ret, 60), _std(ret, 20)
     means = ind.rolling_sum(x.ret, 60) * ind.rolling_sum(ret, 60) / 3600
     covariance = ind.rolling_sum(x.ret * ret, 60) / 60 - means
-    ahead = {
-        bars: ind.log_change(x.log_close, 0, bars) - ind.log_change(log_market, 0, bars) for bars in (20, 60)
-    }
+    ahead = {n: ind.log_change(x.log_close, 0, n) - ind.log_change(log_market, 0, n) for n in (20, 60)}
     month_sigma = np.maximum(month, ind.MIN_SIGMA_LOG)
     return {
         "beta_60d": ind.guarded_ratio(covariance, theirs * theirs, 0.0, 0.0),
@@ -278,15 +254,8 @@ def _market_rows(x: BarArrays, market: FloatArray) -> dict[str, FloatArray]:
 
 
 def refuse_earlier_closes(symbols: Iterable[str]) -> None:
-    """Refuse symbols that close before New York: the other series' close of that date is their future.
-
-    Raises
-    ------
-    UsageError
-        Naming them.
-    """
-    early = [symbol for symbol in symbols if calendar_name(symbol) not in _NOT_BEFORE_NEW_YORK]
-    if early:
+    """Refuse symbols that close before New York, by a ``UsageError``: that close would be their future."""
+    if early := [symbol for symbol in symbols if calendar_name(symbol) not in _NOT_BEFORE_NEW_YORK]:
         raise UsageError(
             f"{', '.join(early)}: the exchange closes before New York, where the day's ^VIX and market are "
             "not known yet; train without them"
@@ -314,26 +283,10 @@ def _closes(other: pd.DataFrame, name: str) -> tuple[pd.DatetimeIndex, FloatArra
 
 
 def align_close(bars: pd.DataFrame, other: pd.DataFrame, name: str) -> FloatArray:
-    """Return another series' close as of each bar's close.
+    """Return another series' close as of each bar's close; ``name`` is what errors call the series.
 
-    Parameters
-    ----------
-    bars
-        The symbol's bars, ascending.
-    other
-        Bars of the other series, ascending, with a column ``Close``.
-    name
-        What to call the series in an error.
-
-    Returns
-    -------
-    array of shape (n,)
-        Row t is the last close at or before session t; NaN before the series begins.
-
-    Raises
-    ------
-    DataError
-        If that close is more than `MAX_AGE_SESSIONS` sessions old, or the series cannot be used.
+    Row t of (n,) is the last close at or before session t; NaN before the series begins. Raises ``DataError``
+    if that close is more than `MAX_AGE_SESSIONS` sessions old, or the series cannot be used.
     """
     dates, close = _closes(other, name)
     sessions, theirs = (np.asarray(index, dtype="datetime64[D]") for index in (bar_dates(bars), dates))
@@ -362,8 +315,11 @@ def _first_row(bars: pd.DataFrame, other: pd.DataFrame, name: str) -> int:
     return int(np.count_nonzero(np.asarray(bar_dates(bars) < first)))
 
 
-_PRICE_FAMILIES = (_returns_volatility, _momentum, _trend, _bands, _multi_timeframe, _regime)
-_BAR_FAMILIES = (_volume, _pattern, _microstructure)
+# In this order: a feature may be made of one that was stored before.
+_FAMILIES = (
+    _returns_volatility, _momentum, _trend, _bands, _multi_timeframe, _regime,
+    _volume, _pattern, _microstructure,
+)  # fmt: skip
 
 
 def engineer_features(
@@ -382,21 +338,20 @@ def engineer_features(
     Returns
     -------
     DataFrame
-        Float64, indexed like ``bars``, columns in the registry's order. Row t is known at the close of t and
-        is the same, to the last bit, whatever follows it. NaN in the declared warm-ups and nowhere else; the
-        warm-up of an optional family counts from the first session of its series where that begins later.
+        Float64, indexed like ``bars``, columns in the registry's order. Row t is known at the close of t, the
+        same to the last bit whatever follows. NaN in the declared warm-ups and nowhere else; that of an
+        optional family counts from the first session of its series where that begins later.
 
     Raises
     ------
     DataError
-        When ``vix`` or ``market`` cannot be used, or lacks more than `MAX_AGE_SESSIONS` sessions in a row.
+        As `align_close` does, when ``vix`` or ``market`` cannot be used.
     """
     optional = _optional(vix is not None, market is not None)
     rows = FeatureRows(len(bars), optional)
     if len(bars):
-        ohlcv = ("Open", "High", "Low", "Close", "Volume")
-        x = ind.bar_arrays(*(np.array(bars[name], dtype=np.float64) for name in ohlcv))
-        for compute in (*_PRICE_FAMILIES, *_BAR_FAMILIES):
+        x = ind.bar_arrays(*(np.array(bars[name], dtype=np.float64) for name in BAR_COLUMNS))
+        for compute in _FAMILIES:
             compute(x, rows)
         made = _cross_asset_rows(x, align_close(bars, vix, VIX_SERIES)) if vix is not None else {}
         made |= _market_rows(x, align_close(bars, market, MARKET_SERIES)) if market is not None else {}
@@ -427,13 +382,7 @@ def get_feature_columns(
     cross_asset: bool = False,
     market_context: bool = False,
 ) -> list[str]:
-    """Return the names of the features, in order; the optional families only when asked for.
-
-    Raises
-    ------
-    UsageError
-        When sentiment is asked for: no sentiment feature is registered.
-    """
+    """Return the names of the features, in order; optional families if asked for, ``UsageError`` if none."""
     if include_sentiment:
         raise UsageError("no sentiment features are registered: call get_feature_columns(False)")
     return [spec.name for spec in FEATURES + _optional(cross_asset, market_context)]
@@ -446,33 +395,27 @@ def feature_set_hash(*, cross_asset: bool = False, market_context: bool = False)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _table(specs: tuple[FeatureSpec, ...]) -> list[str]:
+def _table(specs: tuple[FeatureSpec, ...]) -> str:
     lines = ["| name | family | formula | warm-up (bars) | bounds | source |", "|---|---|---|---|---|---|"]
     for spec in specs:
         formula, bounds = spec.formula.replace("|", "\\|"), f"{spec.lower:g} to {spec.upper:g}"
         cells = (spec.name, spec.family, formula, str(spec.warmup_bars), bounds, spec.source)
         lines.append(f"| {' | '.join(cells)} |")
-    return lines
+    return "\n".join(lines)
 
 
 def features_table() -> str:
     """Return the registry as a Markdown page; ``docs/features.md`` is this text."""
-    lines = [
+    parts = [
         "# Features",
-        "",
         "Generated by `python -m data.feature_engineer --docs`; do not edit.",
-        "",
         f"{len(FEATURES)} columns, warm-up {MAX_WARMUP_BARS} bars. {LEGEND}",
-        "",
-        *_table(FEATURES),
-        "",
+        _table(FEATURES),
         "## Optional features",
-        "",
         OPTIONAL_LEGEND,
-        "",
-        *_table(CROSS_ASSET + MARKET_CONTEXT),
+        _table(CROSS_ASSET + MARKET_CONTEXT),
     ]
-    return "\n".join(lines)
+    return "\n\n".join(parts)
 
 
 def build_parser() -> argparse.ArgumentParser:

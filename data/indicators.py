@@ -26,16 +26,11 @@ _GK_BODY = 2.0 * math.log(2.0) - 1.0
 def bar_moves(
     open_: FloatArray, high: FloatArray, low: FloatArray, close: FloatArray, out: FloatArray
 ) -> None:
-    """Write the prices by the first close, and the moves of each bar.
+    """Write the prices by the first close, and the moves of each bar, known at its close.
 
-    Parameters
-    ----------
-    open_, high, low, close
-        Prices, shape (n,), positive.
-    out
-        Shape (11, n): open, high, low, close, typical price, true range, all by the first close; log close;
-        log return close to close; overnight log return (previous close to open); log(high/low); Garman-Klass
-        variance of the session. The returns of the first row are 0. Row t is known at the close of t.
+    ``out`` (11, n): open, high, low, close, typical price, true range, all by the first close; log close; log
+    return close to close; overnight log return (previous close to open); log(high/low); Garman-Klass variance
+    of the session. The returns of the first row are 0.
 
     References
     ----------
@@ -60,17 +55,10 @@ def bar_moves(
 def bar_flows(moves: FloatArray, volume: FloatArray, out: FloatArray) -> None:
     """Write each bar's volume, weighed in the ways of the volume indicators.
 
-    Parameters
-    ----------
-    moves
-        As `bar_moves` writes.
-    volume
-        Shape (n,).
-    out
-        Shape (7, n): the volume itself, and times: the sign of the close's change (on-balance volume); the
-        simple return (volume price trend); the place of the close in the range, -1 to 1 (accumulation and
-        distribution); the typical price; the typical price where it rose, and where it fell (money flow). The
-        first bar moves nowhere.
+    ``moves`` as `bar_moves` writes. ``out`` (7, n): the volume itself, and times: the sign of the close's
+    change (on-balance volume); the simple return (volume price trend); the place of the close in
+    the range, -1 to 1 (accumulation and distribution); the typical price; the typical price where it rose,
+    and where it fell (money flow). The first bar moves nowhere.
     """
     for t in range(volume.shape[0]):
         last = max(t - 1, 0)
@@ -90,14 +78,9 @@ def bar_flows(moves: FloatArray, volume: FloatArray, out: FloatArray) -> None:
 def bar_shapes(moves: FloatArray, out: FloatArray) -> None:
     """Write how each bar looks beside the one before.
 
-    Parameters
-    ----------
-    moves
-        As `bar_moves` writes.
-    out
-        Shape (7, n): 1 where the high is higher; 1 where the low is lower; gap above the high, gap below the
-        low, as fractions; body by range; 1 where the bar lies inside the one before; place of the close in
-        the range, -1 to 1. Without a range, and in the first row without a bar before: 0.
+    ``moves`` as `bar_moves` writes. ``out`` (7, n): 1 where the high is higher; 1 where the low is lower; gap
+    above the high, gap below the low, as fractions; body by range; 1 where it lies inside the one before;
+    place of the close in the range, -1 to 1. Without a range, and in the first row without a bar before: 0.
     """
     for t in range(moves.shape[1]):
         last = max(t - 1, 0)
@@ -117,14 +100,9 @@ def bar_shapes(moves: FloatArray, out: FloatArray) -> None:
 def rolling_sum(values: FloatArray, window: int) -> FloatArray:
     """Sum the last ``window`` values without ever subtracting.
 
-    Shape (n,), NaN in the first ``window - 1`` rows. Blocks of ``window`` rows are summed from their ends
-    backwards and from their starts forwards, and each window is one of either: a window of zeros sums to 0
+    NaN in the first ``window - 1`` rows. Blocks of ``window`` rows are summed from their ends backwards and
+    from their starts forwards, and each window is one of either (van Herk, 1992): a window of zeros sums to 0
     exactly, whatever came before it.
-
-    References
-    ----------
-    van Herk (1992), A fast algorithm for local minimum and maximum filters on rectangular and octagonal
-    kernels.
     """
     n = values.shape[0]
     out = np.full(n, np.nan)
@@ -149,17 +127,8 @@ def rolling_sum(values: FloatArray, window: int) -> FloatArray:
 def rolling_deviations(values: FloatArray, window: int) -> FloatArray:
     """Return how far the last ``window`` values lie from their mean, by two passes over each window.
 
-    Parameters
-    ----------
-    values
-        Shape (n,), finite; may have a mean that is large against its deviations, as prices do.
-    window
-        Number of bars, at least 1.
-
-    Returns
-    -------
-    array of shape (3, n)
-        Mean, mean absolute deviation, population standard deviation. NaN in the first ``window - 1`` rows.
+    Shape (3, n): mean, mean absolute deviation, population standard deviation; NaN in the first
+    ``window - 1`` rows. The mean may be large against the deviations, as that of prices is.
     """
     n = values.shape[0]
     out = np.full((3, n), np.nan)
@@ -191,10 +160,7 @@ def rolling_deviations(values: FloatArray, window: int) -> FloatArray:
 
 @njit(cache=True)
 def guarded_ratio(numerator: FloatArray, denominator: FloatArray, least: float, neutral: float) -> FloatArray:
-    """Divide where the denominator exceeds ``least``; elsewhere ``neutral``, the value that says nothing.
-
-    All of shape (n,); NaN stays NaN.
-    """
+    """Divide where the denominator exceeds ``least``; elsewhere ``neutral``. NaN stays NaN."""
     out = np.empty(numerator.shape[0])
     for t in range(out.shape[0]):
         out[t] = neutral if denominator[t] <= least else numerator[t] / denominator[t]
@@ -203,10 +169,7 @@ def guarded_ratio(numerator: FloatArray, denominator: FloatArray, least: float, 
 
 @njit(cache=True)
 def price_ratio(above: FloatArray, below: FloatArray, price: FloatArray, neutral: float) -> FloatArray:
-    """Divide one price difference by another; ``neutral`` where that is no move beside the price.
-
-    All of shape (n,); NaN stays NaN.
-    """
+    """Divide one price difference by another; ``neutral`` where that is no move. NaN stays NaN."""
     out = np.empty(above.shape[0])
     for t in range(out.shape[0]):
         out[t] = neutral if below[t] <= NO_MOVE * price[t] else above[t] / below[t]
@@ -224,16 +187,10 @@ def log_change(log_close: FloatArray, near: int, far: int) -> FloatArray:
 
 @njit(cache=True)
 def directional_index(high: FloatArray, low: FloatArray, window: int) -> FloatArray:
-    """Return Wilder's ADX as a fraction, and (+DI - -DI) / (+DI + -DI), shape (2, n).
+    """Return Wilder's (1978) ADX as a fraction, and (+DI - -DI) / (+DI + -DI), shape (2, n).
 
-    Notes
-    -----
     A bar that rises above and falls below the one before by the same amount, within rounding, moves in no
     direction. TA-Lib compares exactly, and on adjusted prices rounding then decides.
-
-    References
-    ----------
-    Wilder (1978), New Concepts in Technical Trading Systems.
     """
     n = high.shape[0]
     out = np.zeros((2, n))
@@ -268,19 +225,9 @@ def winsorise(values: FloatArray, lower: float, upper: float, warmup_bars: int, 
 class BarArrays:
     """A symbol's bars as arrays of shape (n,), with what features share; row t is known at the close of t.
 
-    Attributes
-    ----------
-    open, high, low, close, typical, true_range, log_close, ret, overnight, span, gk
-        Rows of `bar_moves`. The prices are divided by the first close: TA-Lib's absolute thresholds then mean
-        the same for every stock.
-    volume, signed, trended, placed, paid, rising, falling
-        Rows of `bar_flows`.
-    higher_high, lower_low, gap_up, gap_down, body, inside, location
-        Rows of `bar_shapes`.
-    std_20, std_200
-        Population standard deviation of ``ret``.
-    sigma_20, sigma_200
-        The same, at least `MIN_SIGMA_LOG`: fit to divide by.
+    In this order the rows of `bar_moves` (by the first close: TA-Lib's absolute thresholds then mean the same
+    for every stock), `bar_flows` and `bar_shapes`; then the standard deviations (population) of ``ret``, and
+    the same, at least `MIN_SIGMA_LOG`: fit to divide by.
     """
 
     open: FloatArray

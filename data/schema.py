@@ -1,201 +1,277 @@
-"""What a table of bars is: its columns, its repair, its hash.
+"""What a bar is and when it is due: symbols, the sessions of their exchanges, the repair of a raw table.
 
 Raw tables come in Yahoo's convention (``Open High Low Close`` adjusted for splits, ``Adj Close`` for
 splits and dividends, ``Volume`` split-adjusted). :func:`clean_bars` turns them into the bars that every
-other room reads, counts what it mended, and refuses what it cannot mend.
-
-On disk a table is Parquet with page checksums, and beside it a description that is sealed with its sha256.
+other room reads, counts what it mended, and refuses what it cannot mend. Calendars come from
+``exchange_calendars``; crypto pairs trade every day and close at midnight UTC, currency pairs on weekdays.
 """
 
+import functools
 import hashlib
-import json
 import re
-from dataclasses import dataclass, replace
-from datetime import date, datetime
-from types import MappingProxyType
+from dataclasses import dataclass, field, fields
+from datetime import UTC, date, datetime
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
 
-from utils.errors import DataError, InsufficientDataError, InvalidSymbolError
+from utils.errors import DataError, InsufficientDataError, InvalidSymbolError, UsageError
 
-SCHEMA_VERSION = 1
-NO_DATE, NO_MOMENT = "0000-00-00", "0000-00-00T00:00:00+00:00"
-
-
-class TableMeta(BaseModel):
-    """What lies beside a table on disk; ``rows``, ``file`` and ``sha256`` are filled in when it is stored."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    schema_version: int = SCHEMA_VERSION
-    symbol: str
-    source: str
-    last_session: date
-    fetched_at: datetime
-    revision: str | None = None
-    bars_hash: str | None = None
-    feature_set_hash: str | None = None
-    target_horizon_bars: int | None = None
-    rows: int = 0
-    file: str = Field(default="", pattern=r"^(bars|features)-[0-9a-f]{16}\.parquet$")
-    sha256: str = ""
-
-
-class CorruptTableError(DataError):
-    """A cached file is not the one that was written."""
-
-
-def seal(meta: TableMeta) -> bytes:
-    """Return the description of a table as JSON that begins with its own sha256."""
-    return _sealed(json.dumps(meta.model_dump(mode="json"), sort_keys=True).encode())
-
-
-def unseal(sealed: bytes) -> TableMeta | None:
-    """Return the description that :func:`seal` wrote, None for another schema version.
-
-    Raises
-    ------
-    CorruptTableError
-        If a byte of it is not what was written.
-    """
-    text = sealed[len('{"sha256": "", "meta": ') + 64 : -1]
-    if sealed != _sealed(text):
-        raise CorruptTableError("the description of a table is not what was written")
-    meta = json.loads(text)
-    return TableMeta.model_validate(meta) if meta["schema_version"] == SCHEMA_VERSION else None
-
-
-def _sealed(text: bytes) -> bytes:
-    return b'{"sha256": "%b", "meta": %b}' % (hashlib.sha256(text).hexdigest().encode(), text)
-
-
-def encode_table(frame: pd.DataFrame) -> bytes:
-    """Return a table of numbers over dates as a Parquet file with page checksums."""
-    dates = pd.DatetimeIndex(frame.index).as_unit("us").to_numpy()
-    columns = {str(name): np.asarray(frame[name], dtype=np.float64) for name in frame.columns}
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table({"date": dates, **columns}), sink, write_page_checksum=True)
-    return bytes(sink.getvalue())
-
-
-def decode_table(content: bytes) -> pd.DataFrame:
-    """Return the table that :func:`encode_table` wrote, after checking its pages."""
-    table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
-    columns = {name: table[name].to_numpy() for name in table.column_names if name != "date"}
-    return pd.DataFrame(columns, index=pd.DatetimeIndex(table["date"].to_numpy(), name="date"))
-
-
-Column = NDArray[np.float64]
+Days = NDArray[np.datetime64]
 BAR_COLUMNS = ("Open", "High", "Low", "Close", "Volume")
 RAW_COLUMNS = ("Open", "High", "Low", "Close", "Adj Close", "Volume")
-PRICE_COLUMNS = ("Open", "High", "Low", "Close", "Adj Close")
+PRICE_COLUMNS = RAW_COLUMNS[:5]
 
+# Largest shares of rows that are mended before a table is refused.
+MAX_REJECTED = MAX_INTERIOR_NAN = 0.01
+MAX_MISSING_SESSIONS = MAX_OFF_CALENDAR = 0.05
+# Relative excess of close or open over the day's range that is mended by widening the range: vendors round
+# each column by itself, and quote currencies' opens from the day before.
+CLOSE_TOLERANCE, OPEN_TOLERANCE = 1e-4, 0.02
+# No market was ever beyond them, whatever its currency and its splits; a defect in a file often is.
+LOWEST_PRICE, HIGHEST_PRICE, HIGHEST_VOLUME = 1e-12, 1e15, 1e18
+
+# Blanks of a database's columns of dates and of moments; see `holds`.
+NO_DATE, NO_MOMENT = "0000-00-00", "0000-00-00T00:00:00+00:00"
+
+WEEKDAYS, ALWAYS, UNMAPPED = "weekdays", "24/7", "unmapped"
+# Zone and sessions a year where no exchange keeps a calendar. Yahoo dates currency pairs by London, where a
+# day of theirs ends at the latest at midnight UTC.
+_WITHOUT_EXCHANGE = {WEEKDAYS: ("Europe/London", 260), ALWAYS: ("UTC", 365), UNMAPPED: ("UTC", 252)}
+_FIRST_DAY = np.datetime64("1960-01-01")
+# Far enough for a forecast of 252 sessions made at any moment of the year after the current one.
+_YEARS_AHEAD = 3
+_SUFFIXES = {
+    "AS": "XAMS", "AX": "XASX", "BA": "XBUE", "BK": "XBKK", "BO": "XBOM", "BR": "XBRU", "CO": "XCSE",
+    "DE": "XETR", "F": "XFRA", "HE": "XHEL", "HK": "XHKG", "IC": "XICE", "IR": "XDUB", "IS": "XIST",
+    "JK": "XIDX", "JO": "XJSE", "KL": "XKLS", "KQ": "XKRX", "KS": "XKRX", "L": "XLON", "LS": "XLIS",
+    "MC": "XMAD", "MI": "XMIL", "MX": "XMEX", "NS": "XBOM", "NZ": "XNZE", "OL": "XOSL", "PA": "XPAR",
+    "PR": "XPRA", "SA": "BVMF", "SI": "XSES", "SN": "XSGO", "SR": "XSAU", "SS": "XSHG", "ST": "XSTO",
+    "SW": "XSWX", "SZ": "XSHG", "T": "XTKS", "TO": "XTSE", "TW": "XTAI", "TWO": "XTAI", "V": "XTSE",
+    "VI": "XWBO", "WA": "XWAR",
+}  # fmt: skip
+_INDICES = {
+    "^N225": "XTKS", "^FTSE": "XLON", "^GDAXI": "XETR", "^FCHI": "XPAR", "^HSI": "XHKG", "^STOXX50E": "XETR",
+    "^AXJO": "XASX", "^KS11": "XKRX", "^BSESN": "XBOM", "^NSEI": "XBOM", "^TWII": "XTAI", "^BVSP": "BVMF",
+    "^GSPTSE": "XTSE", "^SSMI": "XSWX", "^AEX": "XAMS", "^IBEX": "XMAD", "000001.SS": "XSHG",
+}  # fmt: skip
+_CRYPTO = re.compile(r"[A-Z0-9]+-(USD|EUR|GBP|JPY|CAD|AUD|CHF|KRW|INR|BTC|ETH|USDT|USDC)")
 _SYMBOL = re.compile(r"\^?[A-Z0-9][A-Z0-9.=-]{0,14}")
 # People write BRK.B, Yahoo BRK-B; the other one-letter suffixes are exchanges (.L, .T, .F).
 _SHARE_CLASS = re.compile(r"([A-Z]{1,5})\.([AB])")
-_LONGEST_RAW = 64
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QualityLimits:
-    """How much may be wrong with a table of bars before it is refused.
+def normalise_symbol(raw: str) -> str:
+    """Return the symbol in Yahoo's spelling: `` aapl `` is ``AAPL``, ``BRK.B`` is ``BRK-B``.
 
-    Attributes
-    ----------
-    rejected, interior_nan, missing_sessions, off_calendar
-        Largest share of rows with impossible prices (or absurd ones), without prices before the last good
-        row, of sessions without a row, and of rows on days without a session.
-    close_tolerance, open_tolerance
-        Relative excess of close or open over the day's range that is mended by widening the range: vendors
-        round each column by itself, and quote currencies' opens from the day before.
-    lowest_price, highest_price, highest_volume
-        No market was ever beyond them, whatever its currency and its splits; a defect in a file often is.
+    Raises ``InvalidSymbolError`` for what no source could know; such a string must never become a path.
+    """
+    # ASCII first: upper() turns letters such as the German sharp s into plain capitals.
+    symbol = raw.strip(" ").upper() if isinstance(raw, str) and len(raw) <= 64 and raw.isascii() else ""
+    if _SYMBOL.fullmatch(symbol) is None:
+        shown = ascii(raw)
+        shown = shown if len(shown) <= 40 else shown[:40] + "..."
+        raise InvalidSymbolError(
+            f"{shown} is not a symbol: give 1 to 15 letters, digits or . = - "
+            "(such as AAPL, BRK-B, ^GSPC, EURUSD=X, 005930.KS)"
+        )
+    return _SHARE_CLASS.sub(r"\1-\2", symbol) if _SHARE_CLASS.fullmatch(symbol) else symbol
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SessionCalendar:
+    """Sessions of one exchange.
+
+    ``closes`` are in UTC, ``timezone`` is the IANA zone of the ascending ``days``. After ``known_to`` no
+    holidays are recorded (some exchanges announce a year's only shortly before it): days are Mondays to
+    Fridays there, and nothing is called missing or out of place.
     """
 
-    rejected: float = 0.01
-    interior_nan: float = 0.01
-    missing_sessions: float = 0.05
-    off_calendar: float = 0.05
-    close_tolerance: float = 1e-4
-    open_tolerance: float = 0.02
-    lowest_price: float = 1e-12
-    highest_price: float = 1e15
-    highest_volume: float = 1e18
+    name: str
+    timezone: str
+    sessions_per_year: int
+    days: Days
+    closes: Days
+    known_to: np.datetime64
+
+    def next_sessions(self, after: pd.Timestamp, count: int) -> pd.DatetimeIndex:
+        """Return the first ``count`` sessions strictly after ``after``; ``UsageError`` if it has fewer."""
+        first = int(np.searchsorted(self.days, _day(after), side="right"))
+        found = self.days[first : first + count]
+        if len(found) < count:
+            raise UsageError(
+                f"calendar {self.name} ends {self.days[-1]}: it has {len(found)} sessions after "
+                f"{_day(after)}, asked for {count}"
+            )
+        return _index(found)
+
+    def missing(self, index: pd.DatetimeIndex) -> pd.DatetimeIndex:
+        """Return the sessions between the first and the last date of ``index`` that it lacks."""
+        if len(index) == 0:
+            return _index(self.days[:0])
+        held = np.sort(_days(index))
+        first, last = np.searchsorted(self.days, [held[0], min(held[-1], self.known_to) + 1])
+        inside = self.days[first:last]
+        return _index(inside[~_are_among(inside, held)])
+
+    def off_calendar(self, index: pd.DatetimeIndex) -> pd.DatetimeIndex:
+        """Return the dates of ``index`` on which the exchange held no session, as far as is known."""
+        held = _days(index)
+        known = held[(held >= self.days[0]) & (held <= self.known_to)]
+        return _index(np.unique(known[~_are_among(known, self.days)]))
+
+    def last_closed_session(self, now: datetime) -> pd.Timestamp:
+        """Return the latest session closed at ``now``; ``UsageError`` without a zone or beyond its days."""
+        return pd.Timestamp(self.days[self._last_closed(now)]).as_unit("us")
+
+    def next_close(self, now: datetime) -> datetime:
+        """Return when the next session closes after ``now``, UTC; raises as `last_closed_session` does."""
+        close: datetime = self.closes[self._last_closed(now) + 1].item()
+        return close.replace(tzinfo=UTC)
+
+    def _last_closed(self, now: datetime) -> int:
+        if now.tzinfo is None:
+            raise UsageError(f"the moment {now.isoformat()} has no time zone: give UTC")
+        moment = np.datetime64(now.astimezone(UTC).replace(tzinfo=None), "s")
+        position = int(np.searchsorted(self.closes, moment, side="right")) - 1
+        if position < 0 or position == len(self.closes) - 1:
+            raise UsageError(
+                f"calendar {self.name} knows {self.days[0]} to {self.days[-1]}, not {now:%Y-%m-%d}"
+            )
+        return position
+
+    def hindsight(self, as_of: str, served_at: str) -> str | None:
+        """Say what a forecast served at a moment (ISO 8601, with a zone) knew too much, None if nothing."""
+        closed = self.last_closed_session(datetime.fromisoformat(served_at))
+        late = self.sessions_between(pd.Timestamp(as_of), closed)
+        if late > 0:
+            return f"served {late} session{'s' * (late > 1)} late, in hindsight: does not count"
+        return "served before its as-of session had closed: does not count" if late < 0 else None
+
+    def sessions_between(self, a: pd.Timestamp, b: pd.Timestamp) -> int:
+        """Count the sessions after ``a`` up to and with ``b``; negative when ``b`` lies before ``a``."""
+        first, last = np.searchsorted(self.days, [_day(a), _day(b)], side="right")
+        return int(last) - int(first)
 
 
-# What agrees with a count of one, and of more.
-_ONE = MappingProxyType({"s": "", "was": "was", "is": "is", "has": "has", "their": "its"})
-_MORE = MappingProxyType({"s": "s", "was": "were", "is": "are", "has": "have", "their": "their"})
+def calendar_name(symbol: str) -> str:
+    """Return the name of the calendar that ``symbol`` follows."""
+    if symbol in _INDICES:
+        return _INDICES[symbol]
+    if symbol.endswith("=X"):
+        return WEEKDAYS
+    if symbol.endswith("=F"):
+        return "CMES"
+    if _CRYPTO.fullmatch(symbol):
+        return ALWAYS
+    stem, dot, suffix = symbol.rpartition(".")
+    return _SUFFIXES.get(suffix, UNMAPPED) if dot and stem else "XNYS"
+
+
+def calendar_for(symbol: str) -> SessionCalendar:
+    """Return the calendar of the exchange that lists a normalised symbol, New York without a suffix.
+
+    A suffix that nobody mapped gets weekdays, and no check of gaps: a week may start on Sunday there.
+    """
+    return _load(calendar_name(symbol), datetime.now(UTC).year + _YEARS_AHEAD)
+
+
+# A calendar takes .05 to 1.4 s to build and never changes: a pure function of its arguments, kept.
+@functools.cache
+def _load(name: str, last_year: int) -> SessionCalendar:
+    end = np.datetime64(f"{last_year}-12-31")
+    if name in _WITHOUT_EXCHANGE:
+        timezone, per_year = _WITHOUT_EXCHANGE[name]
+        days = np.arange(_FIRST_DAY, end + 1)
+        days = days if name == ALWAYS else days[np.is_busday(days)]
+        closes, known_to = (days + 1).astype("datetime64[s]"), days[0] - 1 if name == UNMAPPED else end
+    else:
+        (timezone, days, closes, known_to), per_year = _from_exchange(name, end), 252
+    days.flags.writeable = closes.flags.writeable = False
+    return SessionCalendar(
+        name=name, timezone=timezone, sessions_per_year=per_year, days=days, closes=closes, known_to=known_to
+    )
+
+
+def _from_exchange(name: str, end: np.datetime64) -> tuple[str, Days, Days, np.datetime64]:
+    import exchange_calendars  # noqa: PLC0415 - takes half a second, which a help text need not wait for
+
+    factory = type(exchange_calendars.get_calendar(name, start="2025-01-02", end="2025-03-31"))
+    earliest, latest = factory.bound_min(), factory.bound_max()
+    first = max(_FIRST_DAY, _day(earliest)) if earliest is not None else _FIRST_DAY
+    known_to = min(end, _day(latest)) if latest is not None else end
+    calendar = exchange_calendars.get_calendar(name, start=pd.Timestamp(first), end=pd.Timestamp(known_to))
+    days = _days(calendar.sessions.tz_localize(None))
+    closes = np.asarray(calendar.closes.dt.tz_convert("UTC").dt.tz_localize(None)).astype("datetime64[s]")
+    later = np.arange(known_to + 1, end + 1)
+    later = later[np.is_busday(later)]
+    closes = np.concatenate([closes, later + (closes[-1] - days[-1])])
+    return str(calendar.tz), np.concatenate([days, later]), closes, known_to
+
+
+def _are_among(days: Days, ascending: Days) -> NDArray[np.bool_]:
+    """Whether each day is among ascending ones; numpy's set difference takes longer than all other checks."""
+    place = np.minimum(np.searchsorted(ascending, days), len(ascending) - 1)
+    return np.asarray(ascending[place] == days)
+
+
+def _day(moment: pd.Timestamp) -> np.datetime64:
+    return np.datetime64(pd.Timestamp(moment).date(), "D")
+
+
+def _days(index: pd.DatetimeIndex) -> Days:
+    return np.asarray(index).astype("datetime64[D]")
+
+
+def _index(days: Days) -> pd.DatetimeIndex:
+    return pd.DatetimeIndex(days.astype("datetime64[us]"), name="date")
+
+
+def _count(words: str) -> int:
+    """Return a field of `BarsReport`; in its words, "{one|more}" agrees with the count."""
+    return field(default=0, metadata={"words": words})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BarsReport:
-    """What was found in a raw table, in rows; :meth:`problems` says what each count means.
-
-    ``raw_rows`` came and ``rows`` are left. The last two counts need the exchange's calendar; see
-    ``data.markets.fit_sessions``.
-    """
+    """What was found in a raw table, in rows: ``raw_rows`` came and ``rows`` are left."""
 
     raw_rows: int = 0
     rows: int = 0
-    nan_tail_dropped: int = 0
-    unfinished_dropped: int = 0
-    interior_nan: int = 0
-    duplicates: int = 0
-    conflicting: int = 0
-    unsorted: int = 0
-    rejected_rows: int = 0
-    absurd_rows: int = 0
-    range_mended: int = 0
-    volume_missing: int = 0
-    zero_volume_rows: int = 0
-    moves_over_50pct: int = 0
-    missing_sessions: int = 0
-    off_calendar: int = 0
+    nan_tail_dropped: int = _count("row{|s} without prices at the end {was|were} dropped")
+    unfinished_dropped: int = _count("row{|s} of sessions that had not closed yet {was|were} dropped")
+    interior_nan: int = _count("row{|s} without prices inside the history {was|were} dropped")
+    duplicates: int = _count("doubled row{|s} {was|were} dropped, the last of each was kept")
+    conflicting: int = _count("of the doubled rows said something else than the one kept")
+    unsorted: int = _count("row{|s} {was|were} out of order and {was|were} sorted")
+    rejected_rows: int = _count("row{|s} with impossible prices {was|were} dropped")
+    absurd_rows: int = _count("row{|s} with prices or volumes beyond those of any market {was|were} dropped")
+    range_mended: int = _count("row{|s} had {its|their} high or low widened to hold open and close")
+    volume_missing: int = _count("volume{|s} {was|were} missing and read as 0")
+    zero_volume_rows: int = _count("row{|s} {has|have} volume 0")
+    moves_over_50pct: int = _count("close{|s} moved by more than half in one session")
+    missing_sessions: int = _count("session{|s} of the exchange {is|are} missing")
+    off_calendar: int = _count("row{|s} on days when the exchange was closed {was|were} dropped")
 
     def problems(self) -> tuple[str, ...]:
         """Return one sentence per kind of trouble, none when the table was in order."""
-        said = (
-            (self.nan_tail_dropped, "row{s} without prices at the end {was} dropped"),
-            (self.unfinished_dropped, "row{s} of sessions that had not closed yet {was} dropped"),
-            (self.interior_nan, "row{s} without prices inside the history {was} dropped"),
-            (self.duplicates, "doubled row{s} {was} dropped, the last of each was kept"),
-            (self.conflicting, "of the doubled rows said something else than the one kept"),
-            (self.unsorted, "row{s} {was} out of order and {was} sorted"),
-            (self.rejected_rows, "row{s} with impossible prices {was} dropped"),
-            (self.absurd_rows, "row{s} with prices or volumes beyond those of any market {was} dropped"),
-            (self.range_mended, "row{s} had {their} high or low widened to hold open and close"),
-            (self.volume_missing, "volume{s} {was} missing and read as 0"),
-            (self.zero_volume_rows, "row{s} {has} volume 0"),
-            (self.moves_over_50pct, "close{s} moved by more than half in one session"),
-            (self.missing_sessions, "session{s} of the exchange {is} missing"),
-            (self.off_calendar, "row{s} on days when the exchange was closed {was} dropped"),
-        )
-        return tuple(
-            f"{count} {words.format_map(_ONE if count == 1 else _MORE)}" for count, words in said if count
-        )
+        said = []
+        for kind in fields(self):
+            count, words = getattr(self, kind.name), kind.metadata.get("words")
+            if count and words:
+                which = 1 if count == 1 else 2
+                agreed = re.sub(r"\{(.*?)\|(.*?)\}", lambda forms: str(forms[which]), words)  # noqa: B023
+                said.append(f"{count} {agreed}")
+        return tuple(said)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
-    """Where bars come from.
+    """Where bars come from (``yahoo``, ``sample``, ``csv:FOLDER``), and when the source was asked, UTC.
 
-    Attributes
-    ----------
-    source
-        Name of the source (``yahoo``, ``sample``, ``csv:FOLDER``).
-    fetched_at
-        When the source was last asked, UTC.
-    last_session
-        Session of the last bar, tz-naive.
-    stale
-        True when the exchange had closed a later session at the time of asking, and the source could know it:
-        never for the sample, whose prices have ended for good.
+    ``stale`` when the exchange had closed a later session than the last bar's, and the source could know it:
+    never for the sample, whose prices have ended for good.
     """
 
     source: str
@@ -206,17 +282,10 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bars:
-    """Bars of one symbol with their provenance beside them.
+    """Bars of one symbol (normalised) with their provenance, and what was wrong with them.
 
-    Attributes
-    ----------
-    symbol
-        Normalised symbol.
-    frame
-        ``BAR_COLUMNS`` as float64, adjusted for splits and dividends; ascending unique tz-naive index
-        ``date``. A row is known at the close of its session.
-    provenance, report
-        Where it came from, and what was wrong with it.
+    ``frame`` holds ``BAR_COLUMNS`` as float64, adjusted for splits and dividends, over an ascending unique
+    tz-naive index ``date``. A row is known at the close of its session.
     """
 
     symbol: str
@@ -225,33 +294,7 @@ class Bars:
     report: BarsReport
 
 
-def normalise_symbol(raw: str) -> str:
-    """Return the symbol in Yahoo's spelling: `` aapl `` is ``AAPL``, ``BRK.B`` is ``BRK-B``.
-
-    Raises
-    ------
-    InvalidSymbolError
-        For anything that no source could know; such a string is safe to log and must never become a path.
-    """
-    # ASCII first: upper() turns letters such as the German sharp s into plain capitals.
-    if not isinstance(raw, str) or len(raw) > _LONGEST_RAW or not raw.isascii():
-        raise InvalidSymbolError(_invalid(raw))
-    symbol = raw.strip(" ").upper()
-    if _SYMBOL.fullmatch(symbol) is None:
-        raise InvalidSymbolError(_invalid(raw))
-    return _SHARE_CLASS.sub(r"\1-\2", symbol) if _SHARE_CLASS.fullmatch(symbol) else symbol
-
-
-def _invalid(raw: object) -> str:
-    shown = ascii(raw)
-    shown = shown if len(shown) <= 40 else shown[:40] + "..."
-    return (
-        f"{shown} is not a symbol: give 1 to 15 letters, digits or . = - "
-        "(such as AAPL, BRK-B, ^GSPC, EURUSD=X, 005930.KS)"
-    )
-
-
-def clean_bars(raw: pd.DataFrame, *, limits: QualityLimits | None = None) -> tuple[pd.DataFrame, BarsReport]:
+def clean_bars(raw: pd.DataFrame) -> tuple[pd.DataFrame, BarsReport]:
     """Mend, check and adjust a raw table.
 
     Prices are multiplied by ``Adj Close / Close``, so that returns between rows are total returns. Later
@@ -261,42 +304,30 @@ def clean_bars(raw: pd.DataFrame, *, limits: QualityLimits | None = None) -> tup
     ----------
     raw
         ``RAW_COLUMNS`` (others are ignored) over a DatetimeIndex; a zone is dropped, its local date stays.
-    limits
-        How much trouble is mended before the table is refused.
-
-    Returns
-    -------
-    tuple
-        The bars as :class:`Bars` describes its frame, and the counts.
 
     Raises
     ------
     DataError
         If columns or dates are missing, nothing usable is left, or a limit is passed.
     """
-    limits = limits or QualityLimits()
     table = _as_numbers(raw)
-    report = BarsReport(raw_rows=len(table))
-    table, report = _order(table, report)
-    table, report = _drop_missing(table, report, limits)
-    table, report = _drop_impossible(table, report, limits)
+    counts = {"raw_rows": len(table)}
+    for mend in (_order, _drop_missing, _drop_impossible):
+        table = mend(table, counts)
     if table.empty:
-        raise DataError(f"none of {report.raw_rows} rows has usable prices: check the symbol and the source")
-    frame = _adjust(table)
-    close = np.asarray(frame["Close"], dtype=np.float64)
-    moves = np.abs(close[1:] / close[:-1] - 1.0) > 0.5
-    report = replace(
-        report,
-        rows=len(frame),
-        zero_volume_rows=int(np.count_nonzero(np.asarray(frame["Volume"]) == 0.0)),
-        moves_over_50pct=int(moves.sum()),
-    )
-    return frame, report
+        raise DataError(f"none of {len(raw)} rows has usable prices: check the symbol and the source")
+    # One positive factor for the four prices: rounding is monotone, so low <= open, close <= high survives.
+    factor = np.asarray(table["Adj Close"] / table["Close"])
+    prices = {name: np.asarray(table[name]) * factor for name in BAR_COLUMNS[:4]}
+    frame = pd.DataFrame({**prices, "Volume": np.asarray(table["Volume"])}, index=table.index)
+    counts["rows"] = len(frame)
+    counts["zero_volume_rows"] = int((frame["Volume"] == 0.0).sum())
+    counts["moves_over_50pct"] = int((np.abs(prices["Close"][1:] / prices["Close"][:-1] - 1.0) > 0.5).sum())
+    return frame, BarsReport(**counts)
 
 
 def _as_numbers(raw: pd.DataFrame) -> pd.DataFrame:
-    absent = [name for name in RAW_COLUMNS if name not in raw.columns]
-    if absent:
+    if absent := [name for name in RAW_COLUMNS if name not in raw.columns]:
         raise DataError(
             f"columns {', '.join(absent)} are missing (found: {', '.join(map(str, raw.columns)) or 'none'}); "
             "bars need Open, High, Low, Close, Adj Close, Volume (copy Close to Adj Close if it is adjusted)"
@@ -306,95 +337,66 @@ def _as_numbers(raw: pd.DataFrame) -> pd.DataFrame:
     if raw.index.hasnans:
         raise DataError(f"{int(np.count_nonzero(raw.index.isna()))} rows have no date")
     try:
-        table = raw.loc[:, list(RAW_COLUMNS)].astype(np.float64)
+        return raw.loc[:, list(RAW_COLUMNS)].astype(np.float64).set_axis(bar_dates(raw))
     except (TypeError, ValueError) as error:
         raise DataError(f"bars hold something that is not a number: {error}") from error
-    table.index = bar_dates(raw)
-    return table
 
 
 def bar_dates(table: pd.DataFrame) -> pd.DatetimeIndex:
     """Return the index as tz-naive dates; a zone is dropped, the local date stays."""
-    index = pd.DatetimeIndex(table.index)
-    index = index.tz_localize(None) if index.tz is not None else index
-    return index.normalize().as_unit("us").rename("date")
+    return pd.DatetimeIndex(table.index).tz_localize(None).normalize().as_unit("us").rename("date")
 
 
-def _order(table: pd.DataFrame, report: BarsReport) -> tuple[pd.DataFrame, BarsReport]:
-    dates = bar_dates(table)
-    unsorted = int((np.diff(dates.asi8) < 0).sum())
-    if unsorted or not dates.is_unique:
+def _order(table: pd.DataFrame, counts: dict[str, int]) -> pd.DataFrame:
+    dates = pd.DatetimeIndex(table.index)
+    counts["unsorted"] = int((np.diff(dates.asi8) < 0).sum())
+    if counts["unsorted"] or not dates.is_unique:
         # Of two rows for one session the later wins, unless it has no price.
-        priced = np.asarray(table["Close"].notna())
-        table = table.iloc[np.lexsort((priced, dates.asi8))]
+        table = table.iloc[np.lexsort((np.asarray(table["Close"].notna()), dates.asi8))]
     doubled = table.index.duplicated(keep="last")
-    conflicting = 0
+    counts["duplicates"] = int(doubled.sum())
     if doubled.any():
-        kept, dropped = table.loc[~doubled], table.loc[doubled].dropna(subset=list(PRICE_COLUMNS))
-        differs = (dropped != kept.loc[dropped.index]) & (dropped.notna() | kept.loc[dropped.index].notna())
-        conflicting, table = int(differs.any(axis=1).sum()), kept
-    report = replace(report, unsorted=unsorted, duplicates=int(doubled.sum()), conflicting=conflicting)
-    return table, report
+        dropped, table = table.loc[doubled].dropna(subset=list(PRICE_COLUMNS)), table.loc[~doubled]
+        kept = table.loc[dropped.index]
+        differs = (dropped != kept) & (dropped.notna() | kept.notna())
+        counts["conflicting"] = int(differs.any(axis=1).sum())
+    return table
 
 
-def _drop_missing(
-    table: pd.DataFrame, report: BarsReport, limits: QualityLimits
-) -> tuple[pd.DataFrame, BarsReport]:
+def _drop_missing(table: pd.DataFrame, counts: dict[str, int]) -> pd.DataFrame:
     missing = np.asarray(table.loc[:, list(PRICE_COLUMNS)].isna().any(axis=1))
-    if not missing.any():
-        return table, report
-    good = np.flatnonzero(~missing)
-    end = int(good[-1]) + 1 if len(good) else 0
-    interior = int(missing[:end].sum())
-    refuse_above(interior, end, limits.interior_nan, "rows have no price")
-    report = replace(report, nan_tail_dropped=len(table) - end, interior_nan=interior)
-    return table.loc[~missing], report
+    end = int(np.flatnonzero(~missing).max(initial=-1)) + 1
+    counts["nan_tail_dropped"], counts["interior_nan"] = len(table) - end, int(missing[:end].sum())
+    refuse_above(counts["interior_nan"], end, MAX_INTERIOR_NAN, "rows have no price")
+    return table.loc[~missing] if missing.any() else table
 
 
-def _drop_impossible(
-    table: pd.DataFrame, report: BarsReport, limits: QualityLimits
-) -> tuple[pd.DataFrame, BarsReport]:
-    volume_missing = int(table["Volume"].isna().sum())
-    if volume_missing:
-        table = table.assign(Volume=table["Volume"].fillna(0.0))
+def _drop_impossible(table: pd.DataFrame, counts: dict[str, int]) -> pd.DataFrame:
     values = np.array(table, dtype=np.float64)
-    absurd = _absurd(values, limits)
+    prices, volume = values[:, :5], values[:, 5]
+    unknown = np.isnan(volume)
+    volume[unknown] = 0.0
+    # A number that is a defect of the file, though positive and finite.
+    beyond = ((prices > 0.0) & (prices < LOWEST_PRICE)) | ((prices > HIGHEST_PRICE) & np.isfinite(prices))
+    absurd = beyond.any(axis=1) | ((volume > HIGHEST_VOLUME) & np.isfinite(volume))
     values[absurd] = np.nan
-    open_, high, low, close, _, volume = values.T
-    bad = ~np.isfinite(values).all(axis=1) | (values[:, :5] <= 0.0).any(axis=1) | (volume < 0.0)
-    bad |= (high < low) | _outside(close, low, high, limits.close_tolerance * np.abs(close))
-    bad |= _outside(open_, low, high, limits.open_tolerance * np.abs(close))
-    refuse_above(int(bad.sum()), len(table), limits.rejected, "rows have impossible prices")
+    open_, high, low, close, _ = prices.T
+    bad = ~np.isfinite(values).all(axis=1) | (prices <= 0.0).any(axis=1) | (volume < 0.0) | (high < low)
+    for price, tolerance in ((close, CLOSE_TOLERANCE), (open_, OPEN_TOLERANCE)):
+        slack = tolerance * np.abs(close)
+        bad |= (price > high + slack) | (price < low - slack)
+    refuse_above(int(bad.sum()), len(table), MAX_REJECTED, "rows have impossible prices")
     top, bottom = np.maximum(open_, close), np.minimum(open_, close)
     outside = ~bad & ((top > high) | (bottom < low))
-    if outside.any():
-        table = table.assign(High=np.maximum(high, top), Low=np.minimum(low, bottom))
-    report = replace(
-        report,
-        rejected_rows=int((bad & ~absurd).sum()),
-        absurd_rows=int(absurd.sum()),
-        range_mended=int(outside.sum()),
-        volume_missing=volume_missing,
-    )
-    return (table.loc[~bad] if bad.any() else table), report
-
-
-def _absurd(values: Column, limits: QualityLimits) -> NDArray[np.bool_]:
-    """Return the rows with a number that is a defect of the file, though positive and finite."""
-    prices, volume = values[:, :5], values[:, 5]
-    tiny, huge = (prices > 0.0) & (prices < limits.lowest_price), prices > limits.highest_price
-    beyond = ((tiny | huge) & np.isfinite(prices)).any(axis=1)
-    beyond |= (volume > limits.highest_volume) & np.isfinite(volume)
-    return np.asarray(beyond, dtype=np.bool_)
-
-
-def _outside(
-    price: NDArray[np.float64],
-    low: NDArray[np.float64],
-    high: NDArray[np.float64],
-    slack: NDArray[np.float64],
-) -> NDArray[np.bool_]:
-    return (price > high + slack) | (price < low - slack)
+    counts |= {
+        "rejected_rows": int((bad & ~absurd).sum()),
+        "absurd_rows": int(absurd.sum()),
+        "range_mended": int(outside.sum()),
+        "volume_missing": int(unknown.sum()),
+    }
+    if unknown.any() or outside.any():
+        table = table.assign(High=np.maximum(high, top), Low=np.minimum(low, bottom), Volume=volume)
+    return table.loc[~bad] if bad.any() else table
 
 
 def refuse_above(count: int, total: int, limit: float, words: str) -> None:
@@ -406,35 +408,17 @@ def refuse_above(count: int, total: int, limit: float, words: str) -> None:
         )
 
 
-def _adjust(table: pd.DataFrame) -> pd.DataFrame:
-    # One positive factor for the four prices: rounding is monotone, so low <= open, close <= high survives.
-    factor = np.asarray(table["Adj Close"] / table["Close"], dtype=np.float64)
-    columns: dict[str, Column] = {
-        name: np.asarray(table[name], dtype=np.float64) * factor for name in ("Open", "High", "Low", "Close")
-    }
-    columns["Volume"] = np.asarray(table["Volume"], dtype=np.float64)
-    return pd.DataFrame(columns, index=table.index)
-
-
 def bars_hash(frame: pd.DataFrame) -> str:
     """Return the sha256 (hex) of dates, column names and values of a table with numbers, to the last bit."""
-    digest = hashlib.sha256()
-    digest.update("\x1f".join(map(str, frame.columns)).encode())
+    digest = hashlib.sha256("\x1f".join(map(str, frame.columns)).encode())
     digest.update(pd.DatetimeIndex(frame.index).as_unit("s").asi8.astype("<i8").tobytes())
     digest.update(np.ascontiguousarray(frame, dtype="<f8").tobytes())
     return digest.hexdigest()
 
 
 def check_enough(frame: pd.DataFrame, needed_bars: int, purpose: str) -> None:
-    """Raise when ``frame`` has fewer rows than ``purpose`` needs.
-
-    Raises
-    ------
-    InsufficientDataError
-        Saying how many bars are needed and how many there are.
-    """
-    have = len(frame)
-    if have < needed_bars:
+    """Raise ``InsufficientDataError`` when ``frame`` has fewer rows than ``purpose`` needs."""
+    if (have := len(frame)) < needed_bars:
         raise InsufficientDataError(
             f"{purpose} needs {needed_bars} bars and there are {have}: "
             "choose a symbol with a longer history, or an earlier start"

@@ -1,14 +1,18 @@
-"""Targets, the volatility that scales them, the converters between returns, and the panel that learners read.
+"""Targets, the volatility that scales them, and the panel that learners read.
 
 The target of bar t is the log return over the next ``horizon_bars`` bars. Learners see it divided by the
 volatility that is known at the close of t, so that calm and wild stocks, calm and wild years weigh alike.
+
+Which symbols make a panel is said by a universe: named ones lie in ``universes.toml`` with the day and the
+rule of their selection, and all of them are made of survivors.
 """
 
 import logging
 import math
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import overload
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -21,13 +25,14 @@ from data.feature_engineer import (
     refuse_earlier_closes,
     warmup_bars,
 )
-from data.indicators import MIN_SIGMA_LOG, bar_moves
+from data.indicators import MIN_SIGMA_LOG, FloatArray, bar_moves
+from data.schema import calendar_name, normalise_symbol
 from utils.errors import DataError, InsufficientDataError, UsageError
 
 logger = logging.getLogger(__name__)
 
-FloatArray = npt.NDArray[np.float64]
 DateArray = npt.NDArray[np.datetime64]
+UNIVERSES_FILE = Path(__file__).with_name("universes.toml")
 DEFAULT_HORIZON_BARS = 5
 MAX_HORIZON_BARS = 252
 # Share of a symbol's rows after the warm-up that may be unusable before the data are refused.
@@ -37,47 +42,13 @@ HAR_SPANS_BARS = (5.0, 22.0, 66.0, 252.0)
 HAR_WEIGHTS = (0.3, 0.4, 0.2, 0.1)
 
 
-@overload
-def simple_from_log(return_log: float) -> float: ...
-@overload
-def simple_from_log(return_log: FloatArray) -> FloatArray: ...
-def simple_from_log(return_log: float | FloatArray) -> float | FloatArray:
-    """Return the simple return of a log return over the same bars."""
-    return np.expm1(return_log)
-
-
-@overload
-def log_from_simple(return_simple: float) -> float: ...
-@overload
-def log_from_simple(return_simple: FloatArray) -> FloatArray: ...
-def log_from_simple(return_simple: float | FloatArray) -> float | FloatArray:
-    """Return the log return of a simple return over the same bars; needs values above -1."""
-    return np.log1p(return_simple)
-
-
-def rescale_log(mean_log: FloatArray, *, from_bars: float, to_bars: float) -> FloatArray:
-    """Spread an expected log return over another number of bars: log returns add up."""
-    return mean_log * (to_bars / from_bars)
-
-
 def rescale_sigma(sigma_log: FloatArray, *, from_bars: float, to_bars: float) -> FloatArray:
     """Carry a volatility to another number of bars: variances of uncorrelated returns add up."""
     return sigma_log * math.sqrt(to_bars / from_bars)
 
 
-def annualise_simple(return_simple: FloatArray, *, bars: float, bars_per_year: float) -> FloatArray:
-    """Compound a simple return over ``bars`` bars to a year of ``bars_per_year`` bars."""
-    return simple_from_log(rescale_log(log_from_simple(return_simple), from_bars=bars, to_bars=bars_per_year))
-
-
 def check_horizon(horizon_bars: int) -> int:
-    """Return the horizon, or refuse it.
-
-    Raises
-    ------
-    UsageError
-        When it is not a whole number of bars from 1 to `MAX_HORIZON_BARS`.
-    """
+    """Return the horizon; ``UsageError`` unless it is a whole number from 1 to `MAX_HORIZON_BARS`."""
     is_whole = isinstance(horizon_bars, int | np.integer) and not isinstance(horizon_bars, bool)
     if not is_whole or not 1 <= horizon_bars <= MAX_HORIZON_BARS:
         raise UsageError(
@@ -89,24 +60,12 @@ def check_horizon(horizon_bars: int) -> int:
 
 @njit(cache=True)
 def har_variance(moves: FloatArray) -> FloatArray:
-    """Forecast the next bar's variance of the log return from ranges, corrected by closes.
+    """Forecast the next bar's variance of the log return, (n,), from `bar_moves`; known at the close of t.
 
-    Parameters
-    ----------
-    moves
-        Shape (11, n), as `bar_moves` writes.
-
-    Returns
-    -------
-    array of shape (n,)
-        Weighted mean of four exponential means (spans `HAR_SPANS_BARS`) of overnight squared plus
-        Garman-Klass variance, times the mean of 1 and the year's ratio of squared returns to that range
-        measure (kept within 1/2 to 2). The means are normalised by their weights: the first rows are noisy,
-        not biased. Row t is known at the close of t.
-
-    References
-    ----------
-    Corsi (2009), A simple approximate long-memory model of realized volatility; Garman, Klass (1980).
+    Weighted mean of four exponential means (spans `HAR_SPANS_BARS`) of overnight squared plus Garman-Klass
+    variance, times the mean of 1 and the year's ratio of squared returns to that range measure (kept within
+    1/2 to 2). The means are normalised by their weights: the first rows are noisy, not biased. After Corsi
+    (2009), A simple approximate long-memory model of realized volatility; Garman, Klass (1980).
     """
     n = moves.shape[1]
     ret, overnight, gk = moves[7], moves[8], moves[10]
@@ -130,21 +89,9 @@ def har_variance(moves: FloatArray) -> FloatArray:
 
 
 def daily_volatility_log(bars: pd.DataFrame) -> "pd.Series[float]":
-    """Forecast the standard deviation of the next bar's log return.
+    """Forecast the standard deviation of the next bar's log return by `har_variance`.
 
-    Parameters
-    ----------
-    bars
-        Adjusted OHLCV bars.
-
-    Returns
-    -------
-    Series
-        Indexed like ``bars``, never below `MIN_SIGMA_LOG`; row t is known at the close of t.
-
-    References
-    ----------
-    See `har_variance`.
+    Never below `MIN_SIGMA_LOG`; row t is known at the close of t.
     """
     prices = [np.array(bars[name], dtype=np.float64) for name in ("Open", "High", "Low", "Close")]
     moves = np.empty((11, len(bars)))
@@ -158,24 +105,9 @@ def daily_volatility_log(bars: pd.DataFrame) -> "pd.Series[float]":
 def make_target(bars: pd.DataFrame, horizon_bars: int = DEFAULT_HORIZON_BARS) -> pd.DataFrame:
     """Return what the next ``horizon_bars`` bars brought, and the scale that was known before.
 
-    Parameters
-    ----------
-    bars
-        Adjusted OHLCV bars.
-    horizon_bars
-        Number of bars ahead.
-
-    Returns
-    -------
-    DataFrame
-        Indexed like ``bars``. ``target_log`` = log(Close[t+h] / Close[t]), known at the close of t+h, NaN in
-        the last h rows; ``sigma_log``: volatility over h bars, known at the close of t, never missing;
-        ``target_scaled`` = ``target_log / sigma_log``; ``label_end``: session of t+h, NaT if not yet known.
-
-    Raises
-    ------
-    UsageError
-        When the horizon is no whole number of bars in range.
+    ``target_log`` = log(Close[t+h] / Close[t]), known at the close of t+h, NaN in the last h rows;
+    ``sigma_log``: volatility over h bars, known at the close of t, never missing; ``target_scaled`` =
+    ``target_log / sigma_log``; ``label_end``: session of t+h, NaT if not yet known.
     """
     horizon = check_horizon(horizon_bars)
     n = len(bars)
@@ -198,28 +130,67 @@ def make_target(bars: pd.DataFrame, horizon_bars: int = DEFAULT_HORIZON_BARS) ->
     )
 
 
+def resolve_universe(spec: str) -> tuple[str, ...]:
+    """Return the symbols that ``spec`` means, each once, in the order given.
+
+    ``spec`` is the name of a set, symbols joined by commas, or the path of a text file with one symbol a line
+    (``#`` begins a comment). A name wins over a file, a file over a symbol. Raises ``UsageError`` if nothing
+    is named, ``InvalidSymbolError`` for what cannot be a symbol.
+    """
+    named = tomllib.loads(UNIVERSES_FILE.read_text(encoding="utf-8"))
+    path = Path(spec)
+    if spec.strip() in named:
+        parts = named[spec.strip()]["symbols"]
+    elif "," not in spec and (path.suffix == ".txt" or len(path.parts) > 1):
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except FileNotFoundError:
+            raise UsageError(f"--universe {spec}: there is no such file") from None
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--universe {path}: not a text file that can be read") from error
+        parts = [line.partition("#")[0].strip() for line in lines]
+    else:
+        parts = [part.strip() for part in spec.split(",")]
+    symbols = tuple(dict.fromkeys(normalise_symbol(part) for part in parts if part))
+    if not symbols:
+        raise UsageError(f"--universe {spec!r} names no symbol: use {', '.join(named)}, A,B,C or a file")
+    return symbols
+
+
+def universe_mean(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Return the mean of a universe, from bars by symbol, as a market to compare its symbols with.
+
+    ``Close`` over all sessions of any symbol is 1 in the first; it grows by the mean log return of the
+    symbols that have a close in the session and one before. Row t is known at the close of t. Raises
+    ``UsageError`` if no symbol is given, or they close at different hours.
+    """
+    if not frames:
+        raise UsageError("no symbol given: the mean of a universe needs the bars of at least one")
+    calendars = sorted({calendar_name(symbol) for symbol in frames})
+    if len(calendars) > 1:
+        raise UsageError(
+            f"the mean of a universe needs symbols that close together, these follow {', '.join(calendars)}"
+        )
+    parts = [pd.Series(np.log(np.asarray(bars["Close"])), bars.index).diff() for bars in frames.values()]
+    returns = pd.concat(parts, axis=1, sort=True)
+    return pd.DataFrame({"Close": np.exp(returns.mean(axis=1).fillna(0.0).cumsum())})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dataset:
-    """A panel of feature rows with their targets; a single symbol is a panel of one.
+    """A panel of n rows of p features with their targets; a single symbol is a panel of one.
 
     Attributes
     ----------
-    columns
-        Names of the p features.
-    features
-        float32, shape (n, p), finite; row i is known at the close of ``date[i]``.
-    date
-        datetime64[D], shape (n,), ascending; symbols of one session stand side by side.
-    label_end
-        datetime64[D], shape (n,): the session at whose close the target is known; NaT where not known yet.
+    features, columns
+        float32, (n, p), finite, row i known at the close of ``date[i]``; the names of the features.
+    date, label_end
+        datetime64[D], (n,): the session, ascending, symbols side by side; the one at whose close the target
+        is known, NaT where not known yet.
     symbol_code
-        int32, shape (n,): position in ``symbols``.
-    symbols
-        The symbols.
+        int32, (n,): position in ``symbols``.
     target_scaled, target_log, sigma_log
-        float64, shape (n,); see `make_target`. Targets are NaN where unknown.
-    horizon_bars
-        Number of bars that the target looks ahead.
+        float64, (n,); see `make_target`. Targets, ``horizon_bars`` ahead, are NaN where unknown.
     dropped_rows
         Rows after the warm-up that `build_dataset` left out because something in them was not finite.
     """
@@ -322,34 +293,24 @@ def build_dataset(
 ) -> Dataset:
     """Build the panel of all symbols: features of each bar, and its target where it is known.
 
-    The rows of a symbol's warm-up are left out; rows that are not finite are counted and left out. The panel
-    is allocated once and filled symbol by symbol.
+    Rows ascend by date, then in the order of ``frames``; those of a symbol's warm-up are left out, those that
+    are not finite are counted and left out, its last ``horizon_bars`` have no target.
 
     Parameters
     ----------
     frames
         Bars by symbol, adjusted OHLCV.
-    horizon_bars
-        Number of bars that the target looks ahead.
     vix, market
         Bars of ^VIX and of the market; each appends its optional family to the columns, see
         `engineer_features`. A symbol's rows begin once they have a value.
-
-    Returns
-    -------
-    Dataset
-        Rows ascending by date, then in the order of ``frames``. The last ``horizon_bars`` rows of each symbol
-        are there, without a target.
 
     Raises
     ------
     UsageError
         When no symbol is given, or ``vix`` or ``market`` with one whose exchange closes before New York.
-    InsufficientDataError
-        When a symbol has no labelled row after the warm-up.
-    DataError
-        When more than `MAX_DROPPED_FRACTION` of a symbol's rows would have to be dropped, or ``vix`` or
-        ``market`` cannot be used.
+    InsufficientDataError, DataError
+        When a symbol has no labelled row after the warm-up; when more than `MAX_DROPPED_FRACTION` of its rows
+        would have to be dropped, or ``vix`` or ``market`` cannot be used.
     """
     horizon = check_horizon(horizon_bars)
     if not frames:

@@ -1,19 +1,14 @@
 """The saved folder of any kind of model: versioned, written atomically, vouched for by a sealed manifest.
 
-Nothing in here knows what the files mean. A version is written aside, flushed to disk and verified, and only
-then does the symbol's link move, in one atomic step; a lock that dies with its process lets one save of a
-symbol run at a time, so whatever lies aside when a save begins was left by a process that was killed.
-
-Reading gives the bytes that were hashed, so no file can change between its check and its use. The manifest
-begins with the sha256 of the rest of itself: a flipped byte anywhere in a version is noticed. This guards
-against accidents, not against somebody who may write into the folder.
+A version is written aside, flushed to disk and verified; then the symbol's link moves, in one atomic step. A
+lock that dies with its process lets one save of a symbol run at a time. Reading gives the bytes that were
+hashed, so no file can change between its check and its use. The manifest begins with the sha256 of the rest
+of itself: a flipped byte anywhere is noticed. It guards against accidents, not against who may write there.
 """
 
-import argparse
 import hashlib
 import io
 import json
-import logging
 import lzma
 import os
 import pickle
@@ -36,22 +31,17 @@ from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
 import pandas as pd
 from pydantic import (
+    AliasPath,
     BaseModel,
     ConfigDict,
     Field,
     StringConstraints,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
 from data.feature_engineer import feature_set_hash, get_feature_columns
-from utils.errors import (
-    AIStocksError,
-    ModelCorruptError,
-    ModelExistsError,
-    ModelIncompatibleError,
-)
+from utils.errors import ModelCorruptError, ModelExistsError, ModelIncompatibleError
 from utils.model_paths import (
     ASIDE,
     ArtifactKind,
@@ -60,11 +50,10 @@ from utils.model_paths import (
     flush,
     point,
     saving,
+    serve,
     serve_linked,
     storage_errors,
 )
-
-logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 VERIFY_WAIT_S = 300.0
@@ -78,143 +67,212 @@ RECORD_COLUMNS = ("date", *_NUMBERS.split(), "fold", "trained_through")
 GOLDEN_ROWS, GOLDEN_TOLERANCE = 8, 1e-5
 SEAL = re.compile(rb'\{"seal": "([0-9a-f]{64})",')
 # What reading bytes of any kind may raise; an unpickler raises nearly everything.
-DAMAGE: tuple[type[Exception], ...] = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    lzma.LZMAError,
-    pickle.PickleError,
-    struct.error,
-    zlib.error,
-)
+_WORDLESS = (ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError)
+_BROKEN = (lzma.LZMAError, pickle.PickleError, struct.error, zlib.error)
+DAMAGE: tuple[type[Exception], ...] = (*_WORDLESS, *_BROKEN, OSError, RuntimeError, TypeError, ValueError)
 
+Contents = Mapping[str, bytes]
+Verify = Callable[[Path], None]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-T = TypeVar("T")
 
 
 class Manifest(BaseModel):
     """What a version promises about itself; untrusted until validated.
 
-    Attributes
-    ----------
-    schema_version
-        Equals `SCHEMA` of the class that reads it.
-    kind, symbol, model_version
-        Whose version it is, so that a folder that was copied elsewhere is noticed.
-    files
-        sha256 of every other file by name.
+    Its symbol, kind and version tell whose it is, so that a folder that was copied elsewhere is noticed;
+    ``files`` is the sha256 of every other file by name. Golden inputs are rows of features, golden outputs
+    what the model said to them, in units of volatility: see `inference.pipeline.check_golden`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
     SCHEMA: ClassVar[int] = 0
+    FILES: ClassVar[tuple[str, ...]] = ()
 
     schema_version: int
     kind: str
     symbol: str
     model_version: str
     files: dict[str, Sha256]
+    libraries: dict[str, str] = Field(default_factory=dict)
+    data_hash: str = ""
+    golden_inputs: list[list[float]] = Field(default_factory=list)
+    golden_outputs: list[float] = Field(default_factory=list)
 
-    @field_validator("files")
-    @classmethod
-    def _names_are_plain(cls, files: dict[str, str]) -> dict[str, str]:
-        for name in files:
-            if not PLAIN_NAME.fullmatch(name) or name == MANIFEST:
-                raise ValueError(f"{name[:60]!a} is not a plain file of the bundle")
-        return files
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the models that it is made of."""
+        return ()
 
-
-ManifestT = TypeVar("ManifestT", bound=Manifest)
-
-
-class ColumnNames(BaseModel):
-    """Content of ``feature_columns.json``."""
-
-    columns: tuple[str, ...] = Field(min_length=1)
-    selected: tuple[str, ...] = Field(min_length=1)
+    def needed(self) -> set[str]:
+        """Return the files without which it is not whole."""
+        return set(self.FILES)
 
     @model_validator(mode="after")
-    def _are_names_of_columns(self) -> "ColumnNames":
-        if len(set(self.columns)) < len(self.columns) or len(set(self.selected)) < len(self.selected):
-            raise ValueError("a column is listed twice")
-        if unknown := [name for name in self.selected if name not in self.columns]:
-            raise ValueError(f"selected but unknown: {', '.join(map(ascii, unknown))}")
+    def _lists_plain_files(self) -> "Manifest":
+        for name in self.files:
+            if not PLAIN_NAME.fullmatch(name) or name == MANIFEST:
+                raise ValueError(f"{name[:60]!a} is not a plain file of the bundle")
+        if absent := self.needed() - set(self.files):
+            raise ValueError(f"{', '.join(sorted(absent))} is not listed")
         return self
 
 
-class PromisedVerdict(BaseModel):
-    """The part of the verdict that serving rests on."""
+ManifestT = TypeVar("ManifestT", bound=Manifest)
+DocumentT = TypeVar("DocumentT", bound=BaseModel)
 
-    label: str
+
+class ColumnNames(BaseModel):
+    """Content of ``feature_columns.json``: of the same columns, each path model has its own selection."""
+
+    columns: tuple[str, ...] = Field(min_length=1)
+    selected: tuple[str, ...] = Field(min_length=1)
+    path_models: dict[int, Annotated[tuple[str, ...], Field(min_length=1)]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _are_names_of_columns(self) -> "ColumnNames":
+        for names in (self.columns, self.selected, *self.path_models.values()):
+            if len(set(names)) < len(names):
+                raise ValueError("a column is listed twice")
+            if unknown := [name for name in names if name not in self.columns]:
+                raise ValueError(f"selected but unknown: {', '.join(map(ascii, unknown))}")
+        return self
 
 
 class PromisedMetadata(BaseModel):
     """The part of the metadata that serving rests on."""
-
-    model_config = ConfigDict(protected_namespaces=())
 
     symbol: str
     horizon_bars: int = Field(ge=1)
     model_version: str
     data_hash: str
     feature_set_hash: str
-    verdict: PromisedVerdict
+    label: str = Field(validation_alias=AliasPath("verdict", "label"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Version(Generic[ManifestT]):
-    """One version whose every file is the one that was saved.
-
-    Attributes
-    ----------
-    folder
-        Where it lies.
-    manifest
-        Its validated manifest.
-    contents
-        The bytes of every file that the manifest lists, by name.
-    """
+    """One version whose every file is the one that was saved: its manifest, and their bytes by name."""
 
     folder: Path
     manifest: ManifestT
-    contents: Mapping[str, bytes]
+    contents: Contents
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
-    """What a version says about itself, every file checked and nothing unpickled.
-
-    Attributes
-    ----------
-    metadata
-        Content of ``training_metadata.json``.
-    models
-        Names of its boosters.
-    warnings
-        Why it serves in the place of another version.
-    """
+    """What a version says about itself, all files checked, none unpickled; and why it serves."""
 
     metadata: Mapping[str, Any]
     models: tuple[str, ...]
     warnings: tuple[str, ...] = ()
 
 
-def sha256_of(contents: Mapping[str, bytes]) -> dict[str, str]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """What a saved model of any kind has.
+
+    It forecasts, and is judged, ``horizon_bars`` ahead; its ``record`` is what it said out of sample, a row a
+    session, and ``metadata`` the content of ``training_metadata.json``. ``path`` is None before it is saved;
+    ``warnings`` tell what was amiss while loading and did not prevent it.
+    """
+
+    symbol: str
+    horizon_bars: int
+    record: pd.DataFrame
+    metadata: Mapping[str, Any]
+    path: Path | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def model_version(self) -> str:
+        """Identifier of the saved version."""
+        return str(self.metadata["model_version"])
+
+
+SavedT = TypeVar("SavedT", bound=Saved)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format(Generic[ManifestT, SavedT]):
+    """How models of one kind are saved, described and loaded.
+
+    ``module`` is the kind's owner, whose ``load_folder`` verifies a new version in a fresh process. ``build``
+    makes a model of a version whose files and metadata were found well.
+    """
+
+    kind: ArtifactKind
+    manifest: type[ManifestT]
+    module: str
+    build: Callable[[Version[ManifestT], Mapping[str, Any]], SavedT]
+
+    def save(
+        self, bundle: SavedT, models_dir: Path, contents: Contents, promised: Mapping[str, object]
+    ) -> Path:
+        """Write a version aside, verify it in a fresh process, and let it serve; see `publish`.
+
+        To ``contents``, the files of its own by name, record and metadata are added; ``promised`` are the
+        fields of the manifest beside those that tell whose it is, and what its files are.
+        """
+        contents = {**contents, METADATA: as_json(bundle.metadata), RECORD: record_bytes(bundle.record)}
+        identity = {
+            "schema_version": self.manifest.SCHEMA,
+            "kind": self.kind.name,
+            "symbol": bundle.symbol,
+            "model_version": str(bundle.metadata["model_version"]),
+            "files": sha256_of(contents),
+            "data_hash": str(bundle.metadata["data_hash"]),
+        }
+        return publish(
+            models_dir,
+            self.kind,
+            manifest=self.manifest.model_validate({**identity, **promised}),
+            contents=contents,
+            verify=lambda folder: verify_in_fresh_process(folder, self.module),
+        )
+
+    def load(self, models_dir: Path, symbol: str) -> SavedT:
+        """Load the version that serves; an earlier one, with a warning, where it is damaged.
+
+        `ModelMissingError` if the symbol was never trained, another `ModelError` if no version can be used.
+        """
+        bundle, warnings = serve(models_dir, symbol, self.kind, self.load_folder)
+        return replace(bundle, warnings=warnings)
+
+    def load_linked(self, linked: Linked) -> SavedT:
+        """Load what a link names, see `load`; the link is not read again."""
+        bundle, warnings = serve_linked(linked, self.load_folder)
+        return replace(bundle, warnings=warnings)
+
+    def load_folder(self, folder: Path) -> SavedT:
+        """Check one version's files against its manifest, which vouches for all of them, then load them."""
+        version = read_version(folder, self.kind, self.manifest)
+        return replace(self.build(version, checked_metadata(version)), path=folder)
+
+    def describe(self, linked: Linked) -> Description:
+        """Describe the version that `load_linked` would load: its files are checked, none is unpickled."""
+
+        def tell(folder: Path) -> Description:
+            version = read_version(folder, self.kind, self.manifest)
+            return Description(metadata=checked_metadata(version), models=version.manifest.names)
+
+        description, warnings = serve_linked(linked, tell)
+        return replace(description, warnings=warnings)
+
+
+def sha256_of(contents: Contents) -> dict[str, str]:
     """Return the sha256 of each content, by name."""
     return {name: hashlib.sha256(content).hexdigest() for name, content in sorted(contents.items())}
 
 
+def as_json(content: object) -> bytes:
+    """Return plain data as the content of a file."""
+    return json.dumps(content, indent=1, allow_nan=False).encode()
+
+
 def sealed(manifest: Manifest) -> bytes:
     """Return a manifest as JSON whose first field is the sha256 of the rest."""
-    body = json.dumps(manifest.model_dump(mode="json"), indent=1, allow_nan=False).encode()
+    body = as_json(manifest.model_dump(mode="json"))
     return b'{"seal": "%s",' % hashlib.sha256(body).hexdigest().encode() + body[1:]
 
 
@@ -243,15 +301,7 @@ def _reason(error: BaseException) -> str:
 
 
 def read_manifest(folder: Path, manifest_type: type[ManifestT]) -> ManifestT:
-    """Read a manifest, check its seal, and validate it.
-
-    Raises
-    ------
-    ModelCorruptError
-        If it is absent, changed since it was sealed, or promises nonsense.
-    ModelIncompatibleError
-        If another release of this program wrote it.
-    """
+    """Read a manifest, check its seal, and validate it; `ModelIncompatibleError` if of another release."""
     raw = _read_plain(folder, MANIFEST)
     seal = SEAL.match(raw)
     body = b"{" + raw[seal.end() :] if seal else raw
@@ -271,13 +321,7 @@ def read_manifest(folder: Path, manifest_type: type[ManifestT]) -> ManifestT:
 
 
 def read_version(folder: Path, kind: ArtifactKind, manifest_type: type[ManifestT]) -> Version[ManifestT]:
-    """Read every file that the manifest lists, and nothing else.
-
-    Raises
-    ------
-    ModelCorruptError, ModelIncompatibleError
-        See `read_manifest`; also if a file is not the one that was saved, or the version is another symbol's.
-    """
+    """Read every file that the manifest of this kind lists, and nothing else; `ModelError` if it is amiss."""
     manifest = read_manifest(folder, manifest_type)
     at_home = folder.parent.name == kind.versions
     if manifest.kind != kind.name or (at_home and folder.parents[1].name != manifest.symbol):
@@ -291,74 +335,39 @@ def read_version(folder: Path, kind: ArtifactKind, manifest_type: type[ManifestT
     return Version(folder=folder, manifest=manifest, contents=contents)
 
 
-def document(version: Version[Any], name: str) -> dict[str, Any]:
-    """Return the content of a JSON file."""
+def document(version: Version[Any], name: str, kind: type[DocumentT]) -> DocumentT:
+    """Return the validated content of a JSON file."""
     with unusable(version.folder, name):
-        return dict(json.loads(version.contents[name]))
+        return kind.model_validate_json(version.contents[name])
 
 
 @cache
 def expected_features() -> tuple[tuple[str, ...], str]:
-    """Return the columns and the hash of the feature set that is computed here; constant in a process.
-
-    Optional families are arguments to add here, to be read from the metadata by the caller.
-    """
+    """Return the columns and the hash of the feature set that is computed here; constant in a process."""
     return tuple(get_feature_columns()), feature_set_hash()
 
 
-def promised_metadata(version: Version[Any]) -> tuple[dict[str, Any], PromisedMetadata]:
-    """Return the metadata, once they agree with the manifest, and what serving rests on of them."""
+def checked_metadata(version: Version[Any]) -> dict[str, Any]:
+    """Return the metadata, once they agree with the manifest, and its columns with the features of here."""
     folder, manifest = version.folder, version.manifest
-    with unusable(folder, METADATA):
-        metadata = document(version, METADATA)
-        promised = PromisedMetadata.model_validate(metadata)
+    promised = document(version, METADATA, PromisedMetadata)
     named = (promised.symbol, promised.model_version, promised.data_hash)
     if named != (manifest.symbol, manifest.model_version, manifest.data_hash):
         raise corrupt(folder, f"{METADATA} speaks of another version than the manifest")
-    return metadata, promised
-
-
-def checked_metadata(version: Version[Any]) -> dict[str, Any]:
-    """Return the metadata, once they agree with the manifest and with the features computed here."""
-    folder = version.folder
-    metadata, promised = promised_metadata(version)
-    with unusable(folder, COLUMNS):
-        columns = ColumnNames.model_validate_json(version.contents[COLUMNS]).columns
-    known, expected_hash = expected_features()
-    if missing := [name for name in columns if name not in known]:
-        raise ModelIncompatibleError(
-            f"the model of {promised.symbol} needs features that are not computed any more, "
-            f"{', '.join(missing)}: train again with --overwrite"
-        )
-    if promised.feature_set_hash != expected_hash:
-        raise ModelIncompatibleError(
-            f"the features of {promised.symbol} are computed differently since bundle {folder.name} was "
-            "trained: train again with --overwrite"
-        )
-    return metadata
-
-
-def describe(
-    linked: Linked,
-    kind: ArtifactKind,
-    manifest: type[ManifestT],
-    tell: Callable[[Version[ManifestT]], Description],
-) -> Description:
-    """Describe the version that would be loaded for a link: its files are checked, none is unpickled."""
-    description, warnings = serve_linked(linked, lambda folder: tell(read_version(folder, kind, manifest)))
-    return replace(description, warnings=warnings)
-
-
-def read_record(version: Version[Any], models: Iterable[str]) -> pd.DataFrame:
-    """Return the out-of-sample record: one row per session, with a column for each of ``models``."""
-    with unusable(version.folder, RECORD):
-        record = pd.read_parquet(io.BytesIO(version.contents[RECORD]))
-        needed = {*RECORD_COLUMNS, *(f"model_{name}" for name in models)}
-        if absent := sorted(needed - set(record.columns)):
-            raise corrupt(version.folder, f"{RECORD} lacks {', '.join(absent)}")
-        if record["date"].dtype.kind != "M" or not record["date"].is_unique:
-            raise corrupt(version.folder, f"{RECORD} does not hold one row per session")
-    return record
+    if COLUMNS in version.contents:
+        known, expected_hash = expected_features()
+        columns = document(version, COLUMNS, ColumnNames).columns
+        if missing := [name for name in columns if name not in known]:
+            raise ModelIncompatibleError(
+                f"the model of {promised.symbol} needs features that are not computed any more, "
+                f"{', '.join(missing)}: train again with --overwrite"
+            )
+        if promised.feature_set_hash != expected_hash:
+            raise ModelIncompatibleError(
+                f"the features of {promised.symbol} are computed differently since bundle {folder.name} was "
+                "trained: train again with --overwrite"
+            )
+    return dict(json.loads(version.contents[METADATA]))
 
 
 def record_bytes(record: pd.DataFrame) -> bytes:
@@ -377,18 +386,6 @@ def library_versions(names: Iterable[str]) -> dict[str, str]:
     return {name: package_metadata.version(name) for name in names}
 
 
-def refuse_skew(error: float, model_version: str, then: Mapping[str, str], names: Iterable[str]) -> None:
-    """Refuse a model whose golden outputs are off by more than `GOLDEN_TOLERANCE`; say what changed."""
-    if error <= GOLDEN_TOLERANCE:
-        return
-    here = library_versions(names)
-    changed = [f"{name} {then[name]} -> {here[name]}" for name in here if here[name] != then.get(name)]
-    raise ModelIncompatibleError(
-        f"bundle {model_version} forecasts differently here (by {error:.2g}; changed: "
-        f"{', '.join(changed) or 'no library'}): train again with --overwrite"
-    )
-
-
 def _read_plain(folder: Path, name: str) -> bytes:
     """Read a file that is no link, no pipe and no folder, so that reading neither escapes nor waits."""
     with unusable(folder, name):
@@ -399,39 +396,12 @@ def _read_plain(folder: Path, name: str) -> bytes:
 
 
 def publish(
-    models_dir: Path,
-    kind: ArtifactKind,
-    *,
-    manifest: Manifest,
-    contents: Mapping[str, bytes],
-    verify: Callable[[Path], None],
+    models_dir: Path, kind: ArtifactKind, *, manifest: Manifest, contents: Contents, verify: Verify
 ) -> Path:
-    """Write a version aside, verify it, and let it serve.
+    """Write a version aside, let ``verify`` raise unless it can be used, then let it serve.
 
-    Parameters
-    ----------
-    models_dir
-        Root of the saved models.
-    kind
-        What it is.
-    manifest
-        Lists exactly the files of ``contents``.
-    contents
-        Bytes of every file by name.
-    verify
-        Raises unless the version in the given folder can be used.
-
-    Returns
-    -------
-    Path
-        Folder of the new version.
-
-    Raises
-    ------
-    StorageError
-        If the disk is full or not writable; what served before still serves.
-    LockedError
-        If another process saves the same symbol and does not come to an end.
+    `StorageError` if the disk is full or not writable: what served before still serves. `LockedError` if
+    another process saves the same symbol and does not come to an end.
     """
     link = artifact_link(models_dir, manifest.symbol, kind)
     final = link.parent / kind.versions / manifest.model_version
@@ -453,7 +423,7 @@ def publish(
     return final
 
 
-def _write(folder: Path, contents: Mapping[str, bytes]) -> None:
+def _write(folder: Path, contents: Contents) -> None:
     folder.mkdir()
     for name, content in contents.items():
         with (folder / name).open("wb") as file:
@@ -464,8 +434,9 @@ def _write(folder: Path, contents: Mapping[str, bytes]) -> None:
 
 
 def verify_in_fresh_process(folder: Path, module: str) -> None:
-    """Let ``python -m <module>`` load ``folder``, with nothing of this process."""
-    command = [sys.executable, "-m", module, str(folder.resolve())]
+    """Let ``module`` load ``folder`` in a new interpreter, with nothing of this process."""
+    code = f"import sys, {module} as owner; from pathlib import Path; owner.load_folder(Path(sys.argv[1]))"
+    command = [sys.executable, "-c", f"{code}; print({VERIFIED!r}, flush=True)", str(folder.resolve())]
     root = Path(__file__).resolve().parents[1]
     try:
         done = subprocess.run(  # noqa: S603
@@ -477,17 +448,3 @@ def verify_in_fresh_process(folder: Path, module: str) -> None:
     if VERIFIED not in done.stdout:
         last_line = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise ModelCorruptError(f"the new bundle does not load in a fresh process: {last_line}")
-
-
-def command_line(argv: list[str] | None, module: str, load: Callable[[Path], object]) -> int:
-    """Load the version in a folder; return 0, or the exit code of what is wrong with it."""
-    parser = argparse.ArgumentParser(prog=f"python -m {module}", description="Verify a saved version.")
-    parser.add_argument("folder", type=Path)
-    try:
-        load(parser.parse_args(argv).folder)
-    except AIStocksError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
-    sys.stdout.write(f"{VERIFIED}\n")
-    sys.stdout.flush()
-    return 0

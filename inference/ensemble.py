@@ -1,33 +1,30 @@
-"""Several models as one forecaster of the volatility-scaled return: scale, predict, weigh, calibrate.
+"""Several models as one forecaster of the volatility-scaled return: weigh, calibrate, learn from both.
 
-A `BoosterEnsemble` holds everything that a fold fits. The trainer makes one per fold and one for the bundle,
-so what is validated is what is served. A `SimpleEnsemble` joins models of different kinds by what their
-signals were worth before.
+A `SimpleEnsemble` joins models of different kinds by what their signals were worth before; a `MetaModel`
+learns when to listen to which.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Literal
 
-import lightgbm
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import xgboost
 from scipy.optimize import nnls
-from sklearn.preprocessing import RobustScaler
+
+from data.target_engineering import make_target
 
 FloatArray = npt.NDArray[np.float64]
 FloatMatrix = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.intp]
 BoolArray = npt.NDArray[np.bool_]
-# CatBoost's models, where they are installed, answer to `predict` like LightGBM's.
-Booster = xgboost.Booster | lightgbm.Booster | Any
-
 MODEL_NAMES = ("xgb", "lgb")
+Method = Literal["simple", "stacking", "xgb-meta"]
+GBM_NAME, LSTM_NAME = "gbm", "lstm"
 # Fewer independent rows than this say nothing about a slope.
 MIN_INDEPENDENT = 30
-FEW_ROWS = 512
 # A signal is at most doubled.
 MAX_SLOPE = 2.0
 # How far the slopes of symbols are thought to lie from the pooled one.
@@ -38,21 +35,11 @@ SYMBOL_SLOPE_STD = 0.25
 class Calibration:
     """What earlier out-of-sample rows say about the raw signal.
 
-    The calibrated forecast in units of the h-day volatility is ``drift + slope * (raw - raw_mean)``.
-
-    Attributes
-    ----------
-    drift
-        Mean of the volatility-scaled target over the training rows: the forecast of a model without skill.
-    raw_mean
-        Mean of the raw signal over the rows that the slope was estimated on.
-    slope
-        Slope of realised on raw, shrunk towards zero by its own standard error, within [0, `MAX_SLOPE`].
-    skill_lower
-        Lower confidence bound of the slope over the slope itself, within [0, 1]; 0 means that the
-        out-of-sample rows do not rule out a signal without skill.
-    n_rows
-        Number of out-of-sample rows behind the slope.
+    In units of the h-day volatility, the calibrated forecast is ``drift + slope * (raw - raw_mean)``. The
+    drift, the mean target of the training rows, is the forecast of a model without skill. The slope of
+    realised on raw is shrunk towards zero by its own standard error, within [0, `MAX_SLOPE`]; ``skill_lower``
+    is its lower confidence bound over itself, within [0, 1]: at 0 the ``n_rows`` behind it do not rule out no
+    skill at all.
     """
 
     drift: float
@@ -66,143 +53,11 @@ class Calibration:
         return self.drift + self.slope * (raw_scaled - self.raw_mean)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BoosterEnsemble:
-    """Scaler, boosters, weights and calibration that were fitted on one set of training rows.
-
-    Attributes
-    ----------
-    columns
-        Names of all columns that the scaler was fitted on, in its order.
-    selected
-        Positions in ``columns`` of the features that the boosters use, ascending.
-    scaler
-        Fitted on the training rows' ``columns``.
-    models
-        Boosters by name (``xgb``, ``lgb``, ``cat``).
-    weights
-        Non-negative weights by name, summing to one.
-    calibration
-        See `Calibration`.
-    """
-
-    columns: tuple[str, ...]
-    selected: tuple[int, ...]
-    scaler: RobustScaler
-    models: Mapping[str, Booster]
-    weights: Mapping[str, float]
-    calibration: Calibration
-
-    @property
-    def selected_features(self) -> tuple[str, ...]:
-        """Names of the features that the boosters use."""
-        return tuple(self.columns[i] for i in self.selected)
-
-    def prepare(self, features: FloatMatrix) -> FloatMatrix:
-        """Scale (n, len(columns)) features and keep the selected ones, shape (n, len(selected))."""
-        if features.shape[1] != len(self.columns):
-            raise ValueError(f"got {features.shape[1]} features, the model knows {len(self.columns)}")
-        return select_scaled(self.scaler, features, self.selected)
-
-    def per_model(self, features: FloatMatrix) -> dict[str, FloatArray]:
-        """Return each booster's raw prediction in units of the h-day volatility, shape (n,)."""
-        prepared = self.prepare(features)
-        return {name: predict_booster(model, prepared) for name, model in self.models.items()}
-
-    def combine(self, per_model: Mapping[str, FloatArray]) -> FloatArray:
-        """Weigh the boosters' raw predictions into one signal, shape (n,)."""
-        parts = [self.weights[name] * values for name, values in per_model.items()]
-        return np.asarray(np.sum(parts, axis=0), dtype=np.float64)
-
-    def contributions(self, features: FloatMatrix) -> FloatArray:
-        """Return the boosters' own SHAP values, weighed, shape (n, len(selected)), in volatility units."""
-        prepared = self.prepare(features)
-        parts = [self.weights[name] * shap_values(model, prepared) for name, model in self.models.items()]
-        return np.asarray(np.sum(parts, axis=0), dtype=np.float64)
-
-
-def select_scaled(scaler: RobustScaler, features: FloatMatrix, selected: tuple[int, ...]) -> FloatMatrix:
-    """Scale every column and keep the selected ones as contiguous float32, holding one copy."""
-    columns = list(selected)
-    scaled = np.ascontiguousarray(features[:, columns], dtype=np.float32)
-    scaled -= scaler.center_[columns].astype(np.float32)
-    scaled /= scaler.scale_[columns].astype(np.float32)
-    return scaled
-
-
-def predict_booster(model: Booster, prepared: FloatMatrix) -> FloatArray:
-    """Predict on an array; both boosters check nothing about columns, so callers select by saved names."""
-    if isinstance(model, xgboost.Booster):
-        return np.asarray(model.inplace_predict(prepared), dtype=np.float64)
-    if isinstance(model, lightgbm.Booster):
-        return np.asarray(model.predict(prepared, num_threads=_threads(prepared)), dtype=np.float64)
-    return np.asarray(model.predict(prepared), dtype=np.float64)
-
-
-def _threads(prepared: FloatMatrix) -> int:
-    """Return how many threads a library should use, 0 for its own choice; the result is the same.
-
-    Waking threads for a few rows takes longer than the work, most of all beside other requests.
-    """
-    return 1 if len(prepared) < FEW_ROWS else 0
-
-
-def shap_values(model: Booster, prepared: FloatMatrix) -> FloatArray:
-    """Return exact SHAP values without the bias column, shape (n, p)."""
-    values: Any
-    if isinstance(model, xgboost.Booster):
-        values = model.predict(xgboost.DMatrix(prepared, nthread=_threads(prepared)), pred_contribs=True)
-    elif isinstance(model, lightgbm.Booster):
-        values = model.predict(prepared, pred_contrib=True, num_threads=_threads(prepared))
-    else:
-        import catboost  # noqa: PLC0415 - large, and only there when a model was trained with it
-
-        values = model.get_feature_importance(catboost.Pool(prepared), type="ShapValues")
-    return np.asarray(values, dtype=np.float64)[:, :-1]
-
-
-def shrunk_weights(
-    per_model: Mapping[str, FloatArray], realised_scaled: FloatArray, *, half_trust_rows: int = 2_000
-) -> dict[str, float]:
-    """Weigh models by their out-of-sample covariance with what happened, shrunk towards equal weights.
-
-    Parameters
-    ----------
-    per_model
-        Out-of-sample raw predictions by model, each (n,).
-    realised_scaled
-        Realised volatility-scaled returns of the same rows, (n,).
-    half_trust_rows
-        Number of rows at which half of the way from equal weights to the estimated ones is gone.
-
-    Returns
-    -------
-    dict
-        Non-negative weights that sum to one; equal where nothing is known.
-    """
-    equal = 1.0 / len(per_model)
-    n_rows = len(realised_scaled)
-    skill = {}
-    for name, values in per_model.items():
-        spread = float(np.std(values)) if n_rows > 1 else 0.0
-        centred = values - np.mean(values) if n_rows else values
-        skill[name] = max(float(np.mean(centred * realised_scaled)) / spread, 0.0) if spread > 0 else 0.0
-    total = sum(skill.values())
-    if total <= 0:
-        return dict.fromkeys(per_model, equal)
-    trust = n_rows / (n_rows + half_trust_rows)
-    return {name: equal + trust * (value / total - equal) for name, value in skill.items()}
-
-
 def overlap_error(scores: FloatArray, horizon_bars: int) -> float:
     """Return the standard error of the sum of scores, one per session, that come from labels of h bars.
 
-    Newey and West's with 3 (h - 1) lags: how far overlapping labels repeat each other depends on how slowly
-    the signal moves.
-
-    References
-    ----------
-    Newey, West (1987), Econometrica 55.
+    Newey and West's (1987, Econometrica 55) with 3 (h - 1) lags: how far overlapping labels repeat each other
+    depends on how slowly the signal moves.
     """
     lags = min(3 * (horizon_bars - 1), len(scores) - 1)
     variance = float(scores @ scores)
@@ -234,8 +89,6 @@ def calibrate(
         Signal and outcome of the same out-of-sample rows, (n,), both known before the calibration is used.
     drift
         Mean of the scaled target over the training rows.
-    horizon_bars
-        Length of the labels.
     session_code
         Number of each row's session, from 0, (n,); None where every row is a session of its own.
     prior_slope, prior_std
@@ -280,16 +133,8 @@ def calibrate_symbols(
 ) -> dict[str, Calibration]:
     """Calibrate each symbol of a panel by its own out-of-sample rows, shrunk towards the pooled slope.
 
-    Parameters
-    ----------
-    pooled
-        Calibration over all rows; a symbol without rows of its own takes its slope and bound.
-    raw_scaled, realised_scaled, session_code, symbol
-        As for `calibrate`, with the symbol of each row, (n,).
-    drifts
-        Mean of the scaled target by symbol, over the training rows.
-    horizon_bars
-        Length of the labels.
+    A symbol with few rows of its own takes the pooled calibration. Arrays are those of `calibrate`, with the
+    symbol of each row; ``drifts`` holds the mean scaled target of each symbol's training rows.
     """
     found = {}
     for name, drift in drifts.items():
@@ -328,18 +173,9 @@ OUTCOME_LIMIT_SIGMA = 4.0
 class SignalRows:
     """What the members said of one symbol, session by session, what came, and when that was known.
 
-    Attributes
-    ----------
-    signals
-        Raw signals in units of the h-day volatility, a column a member, (n, k); NaN where one has none.
-    outcome
-        What came, in the same units, (n,); NaN where not known yet.
-    is_out_of_sample
-        Rows that no member was fitted on, (n,); only these are learned from.
-    known_from
-        First row that may use each row's outcome, (n,).
-    horizon_bars
-        Length of the labels.
+    Signals (n, k), a column a member, and outcomes (n,) are in units of the h-day volatility, NaN where there
+    is none. Only rows that no member was fitted on, ``is_out_of_sample``, are learned from; ``known_from`` is
+    the first row that may use each row's outcome.
     """
 
     signals: FloatArray
@@ -367,21 +203,12 @@ class SignalRows:
 class SimpleEnsemble:
     """Joins members' signals by weights that start at a prior and move by out-of-sample skill alone.
 
-    Every member speaks as loudly as the first one: each signal is brought to that one's spread, as known by
-    then, so that a weight is a share of what is said. The skills (information coefficients given the others)
-    have a normal prior around the prior weights times `typical_ic`, with `ic_std` as its standard deviation;
-    the weights are the shares of their most likely values that are not negative. A member that adds nothing
-    gets exactly zero.
-
-    Attributes
-    ----------
-    prior
-        Weight by member, before anything is known.
-    typical_ic, ic_std
-        Information coefficient that prices allow, and how far those of symbols lie apart: of 45 series, .034
-        and some .013 once the error of each is taken off. .015 counts as much as 4,400 independent rows.
-    refresh_rows
-        Weights and calibration are renewed every so many sessions.
+    Every member speaks as loudly as the first one, as known by then, so that a weight is a share of what is
+    said. The skills (information coefficients given the others) have a normal prior: the prior weights times
+    `typical_ic`, give or take `ic_std`. The weights are the shares of their most likely values that are not
+    negative: a member that adds nothing gets exactly zero. Both constants come from 45 series, of .034 on
+    average and some .013 apart once the error of each is taken off; .015 counts as much as 4,400 independent
+    rows. Weights and calibration are renewed every `refresh_rows` sessions.
     """
 
     prior: Mapping[str, float] = field(default_factory=lambda: dict(PRIOR))
@@ -392,18 +219,11 @@ class SimpleEnsemble:
     def weigh(self, rows: SignalRows, members: Sequence[str]) -> tuple[FloatArray, FloatArray]:
         """Follow the weights over time; row t uses outcomes that were known before t.
 
-        Parameters
-        ----------
-        rows
-            Signals, a column for each of ``members``.
-        members
-            Their names, the one that sets the loudness first.
-
         Returns
         -------
         tuple of arrays
-            Weights (n, k), zero for a member without a forecast, summing to one where there is any; and the
-            joined signal (n,), in the units of the first member that has one.
+            Weights of ``members`` (n, k), zero for one without a forecast, summing to one where there is any;
+            and the joined signal (n,), in the units of the first member that has one.
         """
         spread = spread_of(rows.signals)
         heard = np.isfinite(rows.signals) & ~(spread <= CONSTANT)
@@ -450,10 +270,7 @@ class SimpleEnsemble:
     ) -> tuple[FloatArray, FloatArray, FloatArray]:
         """Follow `calibrate` over time; row t uses outcomes that were known before t.
 
-        Returns
-        -------
-        tuple of arrays
-            Slope, mean of the raw signal, and lower bound of the skill as of each row, (n,).
+        Returns slope, mean of the raw signal, and lower bound of the skill as of each row, (n,).
         """
         found = np.zeros((3, len(raw_scaled)))
         for known, now in rows.refreshes(np.isfinite(raw_scaled), self.refresh_rows):
@@ -467,3 +284,87 @@ def spread_of(signals: FloatArray) -> FloatArray:
     """Return how far each signal has been from zero lately, as known then, (n, k); NaN where unknown."""
     squares = pd.DataFrame(signals**2).ewm(span=SPREAD_ROWS, min_periods=LEAST_SPREAD_ROWS).mean()
     return np.asarray(np.sqrt(squares), dtype=np.float64)
+
+
+# Bars whose volatility is the storm or calm that a bar is compared with, and those of a trend.
+REGIME_BARS, TREND_BARS, LEAST_REGIME_BARS = 1260, 200, 60
+MAX_TREND = 3.0
+# What the linear meta-learner sees, whose weights are not negative: each member in calm and in storm, and
+# what both say. The trees find such products themselves.
+META_COLUMNS: dict[str, tuple[str, ...]] = {
+    "stacking": ("gbm_calm", "gbm_storm", "lstm_calm", "lstm_storm", "agreed"),
+    "xgb-meta": ("gbm", "lstm", "agreed", "storm", "trend"),
+}
+
+
+def meta_features(bars: pd.DataFrame, signals: Mapping[str, FloatArray]) -> pd.DataFrame:
+    """Return what meta-learners see of each bar; row t is known at the close of t.
+
+    ``signals`` are raw, in units of the h-day volatility, by member, (n,). ``storm``: rank of the volatility
+    among its last `REGIME_BARS`, 0 to 1. ``trend``: distance from the mean of `TREND_BARS` closes, in
+    volatilities over as many bars. ``agreed``: what both members say at least, zero where they differ in
+    sign.
+    """
+    gbm, lstm = signals[GBM_NAME], signals[LSTM_NAME]
+    sigma_log = make_target(bars, 1)["sigma_log"]
+    storm = sigma_log.rolling(REGIME_BARS, min_periods=LEAST_REGIME_BARS).rank(pct=True).fillna(0.5)
+    close_log = np.log(bars["Close"])
+    distance = close_log - close_log.rolling(TREND_BARS, min_periods=LEAST_REGIME_BARS).mean()
+    trend = (distance / (sigma_log * np.sqrt(TREND_BARS))).clip(-MAX_TREND, MAX_TREND).fillna(0.0)
+    in_storm = np.asarray(storm, dtype=np.float64)
+    common = np.where(np.sign(gbm) == np.sign(lstm), np.minimum(np.abs(gbm), np.abs(lstm)), 0.0)
+    return pd.DataFrame(
+        {
+            "gbm": gbm,
+            "lstm": lstm,
+            "gbm_calm": gbm * (1.0 - in_storm),
+            "gbm_storm": gbm * in_storm,
+            "lstm_calm": lstm * (1.0 - in_storm),
+            "lstm_storm": lstm * in_storm,
+            "agreed": np.sign(gbm) * common,
+            "storm": in_storm,
+            "trend": np.asarray(trend, dtype=np.float64),
+        },
+        index=bars.index,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetaModel:
+    """A fitted meta-learner: from `meta_features` to one signal in units of the h-day volatility.
+
+    It sees `META_COLUMNS` of its method, standardised by ``centre`` and ``scale`` of the rows that it was
+    fitted on, (p,); ``stacking`` has ``coefficients``, none negative, and ``xgb-meta`` a ``booster``.
+    """
+
+    method: Method
+    centre: tuple[float, ...]
+    scale: tuple[float, ...]
+    coefficients: tuple[float, ...] = ()
+    booster: xgboost.Booster | None = None
+
+    def predict(self, features: pd.DataFrame) -> FloatArray:
+        """Return the signal of rows with both members, (n,)."""
+        known = features[list(META_COLUMNS[self.method])].to_numpy(dtype=np.float64)
+        standard = (known - np.array(self.centre)) / np.array(self.scale)
+        if self.booster is None:
+            return np.asarray((standard * np.array(self.coefficients)).sum(axis=1), dtype=np.float64)
+        return np.asarray(self.booster.inplace_predict(standard.astype(np.float32)), dtype=np.float64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stacked:
+    """What a meta-learner said out of sample, by session, ascending; its final fit, for the bars after."""
+
+    said: "pd.Series[float]"
+    meta: MetaModel
+
+    def signal(self, bars: pd.DataFrame, signals: Mapping[str, FloatArray], simple: FloatArray) -> FloatArray:
+        """Return the meta-learner's signal of each bar; the simple ensemble's before its first, (n,)."""
+        index = pd.DatetimeIndex(bars.index)
+        known = np.array(self.said.reindex(index), dtype=np.float64)
+        both = np.isfinite(np.column_stack(list(signals.values()))).all(axis=1)
+        after = both & np.asarray(index > self.said.index[-1])
+        if after.any():
+            known[after] = self.meta.predict(meta_features(bars, signals)[after])
+        return np.where(both & np.isfinite(known), known, simple)

@@ -59,12 +59,7 @@ def decayed_mean(values: FloatArray, span_bars: float) -> FloatArray:
 
 
 def volatility_features(bars: pd.DataFrame) -> tuple[FloatArray, FloatArray]:
-    """Measure the volatility of each bar's past.
-
-    Parameters
-    ----------
-    bars
-        Adjusted OHLCV bars.
+    """Measure the volatility of each bar's past; row t is known at the close of t.
 
     Returns
     -------
@@ -72,10 +67,10 @@ def volatility_features(bars: pd.DataFrame) -> tuple[FloatArray, FloatArray]:
         Log of the month's daily variance (overnight squared plus Garman-Klass), carried half-way to that of
         close-to-close returns by the ratio that the year had, (n,).
     features
-        In the order of `FEATURES`, (n, 7), free of the scale of returns: 1; log volume over its month's mean;
-        mean log variance of a week and of a month over the log of the month's mean variance; log overnight
-        over log session variance of the month; log variance of five years over the month's; the month's mean
-        return in volatilities, downwards positive. Row t is known at the close of t.
+        `FEATURES`, (n, 7), free of the scale of returns: 1; log volume over its month's mean; mean log
+        variance of a week and of a month over the log of the month's mean variance; log overnight over log
+        session variance of the month; log variance of five years over the month's; the month's mean return in
+        volatilities, downwards positive.
     """
     prices = [np.array(bars[name], dtype=np.float64) for name in ("Open", "High", "Low", "Close")]
     moves = np.empty((11, len(bars)))
@@ -112,10 +107,8 @@ def _log_ratio(above: FloatArray, below: FloatArray, least: FloatArray | float) 
 class VolatilityForecast:
     """Scales of the log return over the bars to come, for every horizon.
 
-    Attributes
-    ----------
-    daily_variance_log
-        Log of the variance a bar over the next `ANCHORS_BARS` bars, (4, n); row t known at the close of t.
+    ``daily_variance_log`` is the log of the variance a bar over the next `ANCHORS_BARS` bars, (4, n); row t
+    is known at the close of t.
     """
 
     daily_variance_log: FloatArray
@@ -133,17 +126,9 @@ class VolatilityForecast:
 
 
 def forecast_volatility(bars: pd.DataFrame) -> VolatilityForecast:
-    """Forecast the scale of log returns from each bar on.
+    """Forecast the scale of log returns from each bar on, finite on every row; row t depends on bars up to t.
 
-    Parameters
-    ----------
-    bars
-        Adjusted OHLCV bars, ascending; never NaN. The first month of a history is a guess.
-
-    Returns
-    -------
-    VolatilityForecast
-        Finite on every row; row t depends on bars up to t only.
+    The bars are never NaN; the first month of a history is a guess.
     """
     base, features = volatility_features(bars)
     # Summed feature by feature: a matrix product may add in another order on a prefix.
@@ -166,13 +151,9 @@ WIDTH_PACE, MAX_WIDTH_LOG = 0.01, 0.7
 class Calibrated:
     """The distribution of an outcome as it was known, bar by bar; row t known at the close of t.
 
-    Attributes
-    ----------
-    deciles_z
-        Quantiles .1 to .9 of the outcome's distance from the forecast, in scales, (n, 9); never NaN.
-    above
-        Probability that the outcome exceeds each threshold, (thresholds, n); NaN where there is no forecast.
-        A higher threshold is never the likelier one to be exceeded.
+    ``deciles_z`` are the quantiles .1 to .9 of the outcome's distance from the forecast, in scales, (n, 9),
+    never NaN. ``above`` are the probabilities that the outcome exceeds each threshold, (thresholds, n), NaN
+    where there is no forecast; a higher threshold is never the likelier one to be exceeded.
     """
 
     deciles_z: FloatArray
@@ -210,8 +191,6 @@ def calibrate_band(
         Forecast made at t of the h-day log return, and its scale, (n,); NaN where there is none.
     realised_log
         Log return from t to t + h, (n,); NaN in the last h rows. Row t is used from row t + h on.
-    horizon_bars
-        The h above.
     thresholds_log
         Log returns whose exceedance has a probability asked for; 0 for a rise.
     """
@@ -313,19 +292,7 @@ def centre_log(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForecastPath:
-    """The forecast of the sessions to come.
-
-    Attributes
-    ----------
-    dates
-        Sessions after the last bar, ascending, (k,).
-    prices
-        Median price at each session's close, (k,).
-    returns
-        Simple return of the median from the last close to each session, (k,).
-    lower, upper
-        Prices between which 80 % of the outcomes are expected, (k,).
-    """
+    """Median price at each session's close, its simple return from the last close, the 80 % band, (k,)."""
 
     dates: pd.DatetimeIndex
     prices: FloatArray
@@ -344,27 +311,13 @@ def forecast_path(
     horizon_bars: int,
     further_log: Mapping[int, float] | None = None,
 ) -> ForecastPath:
-    """Spread an h-day forecast over the coming sessions.
+    """Spread an h-day forecast over the coming sessions ``dates``, (k,).
 
-    The centre is `centre_log`, bent so that it passes through the forecasts over further numbers of bars:
-    linear in time between them, at the pace of the no-skill forecast beyond the longest. The distance of an
-    edge from it, over the square root of time, is linear in the log of time between the horizons whose edges
-    are known, and constant outside them.
-
-    Parameters
-    ----------
-    dates
-        The sessions to fill, (k,).
-    last_close
-        Price at the last bar.
-    expected_log, baseline_log
-        Median h-day log return, and that of a model without skill.
-    edges_log
-        Horizon in bars to the distances of the 80 % band's lower and upper edge from the centre, log returns.
-    horizon_bars
-        The h above.
-    further_log
-        Further numbers of bars to the median log return over them; by default none.
+    The centre is `centre_log`, bent so that it passes through ``further_log``, the median log returns over
+    further numbers of bars: linear in time between them, at the pace of the no-skill forecast beyond the
+    longest. ``edges_log`` maps horizons to the distances, in log returns, of the 80 % band's edges from the
+    centre: over the square root of time they are linear in the log of time between those horizons, and
+    constant outside.
     """
     step = np.arange(1, len(dates) + 1, dtype=np.float64)
     nodes = np.array(sorted({0, horizon_bars, *(further_log or {})}), dtype=np.float64)
@@ -389,14 +342,8 @@ def forecast_path(
 def with_bands(frame: pd.DataFrame, bars: pd.DataFrame, horizon_bars: int) -> pd.DataFrame:
     """Add to a centre what follows from it: the band, probabilities, simple returns and the win record.
 
-    Parameters
-    ----------
-    frame
-        Indexed like ``bars``: ``expected_log``, ``baseline_log``, ``sigma_log``; NaN without a forecast.
-    bars
-        Adjusted OHLCV; what is added at t comes from forecasts that were resolved by t.
-    horizon_bars
-        Number of bars that a forecast looks ahead.
+    The frame is indexed like ``bars`` and holds ``expected_log``, ``baseline_log``, ``sigma_log``, NaN
+    without a forecast. What is added at t comes from forecasts that were resolved by t.
     """
     volatility, close_log = forecast_volatility(bars), np.log(np.asarray(bars["Close"], dtype=np.float64))
     expected, baseline = frame["expected_log"].to_numpy(), frame["baseline_log"].to_numpy()

@@ -4,9 +4,6 @@ An ensemble holds no copy of its members. It names the versions that it was judg
 with others: then, as where no network was trained, the boosters forecast alone, and a note says so.
 """
 
-import io
-import json
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,134 +14,40 @@ import pandas as pd
 import xgboost
 from pydantic import BaseModel, Field, FiniteFloat, model_validator
 
-from data.target_engineering import make_target
 from inference import artifact
-from inference.artifact import (
-    GOLDEN_TOLERANCE,
-    METADATA,
-    RECORD,
-    Version,
-    corrupt,
-    promised_metadata,
-    unusable,
+from inference.artifact import METADATA, RECORD, Saved, Version
+from inference.ensemble import (
+    EMBARGO_BARS,
+    GBM_NAME,
+    LSTM_NAME,
+    META_COLUMNS,
+    FloatArray,
+    MetaModel,
+    Method,
+    SignalRows,
+    SimpleEnsemble,
+    Stacked,
 )
-from inference.ensemble import EMBARGO_BARS, FloatArray, SignalRows, SimpleEnsemble
 from inference.intervals import with_bands
-from inference.pipeline import Bundle, BundleForecaster, Member
-from utils.errors import ModelIncompatibleError
-from utils.model_paths import ENSEMBLE, Linked, serve, serve_linked
+from inference.load_gbm_models import load_bundle
+from inference.load_lstm_model import load_bundle as load_lstm
+from inference.pipeline import Bundle, BundleForecaster, Member, check_golden, read_record
+from utils.errors import ModelError, ModelIncompatibleError, ModelMissingError, UsageError
+from utils.model_paths import ENSEMBLE, GBM, LSTM, ArtifactKind
 
-Method = Literal["simple", "stacking", "xgb-meta"]
-GBM_NAME, LSTM_NAME = "gbm", "lstm"
-ENSEMBLE_FILE, META_BOOSTER = "ensemble.json", "meta_model.ubj"
-RECORD_COLUMNS = ("date", "raw_scaled", "predicted_log", "realised_log", "sigma_log")
-# Bars whose volatility is the storm or calm that a bar is compared with, and those of a trend.
-REGIME_BARS, TREND_BARS, LEAST_REGIME_BARS = 1260, 200, 60
-MAX_TREND = 3.0
-# What the linear meta-learner sees, whose weights are not negative: each member in calm and in storm, and
-# what both say. The trees find such products themselves.
-META_COLUMNS: dict[str, tuple[str, ...]] = {
-    "stacking": ("gbm_calm", "gbm_storm", "lstm_calm", "lstm_storm", "agreed"),
-    "xgb-meta": ("gbm", "lstm", "agreed", "storm", "trend"),
+Mode = Literal["gbm_only", "lstm_only", "ensemble"]
+# What each mode is made from: never without the first, and named after the last.
+PARTS: Mapping[Mode, tuple[ArtifactKind, ...]] = {
+    "gbm_only": (GBM,),
+    "lstm_only": (LSTM,),
+    "ensemble": (GBM, LSTM, ENSEMBLE),
 }
-
-
-def meta_features(bars: pd.DataFrame, signals: Mapping[str, FloatArray]) -> pd.DataFrame:
-    """Return what meta-learners see of each bar: the members, the regime, and how far the members agree.
-
-    Parameters
-    ----------
-    bars
-        Adjusted OHLCV.
-    signals
-        Raw signals in units of the h-day volatility by member, (n,).
-
-    Returns
-    -------
-    DataFrame
-        Indexed like ``bars``; row t is known at the close of t. ``storm``: rank of the volatility among its
-        last `REGIME_BARS`, 0 to 1. ``trend``: distance from the mean of `TREND_BARS` closes, in volatilities
-        over as many bars. ``agreed``: what both members say at least, zero where they differ in sign.
-    """
-    gbm, lstm = signals[GBM_NAME], signals[LSTM_NAME]
-    sigma_log = make_target(bars, 1)["sigma_log"]
-    storm = sigma_log.rolling(REGIME_BARS, min_periods=LEAST_REGIME_BARS).rank(pct=True).fillna(0.5)
-    close_log = np.log(bars["Close"])
-    distance = close_log - close_log.rolling(TREND_BARS, min_periods=LEAST_REGIME_BARS).mean()
-    trend = (distance / (sigma_log * np.sqrt(TREND_BARS))).clip(-MAX_TREND, MAX_TREND).fillna(0.0)
-    in_storm = np.asarray(storm, dtype=np.float64)
-    common = np.where(np.sign(gbm) == np.sign(lstm), np.minimum(np.abs(gbm), np.abs(lstm)), 0.0)
-    return pd.DataFrame(
-        {
-            "gbm": gbm,
-            "lstm": lstm,
-            "gbm_calm": gbm * (1.0 - in_storm),
-            "gbm_storm": gbm * in_storm,
-            "lstm_calm": lstm * (1.0 - in_storm),
-            "lstm_storm": lstm * in_storm,
-            "agreed": np.sign(gbm) * common,
-            "storm": in_storm,
-            "trend": np.asarray(trend, dtype=np.float64),
-        },
-        index=bars.index,
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MetaModel:
-    """A fitted meta-learner: from `meta_features` to one signal in units of the h-day volatility.
-
-    Attributes
-    ----------
-    method
-        ``stacking`` (linear) or ``xgb-meta``; it sees `META_COLUMNS` of it.
-    centre, scale
-        Of these columns on the rows that it was fitted on, (p,).
-    coefficients
-        Of the standardised columns, none negative, (p,); empty for ``xgb-meta``.
-    booster
-        The trees of ``xgb-meta``.
-    """
-
-    method: Method
-    centre: tuple[float, ...]
-    scale: tuple[float, ...]
-    coefficients: tuple[float, ...] = ()
-    booster: xgboost.Booster | None = None
-
-    def predict(self, features: pd.DataFrame) -> FloatArray:
-        """Return the signal of rows with both members, (n,)."""
-        known = features[list(META_COLUMNS[self.method])].to_numpy(dtype=np.float64)
-        standard = (known - np.array(self.centre)) / np.array(self.scale)
-        if self.booster is None:
-            return np.asarray((standard * np.array(self.coefficients)).sum(axis=1), dtype=np.float64)
-        return np.asarray(self.booster.inplace_predict(standard.astype(np.float32)), dtype=np.float64)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stacked:
-    """What a meta-learner said out of sample, and its final fit.
-
-    Attributes
-    ----------
-    said
-        Signal by session, made by fits whose labels had ended before; sessions ascending.
-    meta
-        The final fit, for the bars after the last of these sessions.
-    """
-
-    said: "pd.Series[float]"
-    meta: MetaModel
-
-    def signal(self, bars: pd.DataFrame, signals: Mapping[str, FloatArray], simple: FloatArray) -> FloatArray:
-        """Return the meta-learner's signal of each bar; the simple ensemble's before its first, (n,)."""
-        index = pd.DatetimeIndex(bars.index)
-        known = np.array(self.said.reindex(index), dtype=np.float64)
-        both = np.isfinite(np.column_stack(list(signals.values()))).all(axis=1)
-        after = both & np.asarray(index > self.said.index[-1])
-        if after.any():
-            known[after] = self.meta.predict(meta_features(bars, signals)[after])
-        return np.where(both & np.isfinite(known), known, simple)
+MODES = tuple(PARTS)
+# Names of an earlier release, each the best ensemble that there is.
+OLDER_MODES = ("classifier", "weighted", "hybrid", "regressor")
+ENSEMBLE_FILE, META_BOOSTER = "ensemble.json", "meta_model.ubj"
+LIBRARIES = ("xgboost", "numpy", "pandas", "ta-lib")
+RECORD_COLUMNS = ("date", "raw_scaled", "predicted_log", "realised_log", "sigma_log")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,18 +55,9 @@ class EnsembleForecaster:
     """Members joined into one signal, which is calibrated by its own out-of-sample past.
 
     Nothing of it is stored: weights and calibration of every bar are learned anew from the bars before it,
-    whose outcomes were known, see `SimpleEnsemble`.
-
-    Attributes
-    ----------
-    members
-        By name; the first one sets the scale.
-    weights
-        How they are weighed.
-    stacked
-        A meta-learner in the place of the weights.
-    distrusted_after
-        None for a verdict of ``edge``. Else no row has skill, and forecasts after this session are the drift.
+    whose outcomes were known, see `SimpleEnsemble`. The first of ``members`` sets the scale; ``stacked``
+    speaks in the place of the weights. Unless ``distrusted_after`` is None, for a verdict of ``edge``, no row
+    has skill, and forecasts after this session are the drift.
     """
 
     members: Mapping[str, Member]
@@ -240,30 +134,15 @@ class EnsembleForecaster:
 
 
 class EnsembleManifest(artifact.Manifest):
-    """What a saved ensemble promises about itself.
-
-    Attributes
-    ----------
-    data_hash
-        Hash of the bars that it was judged on.
-    golden_inputs, golden_outputs
-        Rows of the meta-learner's columns (m, p) and what it said to them, in volatilities (m,); empty
-        without a meta-learner.
-    """
+    """What a saved ensemble promises; its golden inputs are of the meta-learner's columns, if it has one."""
 
     SCHEMA: ClassVar[int] = 1
+    FILES: ClassVar[tuple[str, ...]] = (ENSEMBLE_FILE, METADATA, RECORD)
 
-    data_hash: str
-    golden_inputs: list[list[float]] = Field(default_factory=list)
-    golden_outputs: list[float] = Field(default_factory=list)
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> "EnsembleManifest":
-        if absent := {ENSEMBLE_FILE, METADATA, RECORD} - set(self.files):
-            raise ValueError(f"{', '.join(sorted(absent))} is not listed")
-        if len(self.golden_inputs) != len(self.golden_outputs):
-            raise ValueError("there is not one golden output for each golden input")
-        return self
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of its members."""
+        return (GBM_NAME, LSTM_NAME)
 
 
 class Linear(BaseModel):
@@ -298,36 +177,16 @@ class EnsembleDocument(BaseModel):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EnsembleBundle:
-    """A judged ensemble of two saved models.
+class EnsembleBundle(Saved):
+    """A judged ensemble of two saved models: how they are joined, and their versions by name.
 
-    Attributes
-    ----------
-    symbol, horizon_bars
-        What it forecasts.
-    method
-        How its members are joined.
-    members
-        Version by member that it was judged with.
-    weights, stacked
-        See `EnsembleForecaster`.
-    record
-        What it said out of sample, `RECORD_COLUMNS`.
-    metadata
-        Content of ``training_metadata.json``.
-    warnings
-        What was amiss while loading and did not prevent it.
+    See `EnsembleForecaster` for ``weights`` and ``stacked``; the record has `RECORD_COLUMNS`.
     """
 
-    symbol: str
-    horizon_bars: int
     method: Method
     members: Mapping[str, str]
     weights: SimpleEnsemble
-    record: pd.DataFrame
-    metadata: Mapping[str, Any]
     stacked: Stacked | None = None
-    warnings: tuple[str, ...] = ()
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -341,12 +200,7 @@ class EnsembleBundle:
         return f"{self.metadata['model_version']}+{parts}"
 
     def join(
-        self,
-        gbm: Bundle,
-        lstm: Bundle,
-        *,
-        include_in_sample: bool = False,
-        as_lived: bool = False,
+        self, gbm: Bundle, lstm: Bundle, *, include_in_sample: bool = False, as_lived: bool = False
     ) -> EnsembleForecaster:
         """Return the forecaster of the members; the flags are those of `BundleForecaster`."""
         trusted = as_lived or self.metadata["verdict"]["label"] == "edge"
@@ -363,134 +217,160 @@ class EnsembleBundle:
 
 
 def save_ensemble(bundle: EnsembleBundle, models_dir: Path) -> Path:
-    """Write an ensemble aside, verify it in a fresh process, and let it serve; see `artifact.publish`."""
+    """Save an ensemble, see `artifact.Format.save`."""
     meta = bundle.stacked.meta if bundle.stacked else None
     linear = None if meta is None else Linear.model_validate(asdict(replace(meta, booster=None)))
     told = EnsembleDocument(
         method=bundle.method, members=dict(bundle.members), weights=bundle.weights, meta=linear
     )
-    contents = {
-        ENSEMBLE_FILE: told.model_dump_json(indent=1).encode(),
-        METADATA: json.dumps(bundle.metadata, indent=1, allow_nan=False).encode(),
-        RECORD: artifact.record_bytes(bundle.record),
-    }
-    golden = np.empty((0, 0))
+    contents = {ENSEMBLE_FILE: told.model_dump_json(indent=1).encode()}
+    promised: dict[str, object] = {"libraries": artifact.library_versions(LIBRARIES)}
     if meta is not None:
-        golden = _golden_inputs(meta)
+        # Rows one spread around the middle, each column moved alone.
+        golden = np.array(meta.centre) + np.diag(meta.scale)
+        promised |= {
+            "golden_inputs": golden.tolist(),
+            "golden_outputs": _golden_outputs(meta, golden).tolist(),
+        }
         if meta.booster is not None:
             contents[META_BOOSTER] = bytes(meta.booster.save_raw("ubj"))
-    manifest = EnsembleManifest(
-        schema_version=EnsembleManifest.SCHEMA,
-        kind=ENSEMBLE.name,
-        symbol=bundle.symbol,
-        model_version=str(bundle.metadata["model_version"]),
-        files=artifact.sha256_of(contents),
-        data_hash=str(bundle.metadata["data_hash"]),
-        golden_inputs=golden.tolist(),
-        golden_outputs=[] if meta is None else _golden_outputs(meta, golden).tolist(),
-    )
-    return artifact.publish(
-        models_dir, ENSEMBLE, manifest=manifest, contents=contents, verify=verify_in_fresh_process
-    )
-
-
-def _golden_inputs(meta: MetaModel) -> FloatArray:
-    """Return rows one spread around the middle, each column moved alone, (p, p)."""
-    return np.array(meta.centre) + np.diag(meta.scale)
+    return FORMAT.save(bundle, models_dir, contents, promised)
 
 
 def _golden_outputs(meta: MetaModel, inputs: FloatArray) -> FloatArray:
     return meta.predict(pd.DataFrame(inputs, columns=list(META_COLUMNS[meta.method])))
 
 
-def verify_in_fresh_process(folder: Path) -> None:
-    """Load ``folder`` in a new interpreter."""
-    artifact.verify_in_fresh_process(folder, "inference.load_ensemble_model")
-
-
-def load_ensemble(models_dir: Path, symbol: str) -> EnsembleBundle:
-    """Load the ensemble that serves; an earlier version where it is damaged.
-
-    Raises
-    ------
-    ModelMissingError
-        If the symbol's models were never joined.
-    ModelCorruptError, ModelIncompatibleError
-        If no version can be used.
-    """
-    bundle, warnings = serve(models_dir, symbol, ENSEMBLE, load_folder)
-    return replace(bundle, warnings=warnings)
-
-
-def load_linked(linked: Linked) -> EnsembleBundle:
-    """Load what a link names, see `load_ensemble`; the link is not read again."""
-    bundle, warnings = serve_linked(linked, load_folder)
-    return replace(bundle, warnings=warnings)
-
-
-def describe_linked(linked: Linked) -> artifact.Description:
-    """Describe the version that `load_linked` would load, see `artifact.describe`."""
-
-    def tell(version: Version[EnsembleManifest]) -> artifact.Description:
-        return artifact.Description(metadata=promised_metadata(version)[0], models=(GBM_NAME, LSTM_NAME))
-
-    return artifact.describe(linked, ENSEMBLE, EnsembleManifest, tell)
-
-
-def load_folder(folder: Path) -> EnsembleBundle:
-    """Check one version's files against its manifest, then load them."""
-    version = artifact.read_version(folder, ENSEMBLE, EnsembleManifest)
-    metadata, promised = promised_metadata(version)
-    with unusable(folder, ENSEMBLE_FILE):
-        told = EnsembleDocument.model_validate_json(version.contents[ENSEMBLE_FILE])
-    record = _record(version, told)
+def _build(version: Version[EnsembleManifest], metadata: Mapping[str, Any]) -> EnsembleBundle:
+    told = artifact.document(version, ENSEMBLE_FILE, EnsembleDocument)
+    record = read_record(version, *RECORD_COLUMNS, *(["stacked_scaled"] if told.meta else []))
+    stacked = None
+    if told.meta is not None:
+        booster = None
+        if told.method == "xgb-meta":
+            with artifact.unusable(version.folder, META_BOOSTER):
+                booster = xgboost.Booster(model_file=bytearray(version.contents[META_BOOSTER]))
+        meta = MetaModel(method=told.method, booster=booster, **told.meta.model_dump())
+        check_golden(version, lambda rows: _golden_outputs(meta, rows), version.manifest.golden_outputs)
+        stacked = Stacked(said=record.set_index("date")["stacked_scaled"], meta=meta)
     return EnsembleBundle(
-        symbol=promised.symbol,
-        horizon_bars=promised.horizon_bars,
+        symbol=metadata["symbol"],
+        horizon_bars=metadata["horizon_bars"],
         method=told.method,
         members=told.members,
         weights=told.weights,
         record=record,
         metadata=metadata,
-        stacked=_stacked(version, told, record),
+        stacked=stacked,
     )
 
 
-def _record(version: Version[EnsembleManifest], told: EnsembleDocument) -> pd.DataFrame:
-    needed = {*RECORD_COLUMNS, *(["stacked_scaled"] if told.meta else [])}
-    with unusable(version.folder, RECORD):
-        record = pd.read_parquet(io.BytesIO(version.contents[RECORD]))
-        if absent := sorted(needed - set(record.columns)):
-            raise corrupt(version.folder, f"{RECORD} lacks {', '.join(absent)}")
-        if not record["date"].is_unique or not record["date"].is_monotonic_increasing or record.empty:
-            raise corrupt(version.folder, f"{RECORD} does not hold one row per session")
-    return record
+FORMAT = artifact.Format(
+    kind=ENSEMBLE, manifest=EnsembleManifest, module="inference.load_ensemble_model", build=_build
+)
+load_ensemble, load_linked, load_folder = FORMAT.load, FORMAT.load_linked, FORMAT.load_folder
+describe_linked = FORMAT.describe
 
 
-def _stacked(
-    version: Version[EnsembleManifest], told: EnsembleDocument, record: pd.DataFrame
-) -> Stacked | None:
-    if told.meta is None:
-        return None
-    booster = None
-    with unusable(version.folder, META_BOOSTER, xgboost.core.XGBoostError):
-        if told.method == "xgb-meta":
-            booster = xgboost.Booster(model_file=bytearray(version.contents[META_BOOSTER]))
-        meta = MetaModel(method=told.method, booster=booster, **told.meta.model_dump())
-        inputs = np.asarray(version.manifest.golden_inputs, dtype=np.float64)
-        error = np.abs(_golden_outputs(meta, inputs) - np.asarray(version.manifest.golden_outputs)).max()
-    if not error <= GOLDEN_TOLERANCE:
-        raise ModelIncompatibleError(
-            f"ensemble {version.folder.name} forecasts differently here (by {error:.2g}): train again with "
-            "--overwrite"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What is saved of one symbol; where the ensemble needs a part that cannot be had, ``amiss`` says why."""
+
+    symbol: str
+    gbm: Bundle | None = None
+    lstm: Bundle | None = None
+    ensemble: EnsembleBundle | None = None
+    amiss: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """The forecaster of a mode, what it was made from, what forecasts in fact, and what one must know."""
+
+    forecaster: Member
+    model: Bundle | EnsembleBundle
+    mode: Mode
+    notes: tuple[str, ...] = ()
+
+    @property
+    def symbol(self) -> str:
+        """What it forecasts."""
+        return self.model.symbol
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """The model's metadata, the verdict among them."""
+        return self.model.metadata
+
+    @property
+    def model_version(self) -> str:
+        """Identifier of the saved version; an ensemble's names those of its members."""
+        return self.model.model_version
+
+
+def mode_of(name: str) -> Mode:
+    """Return the mode that a name stands for; `UsageError` where it stands for none."""
+    if name in OLDER_MODES:
+        return "ensemble"
+    for mode in MODES:
+        if mode == name:
+            return mode
+    raise UsageError(f"unknown mode {name[:40]!r}: write {', '.join(MODES)}")
+
+
+def load_parts(models_dir: Path, symbol: str, mode: str) -> Parts:
+    """Load what a mode needs of one symbol; `ModelError` when what it cannot do without cannot be had."""
+    if (wanted := mode_of(mode)) == "lstm_only":
+        return Parts(symbol=symbol, lstm=load_lstm(models_dir, symbol))
+    parts = Parts(symbol=symbol, gbm=load_bundle(models_dir, symbol))
+    if wanted == "gbm_only":
+        return parts
+    try:
+        parts = replace(parts, lstm=load_lstm(models_dir, symbol))
+        return replace(parts, ensemble=load_ensemble(models_dir, symbol))
+    except ModelError as error:
+        return replace(parts, amiss=str(error))
+
+
+def forecaster_for(mode: str, parts: Parts, *, include_in_sample: bool = False) -> Chosen:
+    """Turn a mode into a forecaster; where the ensemble cannot be had, the boosters forecast alone.
+
+    ``mode`` is one of `MODES` or `OLDER_MODES`; ``include_in_sample`` is that of `BundleForecaster`.
+    """
+    wanted = mode_of(mode)
+
+    def alone(bundle: Bundle | None, mode: Mode, *notes: str) -> Chosen:
+        if bundle is None:
+            raise ModelMissingError(f"{mode} needs a model of {parts.symbol} that was not loaded: train one")
+        forecaster = BundleForecaster(bundle=bundle, include_in_sample=include_in_sample)
+        return Chosen(forecaster=forecaster, model=bundle, mode=mode, notes=notes)
+
+    if wanted == "lstm_only":
+        return alone(parts.lstm, wanted)
+    if wanted == "gbm_only":
+        return alone(parts.gbm, wanted)
+    reason = why_not_joined(parts)
+    if reason or parts.gbm is None or parts.lstm is None or parts.ensemble is None:
+        return alone(parts.gbm, "gbm_only", f"{reason}; the boosters forecast alone")
+    return Chosen(
+        forecaster=parts.ensemble.join(parts.gbm, parts.lstm, include_in_sample=include_in_sample),
+        model=parts.ensemble,
+        mode=wanted,
+        notes=tuple(parts.ensemble.metadata["parts"]["notes"]),
+    )
+
+
+def why_not_joined(parts: Parts) -> str:
+    """Return why the ensemble cannot serve, in words with the remedy; empty where it can."""
+    if parts.amiss:
+        return f"{parts.symbol} has no ensemble that can be used ({parts.amiss})"
+    if parts.ensemble is None or parts.lstm is None or parts.gbm is None:
+        return f"boosters and LSTM of {parts.symbol} are not joined: run {ENSEMBLE.train(parts.symbol)}"
+    now = {GBM_NAME: parts.gbm.model_version, LSTM_NAME: parts.lstm.model_version}
+    changed = [name for name, version in parts.ensemble.members.items() if version != now[name]]
+    if changed:
+        return (
+            f"the ensemble of {parts.symbol} was judged with another version of {' and '.join(changed)}: run "
+            f"{ENSEMBLE.train(parts.symbol, anew=True)}"
         )
-    return Stacked(said=record.set_index("date")["stacked_scaled"], meta=meta)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Verify one saved version, see `inference.artifact.command_line`."""
-    return artifact.command_line(argv, "inference.load_ensemble_model", load_folder)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return ""

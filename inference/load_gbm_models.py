@@ -1,23 +1,24 @@
-"""The one owner of the booster bundle's format; `inference.artifact` keeps its folder whole.
+"""The boosters of a fold or of a symbol, and the one owner of their saved form.
 
-Nothing is unpickled before its sha256 agrees with the sealed manifest, and nothing is served before the
-features are those that are computed here and the golden inputs give the golden outputs.
+A `BoosterEnsemble` holds everything that a fold fits. The trainer makes one per fold and one for the bundle,
+so what is validated is what is served. Nothing is unpickled before its sha256 agrees with the sealed
+manifest, and nothing is served before the golden inputs give the golden outputs: see `inference.artifact`.
 """
 
 import io
-import json
 import math
-import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 import joblib
+import lightgbm
 import numpy as np
 import pandas as pd
+import xgboost
 from lightgbm.basic import LightGBMError
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, RootModel, model_validator
 from sklearn.preprocessing import RobustScaler
 
 from inference import artifact
@@ -27,23 +28,128 @@ from inference.artifact import (
     HYPERPARAMETERS,
     METADATA,
     RECORD,
+    RECORD_COLUMNS,
     Version,
-    checked_metadata,
-    corrupt,
-    document,
-    read_record,
-    unusable,
 )
-from inference.ensemble import Booster, BoosterEnsemble, Calibration, FloatArray, FloatMatrix, IntArray
-from inference.pipeline import Bundle
+from inference.ensemble import Calibration, FloatArray, FloatMatrix, IntArray
+from inference.pipeline import Bundle, check_golden, read_record
 from utils.errors import ModelIncompatibleError
-from utils.model_paths import GBM, ArtifactKind, Linked, linked_version, roll_back, serve, serve_linked
+from utils.model_paths import GBM, ArtifactKind
 
 SCHEMA_VERSION = 2
 BOOSTER_LIBRARY = {"xgb": "xgboost", "lgb": "lightgbm", "cat": "catboost"}
 SCALER, IMPORTANCE = "scaler", "feature_importance.json"
-SHARED_FILES = (RECORD, COLUMNS, IMPORTANCE, HYPERPARAMETERS, METADATA)
 LIBRARIES = ("xgboost", "lightgbm", "scikit-learn", "numpy", "pandas", "ta-lib")
+# CatBoost's models, where they are installed, answer to `predict` like LightGBM's.
+Booster = xgboost.Booster | lightgbm.Booster | Any
+
+FEW_ROWS = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BoosterEnsemble:
+    """Scaler, boosters, weights and calibration that were fitted on one set of training rows.
+
+    The scaler knows all ``columns``; ``selected`` are the positions of those that the boosters use,
+    ascending. The weights, by booster (``xgb``, ``lgb``, ``cat``), are not negative and sum to one.
+    """
+
+    columns: tuple[str, ...]
+    selected: tuple[int, ...]
+    scaler: RobustScaler
+    models: Mapping[str, Booster]
+    weights: Mapping[str, float]
+    calibration: Calibration
+
+    @property
+    def selected_features(self) -> tuple[str, ...]:
+        """Names of the features that the boosters use."""
+        return tuple(self.columns[i] for i in self.selected)
+
+    def prepare(self, features: FloatMatrix) -> FloatMatrix:
+        """Scale (n, len(columns)) features and keep the selected ones, shape (n, len(selected))."""
+        if features.shape[1] != len(self.columns):
+            raise ValueError(f"got {features.shape[1]} features, the model knows {len(self.columns)}")
+        return select_scaled(self.scaler, features, self.selected)
+
+    def per_model(self, features: FloatMatrix) -> dict[str, FloatArray]:
+        """Return each booster's raw prediction in units of the h-day volatility, shape (n,)."""
+        prepared = self.prepare(features)
+        return {name: predict_booster(model, prepared) for name, model in self.models.items()}
+
+    def combine(self, per_model: Mapping[str, FloatArray]) -> FloatArray:
+        """Weigh the boosters' raw predictions into one signal, shape (n,)."""
+        parts = [self.weights[name] * values for name, values in per_model.items()]
+        return np.asarray(np.sum(parts, axis=0), dtype=np.float64)
+
+    def contributions(self, features: FloatMatrix) -> FloatArray:
+        """Return the boosters' own SHAP values, weighed, shape (n, len(selected)), in volatility units."""
+        prepared = self.prepare(features)
+        parts = [self.weights[name] * shap_values(model, prepared) for name, model in self.models.items()]
+        return np.asarray(np.sum(parts, axis=0), dtype=np.float64)
+
+
+def select_scaled(scaler: RobustScaler, features: FloatMatrix, selected: tuple[int, ...]) -> FloatMatrix:
+    """Scale every column and keep the selected ones as contiguous float32, holding one copy."""
+    columns = list(selected)
+    scaled = np.ascontiguousarray(features[:, columns], dtype=np.float32)
+    scaled -= scaler.center_[columns].astype(np.float32)
+    scaled /= scaler.scale_[columns].astype(np.float32)
+    return scaled
+
+
+def predict_booster(model: Booster, prepared: FloatMatrix) -> FloatArray:
+    """Predict on an array; both boosters check nothing about columns, so callers select by saved names."""
+    if isinstance(model, xgboost.Booster):
+        return np.asarray(model.inplace_predict(prepared), dtype=np.float64)
+    if isinstance(model, lightgbm.Booster):
+        return np.asarray(model.predict(prepared, num_threads=_threads(prepared)), dtype=np.float64)
+    return np.asarray(model.predict(prepared), dtype=np.float64)
+
+
+def _threads(prepared: FloatMatrix) -> int:
+    """Return how many threads a library should use, 0 for its own choice; the result is the same.
+
+    Waking threads for a few rows takes longer than the work, most of all beside other requests.
+    """
+    return 1 if len(prepared) < FEW_ROWS else 0
+
+
+def shap_values(model: Booster, prepared: FloatMatrix) -> FloatArray:
+    """Return exact SHAP values without the bias column, shape (n, p)."""
+    values: Any
+    if isinstance(model, xgboost.Booster):
+        values = model.predict(xgboost.DMatrix(prepared, nthread=_threads(prepared)), pred_contribs=True)
+    elif isinstance(model, lightgbm.Booster):
+        values = model.predict(prepared, pred_contrib=True, num_threads=_threads(prepared))
+    else:
+        import catboost  # noqa: PLC0415 - large, and only there when a model was trained with it
+
+        values = model.get_feature_importance(catboost.Pool(prepared), type="ShapValues")
+    return np.asarray(values, dtype=np.float64)[:, :-1]
+
+
+def shrunk_weights(
+    per_model: Mapping[str, FloatArray], realised_scaled: FloatArray, *, half_trust_rows: int = 2_000
+) -> dict[str, float]:
+    """Weigh models by their out-of-sample covariance with what happened, shrunk towards equal weights.
+
+    Raw predictions by model and realised volatility-scaled returns are of the same rows, (n,); at
+    ``half_trust_rows`` of them half of the way from equal weights is gone. The weights are not negative, sum
+    to one, and are equal where nothing is known.
+    """
+    equal = 1.0 / len(per_model)
+    n_rows = len(realised_scaled)
+    skill = {}
+    for name, values in per_model.items():
+        spread = float(np.std(values)) if n_rows > 1 else 0.0
+        centred = values - np.mean(values) if n_rows else values
+        skill[name] = max(float(np.mean(centred * realised_scaled)) / spread, 0.0) if spread > 0 else 0.0
+    total = sum(skill.values())
+    if total <= 0:
+        return dict.fromkeys(per_model, equal)
+    trust = n_rows / (n_rows + half_trust_rows)
+    return {name: equal + trust * (value / total - equal) for name, value in skill.items()}
 
 
 def model_file(name: str, path_horizon: int | None = None) -> str:
@@ -55,40 +161,33 @@ def model_file(name: str, path_horizon: int | None = None) -> str:
 class GBMManifest(artifact.Manifest):
     """What a saved bundle promises about itself.
 
-    Attributes
-    ----------
-    models
-        Names of its boosters; there is one ``<name>_model.joblib`` for each, and no other is loaded.
-    libraries, data_hash
-        Versions that made it, and the hash of the bars that it was trained on.
-    golden_inputs, golden_outputs
-        Unscaled feature rows (k, p) and what the boosters said to them, in units of volatility (k,).
-    path_golden_outputs
-        The same of each path model, by its horizon in bars; its boosters have the names in ``models``.
+    There is one ``<name>_model.joblib`` for each of ``models``, and no other is loaded. Path models, told by
+    their horizons in bars, have boosters of the same names.
     """
 
     SCHEMA: ClassVar[int] = SCHEMA_VERSION
+    FILES: ClassVar[tuple[str, ...]] = (RECORD, COLUMNS, IMPORTANCE, HYPERPARAMETERS, METADATA)
 
     models: tuple[Literal["xgb", "lgb", "cat"], ...] = Field(min_length=1)
-    libraries: dict[str, str]
-    data_hash: str
-    golden_inputs: list[list[float]] = Field(min_length=1)
-    golden_outputs: list[float]
     path_golden_outputs: dict[Annotated[int, Field(ge=1)], list[float]] = Field(default_factory=dict)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of its boosters."""
+        return self.models
+
+    def needed(self) -> set[str]:
+        """Return the files without which it is not whole."""
+        ensembles = (None, *self.path_golden_outputs)
+        return {
+            *self.FILES,
+            *(model_file(name, bars) for bars in ensembles for name in (SCALER, *self.models)),
+        }
+
     @model_validator(mode="after")
-    def _fits_together(self) -> "GBMManifest":
+    def _names_each_once(self) -> "GBMManifest":
         if len(set(self.models)) < len(self.models):
             raise ValueError("a booster is listed twice")
-        ensembles = (None, *self.path_golden_outputs)
-        pickled = {model_file(name, bars) for bars in ensembles for name in (SCALER, *self.models)}
-        if absent := {*SHARED_FILES, *pickled} - set(self.files):
-            raise ValueError(f"{', '.join(sorted(absent))} is not listed")
-        if len({len(row) for row in self.golden_inputs}) != 1 or not self.golden_inputs[0]:
-            raise ValueError("the golden inputs are not a table")
-        outputs = (self.golden_outputs, *self.path_golden_outputs.values())
-        if any(len(each) != len(self.golden_inputs) for each in outputs):
-            raise ValueError("there is not one golden output for each golden input")
         return self
 
 
@@ -112,31 +211,16 @@ class FittedDocument(Fitted):
     path_models: dict[int, Fitted] = Field(default_factory=dict)
 
 
-class ColumnsDocument(artifact.ColumnNames):
-    """Content of ``feature_columns.json``: of the same columns, each path model has its own selection."""
-
-    path_models: dict[int, Annotated[tuple[str, ...], Field(min_length=1)]] = Field(default_factory=dict)
-
-    def of(self, path_horizon: int | None) -> artifact.ColumnNames:
-        """Return the columns and the selection of one ensemble."""
-        selected = self.selected if path_horizon is None else self.path_models[path_horizon]
-        return artifact.ColumnNames(columns=self.columns, selected=selected)
+class Importance(RootModel[dict[str, float]]):
+    """Content of ``feature_importance.json``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PathModel:
     """A model for another horizon, through whose forecast the path passes; it decides nothing.
 
-    Its out-of-sample figures are in the bundle's metadata, as ``path_models``, by horizon.
-
-    Attributes
-    ----------
-    horizon_bars
-        Number of bars that its forecast looks ahead.
-    ensemble
-        The final fit on all rows, with its own calibration and the bundle's ``columns``.
-    hyperparameters
-        Tuned parameters and rounds by booster.
+    Its ensemble has the bundle's ``columns`` and a calibration of its own; its out-of-sample figures are in
+    the bundle's metadata, as ``path_models``, by horizon.
     """
 
     horizon_bars: int
@@ -148,16 +232,8 @@ class PathModel:
 class GBMBundle(Bundle):
     """Boosters with the out-of-sample record that vouches for them.
 
-    Attributes
-    ----------
-    ensemble
-        The final fit on all rows.
-    path_models
-        Models of further horizons, for the forecast path alone; ascending.
-
-    Notes
-    -----
-    Importance is the mean absolute SHAP value; hyperparameters are tuned parameters and rounds by booster.
+    ``path_models`` are of further horizons, ascending, for the forecast path alone. Importance is the mean
+    absolute SHAP value; hyperparameters are tuned parameters and rounds by booster.
     """
 
     KIND: ClassVar[ArtifactKind] = GBM
@@ -207,50 +283,18 @@ class GBMBundle(Bundle):
 
 
 def save_bundle(bundle: GBMBundle, models_dir: Path, *, golden_inputs: FloatMatrix) -> Path:
-    """Write a bundle aside, verify it in a fresh process, and let it serve.
-
-    Parameters
-    ----------
-    bundle
-        The bundle; its metadata names the version.
-    models_dir
-        Root of the saved models.
-    golden_inputs
-        A few unscaled feature rows, (k, p); their forecasts are stored and compared at every load.
-
-    Returns
-    -------
-    Path
-        Folder of the new version.
-
-    Raises
-    ------
-    StorageError, LockedError
-        See `inference.artifact.publish`; what served before still serves.
-    ModelCorruptError
-        If a fresh process cannot load what was written.
-    """
-    contents = _contents(bundle)
-    models = tuple(bundle.ensemble.models)
+    """Save a bundle, see `artifact.Format.save`; what it says to the golden inputs, (k, p), is stored too."""
     rows = golden_inputs[:GOLDEN_ROWS]
-    manifest = GBMManifest(
-        schema_version=SCHEMA_VERSION,
-        kind=GBM.name,
-        symbol=bundle.symbol,
-        model_version=bundle.model_version,
-        files=artifact.sha256_of(contents),
-        models=cast("Any", models),
-        libraries=versions_of(models),
-        data_hash=str(bundle.metadata["data_hash"]),
-        golden_inputs=[[float(value) for value in row] for row in rows],
-        golden_outputs=golden_outputs(bundle.ensemble, rows).tolist(),
-        path_golden_outputs={
+    promised = {
+        "models": tuple(bundle.ensemble.models),
+        "libraries": versions_of(bundle.ensemble.models),
+        "golden_inputs": rows.astype(np.float64).tolist(),
+        "golden_outputs": golden_outputs(bundle.ensemble, rows).tolist(),
+        "path_golden_outputs": {
             path.horizon_bars: golden_outputs(path.ensemble, rows).tolist() for path in bundle.path_models
         },
-    )
-    return artifact.publish(
-        models_dir, GBM, manifest=manifest, contents=contents, verify=verify_in_fresh_process
-    )
+    }
+    return FORMAT.save(bundle, models_dir, _contents(bundle), promised)
 
 
 def versions_of(models: Iterable[str]) -> dict[str, str]:
@@ -260,38 +304,21 @@ def versions_of(models: Iterable[str]) -> dict[str, str]:
 
 def _contents(bundle: GBMBundle) -> dict[str, bytes]:
     ensemble, paths = bundle.ensemble, bundle.path_models
-    pickled: dict[str, Any] = {}
-    for bars, each in ((None, ensemble), *((path.horizon_bars, path.ensemble) for path in paths)):
-        parts = {SCALER: each.scaler, **each.models}
-        pickled |= {model_file(name, bars): part for name, part in parts.items()}
-    selections = {path.horizon_bars: path.ensemble.selected_features for path in paths}
-    fits = {path.horizon_bars: _fitted_document(path.ensemble, path.hyperparameters) for path in paths}
-    documents = {
-        COLUMNS: {
-            "columns": ensemble.columns,
-            "selected": ensemble.selected_features,
-            "path_models": selections,
-        },
-        IMPORTANCE: bundle.importance,
-        HYPERPARAMETERS: {**_fitted_document(ensemble, bundle.hyperparameters), "path_models": fits},
-        METADATA: bundle.metadata,
-    }
     contents = {}
-    for name, content in pickled.items():
-        joblib.dump(content, buffer := io.BytesIO())
-        contents[name] = buffer.getvalue()
-    contents[RECORD] = artifact.record_bytes(bundle.record)
-    for name, content in documents.items():
-        contents[name] = json.dumps(content, indent=1, allow_nan=False).encode()
-    return contents
+    for bars, each in ((None, ensemble), *((path.horizon_bars, path.ensemble) for path in paths)):
+        for name, content in {SCALER: each.scaler, **each.models}.items():
+            joblib.dump(content, buffer := io.BytesIO())
+            contents[model_file(name, bars)] = buffer.getvalue()
+    selected = {path.horizon_bars: path.ensemble.selected_features for path in paths}
+    columns = {"columns": ensemble.columns, "selected": ensemble.selected_features, "path_models": selected}
+    fits = {path.horizon_bars: _fitted_document(path.ensemble, path.hyperparameters) for path in paths}
+    fitted = {**_fitted_document(ensemble, bundle.hyperparameters), "path_models": fits}
+    documents = {COLUMNS: columns, IMPORTANCE: bundle.importance, HYPERPARAMETERS: fitted}
+    return contents | {name: artifact.as_json(content) for name, content in documents.items()}
 
 
 def _fitted_document(ensemble: BoosterEnsemble, boosters: Mapping[str, object]) -> dict[str, object]:
-    return {
-        "boosters": boosters,
-        "weights": ensemble.weights,
-        "calibration": asdict(ensemble.calibration),
-    }
+    return {"boosters": boosters, "weights": ensemble.weights, "calibration": asdict(ensemble.calibration)}
 
 
 def golden_outputs(ensemble: BoosterEnsemble, inputs: FloatMatrix) -> FloatArray:
@@ -299,108 +326,67 @@ def golden_outputs(ensemble: BoosterEnsemble, inputs: FloatMatrix) -> FloatArray
     return ensemble.combine(ensemble.per_model(inputs))
 
 
-def verify_in_fresh_process(folder: Path) -> None:
-    """Load ``folder`` in a new interpreter."""
-    artifact.verify_in_fresh_process(folder, "inference.load_gbm_models")
-
-
-def load_bundle(models_dir: Path, symbol: str) -> GBMBundle:
-    """Load the bundle that serves; an earlier version where it is damaged.
-
-    Raises
-    ------
-    ModelMissingError
-        If the symbol was never trained.
-    ModelCorruptError, ModelIncompatibleError
-        If no version can be used.
-    """
-    bundle, warnings = serve(models_dir, symbol, GBM, load_folder)
-    return replace(bundle, warnings=warnings)
-
-
-def load_linked(linked: Linked) -> GBMBundle:
-    """Load what a link names, see `load_bundle`; the link is not read again."""
-    bundle, warnings = serve_linked(linked, load_folder)
-    return replace(bundle, warnings=warnings)
-
-
-def describe_linked(linked: Linked) -> artifact.Description:
-    """Describe the version that `load_linked` would load, see `artifact.describe`."""
-
-    def tell(version: Version[GBMManifest]) -> artifact.Description:
-        return artifact.Description(metadata=checked_metadata(version), models=version.manifest.models)
-
-    return artifact.describe(linked, GBM, GBMManifest, tell)
-
-
-def load_folder(folder: Path) -> GBMBundle:
-    """Check one version's files against its manifest, which must vouch for all of them, then load them."""
-    version = artifact.read_version(folder, GBM, GBMManifest)
-    metadata = checked_metadata(version)
-    names, fitted = _documents(version)
-    ensemble = _ensemble(version, names, fitted)
-    _check_golden(ensemble, version, version.manifest.golden_outputs)
+def _build(version: Version[GBMManifest], metadata: Mapping[str, Any]) -> GBMBundle:
+    manifest = version.manifest
+    names = artifact.document(version, COLUMNS, artifact.ColumnNames)
+    fitted = artifact.document(version, HYPERPARAMETERS, FittedDocument)
+    # Manifest and documents know the same path models.
+    for name, told in ((COLUMNS, names.path_models), (HYPERPARAMETERS, fitted.path_models)):
+        if set(told) != set(manifest.path_golden_outputs):
+            raise artifact.corrupt(version.folder, f"{name} tells of other horizons than the manifest")
+    paths = [
+        PathModel(
+            horizon_bars=bars,
+            ensemble=_ensemble(version, names.columns, names.path_models[bars], own, bars),
+            hyperparameters=own.boosters,
+        )
+        for bars, own in sorted(fitted.path_models.items())
+    ]
     return GBMBundle(
         symbol=metadata["symbol"],
         horizon_bars=metadata["horizon_bars"],
-        ensemble=ensemble,
-        record=read_record(version, version.manifest.models),
+        ensemble=_ensemble(version, names.columns, names.selected, fitted),
+        record=read_record(version, *RECORD_COLUMNS, *(f"model_{name}" for name in manifest.models)),
         metadata=metadata,
-        importance=document(version, IMPORTANCE),
+        importance=artifact.document(version, IMPORTANCE, Importance).root,
         hyperparameters=fitted.boosters,
-        path_models=tuple(_path_model(version, names, fitted, bars) for bars in sorted(fitted.path_models)),
-        path=folder,
+        path_models=tuple(paths),
     )
-
-
-def _documents(version: Version[GBMManifest]) -> tuple[ColumnsDocument, FittedDocument]:
-    """Return what the documents tell of every ensemble; manifest and documents know the same path models."""
-    folder, contents, manifest = version.folder, version.contents, version.manifest
-    with unusable(folder, COLUMNS):
-        names = ColumnsDocument.model_validate_json(contents[COLUMNS])
-    with unusable(folder, HYPERPARAMETERS):
-        fitted = FittedDocument.model_validate_json(contents[HYPERPARAMETERS])
-    for name, told in ((COLUMNS, names), (HYPERPARAMETERS, fitted)):
-        if set(told.path_models) != set(manifest.path_golden_outputs):
-            raise corrupt(folder, f"{name} tells of other horizons than the manifest")
-    return names, fitted
-
-
-def _path_model(
-    version: Version[GBMManifest], names: ColumnsDocument, fitted: FittedDocument, bars: int
-) -> PathModel:
-    own = fitted.path_models[bars]
-    ensemble = _ensemble(version, names, own, bars)
-    _check_golden(ensemble, version, version.manifest.path_golden_outputs[bars])
-    return PathModel(horizon_bars=bars, ensemble=ensemble, hyperparameters=own.boosters)
 
 
 def _ensemble(
-    version: Version[GBMManifest], document: ColumnsDocument, fitted: Fitted, bars: int | None = None
+    version: Version[GBMManifest],
+    columns: tuple[str, ...],
+    selected: tuple[str, ...],
+    fitted: Fitted,
+    bars: int | None = None,
 ) -> BoosterEnsemble:
     """Return the model's ensemble, or that of the path model with a horizon of ``bars``."""
-    folder, models, pickled = version.folder, version.manifest.models, model_file(SCALER, bars)
-    with unusable(folder, COLUMNS):
-        names = document.of(bars)
-    if set(fitted.weights) != set(models):
-        raise corrupt(folder, f"{HYPERPARAMETERS} does not weigh {', '.join(models)}")
-    with unusable(folder, pickled):
+    folder, manifest, pickled = version.folder, version.manifest, model_file(SCALER, bars)
+    if set(fitted.weights) != set(manifest.models):
+        raise artifact.corrupt(folder, f"{HYPERPARAMETERS} does not weigh {', '.join(manifest.models)}")
+    with artifact.unusable(folder, pickled):
         scaler = joblib.load(io.BytesIO(version.contents[pickled]))
-        if not isinstance(scaler, RobustScaler) or scaler.center_.shape != (len(names.columns),):
-            raise corrupt(folder, f"{pickled} does not scale the columns of {COLUMNS}")
-    return BoosterEnsemble(
-        columns=names.columns,
-        selected=tuple(names.columns.index(name) for name in names.selected),
+        if not isinstance(scaler, RobustScaler) or scaler.center_.shape != (len(columns),):
+            raise artifact.corrupt(folder, f"{pickled} does not scale the columns of {COLUMNS}")
+    ensemble = BoosterEnsemble(
+        columns=columns,
+        selected=tuple(columns.index(name) for name in selected),
         scaler=scaler,
-        models={name: _booster(version, name, model_file(name, bars)) for name in models},
+        models={name: _booster(version, name, model_file(name, bars)) for name in manifest.models},
         weights=fitted.weights,
         calibration=fitted.calibration,
     )
+    expected = manifest.golden_outputs if bars is None else manifest.path_golden_outputs[bars]
+    check_golden(
+        version, lambda rows: golden_outputs(ensemble, rows.astype(np.float32)), expected, LightGBMError
+    )
+    return ensemble
 
 
 def _booster(version: Version[GBMManifest], name: str, pickled: str) -> Booster:
     library = BOOSTER_LIBRARY[name]
-    with unusable(version.folder, pickled, LightGBMError):
+    with artifact.unusable(version.folder, pickled, LightGBMError):
         try:
             model = joblib.load(io.BytesIO(version.contents[pickled]))
         except ModuleNotFoundError as error:
@@ -411,35 +397,10 @@ def _booster(version: Version[GBMManifest], name: str, pickled: str) -> Booster:
                 f"install {library}, or train again with --overwrite"
             ) from error
     if type(model).__module__.partition(".")[0] != library:
-        raise corrupt(version.folder, f"{pickled} holds no model of {library}")
+        raise artifact.corrupt(version.folder, f"{pickled} holds no model of {library}")
     return cast("Booster", model)
 
 
-def _check_golden(
-    ensemble: BoosterEnsemble, version: Version[GBMManifest], expected: Sequence[float]
-) -> None:
-    manifest = version.manifest
-    with unusable(version.folder, "what the boosters forecast", LightGBMError):
-        inputs = np.asarray(manifest.golden_inputs, dtype=np.float32)
-        outputs = golden_outputs(ensemble, inputs)
-        error = float(np.max(np.abs(outputs - np.asarray(expected))))
-    artifact.refuse_skew(error, manifest.model_version, manifest.libraries, LIBRARIES)
-
-
-def read_metadata(models_dir: Path, symbol: str) -> dict[str, Any]:
-    """Read ``training_metadata.json`` of the version that serves; unpickles nothing."""
-    return dict(describe_linked(linked_version(models_dir, symbol)).metadata)
-
-
-def rollback(models_dir: Path, symbol: str) -> Path:
-    """Let the newest version before the current one that loads serve again, see `roll_back`."""
-    return roll_back(models_dir, symbol, GBM, load_folder)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Verify one saved version, see `inference.artifact.command_line`."""
-    return artifact.command_line(argv, "inference.load_gbm_models", load_folder)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+FORMAT = artifact.Format(kind=GBM, manifest=GBMManifest, module="inference.load_gbm_models", build=_build)
+load_bundle, load_linked, load_folder = FORMAT.load, FORMAT.load_linked, FORMAT.load_folder
+describe_linked = FORMAT.describe

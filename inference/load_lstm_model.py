@@ -5,10 +5,8 @@ arrays, which serving runs. Serving imports no TensorFlow, and unpickles nothing
 """
 
 import io
-import json
-import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,17 +22,15 @@ from inference.artifact import (
     HYPERPARAMETERS,
     METADATA,
     RECORD,
+    RECORD_COLUMNS,
     Version,
-    checked_metadata,
     corrupt,
-    document,
     unusable,
 )
 from inference.ensemble import Calibration, FloatArray, FloatMatrix, IntArray
-from inference.pipeline import Bundle
-from utils.model_paths import LSTM, ArtifactKind, Linked, serve, serve_linked
+from inference.pipeline import Bundle, check_golden, read_record
+from utils.model_paths import LSTM, ArtifactKind
 
-SCHEMA_VERSION = 1
 KERAS, WEIGHTS, SCALER = "network.keras", "weights.npz", "scaler.json"
 FILES = (RECORD, COLUMNS, HYPERPARAMETERS, METADATA, KERAS, WEIGHTS, SCALER)
 LIBRARIES = ("numpy", "numba", "scipy", "pandas", "ta-lib")
@@ -53,20 +49,10 @@ BATCH_ROWS = 4_096
 class Network:
     """A trained network as plain arrays: scale, run the recurrent layers, calibrate.
 
-    Attributes
-    ----------
-    columns
-        Names of the p features, in its order.
-    sequence_length
-        How many rows the network reads: the forecast row and those before it.
-    centre, scale, limit
-        A feature is read as ``(value - centre) / scale``, clipped to plus or minus ``limit``; (p,) each.
-    target_scale
-        What the network's output is multiplied with to be in units of the h-day volatility.
-    weights
-        `ARRAYS` by name, float32; of several outputs the middle one is the forecast.
-    calibration
-        How far the signal may be believed.
+    It reads ``sequence_length`` rows, the forecast row and those before it, of p ``columns``, each value as
+    ``(value - centre) / scale``, clipped to plus or minus ``limit``. ``weights`` are `ARRAYS` by name,
+    float32; of several outputs the middle one is the forecast, in units of the h-day volatility once
+    multiplied with ``target_scale``.
     """
 
     columns: tuple[str, ...]
@@ -87,12 +73,8 @@ class Network:
     def raw_scaled(self, features: FloatMatrix, windows: IntArray) -> FloatArray:
         """Return the signal of sequences of rows, in units of the h-day volatility, (n,).
 
-        Parameters
-        ----------
-        features
-            Unscaled and finite, (m, p).
-        windows
-            Rows of each sequence, oldest first, (n, sequence_length).
+        ``features`` are unscaled and finite, (m, p); ``windows`` are the rows of each sequence, oldest first,
+        (n, sequence_length).
         """
         prepared = self.prepare(features)
         arrays = tuple(self.weights[name] for name in ARRAYS)
@@ -124,11 +106,7 @@ def windows_of(ends: IntArray, starts: IntArray, length: int) -> IntArray:
     return np.asarray(np.maximum(ends[:, np.newaxis] + back, starts[:, np.newaxis]), dtype=np.intp)
 
 
-def batch_outputs(
-    projected: FloatMatrix,
-    windows: IntArray,
-    weights: Weights,
-) -> FloatMatrix:
+def batch_outputs(projected: FloatMatrix, windows: IntArray, weights: Weights) -> FloatMatrix:
     """Run the network over many sequences; ``projected`` is what the first kernel makes of each row."""
     _, recurrent_1, _, kernel_2, recurrent_2, bias_2, dense, dense_bias, output, output_bias = weights
     n_rows = len(windows)
@@ -163,10 +141,7 @@ def _step(sums: FloatMatrix, hidden: FloatMatrix, cell: FloatMatrix) -> None:
 
 
 @njit(cache=True, fastmath=True)
-def latest_output(
-    sequence: FloatMatrix,
-    weights: Weights,
-) -> FloatMatrix:
+def latest_output(sequence: FloatMatrix, weights: Weights) -> FloatMatrix:
     """Run the network over one prepared sequence, (length, p), as `batch_outputs` does over many."""
     kernel_1, recurrent_1, bias_1, kernel_2, recurrent_2, bias_2, dense, dense_bias, output, output_bias = (
         weights
@@ -183,15 +158,7 @@ def latest_output(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LSTMBundle(Bundle):
-    """A network with the out-of-sample record that vouches for it.
-
-    Attributes
-    ----------
-    network
-        The final fit.
-    keras
-        The same network as Keras saves it.
-    """
+    """A network with the out-of-sample record that vouches for it; ``keras`` is it as Keras saves it."""
 
     KIND: ClassVar[ArtifactKind] = LSTM
 
@@ -225,32 +192,15 @@ class LSTMBundle(Bundle):
 
 
 class LSTMManifest(artifact.Manifest):
-    """What a saved bundle promises about itself.
+    """What a saved bundle promises; its golden inputs are successive, the outputs are of the last ones."""
 
-    Attributes
-    ----------
-    libraries, data_hash
-        Versions that made it, and the hash of the bars that it was trained on.
-    golden_inputs, golden_outputs
-        Unscaled feature rows that follow each other, (m, p), and what the network said to the last of them.
-    """
+    SCHEMA: ClassVar[int] = 1
+    FILES: ClassVar[tuple[str, ...]] = FILES
 
-    SCHEMA: ClassVar[int] = SCHEMA_VERSION
-
-    libraries: dict[str, str]
-    data_hash: str
-    golden_inputs: list[list[float]] = Field(min_length=1)
-    golden_outputs: list[float]
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> "LSTMManifest":
-        if absent := set(FILES) - set(self.files):
-            raise ValueError(f"{', '.join(sorted(absent))} is not listed")
-        if len({len(row) for row in self.golden_inputs}) != 1 or not self.golden_inputs[0]:
-            raise ValueError("the golden inputs are not a table")
-        if len(self.golden_outputs) != min(GOLDEN_ROWS, len(self.golden_inputs)):
-            raise ValueError("there is not one golden output for each of the last golden inputs")
-        return self
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The network is one model."""
+        return (MODEL,)
 
 
 class ScalerDocument(BaseModel):
@@ -281,45 +231,13 @@ class FittedDocument(BaseModel):
 
 
 def save_bundle(bundle: LSTMBundle, models_dir: Path, *, golden_inputs: FloatMatrix) -> Path:
-    """Write a bundle aside, verify it in a fresh process, and let it serve.
-
-    Parameters
-    ----------
-    bundle
-        The bundle; its metadata names the version.
-    models_dir
-        Root of the saved models.
-    golden_inputs
-        Unscaled feature rows of successive bars, (m, p); what the network says to the last of them is stored
-        and compared at every load.
-
-    Returns
-    -------
-    Path
-        Folder of the new version.
-
-    Raises
-    ------
-    StorageError, LockedError
-        See `inference.artifact.publish`; what served before still serves.
-    ModelCorruptError
-        If a fresh process cannot load what was written.
-    """
-    contents = _contents(bundle)
-    manifest = LSTMManifest(
-        schema_version=SCHEMA_VERSION,
-        kind=LSTM.name,
-        symbol=bundle.symbol,
-        model_version=bundle.model_version,
-        files=artifact.sha256_of(contents),
-        libraries=artifact.library_versions(LIBRARIES),
-        data_hash=str(bundle.metadata["data_hash"]),
-        golden_inputs=golden_inputs.astype(np.float64).tolist(),
-        golden_outputs=golden_outputs(bundle.network, golden_inputs).tolist(),
-    )
-    return artifact.publish(
-        models_dir, LSTM, manifest=manifest, contents=contents, verify=verify_in_fresh_process
-    )
+    """Save a bundle, see `artifact.Format.save`; with golden inputs of successive bars, (m, p)."""
+    promised = {
+        "libraries": artifact.library_versions(LIBRARIES),
+        "golden_inputs": golden_inputs.astype(np.float64).tolist(),
+        "golden_outputs": golden_outputs(bundle.network, golden_inputs).tolist(),
+    }
+    return FORMAT.save(bundle, models_dir, _contents(bundle), promised)
 
 
 def _contents(bundle: LSTMBundle) -> dict[str, bytes]:
@@ -337,17 +255,11 @@ def _contents(bundle: LSTMBundle) -> dict[str, bytes]:
             "calibration": asdict(network.calibration),
             "fitted": bundle.hyperparameters,
         },
-        METADATA: bundle.metadata,
     }
     arrays: dict[str, Any] = {name: network.weights[name] for name in ARRAYS}
     np.savez(buffer := io.BytesIO(), **arrays)
-    texts = {name: json.dumps(text, indent=1, allow_nan=False).encode() for name, text in documents.items()}
-    return {
-        **texts,
-        RECORD: artifact.record_bytes(bundle.record),
-        WEIGHTS: buffer.getvalue(),
-        KERAS: bundle.keras,
-    }
+    texts = {name: artifact.as_json(text) for name, text in documents.items()}
+    return {**texts, WEIGHTS: buffer.getvalue(), KERAS: bundle.keras}
 
 
 def golden_outputs(network: Network, inputs: FloatMatrix) -> FloatArray:
@@ -356,66 +268,30 @@ def golden_outputs(network: Network, inputs: FloatMatrix) -> FloatArray:
     return network.raw_scaled(inputs, windows_of(ends, np.zeros_like(ends), network.sequence_length))
 
 
-def verify_in_fresh_process(folder: Path) -> None:
-    """Load ``folder`` in a new interpreter."""
-    artifact.verify_in_fresh_process(folder, "inference.load_lstm_model")
-
-
-def load_bundle(models_dir: Path, symbol: str) -> LSTMBundle:
-    """Load the bundle that serves; an earlier version where it is damaged.
-
-    Raises
-    ------
-    ModelMissingError
-        If no network was trained for the symbol.
-    ModelCorruptError, ModelIncompatibleError
-        If no version can be used.
-    """
-    bundle, warnings = serve(models_dir, symbol, LSTM, load_folder)
-    return replace(bundle, warnings=warnings)
-
-
-def load_linked(linked: Linked) -> LSTMBundle:
-    """Load what a link names, see `load_bundle`; the link is not read again."""
-    bundle, warnings = serve_linked(linked, load_folder)
-    return replace(bundle, warnings=warnings)
-
-
-def describe_linked(linked: Linked) -> artifact.Description:
-    """Describe the version that `load_linked` would load, see `artifact.describe`."""
-
-    def tell(version: Version[LSTMManifest]) -> artifact.Description:
-        return artifact.Description(metadata=checked_metadata(version), models=(MODEL,))
-
-    return artifact.describe(linked, LSTM, LSTMManifest, tell)
-
-
-def load_folder(folder: Path) -> LSTMBundle:
-    """Check one version's files against its manifest, which must vouch for all of them, then load them."""
-    version = artifact.read_version(folder, LSTM, LSTMManifest)
-    metadata = checked_metadata(version)
-    with unusable(folder, HYPERPARAMETERS):
-        fitted = FittedDocument.model_validate_json(version.contents[HYPERPARAMETERS])
+def _build(version: Version[LSTMManifest], metadata: Mapping[str, Any]) -> LSTMBundle:
+    fitted = artifact.document(version, HYPERPARAMETERS, FittedDocument)
     network = _network(version, fitted)
-    _check_golden(network, version)
+    check_golden(
+        version,
+        lambda rows: golden_outputs(network, rows.astype(np.float32)),
+        version.manifest.golden_outputs,
+    )
     return LSTMBundle(
         symbol=metadata["symbol"],
         horizon_bars=metadata["horizon_bars"],
-        record=artifact.read_record(version, (MODEL,)),
+        record=read_record(version, *RECORD_COLUMNS, f"model_{MODEL}"),
         metadata=metadata,
         importance={},
         hyperparameters=fitted.fitted,
         network=network,
         keras=version.contents[KERAS],
-        path=folder,
     )
 
 
 def _network(version: Version[LSTMManifest], fitted: FittedDocument) -> Network:
     folder = version.folder
-    columns = tuple(document(version, COLUMNS)["columns"])
-    with unusable(folder, SCALER):
-        scaler = ScalerDocument.model_validate_json(version.contents[SCALER])
+    columns = artifact.document(version, COLUMNS, artifact.ColumnNames).columns
+    scaler = artifact.document(version, SCALER, ScalerDocument)
     with unusable(folder, WEIGHTS):
         with np.load(io.BytesIO(version.contents[WEIGHTS]), allow_pickle=False) as stored:
             weights = {name: np.ascontiguousarray(stored[name], dtype=np.float32) for name in ARRAYS}
@@ -435,18 +311,6 @@ def _network(version: Version[LSTMManifest], fitted: FittedDocument) -> Network:
     )
 
 
-def _check_golden(network: Network, version: Version[LSTMManifest]) -> None:
-    manifest = version.manifest
-    with unusable(version.folder, "what the network forecasts"):
-        outputs = golden_outputs(network, np.asarray(manifest.golden_inputs, dtype=np.float32))
-        error = float(np.max(np.abs(outputs - np.asarray(manifest.golden_outputs))))
-    artifact.refuse_skew(error, manifest.model_version, manifest.libraries, LIBRARIES)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Verify one saved version, see `inference.artifact.command_line`."""
-    return artifact.command_line(argv, "inference.load_lstm_model", load_folder)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+FORMAT = artifact.Format(kind=LSTM, manifest=LSTMManifest, module="inference.load_lstm_model", build=_build)
+load_bundle, load_linked, load_folder = FORMAT.load, FORMAT.load_linked, FORMAT.load_folder
+describe_linked = FORMAT.describe

@@ -4,10 +4,10 @@ Backtests, charts and the service all call `decide`. It has no memory: deciding 
 what deciding on all bars gives at t.
 """
 
+import io
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
@@ -18,6 +18,8 @@ from data.feature_engineer import MAX_WARMUP_BARS, engineer_features
 from data.target_engineering import make_target, rescale_sigma
 from evaluation.accounting import DEFAULT_CAPITAL, CostModel
 from evaluation.advanced_backtester import AdvancedBacktester, BacktestReport
+from inference import artifact
+from inference.artifact import GOLDEN_TOLERANCE, RECORD, Saved, Version, corrupt, unusable
 from inference.ensemble import Calibration, FloatArray, FloatMatrix, IntArray
 from inference.intervals import ANCHORS_BARS, ForecastPath, forecast_path, with_bands
 from inference.position_sizing import Sizer, SizingInputs
@@ -25,24 +27,9 @@ from utils.errors import DataError, ModelIncompatibleError
 from utils.model_paths import ArtifactKind
 
 FORECAST_COLUMNS = (
-    "expected_return",
-    "baseline_return",
-    "sigma",
-    "lower",
-    "upper",
-    "prob_up",
-    "prob_gain",
-    "prob_loss",
-    "p_win",
-    "payoff_ratio",
-    "skill_lower",
-    "is_out_of_sample",
-    "is_of_other_prices",
-    "expected_log",
-    "baseline_log",
-    "sigma_log",
-    "lower_z",
-    "upper_z",
+    *("expected_return", "baseline_return", "sigma", "lower", "upper", "prob_up", "prob_gain", "prob_loss"),
+    *("p_win", "payoff_ratio", "skill_lower", "is_out_of_sample", "is_of_other_prices"),
+    *("expected_log", "baseline_log", "sigma_log", "lower_z", "upper_z"),
 )
 FURTHER = "expected_log_h"
 # An outcome that lies further from the recorded one, in volatilities, was made by other prices; two series
@@ -56,45 +43,18 @@ def further_column(bars: int) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Bundle(ABC):
-    """A trained model of any kind with the out-of-sample record that vouches for it.
+class Bundle(Saved, ABC):
+    """A trained model with the out-of-sample record that vouches for it.
 
-    Attributes
-    ----------
-    symbol
-        The symbol it was trained for.
-    horizon_bars
-        Number of bars that a forecast looks ahead; what is decided, judged and recorded looks so far.
-    record
-        Walk-forward predictions: `inference.artifact.RECORD_COLUMNS`, and a ``model_<name>`` column for each
-        of `models`.
-    metadata
-        Content of ``training_metadata.json``.
-    importance
-        What each feature contributes to the final fit, normalised; empty where nobody measured it.
-    hyperparameters
-        How the final fit came about, as plain data.
-    path
-        Folder that it was loaded from; None before it is saved.
-    warnings
-        What was amiss while loading and did not prevent it.
+    The record has `inference.artifact.RECORD_COLUMNS`, and a ``model_<name>`` column for each of `models`.
+    ``importance`` is what each feature contributes to the final fit, normalised, empty where nobody measured
+    it; ``hyperparameters`` tell how that came about, as plain data.
     """
 
     KIND: ClassVar[ArtifactKind]
 
-    symbol: str
-    horizon_bars: int
-    record: pd.DataFrame
-    metadata: Mapping[str, Any]
     importance: Mapping[str, float]
     hyperparameters: Mapping[str, object]
-    path: Path | None = None
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def model_version(self) -> str:
-        """Identifier of the saved version."""
-        return str(self.metadata["model_version"])
 
     @property
     @abstractmethod
@@ -115,17 +75,9 @@ class Bundle(ABC):
     def signal(self, features: FloatMatrix, rows: IntArray) -> tuple[dict[str, FloatArray], FloatArray]:
         """Return the raw signal of the final fit, before calibration, in units of the h-day volatility.
 
-        Parameters
-        ----------
-        features
-            Unscaled `columns` of every bar, (n, p); NaN in the warm-up.
-        rows
-            Bars whose features are finite, (k,). What is said of a bar depends on rows up to it only.
-
-        Returns
-        -------
-        tuple
-            Each model's signal by name, and the one that they make together, (k,) each.
+        ``features`` are the unscaled `columns` of every bar, (n, p), NaN in the warm-up; ``rows`` are bars
+        whose features are finite, (k,). What is said of a bar depends on rows up to it only. Returned are
+        each model's signal by name, and the one that they make together, (k,) each.
         """
 
     @property
@@ -142,6 +94,44 @@ class Bundle(ABC):
     def contributions(self, features: FloatMatrix) -> pd.DataFrame:
         """Return SHAP values of the final fit, a column for each feature; none where they cannot be had."""
         return pd.DataFrame(index=range(len(features)))
+
+
+def read_record(version: Version[Any], *columns: str) -> pd.DataFrame:
+    """Return the out-of-sample record: one row per session, ascending, with ``columns``, one the ``date``."""
+    with unusable(version.folder, RECORD):
+        record = pd.read_parquet(io.BytesIO(version.contents[RECORD]))
+        if absent := sorted(set(columns) - set(record.columns)):
+            raise corrupt(version.folder, f"{RECORD} lacks {', '.join(absent)}")
+        dates = record["date"]
+        if dates.dtype.kind != "M" or not dates.is_unique or not dates.is_monotonic_increasing or dates.empty:
+            raise corrupt(version.folder, f"{RECORD} does not hold one row per session")
+    return record
+
+
+def check_golden(
+    version: Version[Any],
+    say: Callable[[FloatArray], FloatArray],
+    expected: list[float],
+    *damage: type[Exception],
+) -> None:
+    """Refuse a model that does not say to the golden inputs what it said before; name what changed since.
+
+    ``damage`` are errors of libraries that also mean a damaged file.
+    """
+    manifest = version.manifest
+    with unusable(version.folder, "what it forecasts", *damage):
+        said = say(np.asarray(manifest.golden_inputs, dtype=np.float64))
+        if len(said) != len(expected):
+            raise corrupt(version.folder, "there is not one golden output for each golden forecast")
+        error = float(np.abs(said - np.asarray(expected)).max())
+    if error <= GOLDEN_TOLERANCE:
+        return
+    then, here = manifest.libraries, artifact.library_versions(manifest.libraries)
+    changed = [f"{name} {then[name]} -> {here[name]}" for name in here if here[name] != then[name]]
+    raise ModelIncompatibleError(
+        f"bundle {manifest.model_version} forecasts differently here (by {error:.2g}; changed: "
+        f"{', '.join(changed) or 'no library'}): train again with --overwrite"
+    )
 
 
 class Forecaster(Protocol):
@@ -193,18 +183,10 @@ class Explains(Protocol):
 class Decisions:
     """Forecasts and target weights of one symbol, bar by bar.
 
-    Attributes
-    ----------
-    symbol
-        The symbol.
-    frame
-        Indexed by session; columns ``close``, ``asset_return`` (simple, of the bar itself; NaN on the first),
-        all forecast columns (h-day simple returns), and ``target_weight``: decided at the close of the
-        session, as a fraction of equity, earning from the next bar on.
-    horizon_bars
-        Number of bars that a forecast looks ahead.
-    sizing_id
-        Name and content hash of the sizing configuration.
+    The frame is indexed by session; columns ``close``, ``asset_return`` (simple, of the bar itself; NaN on
+    the first), all forecast columns (h-day simple returns), and ``target_weight``: decided at the close of
+    the session, as a fraction of equity, earning from the next bar on. ``sizing_id`` is name and content hash
+    of the sizing configuration.
     """
 
     symbol: str
@@ -232,23 +214,12 @@ class Decisions:
 
 
 def decide(
-    symbol: str,
-    bars: pd.DataFrame,
-    forecaster: Forecaster,
-    sizer: Sizer,
-    *,
-    costs: CostModel | None = None,
+    symbol: str, bars: pd.DataFrame, forecaster: Forecaster, sizer: Sizer, *, costs: CostModel | None = None
 ) -> Decisions:
     """Forecast every bar and fold the sizer over the forecasts.
 
     Parameters
     ----------
-    symbol
-        The symbol that the bars belong to.
-    bars
-        Adjusted OHLCV, ascending sessions.
-    forecaster
-        See `Forecaster`.
     sizer
         A state machine whose step sees the forecasts and returns up to bar t.
     costs
@@ -331,11 +302,7 @@ def backtest_decisions(
     """Book decisions and set them beside their benchmarks; see `AdvancedBacktester`.
 
     Forecasts made from other prices end what came before them: the record begins anew behind the last one.
-
-    Raises
-    ------
-    DataError
-        When no out-of-sample row is left.
+    `DataError` when no out-of-sample row is left.
     """
     frame = decisions.frame
     if not include_in_sample and bool(frame["is_of_other_prices"].any()):
@@ -358,17 +325,10 @@ def backtest_decisions(
 class BundleForecaster:
     """Forecasts of a bundle: its out-of-sample record where that reaches, the final model after it.
 
-    Attributes
-    ----------
-    bundle
-        The loaded bundle.
-    include_in_sample
-        Also forecast bars that the final model was trained on and that the record does not cover; such rows
-        carry ``is_out_of_sample`` False.
-    as_lived
-        Let every row use the skill that its fold knew of, whatever the verdict: what a verdict is made from.
-        Otherwise a model whose verdict is not ``edge`` has no skill on any row, and its forecasts of bars
-        after the record are the drift.
+    With ``include_in_sample`` it also forecasts bars that the final model was trained on and the record does
+    not cover; such rows carry ``is_out_of_sample`` False. With ``as_lived`` every row uses the skill that its
+    fold knew of, whatever the verdict: what a verdict is made from. Otherwise a model whose verdict is not
+    ``edge`` has no skill on any row, and its forecasts of bars after the record are the drift.
     """
 
     bundle: Bundle
@@ -381,12 +341,10 @@ class BundleForecaster:
         return self.bundle.horizon_bars
 
     def forecast(self, bars: pd.DataFrame) -> pd.DataFrame:
-        """Forecast every bar; see `FORECAST_COLUMNS`.
+        """Forecast every bar; beside `FORECAST_COLUMNS` a signal ``raw_scaled`` and a ``model_<name>`` each.
 
-        Beside them are ``raw_scaled``, the signal before calibration in units of the h-day volatility, and
-        its parts, a ``model_<name>`` column for each of the bundle's models; NaN where there is no forecast.
-        Returns are simple h-day returns; ``*_log`` columns are log returns over h bars. The band and the
-        probabilities at t come from forecasts that were resolved by t.
+        Signals are uncalibrated, in units of the h-day volatility; returns are simple h-day returns, columns
+        ``*_log`` log returns over h bars. What is said at t comes from forecasts that were resolved by t.
         """
         return with_bands(self.centre(bars), bars, self.horizon_bars)
 
@@ -489,6 +447,3 @@ class BundleForecaster:
     def _trusted(self, calibration: Calibration) -> Calibration:
         """Return a calibration that may be used: the drift alone unless the verdict is an edge."""
         return calibration if self._is_trusted else replace(calibration, slope=0.0, skill_lower=0.0)
-
-
-GBMForecaster = BundleForecaster

@@ -53,21 +53,11 @@ BOLDNESS = (0.5, 1.0, 2.0)
 class SizingInputs:
     """What a sizer sees; every array is (n,), row t known at the close of t.
 
-    Attributes
-    ----------
-    expected_return, baseline_return
-        Forecast of the simple return from t to t + h, NaN where there is none; the same by a forecast without
-        skill (the drift).
-    sigma
-        Forecast of the standard deviation of that return, > 0.
-    p_win, payoff_ratio
-        Probability that a trade on the forecast's side wins; mean win over mean loss of such trades, > 0.
-    skill_lower
-        Lower confidence bound of out-of-sample skill, clipped to [0, 1]; NaN counts as none.
-    asset_return_simple
-        Return of bar t itself; the first may be NaN and is not used.
-    horizon_bars
-        The h above.
+    Expected and baseline return are forecasts of the simple return from t to t + h, the latter without skill
+    (the drift), NaN where there is none; sigma > 0 is that of its standard deviation. A trade on the
+    forecast's side wins with ``p_win`` and pays ``payoff_ratio`` > 0, mean win over mean loss.
+    ``skill_lower`` is the lower bound of out-of-sample skill, clipped to [0, 1], NaN counting as none. The
+    return of bar t itself may be NaN on the first, where it is not used.
     """
 
     expected_return: FloatArray
@@ -83,29 +73,13 @@ class SizingInputs:
 class SizingRules(NamedTuple):
     """All that a sizer's answer depends on besides inputs and costs; weights are fractions of equity.
 
-    Attributes
-    ----------
-    uses_odds
-        Which rule, see the module.
-    neutral, bullish, bearish
-        Exposure without a signal, and before Kelly's part on each side (odds).
-    kelly_fraction, dead_zone_simple
-        Part of Kelly's exposure that is used; size up to which a forecast is no signal (odds).
-    max_long, max_short
-        Limits of the exposure, both >= 0.
-    cost_hurdle
-        What a promise must exceed to count, in one-way costs (excess); only what exceeds it counts.
-    no_trade_band_scale
-        Half-width of the no-trade band over the cube root of the one-way cost (.093 at 8 bps); 0 for no band.
-        Past the band the position moves to its edge.
-    without_forecast
-        Exposure on bars without a forecast.
-    holds_without_forecast
-        After the first forecast, keep the last target instead.
-    volatility_target_annual, volatility_low, volatility_high
-        Scale the neutral exposure by target over forecast volatility, within bounds (excess); 0: off.
-    breaker_drawdown, breaker_cap, breaker_patience_bars, breaker_reference
-        See the module; a drawdown of 1 never happens: no breaker.
+    ``neutral``, ``bullish``, ``bearish`` are exposures without a signal and, for odds, before Kelly's part on
+    each side; forecasts up to ``dead_zone_simple`` are no signal. For excess, a promise counts as far as it
+    exceeds ``cost_hurdle`` one-way costs, and the neutral exposure follows target over forecast volatility,
+    within bounds (target 0: off). The band's half-width is ``no_trade_band_scale`` times the cube root of the
+    one-way cost (.093 at 8 bps): past it the position moves to its edge. Without a forecast the exposure is
+    ``without_forecast``, or after the first one the last target if it holds that. A ``breaker_drawdown`` of 1
+    never happens: no breaker.
     """
 
     uses_odds: bool
@@ -358,10 +332,7 @@ class RuleSizer:
     def trace(self, inputs: SizingInputs, costs: CostModel) -> SizingTrace:
         """Fold the step over all rows, under the costs that the backtest will charge.
 
-        Raises
-        ------
-        DataError
-            When lengths differ, an input is infinite, or a bar's return is not finite and above -1.
+        `DataError` when lengths differ, an input is infinite, or a bar's return is not finite and above -1.
         """
         columns, n = _columns(inputs), len(inputs.sigma)
         books, target = accounting.new_books(n, self.initial_capital), np.empty(n)
@@ -379,13 +350,7 @@ class RuleSizer:
 def make_sizer(
     name: str = DEFAULT_SIZING, *, max_long: float | None = None, max_short: float | None = None
 ) -> RuleSizer:
-    """Return the preset of that name, with other limits where given.
-
-    Raises
-    ------
-    UsageError
-        When there is no such preset, or a limit is negative or not finite.
-    """
+    """Return the preset of that name, with other limits where given; `UsageError` for what is none."""
     if name not in PRESETS:
         raise UsageError(f"no sizing preset {name!r}; use one of {', '.join(PRESETS)}")
     rules = PRESETS[name]
@@ -420,18 +385,9 @@ def win_record(
 ) -> tuple[FloatArray, FloatArray]:
     """Follow how often the sign of the forecast was right, and what a win paid for a loss.
 
-    Parameters
-    ----------
-    mean_log, realised_log
-        Forecast at t and outcome from t to t + h, (n,); row t is used from row t + h on.
-    horizon_bars
-        The h above.
-
-    Returns
-    -------
-    tuple of arrays
-        Probability of a win and ratio of the mean win to the mean loss as known at t, (n,), starting from
-        `PRIOR_FORECASTS` even forecasts.
+    Row t of forecast and outcome (from t to t + h) is used from row t + h on. Returned are the probability of
+    a win and the ratio of the mean win to the mean loss as known at t, (n,), starting from `PRIOR_FORECASTS`
+    even forecasts.
     """
     outcome = np.sign(mean_log) * realised_log
     known = np.full(len(outcome), np.nan)

@@ -20,7 +20,7 @@ from evaluation.advanced_backtester import AdvancedBacktester, BacktestReport, b
 from evaluation.forward_simulator import Book, Evidence, ForwardSimulator, IntArray
 from evaluation.metrics import Measured, calibration_metrics, values
 from evaluation.report import Report, backtest_report, luck_section, provenance_of
-from inference.modes import Chosen
+from inference.load_ensemble_model import Chosen
 from inference.pipeline import Decisions, backtest_decisions, decide
 from inference.position_sizing import (
     DEFAULT_SIZING,

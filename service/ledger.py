@@ -37,8 +37,7 @@ from sqlalchemy import exc
 
 from data.cache_manager import BarCache
 from data.data_fetcher import BarSource, fetch_stock_data, make_source
-from data.markets import calendar_for
-from data.schema import NO_DATE, NO_MOMENT, Bars, holds, normalise_symbol
+from data.schema import NO_DATE, NO_MOMENT, Bars, calendar_for, holds, normalise_symbol
 from evaluation.accounting import CostModel
 from evaluation.forward_simulator import forecast_outcome
 from service import schemas as wire

@@ -30,7 +30,7 @@ from inference import load_ensemble_model as joint
 from inference import load_gbm_models as gbm
 from inference import load_lstm_model as lstm
 from inference.artifact import MANIFEST, Description, Manifest
-from inference.modes import PARTS, Mode, Parts, forecaster_for
+from inference.load_ensemble_model import PARTS, Mode, Parts, forecaster_for
 from inference.pipeline import Forecaster
 from service.prediction_chart import model_meta
 from service.schemas import ModelMeta, ModelVersion
@@ -88,7 +88,7 @@ class ModelKind:
 
     @property
     def mode(self) -> Mode:
-        """The fusion mode that it serves; its parts are `inference.modes.PARTS`."""
+        """The fusion mode that it serves; its parts are `inference.load_ensemble_model.PARTS`."""
         return next(mode for mode, parts in PARTS.items() if parts[-1].name == self.paths.name)
 
 

@@ -14,11 +14,10 @@ import pandas as pd
 from pydantic import ValidationError
 
 from data.feature_engineer import FEATURE_WORDS
-from data.markets import calendar_for
-from data.schema import BAR_COLUMNS, Bars
+from data.schema import BAR_COLUMNS, Bars, calendar_for
 from inference.ensemble import MODEL_NAMES
 from inference.intervals import ForecastPath
-from inference.modes import PARTS, mode_of
+from inference.load_ensemble_model import PARTS, mode_of
 from inference.pipeline import Decisions, Explains, Forecaster
 from service import schemas as wire
 from service.schemas import BacktestMetrics, ModelMeta, PredictionRequest

@@ -19,10 +19,9 @@ import numpy as np
 from pydantic import ValidationError
 
 from data.data_fetcher import BarSource, Held, ReadsThrough, RevisionedSource, fetch_stock_data
-from data.markets import calendar_for
-from data.schema import bars_hash, check_enough, normalise_symbol
+from data.schema import bars_hash, calendar_for, check_enough, normalise_symbol
 from evaluation.metrics import Z_90
-from inference.modes import PARTS, mode_of
+from inference.load_ensemble_model import PARTS, mode_of
 from inference.pipeline import Decisions, decide, path_ahead
 from inference.position_sizing import RuleSizer, make_sizer
 from service import schemas as wire

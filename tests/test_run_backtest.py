@@ -244,16 +244,16 @@ def test_days_lived_again_are_the_days_booked(places: Path, capsys, sizing: str)
 
 
 def test_a_forecaster_that_peeks_is_found_out_by_living(places: Path, capsys, monkeypatch):
-    from inference.pipeline import GBMForecaster
+    from inference.pipeline import BundleForecaster
 
-    honest = GBMForecaster.forecast
+    honest = BundleForecaster.forecast
 
-    def peeks(self: GBMForecaster, bars: pd.DataFrame) -> pd.DataFrame:
+    def peeks(self: BundleForecaster, bars: pd.DataFrame) -> pd.DataFrame:
         frame = honest(self, bars)
         ahead = bars["Close"].shift(-1) / bars["Close"] - 1.0
         return frame.assign(expected_return=ahead.fillna(0.0), skill_lower=1.0)
 
-    monkeypatch.setattr(GBMForecaster, "forecast", peeks)
+    monkeypatch.setattr(BundleForecaster, "forecast", peeks)
     assert main(["--symbol", "SIGNAL", "--forward-sim", "--days", "5"]) == 1
     assert "knew more than it may" in capsys.readouterr().err
     assert not places.exists()

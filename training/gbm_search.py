@@ -22,7 +22,8 @@ import optuna
 import xgboost
 
 from data.data_splitter import PurgedTimeSeriesSplit
-from inference.ensemble import Booster, FloatArray, FloatMatrix, overlap_error, predict_booster
+from inference.ensemble import FloatArray, FloatMatrix, overlap_error
+from inference.load_gbm_models import Booster, predict_booster
 from utils.errors import UsageError
 
 Params = Mapping[str, float | int]

@@ -19,8 +19,6 @@ from sklearn.preprocessing import RobustScaler
 
 from data.target_engineering import Dataset
 from inference.ensemble import (
-    Booster,
-    BoosterEnsemble,
     Calibration,
     FloatArray,
     FloatMatrix,
@@ -28,10 +26,8 @@ from inference.ensemble import (
     calibrate,
     calibrate_symbols,
     overlap_error,
-    select_scaled,
-    shap_values,
-    shrunk_weights,
 )
+from inference.load_gbm_models import Booster, BoosterEnsemble, select_scaled, shap_values, shrunk_weights
 from inference.load_lstm_model import windows_of
 from training.gbm_search import DateArray, Rows, SearchConfig, Tuned, all_columns, fit_boosters, tune
 from training.trainer import RowsConfig, WalkConfig

@@ -31,19 +31,20 @@ from evaluation.accounting import CostModel
 from evaluation.metrics import spearman
 from evaluation.report import ensemble_report
 from inference.artifact import library_versions
-from inference.ensemble import OUTCOME_LIMIT_SIGMA, FloatArray, IntArray, SimpleEnsemble
-from inference.load_ensemble_model import (
+from inference.ensemble import (
     GBM_NAME,
     LSTM_NAME,
     META_COLUMNS,
-    EnsembleBundle,
-    EnsembleForecaster,
+    OUTCOME_LIMIT_SIGMA,
+    FloatArray,
+    IntArray,
     MetaModel,
     Method,
+    SimpleEnsemble,
     Stacked,
     meta_features,
-    save_ensemble,
 )
+from inference.load_ensemble_model import EnsembleBundle, EnsembleForecaster, save_ensemble
 from inference.load_gbm_models import load_bundle
 from inference.load_lstm_model import load_bundle as load_lstm
 from inference.pipeline import Bundle, BundleForecaster, Decisions, backtest_decisions, decide

@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 # A link is read so often before a reader gives up on a writer that prunes faster than it reads.
 READS = 5
-
 KEEP_VERSIONS = 5
 # Verifying a version takes seconds; whoever waits longer waits for something that hangs.
 LOCK_WAIT_S = 300.0
@@ -48,17 +47,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArtifactKind:
-    """One sort of artifact that a symbol may have.
-
-    Attributes
-    ----------
-    name
-        Name of the link beside the versions.
-    versions
-        Name of the folder that holds this kind's versions.
-    trainer
-        Module whose command line makes one.
-    """
+    """One sort of artifact that a symbol may have: the link ``name`` beside the folder of ``versions``."""
 
     name: str
     versions: str
@@ -80,35 +69,14 @@ class VersionPrunedError(ModelCorruptError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Linked:
-    """What a symbol's link names.
-
-    Attributes
-    ----------
-    folder
-        The version that the link names; the newest kept one where the link itself cannot be read.
-    damage
-        Why the link does not lead to a version, in words; None when it does.
-    """
+    """The version that a link names, or the newest kept one; ``damage`` says why the link leads to none."""
 
     folder: Path
     damage: str | None = None
 
 
 def symbol_dir(root: Path, symbol: str) -> Path:
-    """Return the folder of one symbol under ``root``.
-
-    Parameters
-    ----------
-    root
-        Root folder of saved models or of a cache.
-    symbol
-        A symbol that was normalised before (see ``data.schema.normalise_symbol``).
-
-    Raises
-    ------
-    InvalidSymbolError
-        If the folder would lie outside ``root``.
-    """
+    """Return the folder of one normalised symbol; `InvalidSymbolError` if it would lie outside ``root``."""
     refusal = f"symbol {symbol[:40]!r} does not name a folder under the model root"
     try:
         base = root.resolve()
@@ -128,11 +96,6 @@ def artifact_link(root: Path, symbol: str, kind: ArtifactKind) -> Path:
     return symbol_dir(root, symbol) / kind.name
 
 
-def gbm_link(root: Path, symbol: str) -> Path:
-    """Return ``<root>/<SYMBOL>/gbm``, see `artifact_link`."""
-    return artifact_link(root, symbol, GBM)
-
-
 def versions_dir(root: Path, symbol: str, kind: ArtifactKind = GBM) -> Path:
     """Return the folder that keeps the symbol's versions of one kind."""
     return symbol_dir(root, symbol) / kind.versions
@@ -141,12 +104,8 @@ def versions_dir(root: Path, symbol: str, kind: ArtifactKind = GBM) -> Path:
 def linked_version(models_dir: Path, symbol: str, kind: ArtifactKind = GBM) -> Linked:
     """Return the version that the symbol's link names, or what is wrong with the link.
 
-    Raises
-    ------
-    ModelMissingError
-        If there is no link, or nothing that could serve in its place.
-    ModelCorruptError
-        If the link leads out of the symbol's folder.
+    `ModelMissingError` if there is no link, or nothing that could serve in its place; `ModelCorruptError` if
+    the link leads out of the symbol's folder.
     """
     link = artifact_link(models_dir, symbol, kind)
     try:
@@ -168,15 +127,7 @@ def linked_version(models_dir: Path, symbol: str, kind: ArtifactKind = GBM) -> L
 
 
 def _target(link: Path, versions: Path) -> Path:
-    """Return the version that ``link`` names; it need not exist.
-
-    Raises
-    ------
-    OSError, RuntimeError
-        If the link is absent, is not a link, loops, or is a chain that dangles.
-    ModelCorruptError
-        If it leads anywhere but into ``versions``.
-    """
+    """Return the version that ``link`` names; it need not exist, but not elsewhere: `ModelCorruptError`."""
     if versions.is_symlink():
         raise ModelCorruptError(f"the versions of {link.parent.name} lie outside its folder: train again")
     target = link.parent / link.readlink()
@@ -191,15 +142,7 @@ def _target(link: Path, versions: Path) -> Path:
 
 
 def current_version(models_dir: Path, symbol: str, kind: ArtifactKind = GBM) -> Path:
-    """Return the folder that the symbol's link points to.
-
-    Raises
-    ------
-    ModelMissingError
-        If the symbol was never trained.
-    ModelCorruptError
-        If the link does not lead to a version of this symbol.
-    """
+    """Return the folder that the symbol's link points to; `ModelCorruptError` if it leads to no version."""
     linked = linked_version(models_dir, symbol, kind)
     if linked.damage is not None:
         raise ModelCorruptError(f"{linked.damage}: run {kind.train(symbol, anew=True)}")
@@ -213,30 +156,28 @@ def list_versions(models_dir: Path, symbol: str, kind: ArtifactKind = GBM) -> li
 
 def kept_versions(versions: Path) -> list[Path]:
     """Return the versions inside one folder of versions, oldest first; links are none."""
-    try:
-        with os.scandir(versions) as entries:
-            names = [
-                e.name for e in entries if e.is_dir(follow_symlinks=False) and not e.name.startswith(".")
-            ]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise ModelCorruptError(
-            f"the versions of {versions.parent.name} cannot be read ({error.strerror}): check the permissions"
-        ) from error
+    names: list[str] = []
+    with _readable(f"the versions of {versions.parent.name}"), os.scandir(versions) as entries:
+        names = [e.name for e in entries if e.is_dir(follow_symlinks=False) and not e.name.startswith(".")]
     return [versions / name for name in sorted(names)]
 
 
 def list_symbols(models_dir: Path, kind: ArtifactKind = GBM) -> list[str]:
     """Return the symbols that have an artifact of this kind, whole or damaged, sorted."""
+    names: list[str] = []
+    with _readable("the folder of saved models"):
+        names = [path.name for path in models_dir.iterdir() if os.path.lexists(path / kind.name)]
+    return sorted(names)
+
+
+@contextmanager
+def _readable(what: str) -> Iterator[None]:
+    """Pass over a folder that is not there; turn any other refusal of the disk into a `ModelCorruptError`."""
     try:
-        return sorted(path.name for path in models_dir.iterdir() if os.path.lexists(path / kind.name))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+        with suppress(FileNotFoundError, NotADirectoryError):
+            yield
     except OSError as error:
-        raise ModelCorruptError(
-            f"the folder of saved models cannot be read ({error.strerror}): check its permissions"
-        ) from error
+        raise ModelCorruptError(f"{what} cannot be read ({error.strerror}): check the permissions") from error
 
 
 def serve(
@@ -260,14 +201,8 @@ def serve_linked(linked: Linked, load: Callable[[Path], T]) -> tuple[T, tuple[st
 
     A version later than the named one never serves: it may be what a rollback turned away from.
 
-    Raises
-    ------
-    VersionPrunedError
-        If the named version was pruned after the link was read.
-    ModelCorruptError
-        If the named version is damaged and no earlier one can be used.
-    ModelIncompatibleError
-        If the named version is whole and does not fit this installation.
+    `VersionPrunedError` if the named version was pruned after the link was read, `ModelCorruptError` if it is
+    damaged and no earlier one can be used, `ModelIncompatibleError` if it is whole and does not fit here.
     """
     try:
         if linked.damage is None:
@@ -277,25 +212,24 @@ def serve_linked(linked: Linked, load: Callable[[Path], T]) -> tuple[T, tuple[st
         if not linked.folder.is_dir():
             raise VersionPrunedError(f"version {linked.folder.name} is gone: ask again") from error
         problem = error
-    for version in _earlier(linked):
-        try:
-            content = load(version)
-        except ModelError as error:
-            logger.warning("version %s cannot serve either: %s", version.name, error)
-            continue
+    for version, content in _that_load(linked, load):
         message = f"{problem}; the earlier version {version.name} serves instead"
         logger.warning(message)
         return content, (message,)
     raise problem
 
 
-def _earlier(linked: Linked) -> list[Path]:
-    """Return the kept versions that may serve instead, newest first."""
-    kept = reversed(kept_versions(linked.folder.parent))
-    # Behind a link that cannot be read, the newest version is the best guess.
-    return [
-        path for path in kept if path.name < linked.folder.name or (linked.damage and path == linked.folder)
-    ]
+def _that_load(linked: Linked, load: Callable[[Path], T]) -> Iterator[tuple[Path, T]]:
+    """Yield the kept versions that may serve instead, and what is loaded of them, newest first."""
+    for version in reversed(kept_versions(linked.folder.parent)):
+        # Behind a link that cannot be read, the newest version is the best guess.
+        if version.name < linked.folder.name or (linked.damage and version == linked.folder):
+            try:
+                content = load(version)
+            except ModelError as error:
+                logger.warning("version %s cannot serve either: %s", version.name, error)
+            else:
+                yield version, content
 
 
 @contextmanager
@@ -334,7 +268,11 @@ def saving(models_dir: Path, symbol: str, kind: ArtifactKind) -> Iterator[None]:
             left.unlink(missing_ok=True)
         yield
         with suppress(OSError, ModelError):
-            _prune(versions, linked_version(models_dir, symbol, kind).folder)
+            serving = linked_version(models_dir, symbol, kind).folder.name
+            for path in kept_versions(versions)[:-KEEP_VERSIONS]:
+                if path.name != serving:
+                    # Renamed first: none is ever half there.
+                    shutil.rmtree(path.rename(path.with_name(f"{GONE}{path.name}")), ignore_errors=True)
     finally:
         lock.release()
 
@@ -376,18 +314,9 @@ def training_holder(models_dir: Path, symbol: str) -> str | None:
 
 
 def _read_holder(path: Path) -> str:
-    try:
+    with suppress(OSError):
         return path.read_text()[:20] or "unknown"
-    except OSError:
-        return "unknown"
-
-
-def _prune(versions: Path, serving: Path) -> None:
-    """Keep the newest versions and the one that serves; renamed first, none is ever half there."""
-    for path in kept_versions(versions)[:-KEEP_VERSIONS]:
-        if path.name != serving.name:
-            gone = path.rename(path.with_name(f"{GONE}{path.name}"))
-            shutil.rmtree(gone, ignore_errors=True)
+    return "unknown"
 
 
 def flush(folder: Path) -> None:
@@ -421,23 +350,10 @@ def _swap(link: Path, target: Path) -> None:
 
 
 def roll_back(models_dir: Path, symbol: str, kind: ArtifactKind, load: Callable[[Path], object]) -> Path:
-    """Let the newest version before the current one that loads serve again.
-
-    Raises
-    ------
-    ModelMissingError
-        If there is no earlier version that loads.
-    StorageError, LockedError
-        See `publish`.
-    """
+    """Let the newest earlier version that loads serve again; `ModelMissingError` if there is none."""
     with storage_errors(symbol), saving(models_dir, symbol, kind):
         linked = linked_version(models_dir, symbol, kind)
-        for version in _earlier(linked):
-            try:
-                load(version)
-            except ModelError as error:
-                logger.warning("skipped: %s", error)
-                continue
+        for version, _ in _that_load(linked, load):
             point(artifact_link(models_dir, symbol, kind), version)
             return version
     raise ModelMissingError(f"{symbol} has no version before {linked.folder.name} that loads")
@@ -446,14 +362,8 @@ def roll_back(models_dir: Path, symbol: str, kind: ArtifactKind, load: Callable[
 def discard(models_dir: Path, symbol: str, kind: ArtifactKind) -> None:
     """Move a symbol's link and versions to the trash, from where `restore` brings them back.
 
-    The link goes first: from then on nothing serves, whatever happens to the rest.
-
-    Raises
-    ------
-    ModelMissingError
-        If there is nothing to delete.
-    LockedError
-        While the symbol is being trained.
+    The link goes first: from then on nothing serves, whatever happens to the rest. `ModelMissingError` if
+    there is nothing to delete, `LockedError` while the symbol is being trained.
     """
     link = artifact_link(models_dir, symbol, kind)
     if not os.path.lexists(link):
@@ -473,12 +383,7 @@ def discard(models_dir: Path, symbol: str, kind: ArtifactKind) -> None:
 def restore(models_dir: Path, symbol: str, kind: ArtifactKind) -> None:
     """Bring back what `discard` deleted last; the link comes last, so that it never leads to nothing.
 
-    Raises
-    ------
-    ModelMissingError
-        If nothing of the symbol is in the trash.
-    ModelExistsError
-        If the symbol has a model again.
+    `ModelMissingError` if the trash holds nothing of the symbol, `ModelExistsError` if it has a model again.
     """
     link, versions = artifact_link(models_dir, symbol, kind), versions_dir(models_dir, symbol, kind)
     entries = sorted((models_dir.resolve() / TRASH).glob(f"{symbol}~{kind.name}~*"))

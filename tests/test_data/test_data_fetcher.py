@@ -18,8 +18,18 @@ import pytest
 from curl_cffi.requests import Session
 
 from data.cache_manager import BarCache, describe
-from data.data_fetcher import CsvSource, SampleSource, YahooSource, fetch_stock_data, load_panel, make_source
-from data.schema import BAR_COLUMNS, RAW_COLUMNS, bars_hash
+from data.data_fetcher import (
+    CsvSource,
+    SampleSource,
+    YahooSource,
+    check_answer,
+    fetch_stock_data,
+    load_panel,
+    make_source,
+    refuse_delisted,
+    settled_rows,
+)
+from data.schema import BAR_COLUMNS, RAW_COLUMNS, Bars, BarsReport, Provenance, bars_hash
 from utils.errors import DataError, UnknownSymbolError, UpstreamError, UsageError
 
 Answer = tuple[int, bytes]
@@ -274,6 +284,16 @@ def test_a_past_moment_reveals_a_prefix(csv_folder):
     pd.testing.assert_frame_equal(past, whole.loc[:"2005-06-30"], check_freq=False)
     with pytest.raises(DataError, match="no session that had closed by 2004-01-01"):
         fetch_stock_data("AAPL", source=source, now=datetime(2004, 1, 1, tzinfo=UTC))
+
+
+def test_bars_of_closed_days_go_and_gaps_are_counted(make_bars):
+    raw = raw_table(make_bars(300))
+    assert len(settled_rows(raw, raw.index[99])) == 100
+    saturday = raw.iloc[[4]].set_axis(raw.index[[4]] + pd.Timedelta(days=1))
+    spoiled = pd.concat([raw.drop(raw.index[[50, 60]]), saturday])
+    frame, report = check_answer("AAPL", spoiled, "yahoo", datetime.now(UTC))
+    assert (report.off_calendar, report.missing_sessions, report.rows) == (1, 2, 298)
+    assert saturday.index[0] not in frame.index
 
 
 def test_an_error_in_the_data_names_symbol_and_source(csv_folder):
@@ -623,3 +643,18 @@ def test_a_panel_runs_no_more_threads_than_asked(folder):
 
     load_panel(["AAA", "BBB", "CCC"], reading(Counting(folder)), jobs=1)
     assert Counting.most == 1
+
+
+def as_bars(frame: pd.DataFrame) -> Bars:
+    seen = Provenance(
+        source="yahoo", fetched_at=datetime(2010, 1, 1, tzinfo=UTC), last_session=frame.index[-1], stale=True
+    )
+    return Bars(symbol="AAPL", frame=frame, provenance=seen, report=BarsReport())
+
+
+def test_what_stopped_trading_is_not_trained(make_bars):
+    bars = as_bars(make_bars(n=100))
+    last = bars.frame.index[-1]
+    refuse_delisted(bars, (last + pd.Timedelta(days=10)).tz_localize("UTC").to_pydatetime())
+    with pytest.raises(DataError, match=r"no bar since .* delisted .* --source csv:DIR"):
+        refuse_delisted(bars, (last + pd.Timedelta(days=30)).tz_localize("UTC").to_pydatetime())

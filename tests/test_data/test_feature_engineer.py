@@ -1,6 +1,6 @@
 """Features against the plain pandas formulas that the registry states."""
 
-import subprocess
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -214,11 +214,14 @@ def test_the_command_prints_names_or_the_page(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out == features_table() + "\n"
 
 
-def test_the_command_runs_as_a_module() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "data.feature_engineer"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split() == get_feature_columns()
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_the_command_runs_as_a_module(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["feature_engineer"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("data.feature_engineer", run_name="__main__")
+    assert capsys.readouterr().out.split() == get_feature_columns()
 
 
 def test_real_bars_give_finite_features_free_of_scale(market_dir: Path) -> None:

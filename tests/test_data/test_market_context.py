@@ -21,7 +21,7 @@ from data.feature_engineer import (
     refuse_earlier_closes,
     warmup_bars,
 )
-from data.markets import calendar_for
+from data.schema import calendar_for
 from data.target_engineering import build_dataset
 from utils.errors import AIStocksError, DataError, UsageError
 
@@ -124,7 +124,7 @@ def test_a_bar_sees_the_close_of_its_session_and_none_after() -> None:
     bar_days=st.sets(st.integers(0, 40), min_size=1),
     other_days=st.dictionaries(st.integers(-10, 45), st.one_of(st.none(), st.floats(1.0, 99.0)), min_size=1),
 )
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=80)
 def test_alignment_is_that_of_a_naive_loop(bar_days: set[int], other_days: dict[int, float | None]) -> None:
     first = pd.Timestamp("2024-01-01")
     bars = pd.DataFrame(index=pd.DatetimeIndex([first + pd.Timedelta(days=d) for d in sorted(bar_days)]))
@@ -245,11 +245,11 @@ def test_symbols_that_close_before_new_york_are_refused() -> None:
 @pytest.mark.parametrize("symbol", ["AAPL", "RY.TO", "BTC-USD", "EURUSD=X", "ES=F"])
 def test_who_is_let_in_closes_no_earlier(symbol: str) -> None:
     ours, theirs = calendar_for(symbol), calendar_for("AAPL")
-    both, mine, york = np.intersect1d(ours._days, theirs._days, return_indices=True)
+    both, mine, york = np.intersect1d(ours.days, theirs.days, return_indices=True)
     recent = both >= np.datetime64("2010-01-01")
     # Half days differ by a few minutes to hours on some exchanges; 16:00 sessions are what counts.
-    full = theirs._closes[york] - both.astype("datetime64[s]") >= np.timedelta64(20 * 3600, "s")
-    early = ours._closes[mine][recent & full] < theirs._closes[york][recent & full]
+    full = theirs.closes[york] - both.astype("datetime64[s]") >= np.timedelta64(20 * 3600, "s")
+    early = ours.closes[mine][recent & full] < theirs.closes[york][recent & full]
     assert early.mean() < 0.01
 
 

@@ -1,8 +1,9 @@
-"""What is mended, what is refused, and that a symbol never becomes a path."""
+"""What is mended, what is refused, that no symbol becomes a path; sessions from far past to far future."""
 
 import re
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta, timezone
 
+import exchange_calendars
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,17 +14,12 @@ from data.schema import (
     BAR_COLUMNS,
     RAW_COLUMNS,
     BarsReport,
-    CorruptTableError,
-    QualityLimits,
-    TableMeta,
     bars_hash,
+    calendar_for,
+    calendar_name,
     check_enough,
     clean_bars,
-    decode_table,
-    encode_table,
     normalise_symbol,
-    seal,
-    unseal,
 )
 from utils.errors import DataError, InsufficientDataError, InvalidSymbolError, UsageError
 from utils.model_paths import symbol_dir
@@ -74,7 +70,7 @@ def test_what_is_no_symbol_is_refused_and_safe_to_show(bad):
 
 
 @given(st.text(max_size=40))
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 def test_no_text_escapes_a_folder(tmp_path_factory, text):
     root = tmp_path_factory.getbasetemp()
     try:
@@ -277,11 +273,6 @@ def test_what_cannot_be_bars_is_refused_in_words(raw, spoil, words):
         clean_bars(spoil(raw))
 
 
-def test_a_limit_can_be_set(raw):
-    raw.iloc[10:50, 3] = np.nan
-    assert clean_bars(raw, limits=QualityLimits(interior_nan=0.2))[1].interior_nan == 40
-
-
 def test_the_hash_sees_every_bit_and_date(make_bars):
     frame = make_bars(50)
     same = bars_hash(frame)
@@ -302,28 +293,135 @@ def test_too_few_bars_say_need_and_have(make_bars):
         check_enough(make_bars(30), 756, "training")
 
 
-def test_a_table_survives_the_disk_to_the_last_bit(raw):
-    raw.iloc[3, 2] = np.nan
-    back = decode_table(encode_table(raw))
-    assert bars_hash(back) == bars_hash(raw)
-    assert tuple(back.columns) == RAW_COLUMNS
+# -- sessions
 
 
-def test_a_seal_breaks_at_every_byte():
-    meta = TableMeta(
-        symbol="AAPL",
-        source="yahoo",
-        last_session=date(2024, 1, 2),
-        fetched_at=datetime(2024, 1, 3, tzinfo=UTC),
-        file="bars-0123456789abcdef.parquet",
-    )
-    sealed = seal(meta)
-    assert unseal(sealed) == meta
-    for position in range(len(sealed)):
-        flipped = bytearray(sealed)
-        flipped[position] ^= 0x01
-        with pytest.raises(CorruptTableError):
-            unseal(bytes(flipped))
-    with pytest.raises(CorruptTableError):
-        unseal(sealed[:-4])
-    assert unseal(seal(meta.model_copy(update={"schema_version": 0}))) is None
+NYSE = calendar_for("AAPL")
+ORACLE = exchange_calendars.get_calendar("XNYS", start="1969-01-01", end="2027-12-31")
+
+
+def days(*texts: str) -> pd.DatetimeIndex:
+    return pd.DatetimeIndex(texts)
+
+
+@pytest.mark.parametrize(
+    ("symbol", "name"),
+    [
+        ("AAPL", "XNYS"), ("BRK-B", "XNYS"), ("^GSPC", "XNYS"), ("VOD.L", "XLON"), ("7203.T", "XTKS"),
+        ("005930.KS", "XKRX"), ("SAP.DE", "XETR"), ("^N225", "XTKS"), ("BTC-USD", "24/7"),
+        ("ETH-EUR", "24/7"), ("EURUSD=X", "weekdays"), ("ES=F", "CMES"), ("QNBK.QA", "unmapped"),
+    ],
+)  # fmt: skip
+def test_the_symbol_names_its_exchange(symbol, name):
+    assert calendar_name(symbol) == name
+
+
+def test_every_mapped_exchange_exists():
+    from data.schema import _INDICES, _SUFFIXES
+
+    known = set(exchange_calendars.get_calendar_names())
+    assert {*_SUFFIXES.values(), *_INDICES.values()} <= known
+
+
+@pytest.mark.parametrize(
+    ("after", "expected"),
+    [
+        ("2025-01-08", "2025-01-10"),  # day of mourning for a president
+        ("2024-11-27", "2024-11-29"),  # Thanksgiving, then a half day that counts
+        ("2024-03-28", "2024-04-01"),  # Good Friday
+        ("2024-07-03", "2024-07-05"),
+        ("2012-10-26", "2012-10-31"),  # hurricane
+        ("2024-06-15", "2024-06-17"),  # asked on a Saturday
+        ("2024-12-31", "2025-01-02"),
+    ],
+)
+def test_the_next_session_skips_what_the_exchange_skips(after, expected):
+    assert list(NYSE.next_sessions(pd.Timestamp(after), 1)) == [pd.Timestamp(expected)]
+
+
+def test_next_sessions_reach_252_ahead_of_today_and_name_the_end():
+    today = pd.Timestamp.now().normalize()
+    for symbol in ("AAPL", "BTC-USD", "EURUSD=X", "600000.SS", "RELIANCE.NS", "QNBK.QA"):
+        ahead = calendar_for(symbol).next_sessions(today, 252)
+        assert len(ahead) == 252
+        assert ahead[0] > today
+        assert ahead.is_unique
+        assert ahead.is_monotonic_increasing
+    with pytest.raises(UsageError, match="it has 0 sessions after"):
+        NYSE.next_sessions(pd.Timestamp("2200-01-01"), 5)
+
+
+@given(st.dates(date(1970, 1, 2), date(2024, 12, 1)), st.integers(1, 252))
+@settings(deadline=None, max_examples=60)
+def test_next_sessions_agree_with_the_library(day, count):
+    found = NYSE.next_sessions(pd.Timestamp(day), count)
+    expected = ORACLE.sessions[ORACLE.sessions > pd.Timestamp(day)][:count]
+    np.testing.assert_array_equal(found.to_numpy().astype("M8[D]"), expected.to_numpy().astype("M8[D]"))
+    assert NYSE.sessions_between(pd.Timestamp(day), found[-1]) == count
+    assert NYSE.sessions_between(found[-1], pd.Timestamp(day)) == -count
+
+
+def test_sessions_reach_back_to_1970():
+    assert list(NYSE.next_sessions(pd.Timestamp("1970-01-01"), 1)) == [pd.Timestamp("1970-01-02")]
+    assert NYSE.sessions_between(pd.Timestamp("1979-12-31"), pd.Timestamp("1980-12-31")) == 253
+
+
+@pytest.mark.parametrize(
+    ("symbol", "now", "last"),
+    [
+        ("AAPL", "2024-06-14T19:59:59", "2024-06-13"),
+        ("AAPL", "2024-06-14T20:00:00", "2024-06-14"),
+        ("AAPL", "2024-06-16T12:00:00", "2024-06-14"),
+        ("AAPL", "2024-11-29T17:59:00", "2024-11-27"),  # half day closes at 13:00 in New York
+        ("AAPL", "2024-11-29T18:00:00", "2024-11-29"),
+        ("AAPL", "2024-03-11T19:59:00", "2024-03-08"),  # first session of summer time
+        ("AAPL", "2024-03-11T20:00:00", "2024-03-11"),
+        ("AAPL", "2024-11-04T20:30:00", "2024-11-01"),  # first session of winter time
+        ("7203.T", "2024-06-14T06:00:00", "2024-06-14"),
+        ("BTC-USD", "2024-06-16T12:00:00", "2024-06-15"),
+        ("EURUSD=X", "2024-06-16T12:00:00", "2024-06-14"),
+    ],
+)
+def test_the_last_closed_session(symbol, now, last):
+    moment = datetime.fromisoformat(now).replace(tzinfo=UTC)
+    assert calendar_for(symbol).last_closed_session(moment) == pd.Timestamp(last)
+    tokyo = moment.astimezone(timezone(timedelta(hours=9)))
+    assert calendar_for(symbol).last_closed_session(tokyo) == pd.Timestamp(last)
+
+
+def test_a_moment_needs_a_zone_and_a_place_in_the_calendar():
+    with pytest.raises(UsageError, match="no time zone"):
+        NYSE.last_closed_session(datetime.fromisoformat("2024-01-01"))
+    with pytest.raises(UsageError, match="not 2300-01-01"):
+        NYSE.last_closed_session(datetime(2300, 1, 1, tzinfo=UTC))
+
+
+def test_gaps_and_closed_days_are_found():
+    held = days("2024-12-23", "2024-12-26", "2024-12-28")
+    assert list(NYSE.missing(held)) == list(days("2024-12-24", "2024-12-27"))
+    assert list(NYSE.off_calendar(held)) == list(days("2024-12-28"))
+    assert len(NYSE.missing(held[:0])) == 0
+
+
+def test_nothing_is_missing_where_nothing_is_known():
+    assert len(calendar_for("QNBK.QA").missing(days("2024-01-07", "2024-03-07"))) == 0
+    assert len(calendar_for("QNBK.QA").off_calendar(days("2024-01-07", "2024-03-10"))) == 0
+    assert len(calendar_for("7203.T").missing(days("1980-01-07", "1990-03-07"))) == 0
+
+
+def test_years_have_their_sessions():
+    assert [calendar_for(symbol).sessions_per_year for symbol in ("AAPL", "BTC-USD", "EURUSD=X")] == [
+        252,
+        365,
+        260,
+    ]
+
+
+@settings(deadline=None, max_examples=60)
+@given(offsets=st.lists(st.integers(0, 400), max_size=120))
+def test_gaps_are_those_of_the_set_difference(offsets: list[int]):
+    """The slow oracle; dates may be doubled, in any order, and on days without a session."""
+    dates = pd.DatetimeIndex(pd.Timestamp("2024-01-01") + pd.to_timedelta(offsets, unit="D"))
+    inside = ORACLE.sessions[(ORACLE.sessions >= dates.min()) & (ORACLE.sessions <= dates.max())]
+    assert list(NYSE.missing(dates)) == sorted(set(inside) - set(dates))
+    assert list(NYSE.off_calendar(dates)) == sorted(set(dates) - set(inside))

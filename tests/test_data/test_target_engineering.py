@@ -1,52 +1,36 @@
 """Targets against plain formulas, what is known when, and the panel that learners read."""
 
 import time
+import tomllib
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from data import target_engineering
 from data.feature_engineer import MAX_WARMUP_BARS, engineer_features, get_feature_columns
 from data.indicators import MIN_SIGMA_LOG
+from data.schema import bars_hash
 from data.target_engineering import (
     DEFAULT_HORIZON_BARS,
     HAR_SPANS_BARS,
     HAR_WEIGHTS,
+    UNIVERSES_FILE,
     Dataset,
-    annualise_simple,
     build_dataset,
     daily_volatility_log,
-    log_from_simple,
     make_target,
-    rescale_log,
     rescale_sigma,
-    simple_from_log,
+    resolve_universe,
+    universe_mean,
 )
-from utils.errors import DataError, InsufficientDataError, UsageError
+from utils.errors import DataError, InsufficientDataError, InvalidSymbolError, UsageError
 
 MakeBars = Callable[..., pd.DataFrame]
 TARGETS = ("target_log", "target_scaled", "label_end")
-
-
-# --- returns ---------------------------------------------------------------------------------------
-
-
-@given(value=st.floats(-0.999, 50.0))
-@settings(max_examples=100, deadline=None)
-def test_log_and_simple_are_each_others_inverse(value: float) -> None:
-    assert simple_from_log(log_from_simple(value)) == pytest.approx(value, rel=1e-12, abs=1e-15)
-
-
-def test_converters_agree_with_compounding() -> None:
-    assert simple_from_log(np.log(1.21)) == pytest.approx(0.21)
-    assert rescale_log(np.array([0.05]), from_bars=5, to_bars=1)[0] == pytest.approx(0.01)
-    assert rescale_sigma(np.array([0.02]), from_bars=1, to_bars=25)[0] == pytest.approx(0.10)
-    assert annualise_simple(np.array([0.01]), bars=21, bars_per_year=252)[0] == pytest.approx(1.01**12 - 1)
 
 
 # --- volatility ------------------------------------------------------------------------------------
@@ -68,6 +52,10 @@ def test_volatility_is_its_formula(make_bars: MakeBars) -> None:
     bars = make_bars(n=700, seed=4)
     np.testing.assert_allclose(daily_volatility_log(bars), slow_volatility(bars), rtol=1e-9)
     assert sum(HAR_WEIGHTS) == pytest.approx(1.0)
+
+
+def test_variances_add_up() -> None:
+    assert rescale_sigma(np.array([0.02]), from_bars=1, to_bars=25)[0] == pytest.approx(0.10)
 
 
 def test_volatility_follows_the_volatility(make_bars: MakeBars) -> None:
@@ -336,3 +324,100 @@ def test_a_panel_of_every_symbol_at_hand_is_quick(market_dir: Path) -> None:
     assert time.process_time() - start < 3.0
     assert len(panel) > 50_000
     assert panel.dropped_rows == 0
+
+
+# -- sets of symbols
+
+
+@pytest.mark.parametrize(("name", "size"), [("us50", 50), ("sectors11", 11), ("core5", 5)])
+def test_named_sets_have_their_size_and_their_caveat(name, size):
+    universe = tomllib.loads(UNIVERSES_FILE.read_text(encoding="utf-8"))[name]
+    assert len(universe["symbols"]) == len(set(universe["symbols"])) == size
+    assert isinstance(universe["selected_on"], date)
+    assert universe["rule"]
+    assert universe["caveat"]
+    assert resolve_universe(name) == resolve_universe(f" {name} ") == tuple(universe["symbols"])
+
+
+def test_the_core_is_part_of_the_fifty():
+    assert set(resolve_universe("core5")) <= set(resolve_universe("us50"))
+
+
+@pytest.mark.parametrize(
+    ("spec", "symbols"),
+    [
+        ("aapl", ("AAPL",)),
+        ("AAPL,msft, brk.b ,AAPL", ("AAPL", "MSFT", "BRK-B")),
+        ("MSFT,,IBM,", ("MSFT", "IBM")),
+    ],
+)
+def test_symbols_joined_by_commas(spec, symbols):
+    assert resolve_universe(spec) == symbols
+
+
+def test_a_file_of_symbols(tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_text("# mine\naapl\n\nMSFT  # the other\nAAPL\n")
+    assert resolve_universe(str(path)) == ("AAPL", "MSFT")
+    path.write_text("# nothing yet\n")
+    with pytest.raises(UsageError, match="names no symbol: use us50, sectors11, core5"):
+        resolve_universe(str(path))
+
+
+@pytest.mark.parametrize("spec", ["", " ", ",", "./absent.txt", "absent.txt", "./\0.txt"])
+def test_what_names_nothing_is_refused(spec):
+    with pytest.raises(UsageError):
+        resolve_universe(spec)
+
+
+def test_a_symbol_that_is_none_is_refused():
+    with pytest.raises(InvalidSymbolError):
+        resolve_universe("AAPL,..")
+
+
+def test_a_universe_file_that_is_no_text_is_a_usage_error_and_a_byte_order_mark_is_not_a_symbol(tmp_path):
+    junk = tmp_path / "junk.txt"
+    junk.write_bytes(bytes(range(128, 256)))
+    with pytest.raises(UsageError, match="not a text file"):
+        resolve_universe(str(junk))
+    marked = tmp_path / "marked.txt"
+    marked.write_bytes("\ufeffAAPL\nMSFT\n".encode())
+    assert resolve_universe(str(marked)) == ("AAPL", "MSFT")
+
+
+# -- the mean of a universe
+
+
+def test_the_mean_grows_by_the_mean_return(make_bars):
+    frames = {name: make_bars(n=50, seed=seed) for seed, name in enumerate(["AAA", "BBB"])}
+    close = universe_mean(frames)["Close"]
+    assert close.iloc[0] == 1.0
+    mean = sum(np.log(frame["Close"]).diff() for frame in frames.values()) / 2
+    np.testing.assert_allclose(np.log(close).diff().iloc[1:], mean.iloc[1:], rtol=1e-9, atol=1e-14)
+
+
+def test_a_symbol_that_joins_or_pauses_makes_no_jump(make_bars):
+    one, late = make_bars(n=60), make_bars(n=60, seed=1) * 1000.0
+    close = universe_mean({"AAA": one, "BBB": late.iloc[30:].drop(late.index[40])})["Close"]
+    assert list(close.index) == list(one.index)
+    returns = np.log(close).diff()
+    own = np.log(one["Close"]).diff()
+    for row in (*range(1, 31), 40):
+        assert returns.iloc[row] == pytest.approx(own.iloc[row], abs=1e-12)
+    over_the_pause = np.log(late["Close"].iloc[41] / late["Close"].iloc[39])
+    assert returns.iloc[41] == pytest.approx((own.iloc[41] + over_the_pause) / 2, abs=1e-12)
+
+
+def test_the_mean_knows_nothing_of_later_bars(make_bars):
+    frames = {name: make_bars(n=120, seed=seed) for seed, name in enumerate(["AAA", "BBB", "CCC"])}
+    whole = universe_mean(frames)
+    for cut in (1, 2, 57, 119):
+        part = universe_mean({name: frame.iloc[:cut] for name, frame in frames.items()})
+        assert bars_hash(part) == bars_hash(whole.iloc[:cut])
+
+
+def test_the_mean_needs_symbols_that_close_together(make_bars):
+    with pytest.raises(UsageError, match="no symbol"):
+        universe_mean({})
+    with pytest.raises(UsageError, match=r"close together, these follow 24/7, XNYS"):
+        universe_mean({"AAPL": make_bars(n=30), "BTC-USD": make_bars(n=30)})

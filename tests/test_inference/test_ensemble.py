@@ -6,13 +6,9 @@ import pytest
 import xgboost
 from sklearn.preprocessing import RobustScaler
 
-from inference.ensemble import (
-    EMBARGO_BARS,
+from inference.ensemble import EMBARGO_BARS, SignalRows, SimpleEnsemble, calibrate, overlap_error
+from inference.load_gbm_models import (
     BoosterEnsemble,
-    SignalRows,
-    SimpleEnsemble,
-    calibrate,
-    overlap_error,
     predict_booster,
     select_scaled,
     shap_values,

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata as package_metadata
@@ -27,14 +28,15 @@ from data.feature_engineer import feature_set_hash, get_feature_columns
 from inference import artifact
 from inference import load_gbm_models as store
 from inference.artifact import new_version_id
-from inference.ensemble import BoosterEnsemble, calibrate
+from inference.ensemble import calibrate
 from inference.load_gbm_models import (
+    BoosterEnsemble,
     GBMBundle,
     PathModel,
     load_bundle,
-    rollback,
     save_bundle,
 )
+from tests.test_inference.conftest import plant, reseal
 from utils.errors import (
     AIStocksError,
     ModelCorruptError,
@@ -42,7 +44,15 @@ from utils.errors import (
     ModelMissingError,
     StorageError,
 )
-from utils.model_paths import KEEP_VERSIONS, current_version, linked_version, list_symbols, list_versions
+from utils.model_paths import (
+    GBM,
+    KEEP_VERSIONS,
+    current_version,
+    linked_version,
+    list_symbols,
+    list_versions,
+    roll_back,
+)
 
 COLUMNS = tuple(get_feature_columns()[:4])
 
@@ -93,13 +103,10 @@ GOLDEN = np.random.default_rng(9).normal(size=(6, 4)).astype(np.float32)
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two versions, the second verified by a fresh process like any real one."""
     root = tmp_path_factory.mktemp("models")
+    early = {**make_bundle().metadata, "model_version": "20200101T000000-a", "seed": 1}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "verify_in_fresh_process", lambda folder: None)
-        first = replace(
-            make_bundle(seed=1),
-            metadata={**make_bundle(seed=1).metadata, "model_version": "20200101T000000-a"},
-        )
-        save_bundle(first, root, golden_inputs=GOLDEN)
+        patch.setattr(artifact, "verify_in_fresh_process", lambda *_: None)
+        save_bundle(replace(make_bundle(seed=1), metadata=early), root, golden_inputs=GOLDEN)
     save_bundle(make_bundle(seed=2), root, golden_inputs=GOLDEN)
     return root
 
@@ -110,25 +117,13 @@ def models(saved: Path, tmp_path: Path) -> Path:
     return tmp_path / "models"
 
 
-def reseal(folder: Path, **changes: object) -> None:
-    """Write a manifest whose seal is right, as somebody would who may write into the folder."""
-    document = json.loads((folder / "manifest.json").read_bytes())
-    document.pop("seal")
-    body = json.dumps({**document, **changes}).encode()
-    seal = hashlib.sha256(body).hexdigest().encode()
-    (folder / "manifest.json").write_bytes(b'{"seal": "%s",' % seal + body[1:])
-
-
-def plant(folder: Path, name: str, content: bytes) -> None:
-    """Put other content in the place of a file, with a manifest that vouches for it."""
-    (folder / name).write_bytes(content)
-    files = json.loads((folder / "manifest.json").read_bytes())["files"]
-    reseal(folder, files={**files, name: hashlib.sha256(content).hexdigest()})
-
-
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "verify_in_fresh_process", lambda folder: None)
+    monkeypatch.setattr(artifact, "verify_in_fresh_process", lambda *_: None)
+
+
+def read_metadata(root: Path) -> Mapping[str, object]:
+    return store.describe_linked(linked_version(root, "AAPL")).metadata
 
 
 def test_what_is_loaded_forecasts_what_was_saved(models: Path):
@@ -139,7 +134,7 @@ def test_what_is_loaded_forecasts_what_was_saved(models: Path):
     assert loaded.ensemble.selected_features == COLUMNS[:3]
     assert loaded.record["date"].iloc[0] == pd.Timestamp("2020-01-01")
     assert list_symbols(models) == ["AAPL"]
-    assert store.read_metadata(models, "AAPL")["seed"] == 2
+    assert read_metadata(models)["seed"] == 2
 
 
 def test_a_symbol_without_a_model_names_the_command(models: Path):
@@ -211,7 +206,9 @@ def with_paths(bundle: GBMBundle) -> GBMBundle:
 @pytest.fixture(scope="module")
 def saved_paths(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("paths")
-    save_bundle(with_paths(make_bundle(seed=2)), root, golden_inputs=GOLDEN)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(artifact, "verify_in_fresh_process", lambda *_: None)
+        save_bundle(with_paths(make_bundle(seed=2)), root, golden_inputs=GOLDEN)
     return root
 
 
@@ -434,25 +431,25 @@ def test_a_bundle_of_the_release_before_must_be_trained_again(models: Path):
     with pytest.raises(ModelIncompatibleError, match=r"schema 1.*train again with --overwrite"):
         load_bundle(models, "AAPL")
     with pytest.raises(ModelIncompatibleError, match="schema 1"):
-        store.read_metadata(models, "AAPL")
+        read_metadata(models)
 
 
 def test_columns_that_are_not_computed_any_more_are_named(models: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(artifact, "expected_features", lambda: (COLUMNS[2:], feature_set_hash()))
-    for read in (load_bundle, store.read_metadata):
+    for read in (lambda root: load_bundle(root, "AAPL"), read_metadata):
         with pytest.raises(ModelIncompatibleError, match=rf"{COLUMNS[0]}, {COLUMNS[1]}: train again with"):
-            read(models, "AAPL")
+            read(models)
 
 
 def test_features_that_are_computed_differently_must_be_trained_again(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(artifact, "expected_features", lambda: (COLUMNS, "another hash"))
-    for read in (load_bundle, store.read_metadata):
+    for read in (lambda root: load_bundle(root, "AAPL"), read_metadata):
         with pytest.raises(
             ModelIncompatibleError, match=r"computed differently .*train again with --overwrite"
         ):
-            read(models, "AAPL")
+            read(models)
 
 
 @pytest.mark.usefixtures("quick")
@@ -530,19 +527,10 @@ def test_a_link_that_dangles_or_loops_is_served_around(models: Path, target: str
     loaded = load_bundle(models, "AAPL")
     assert loaded.metadata["seed"] == 2
     assert f"{loaded.model_version} serves instead" in loaded.warnings[0]
-    assert store.read_metadata(models, "AAPL")["seed"] == 2
+    assert read_metadata(models)["seed"] == 2
     link.unlink()
     link.symlink_to("versions/20200101T000000-b")
     assert load_bundle(models, "AAPL").metadata["seed"] == 1, "never a newer one than the link named"
-
-
-def test_the_command_line_verifies_one_version(models: Path, capsys: pytest.CaptureFixture[str]):
-    folder = current_version(models, "AAPL")
-    assert store.main([str(folder)]) == 0
-    assert capsys.readouterr() == (f"{artifact.VERIFIED}\n", "")
-    (folder / "scaler.joblib").write_bytes(b"")
-    assert store.main([str(folder)]) == 5
-    assert "scaler.joblib is not the file that was saved" in capsys.readouterr().err
 
 
 def test_a_verification_that_hangs_is_given_up(models: Path, monkeypatch: pytest.MonkeyPatch):
@@ -554,8 +542,8 @@ def test_a_verification_that_hangs_is_given_up(models: Path, monkeypatch: pytest
 
 def test_when_every_version_is_damaged_the_answer_is_an_error(models: Path):
     for folder in list_versions(models, "AAPL"):
-        (folder / "scaler.joblib").write_bytes(b"")
-    with pytest.raises(ModelCorruptError):
+        (folder / "xgb_model.joblib").write_bytes(b"")
+    with pytest.raises(ModelCorruptError, match=r"xgb_model\.joblib is not the file .*: train again with"):
         load_bundle(models, "AAPL")
 
 
@@ -628,10 +616,10 @@ def test_other_library_versions_that_forecast_differently_are_named(
 
 
 def test_rollback_serves_the_earlier_version_and_stops_at_the_first(models: Path):
-    rollback(models, "AAPL")
+    roll_back(models, "AAPL", GBM, store.load_folder)
     assert load_bundle(models, "AAPL").metadata["seed"] == 1
     with pytest.raises(ModelMissingError, match="no version before"):
-        rollback(models, "AAPL")
+        roll_back(models, "AAPL", GBM, store.load_folder)
 
 
 @pytest.mark.usefixtures("quick")
@@ -671,9 +659,8 @@ KILLED = textwrap.dedent(
     sys.path[:0] = [{tests!r}, {root!r}]
     from pathlib import Path
     import test_load_gbm_models as case
-    from inference import load_gbm_models as store
-    store.verify_in_fresh_process = lambda folder: None
-    countdown = int(sys.argv[2])
+    from inference import artifact
+    artifact.verify_in_fresh_process = lambda *_: None
     real = os.fsync
     def counted(descriptor):
         global countdown
@@ -682,20 +669,31 @@ KILLED = textwrap.dedent(
             os.kill(os.getpid(), 9)
         real(descriptor)
     os.fsync = counted
-    store.save_bundle(case.make_bundle(seed=7), Path(sys.argv[1]), golden_inputs=case.GOLDEN)
+    for number in sys.argv[2:]:
+        countdown = int(number)
+        if (child := os.fork()) == 0:
+            case.save_bundle(case.make_bundle(seed=7), Path(sys.argv[1], number), golden_inputs=case.GOLDEN)
+            os._exit(0)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
     """
 )
 
 
-@pytest.mark.parametrize("after_flushes", [3, 12, 13, 99])
-def test_kill_9_while_saving_leaves_old_or_new_never_a_mixture(models: Path, after_flushes: int):
-    here = Path(__file__).resolve()
+def test_kill_9_while_saving_leaves_old_or_new_never_a_mixture(saved: Path, tmp_path: Path):
+    here, after_flushes = Path(__file__).resolve(), ["3", "12", "13", "99"]
+    for number in after_flushes:
+        shutil.copytree(saved, tmp_path / number, symlinks=True)
     script = KILLED.format(tests=str(here.parent), root=str(here.parents[2]))
-    done = subprocess.run([sys.executable, "-c", script, str(models), str(after_flushes)], check=False)
-    assert done.returncode in (0, -signal.SIGKILL)
-    loaded = load_bundle(models, "AAPL")
-    assert loaded.metadata["seed"] in ((7,) if done.returncode == 0 else (2, 7))
-    assert not loaded.warnings
+    command = [sys.executable, "-c", script, str(tmp_path), *after_flushes]
+    # With more threads than one, what OpenMP started would not be there after a fork.
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=env, timeout=200)
+    codes = [int(line) for line in done.stdout.split()]
+    assert codes == [-signal.SIGKILL] * 3 + [0]
+    for number, code in zip(after_flushes, codes, strict=True):
+        loaded = load_bundle(tmp_path / number, "AAPL")
+        assert loaded.metadata["seed"] in ((7,) if code == 0 else (2, 7))
+        assert not loaded.warnings
 
 
 def test_versions_of_one_second_keep_their_order():

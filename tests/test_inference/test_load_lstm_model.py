@@ -1,8 +1,6 @@
 """The network's bundle: served without TensorFlow, refused when damaged, and no row sees a later one."""
 
-import hashlib
 import io
-import json
 import shutil
 import subprocess
 import sys
@@ -32,6 +30,7 @@ from inference.load_lstm_model import (
 )
 from inference.pipeline import BundleForecaster, decide
 from inference.position_sizing import make_sizer
+from tests.test_inference.conftest import plant
 from utils.errors import ModelCorruptError, ModelIncompatibleError, ModelMissingError
 from utils.model_paths import LSTM, current_version, list_versions, roll_back
 
@@ -91,7 +90,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
     first = make_bundle(seed=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "verify_in_fresh_process", lambda folder: None)
+        patch.setattr(artifact, "verify_in_fresh_process", lambda *_: None)
         early = {**first.metadata, "model_version": "20200101T000000-a"}
         save_bundle(replace(first, metadata=early), root, golden_inputs=GOLDEN)
     save_bundle(make_bundle(seed=2), root, golden_inputs=GOLDEN)
@@ -102,23 +101,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def models(saved: Path, tmp_path: Path) -> Path:
     shutil.copytree(saved, tmp_path / "models", symlinks=True)
     return tmp_path / "models"
-
-
-def reseal(folder: Path, **changes: object) -> None:
-    """Write a manifest whose seal is right, as somebody would who may write into the folder."""
-    document = json.loads((folder / "manifest.json").read_bytes())
-    document.pop("seal")
-    body = json.dumps({**document, **changes}).encode()
-    (folder / "manifest.json").write_bytes(
-        b'{"seal": "%s",' % hashlib.sha256(body).hexdigest().encode() + body[1:]
-    )
-
-
-def plant(folder: Path, name: str, content: bytes) -> None:
-    """Put other content in the place of a file, with a manifest that vouches for it."""
-    (folder / name).write_bytes(content)
-    files = json.loads((folder / "manifest.json").read_bytes())["files"]
-    reseal(folder, files={**files, name: hashlib.sha256(content).hexdigest()})
 
 
 def npz(**arrays: np.ndarray) -> bytes:

@@ -15,7 +15,7 @@ from inference.intervals import centre_log
 from inference.load_gbm_models import GBMBundle, PathModel
 from inference.pipeline import (
     FORECAST_COLUMNS,
-    GBMForecaster,
+    BundleForecaster,
     backtest_decisions,
     decide,
     path_ahead,
@@ -59,7 +59,7 @@ def bundle(bars) -> GBMBundle:
 class Peeker:
     """A forecaster with a planted fault: it knows the next close."""
 
-    inner: GBMForecaster
+    inner: BundleForecaster
 
     @property
     def horizon_bars(self) -> int:
@@ -89,17 +89,17 @@ ROWS = (3, 260, 460, 520, 799, 800, 850, 899)
 
 @pytest.mark.parametrize("sizing", PRESETS)
 def test_a_decision_does_not_change_when_later_bars_arrive(bundle, bars, sizing: str):
-    assert changed_by_the_future(GBMForecaster(bundle=bundle), make_sizer(sizing), bars, ROWS) == []
+    assert changed_by_the_future(BundleForecaster(bundle=bundle), make_sizer(sizing), bars, ROWS) == []
 
 
 def test_a_forecaster_that_peeks_is_caught(bundle, bars):
-    peeker = Peeker(GBMForecaster(bundle=bundle))
+    peeker = Peeker(BundleForecaster(bundle=bundle))
     changed = changed_by_the_future(peeker, make_sizer("calibrated"), bars, ROWS)
     assert {"expected_return", "target_weight"} <= set(changed)
 
 
 def test_the_record_is_used_where_it_reaches_and_the_model_after_it(bundle, bars):
-    frame = GBMForecaster(bundle=bundle).forecast(bars)
+    frame = BundleForecaster(bundle=bundle).forecast(bars)
     assert set(FORECAST_COLUMNS) <= set(frame.columns)
     record = bundle.record.set_index("date")
     inside = frame.loc[record.index]
@@ -114,7 +114,7 @@ def test_the_record_is_used_where_it_reaches_and_the_model_after_it(bundle, bars
 
 
 def test_in_sample_rows_come_only_when_asked_and_are_marked(bundle, bars):
-    asked = GBMForecaster(bundle=bundle, include_in_sample=True).forecast(bars)
+    asked = BundleForecaster(bundle=bundle, include_in_sample=True).forecast(bars)
     extra = asked["expected_return"].notna() & ~asked["is_out_of_sample"]
     assert extra.sum() > 100
     assert asked.index[extra][-1] < bundle.record["date"].min()
@@ -123,22 +123,22 @@ def test_in_sample_rows_come_only_when_asked_and_are_marked(bundle, bars):
 def test_without_an_edge_the_position_after_training_is_passive(bundle, bars):
     no_edge = replace(bundle, metadata={**bundle.metadata, "verdict": {"label": "no-edge"}})
     sizer = make_sizer("calibrated")
-    weights = decide("AAPL", bars, GBMForecaster(bundle=no_edge), sizer).frame["target_weight"]
+    weights = decide("AAPL", bars, BundleForecaster(bundle=no_edge), sizer).frame["target_weight"]
     assert (weights.iloc[801:] == 1.0).all()
-    tilted = decide("AAPL", bars, GBMForecaster(bundle=bundle), sizer).frame["target_weight"]
+    tilted = decide("AAPL", bars, BundleForecaster(bundle=bundle), sizer).frame["target_weight"]
     assert (tilted.iloc[801:] != 1.0).any()
 
 
 def test_the_scale_of_prices_does_not_matter(bundle, bars):
     larger = bars.assign(**{name: bars[name] * 1_000.0 for name in ("Open", "High", "Low", "Close")})
     first, second = (
-        decide("AAPL", b, GBMForecaster(bundle=bundle), make_sizer()).frame for b in (bars, larger)
+        decide("AAPL", b, BundleForecaster(bundle=bundle), make_sizer()).frame for b in (bars, larger)
     )
     np.testing.assert_allclose(first["target_weight"], second["target_weight"], atol=1e-6)
 
 
 def test_the_path_ahead_starts_from_the_last_close(bundle, bars):
-    decisions = decide("AAPL", bars, GBMForecaster(bundle=bundle), make_sizer())
+    decisions = decide("AAPL", bars, BundleForecaster(bundle=bundle), make_sizer())
     dates = pd.bdate_range(bars.index[-1] + pd.Timedelta(days=1), periods=20)
     path = path_ahead(decisions, dates)
     last = decisions.frame.iloc[-1]
@@ -162,7 +162,7 @@ FURTHER = ["expected_log_h1", "expected_log_h20"]
 
 
 def test_forecasts_of_further_horizons_do_not_change_when_later_bars_arrive(with_paths, bars):
-    forecaster = GBMForecaster(bundle=with_paths)
+    forecaster = BundleForecaster(bundle=with_paths)
     assert changed_by_the_future(forecaster, make_sizer(), bars, ROWS) == []
     frame = forecaster.forecast(bars)
     newest = with_paths.record["date"].max()
@@ -181,12 +181,12 @@ class PathPeeker(Peeker):
 
 
 def test_a_path_that_peeks_is_caught(with_paths, bars):
-    peeker = PathPeeker(GBMForecaster(bundle=with_paths))
+    peeker = PathPeeker(BundleForecaster(bundle=with_paths))
     assert changed_by_the_future(peeker, make_sizer(), bars, ROWS) == ["expected_log_h20"]
 
 
 def test_a_forecast_of_a_further_horizon_is_in_its_own_volatility(with_paths, bars):
-    frame = GBMForecaster(bundle=with_paths).forecast(bars)
+    frame = BundleForecaster(bundle=with_paths).forecast(bars)
     ensemble = with_paths.path_models[1].ensemble
     features = engineer_features(bars)[list(ensemble.columns)].to_numpy(dtype=np.float32)[-1:]
     scaled = ensemble.calibration.apply(ensemble.combine(ensemble.per_model(features)))[0]
@@ -196,7 +196,7 @@ def test_a_forecast_of_a_further_horizon_is_in_its_own_volatility(with_paths, ba
 
 def test_further_horizons_shape_the_path_and_nothing_else(bundle, with_paths, bars):
     plain, bent = (
-        decide("AAPL", bars, GBMForecaster(bundle=each), make_sizer()) for each in (bundle, with_paths)
+        decide("AAPL", bars, BundleForecaster(bundle=each), make_sizer()) for each in (bundle, with_paths)
     )
     pd.testing.assert_frame_equal(bent.frame.drop(columns=FURTHER), plain.frame)
     dates, last = pd.bdate_range(bars.index[-1], periods=41)[1:], bent.frame.iloc[-1]
@@ -212,7 +212,7 @@ def test_further_horizons_shape_the_path_and_nothing_else(bundle, with_paths, ba
 def test_where_the_bars_end_inside_the_record_the_path_has_the_one_horizon(bundle, with_paths, bars):
     dates = pd.bdate_range("2020-01-01", periods=30)
     paths = [
-        path_ahead(decide("AAPL", bars.iloc[:700], GBMForecaster(bundle=each), make_sizer()), dates).prices
+        path_ahead(decide("AAPL", bars.iloc[:700], BundleForecaster(bundle=each), make_sizer()), dates).prices
         for each in (bundle, with_paths)
     ]
     assert np.isfinite(paths[0]).all()
@@ -232,23 +232,23 @@ def test_the_win_record_counts_resolved_forecasts_only():
 
 
 def test_features_are_taken_by_name_not_by_place(bundle, bars, monkeypatch: pytest.MonkeyPatch):
-    expected = GBMForecaster(bundle=bundle).forecast(bars)
+    expected = BundleForecaster(bundle=bundle).forecast(bars)
     shuffled = lambda frame: engineer_features(frame).iloc[:, ::-1]  # noqa: E731
     monkeypatch.setattr("inference.pipeline.engineer_features", shuffled)
-    pd.testing.assert_frame_equal(GBMForecaster(bundle=bundle).forecast(bars), expected)
+    pd.testing.assert_frame_equal(BundleForecaster(bundle=bundle).forecast(bars), expected)
 
 
 def test_a_feature_that_is_gone_is_named_and_never_filled(bundle, bars, monkeypatch: pytest.MonkeyPatch):
     without = lambda frame: engineer_features(frame).drop(columns=["rsi_14"])  # noqa: E731
     monkeypatch.setattr("inference.pipeline.engineer_features", without)
     with pytest.raises(ModelIncompatibleError, match="rsi_14"):
-        GBMForecaster(bundle=bundle).forecast(bars)
+        BundleForecaster(bundle=bundle).forecast(bars)
 
 
 def test_forecasts_made_from_other_prices_are_not_out_of_sample(bars, bundle, make_bars):
     """The record is joined by date: on another series of the same sessions it proves nothing."""
-    own = decide("AAPL", bars, GBMForecaster(bundle=bundle), make_sizer())
-    other = decide("AAPL", make_bars(n=900, seed=6), GBMForecaster(bundle=bundle), make_sizer())
+    own = decide("AAPL", bars, BundleForecaster(bundle=bundle), make_sizer())
+    other = decide("AAPL", make_bars(n=900, seed=6), BundleForecaster(bundle=bundle), make_sizer())
     replayed = own.frame.index <= bundle.record["date"].max()
     assert own.findings == ()
     assert own.frame["is_out_of_sample"].to_numpy()[replayed].sum() == len(bundle.record)
@@ -258,7 +258,7 @@ def test_forecasts_made_from_other_prices_are_not_out_of_sample(bars, bundle, ma
 
 
 def test_prices_restated_from_one_bar_on_are_noticed_there_and_scaled_prices_are_the_same(bars, bundle):
-    forecaster = GBMForecaster(bundle=bundle)
+    forecaster = BundleForecaster(bundle=bundle)
     split = 650
     restated = bars.copy()
     restated.iloc[split:, :4] *= 1.05
@@ -272,7 +272,7 @@ def test_prices_restated_from_one_bar_on_are_noticed_there_and_scaled_prices_are
 
 
 def test_whether_prices_are_others_is_known_at_the_bar(bars, bundle, make_bars):
-    forecaster, other = GBMForecaster(bundle=bundle), make_bars(n=900, seed=6)
+    forecaster, other = BundleForecaster(bundle=bundle), make_bars(n=900, seed=6)
     whole = forecaster.forecast(other)["is_of_other_prices"].to_numpy()
     for cut in range(480, 800, 40):
         part = forecaster.forecast(other.iloc[:cut])["is_of_other_prices"].to_numpy()
@@ -281,19 +281,19 @@ def test_whether_prices_are_others_is_known_at_the_bar(bars, bundle, make_bars):
 
 def test_without_an_edge_every_row_is_passive_and_live_forecasts_are_the_drift(bars, bundle):
     no_edge = replace(bundle, metadata={**bundle.metadata, "verdict": {"label": "no-edge"}})
-    frame = decide("AAPL", bars, GBMForecaster(bundle=no_edge), make_sizer()).frame
+    frame = decide("AAPL", bars, BundleForecaster(bundle=no_edge), make_sizer()).frame
     np.testing.assert_array_equal(frame["target_weight"], 1.0)
     live = np.asarray(frame.index > bundle.record["date"].max())
     assert live.any()
     np.testing.assert_allclose(frame["expected_log"][live], frame["baseline_log"][live])
-    lived = decide("AAPL", bars, GBMForecaster(bundle=no_edge, as_lived=True), make_sizer()).frame
+    lived = decide("AAPL", bars, BundleForecaster(bundle=no_edge, as_lived=True), make_sizer()).frame
     assert not np.allclose(lived["expected_log"][live], lived["baseline_log"][live])
 
 
 def test_a_backtest_begins_behind_the_last_forecast_of_other_prices(bars, bundle, make_bars):
     restated = bars.copy()
     restated.iloc[650:, :4] *= 1.05
-    forecaster = GBMForecaster(bundle=bundle)
+    forecaster = BundleForecaster(bundle=bundle)
     decisions = decide("AAPL", restated, forecaster, make_sizer())
     last = np.flatnonzero(decisions.frame["is_of_other_prices"])[-1]
     report = backtest_decisions(decisions, CostModel())

@@ -194,7 +194,6 @@ def test_a_question_reads_the_link_once(
         return linked_version(models_dir, symbol, kind)
 
     monkeypatch.setattr("service.model_registry.linked_version", counted)
-    monkeypatch.setattr("inference.load_gbm_models.linked_version", counted)
     registry.list()
     registry.get("AAPL")
     assert reads == ["AAPL", "AAPL"]

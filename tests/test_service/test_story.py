@@ -14,10 +14,10 @@ from fastapi.testclient import TestClient
 
 from app import create_app
 from data.data_fetcher import CsvSource, fetch_stock_data
-from data.markets import calendar_for
+from data.schema import calendar_for
+from inference.load_ensemble_model import forecaster_for, load_parts
 from inference.load_gbm_models import load_bundle
-from inference.modes import forecaster_for, load_parts
-from inference.pipeline import GBMForecaster, decide
+from inference.pipeline import BundleForecaster, decide
 from inference.position_sizing import make_sizer
 from service.backtest_service import BacktestRequest, backtest
 from utils.settings import Settings
@@ -47,7 +47,7 @@ def test_the_models_that_were_trained_are_listed_with_their_verdict(page: TestCl
 def test_the_page_shows_what_the_one_path_decides(page: TestClient, tiny_bundle: Path, csv_dir: Path):
     result = predict(page)
     bars = fetch_stock_data("SIGNAL", source=CsvSource(csv_dir)).frame
-    forecaster = GBMForecaster(bundle=load_bundle(tiny_bundle, "SIGNAL"))
+    forecaster = BundleForecaster(bundle=load_bundle(tiny_bundle, "SIGNAL"))
     decided = decide("SIGNAL", bars, forecaster, make_sizer(max_long=result["metadata"].get("maxLong"))).frame
     shown = decided.loc[pd.to_datetime(result["dates"])]
     assert len(result["dates"]) == 120

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from inference.ensemble import predict_booster, shap_values
+from inference.load_gbm_models import predict_booster, shap_values
 from training.gbm_search import (
     EARNED_T,
     Rows,

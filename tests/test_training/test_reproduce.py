@@ -67,7 +67,7 @@ def test_other_prices_are_found(prices, tiny_bundle, capsys):
 
 
 def test_models_of_further_horizons_are_compared_too(prices, capsys, monkeypatch):
-    monkeypatch.setattr("inference.load_gbm_models.verify_in_fresh_process", lambda _folder: None)
+    monkeypatch.setattr("inference.artifact.verify_in_fresh_process", lambda *_: None)
     argv = ["SIGNAL", "--n-trials", "0", "--max-features", "10", "--target-horizon", "1,20", "--json"]
     assert train(argv) == 0
     saved = Path(json.loads(capsys.readouterr().out)[0]["bundle"])

@@ -56,7 +56,7 @@ def places(tmp_path: Path, csv_dir: Path, bundles, monkeypatch: pytest.MonkeyPat
     for name in ("models", "logs", "cache"):
         monkeypatch.setenv(f"AI_STOCKS_{name.upper()}_DIR", str(tmp_path / name))
     monkeypatch.setenv("AI_STOCKS_SOURCE", f"csv:{csv_dir}")
-    monkeypatch.setattr("inference.load_ensemble_model.verify_in_fresh_process", lambda _folder: None)
+    monkeypatch.setattr("inference.artifact.verify_in_fresh_process", lambda *_: None)
     networks = {name: network_like(one, skill=0.15) for name, one in bundles.items()}
     monkeypatch.setattr(train_ensemble, "load_bundle", lambda _dir, symbol: bundles[symbol])
     monkeypatch.setattr(train_ensemble, "load_lstm", lambda _dir, symbol: networks[symbol])

@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from inference.load_gbm_models import load_bundle, read_metadata
-from inference.pipeline import GBMForecaster, decide, path_ahead
+from inference.load_gbm_models import load_bundle
+from inference.pipeline import BundleForecaster, decide, path_ahead
 from inference.position_sizing import make_sizer
 from training import run_log, train_gbm
 from training.train_gbm import DeviceChoice, build_parser, config_from, main, training_lock
@@ -34,12 +34,12 @@ def places(tmp_path: Path, csv_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         monkeypatch.setenv(f"AI_STOCKS_{name.upper()}_DIR", str(tmp_path / name))
     monkeypatch.setenv("AI_STOCKS_SOURCE", f"csv:{csv_dir}")
     # What it checks is tested with the store; it takes longer than the training.
-    monkeypatch.setattr("inference.load_gbm_models.verify_in_fresh_process", lambda _folder: None)
+    monkeypatch.setattr("inference.artifact.verify_in_fresh_process", lambda *_: None)
     return tmp_path
 
 
 def test_a_planted_signal_is_an_edge_and_noise_is_not(tiny_bundle: Path):
-    signal, noise = (read_metadata(tiny_bundle, name)["verdict"] for name in ("SIGNAL", "NOISE"))
+    signal, noise = (load_bundle(tiny_bundle, name).metadata["verdict"] for name in ("SIGNAL", "NOISE"))
     assert signal["label"] == "edge", signal["reasons"]
     assert noise["label"] == "no-edge", noise["reasons"]
     assert signal["evidence"]["p_ic"] <= 0.05
@@ -231,7 +231,7 @@ def test_the_path_passes_through_the_forecasts_of_every_horizon(places, capsys):
 
     bundle = load_bundle(places / "models", "SIGNAL")
     frame = load_bars(places)
-    decisions = decide("SIGNAL", frame, GBMForecaster(bundle=bundle), make_sizer())
+    decisions = decide("SIGNAL", frame, BundleForecaster(bundle=bundle), make_sizer())
     last, sessions = decisions.frame.iloc[-1], pd.bdate_range(frame.index[-1], periods=31)[1:]
     path = np.log(path_ahead(decisions, sessions).prices / last["close"])
     assert path[0] == pytest.approx(last["expected_log_h1"], abs=1e-12)
@@ -247,7 +247,7 @@ def test_the_path_passes_through_the_forecasts_of_every_horizon(places, capsys):
     single = load_bundle(places / "models", "SIGNAL")
     assert (single.path_models, alone["path_models"]) == ((), {})
     pd.testing.assert_frame_equal(single.record, bundle.record)
-    plain = decide("SIGNAL", frame, GBMForecaster(bundle=single), make_sizer()).frame
+    plain = decide("SIGNAL", frame, BundleForecaster(bundle=single), make_sizer()).frame
     pd.testing.assert_frame_equal(plain, decisions.frame.drop(columns="expected_log_h1"))
 
 

@@ -151,7 +151,7 @@ def places(tmp_path: Path, csv_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         monkeypatch.setenv(f"AI_STOCKS_{name.upper()}_DIR", str(tmp_path / name))
     monkeypatch.setenv("AI_STOCKS_SOURCE", f"csv:{csv_dir}")
     # What it checks is tested with the store.
-    monkeypatch.setattr("inference.load_lstm_model.verify_in_fresh_process", lambda _folder: None)
+    monkeypatch.setattr("inference.artifact.verify_in_fresh_process", lambda *_: None)
     return tmp_path
 
 
