@@ -116,6 +116,10 @@ class WalkedPath(Generic[FittedT]):
     record: pd.DataFrame
     fitted: FittedT
 
+    def figures(self, symbol: str) -> dict[str, Any]:
+        """Return what the symbol's own out-of-sample rows say."""
+        return figures_of(of_symbol(self.record, symbol), self.horizon_bars)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Walked(Generic[FittedT]):
@@ -282,14 +286,13 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
         earlier: Sequence[Run] = (),
         problems: Sequence[str] = (),
     ) -> Trained[BundleT]:
-        """Judge one symbol of the panel on its own rows, with its own calibration.
+        """Judge one symbol of the panel on its own rows; ``earlier`` looks at its prices count.
 
-        ``earlier`` are the looks at its prices before, which count; ``problems`` say what is amiss with
-        them. Less than a year of forecasts with a known outcome is an `InsufficientDataError`.
+        Less than a year of forecasts with a known outcome is an `InsufficientDataError`.
         """
         self._stage("verdict", 0.95)
         n_trials = 1 + sum(run.n_trials for run in earlier)
-        record = walked.result.record
+        record, dataset = walked.result.record, walked.dataset
         n_known = int(of_symbol(record, bars.symbol)["realised_log"].notna().sum())
         if n_known < MINIMUM_TEST_BARS:
             raise InsufficientDataError(
@@ -321,21 +324,18 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
             "data": {**bundle.metadata["data"], "problems": [*bars.report.problems(), *problems]},
             "metrics": {**headline_metrics(served), "correlation": verdict.evidence["ic"]},
             "folds": fold_table(walked.result, bundle.record, backtest),
-            "path_models": {
-                str(path.horizon_bars): figures_of(of_symbol(path.record, bars.symbol), path.horizon_bars)
-                for path in walked.paths
-            },
+            "path_models": {str(one.horizon_bars): one.figures(bars.symbol) for one in walked.paths},
             "tries": as_told(earlier),
             "duration_s": round(time.monotonic() - walked.started, 1),
         }
-        own = np.flatnonzero(walked.dataset.symbol_code == walked.dataset.symbols.index(bars.symbol))
+        own = np.flatnonzero(dataset.symbol_code == dataset.symbols.index(bars.symbol))
         return Trained(
             bundle=replace(bundle, metadata={**bundle.metadata, **judged}),
             walk_forward=walked.result,
             verdict=verdict,
             backtest=backtest,
             trials=walked.trials,
-            golden_inputs=walked.dataset.features[own[-self.golden_rows :]],
+            golden_inputs=dataset.features[own[-self.golden_rows :]],
         )
 
     def _bundle(self, bars: Bars, walked: Walked[FittedT]) -> BundleT:
