@@ -35,9 +35,10 @@ from data.data_splitter import WalkForwardSplit
 from data.target_engineering import Dataset, build_dataset, universe_mean
 from inference.ensemble import EMBARGO_BARS, SignalRows, SimpleEnsemble, meta_features
 from training.gbm_search import SearchConfig
-from training.recipe import GBMRecipe, NetworkConfig, RecipeConfig, Sequences, begin_with_others
+from training.recipe import GBMRecipe, NetworkConfig, RecipeConfig, Sequences
 from training.train_ensemble import CommonRows, MetaConfig, walk_meta
 from training.train_lstm import LSTMRecipe
+from training.trainer import begin_with_others
 from validation.walk_forward import WalkForwardConfig, WalkForwardValidator
 
 FIRST, LAST, RECENT = "2006-01-01", "2025-12-31", "2016-01-01"

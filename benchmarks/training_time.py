@@ -30,8 +30,7 @@ from sklearn.model_selection import cross_val_score
 
 from data.data_splitter import PurgedTimeSeriesSplit
 from data.target_engineering import build_dataset
-from training.gbm_search import SearchConfig, tune
-from training.libraries import LIBRARIES, Rows
+from training.gbm_search import LIBRARIES, Rows, SearchConfig, tune
 from training.recipe import RecipeConfig, training_rows
 from utils.settings import PROJECT_ROOT
 

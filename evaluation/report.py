@@ -376,7 +376,9 @@ class _Trained:
             {"value_form": form, "note": note} for form, note in (known.get(g["name"], unknown) for g in told)
         )
         rows = ({**form, **gate} for form, gate in zip(forms, told, strict=True))
-        tables = words.records("gates", rows), _evidence(words, self.evidence)
+        before = self.metadata.get("tries")
+        tries = [words.records("tries", before)] if before else []
+        tables = words.records("gates", rows), _evidence(words, self.evidence), *tries
         return words.section("gates", *tables, bullets=verdict["reasons"])
 
     def origin(self, findings: Sequence[str]) -> tuple[Section, Section]:

@@ -30,8 +30,6 @@ import numpy as np
 import pandas as pd
 import sqlalchemy as sql
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from sqlalchemy import exc
 
 from data.cache_manager import BarCache
@@ -42,7 +40,7 @@ from evaluation.forward_simulator import forecast_outcome
 from service import schemas as wire
 from service.database import Database
 from utils.errors import DataError, StorageError, UpstreamError, UsageError
-from utils.settings import Settings, run_command
+from utils.settings import Settings, print_rows, run_command
 
 logger = logging.getLogger(__name__)
 TableRows = list[dict[str, Any]]
@@ -436,17 +434,6 @@ def _source_of(name: str, wanted: str | None, settings: Settings) -> BarSource:
     return source
 
 
-def print_rows(rows: TableRows, names: Sequence[str]) -> None:
-    """Print some columns as a table."""
-    table = Table(box=None, padding=(0, 1, 0, 0))
-    for name in names:
-        table.add_column(SAID_BY_ROW.sub("", name).replace("_", " "), overflow="fold")
-    for row in rows:
-        cells = (row.get(name, "") for name in names)
-        table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else escape(str(cell)) for cell in cells))
-    Console().print(table if rows else "none")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run a command; return the exit code that `utils.errors` lists, 4 for a broken chain."""
     args = build_parser().parse_args(argv)
@@ -456,7 +443,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.json:
             sys.stdout.write(json.dumps(rows, allow_nan=False) + "\n")
         else:
-            print_rows(rows, SHOWN[args.command].split())
+            shown = [(name, SAID_BY_ROW.sub("", name)) for name in SHOWN[args.command].split()]
+            table = [{told: row.get(name) for name, told in shown} for row in rows]
+            print_rows(Console(), table or [{"forecasts": "none"}])
 
     return run_command(run, quiet=args.json)
 

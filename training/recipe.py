@@ -7,74 +7,50 @@ is carried over was chosen on still earlier rows. Everything else is redone in e
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
+import lightgbm
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import xgboost
 from sklearn.preprocessing import RobustScaler
 
-from data.target_engineering import DEFAULT_HORIZON_BARS, Dataset
-from evaluation.accounting import CostModel
-from inference.ensemble import Calibration, FloatArray, FloatMatrix, IntArray, calibrate, calibrate_symbols
-from inference.load_gbm_models import Booster, BoosterEnsemble, select_scaled, shrunk_weights
+from data.target_engineering import Dataset
+from inference.ensemble import (
+    Calibration,
+    FloatArray,
+    FloatMatrix,
+    IntArray,
+    calibrate,
+    calibrate_symbols,
+    overlap_error,
+)
+from inference.load_gbm_models import Booster, BoosterEnsemble, select_scaled, shap_values, shrunk_weights
 from inference.load_lstm_model import windows_of
-from training.gbm_search import SearchConfig, Tuned, fit_boosters, tune
-from training.libraries import Rows, Selection, screen, select_features
+from training.gbm_search import DateArray, Rows, SearchConfig, Tuned, all_columns, fit_boosters, tune
+from training.trainer import RowsConfig, WalkConfig
 from utils.errors import DataError
-from validation.walk_forward import RecipePrediction, WalkForwardConfig
+from validation.walk_forward import RecipePrediction
 
 logger = logging.getLogger(__name__)
 
 Loss = Literal["huber", "mae", "balanced", "quantile"]
-DateArray = npt.NDArray[np.datetime64]
 
 # A symbol with so many rows trusts its own mean half, and that of the panel half: means of symbols differ by
 # some .01 volatilities a bar (.16 a year), and n rows know a mean within 1 / sqrt(n).
 HALF_TRUST_ROWS = 10_000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowsConfig:
-    """Which rows any recipe is fitted on, and towards what.
-
-    Attributes
-    ----------
-    common_move_share
-        Share of the session's mean target over the panel that is taken off the training targets: what all
-        symbols do together is mostly noise to a model of each. Nothing is taken off a single symbol.
-    weight_half_life_sessions
-        Age at which a row counts half.
-    target_limit_sigma
-        Training targets beyond this many volatilities are winsorised; outcomes never are.
-    leave_out
-        Symbols whose rows train and calibrate nothing: their forecasts prove that the model generalises.
-    seed
-        Seed of everything that draws.
-    """
-
-    common_move_share: float = 0.5
-    weight_half_life_sessions: float = 252.0 * 20
-    target_limit_sigma: float = 4.0
-    leave_out: tuple[str, ...] = ()
-    seed: int = 7
+# Scaled features beyond this count as this much when they are screened.
+SCREEN_LIMIT = 3.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecipeConfig(RowsConfig):
     """Parameters of the boosters' recipe; see also `RowsConfig`.
 
-    Attributes
-    ----------
-    search
-        How the boosters are searched.
-    tune_every_folds
-        Tuning is redone every so many folds (and for the final fit); a setting is carried over in between.
-        Screening and selection are redone in every fold.
-    screen_t, screen_share
-        Features of a single symbol are screened when one of them stands out, see `screen`.
-    max_features
-        How many features SHAP selection keeps.
+    The search is redone every ``tune_every_folds`` folds, and for the final fit. Features of a single symbol
+    are screened, by ``screen_t`` and ``screen_share``, see `screen`; SHAP keeps ``max_features``.
     """
 
     search: SearchConfig = field(default_factory=SearchConfig)
@@ -82,31 +58,6 @@ class RecipeConfig(RowsConfig):
     screen_t: float = 2.5
     screen_share: float = 0.6
     max_features: int = 40
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WalkConfig:
-    """Everything that a training run of any kind of model is decided by; recorded in the bundle.
-
-    Attributes
-    ----------
-    horizon_bars
-        Number of bars that a forecast looks ahead; what is judged and decided looks so far.
-    path_horizons_bars
-        Further numbers of bars that the forecast path passes through; each gets a model of its own.
-    recipe
-        What is fitted; each kind of model has its own.
-    walk_forward
-        How it is validated, see `WalkForwardConfig`.
-    costs
-        What the decided positions pay when the verdict judges them.
-    """
-
-    horizon_bars: int = DEFAULT_HORIZON_BARS
-    path_horizons_bars: tuple[int, ...] = ()
-    recipe: RowsConfig
-    walk_forward: WalkForwardConfig = field(default_factory=WalkForwardConfig)
-    costs: CostModel = field(default_factory=CostModel)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,27 +71,11 @@ class TrainerConfig(WalkConfig):
 class NetworkConfig(RowsConfig):
     """Parameters of the network's recipe; see also `RowsConfig`.
 
-    Attributes
-    ----------
-    loss
-        ``huber``, ``mae``; ``balanced``: Huber's, rises and falls weighing alike; ``quantile``: the pinball
-        loss of three quantiles, whose median is the forecast.
-    epochs, batch_size
-        Epochs at most, and rows of one step.
-    sequence_length
-        Bars that the network reads.
-    units, dense_units, dropout
-        Sizes of the two recurrent layers and of the dense one; share dropped behind each of the first.
-    learning_rate, warmup_epochs
-        Reached from a tenth in so many epochs; a cosine takes it back towards zero.
-    patience_epochs
-        Training stops when the validation loss has not improved for so many epochs.
-    validation_share
-        Share of the training sessions, the latest, that decide when to stop.
-    refit_every_folds
-        The network is fitted anew every so many folds, and for the final fit; calibration is redone in each.
-    feature_limit
-        Scaled features beyond this count as this much.
+    ``loss``: ``huber``, ``mae``; ``balanced``: Huber's, rises and falls weighing alike; ``quantile``: the
+    pinball loss of three quantiles, whose median is the forecast. The rate rises from a tenth of
+    ``learning_rate`` in ``warmup_epochs``, then falls along a cosine. The latest ``validation_share`` of the
+    training sessions decides when to stop: after ``patience_epochs`` without gain. The network is fitted anew
+    every ``refit_every_folds``; scaled features count ``feature_limit`` at most.
     """
 
     loss: Loss = "huber"
@@ -166,17 +101,22 @@ class LSTMConfig(WalkConfig):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """Positions of the kept columns, ascending, and the share that each of all has in the SHAP values, (p,).
+
+    Where ``method`` is not ``shap`` but ``gain``, in the gain.
+    """
+
+    selected: tuple[int, ...]
+    importance: FloatArray
+    method: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FittedGBM:
     """One fold's fit; see `validation.walk_forward.FittedRecipe`.
 
-    Attributes
-    ----------
-    ensemble
-        The boosters with the calibration of the panel as a whole.
-    calibrations
-        Calibration by symbol; a symbol that is not in it takes the panel's.
-    tuned, selection
-        How it was fitted.
+    The ensemble has the calibration of the panel as a whole; a symbol not in ``calibrations`` takes it.
     """
 
     ensemble: BoosterEnsemble
@@ -243,13 +183,7 @@ def calibrated(
 
 
 class GBMRecipe:
-    """Fits the recipe fold after fold, in order of time.
-
-    Parameters
-    ----------
-    config
-        See `RecipeConfig`.
-    """
+    """Fits the recipe fold after fold, in order of time."""
 
     def __init__(self, config: RecipeConfig) -> None:
         self.config = config
@@ -261,33 +195,22 @@ class GBMRecipe:
         return tuple(trial for found in self.searches for tuned in found.values() for trial in tuned.trials)
 
     def fit(self, train: Dataset, *, fold: int, earlier: pd.DataFrame) -> FittedGBM:
-        """Fit on ``train``; calibrate on ``earlier`` out-of-sample rows.
+        """Fit on ``train``, rows whose labels were known before the fold; `evidence` weighs ``earlier`` rows.
 
-        Parameters
-        ----------
-        train
-            Labelled rows whose labels were known before the fold.
-        fold
-            Number of the fold, ascending from 0; decides whether tuning is redone.
-        earlier
-            Walk-forward record of earlier folds, rows resolved before the fold; may be empty.
-
-        Raises
-        ------
-        DataError
-            When every symbol is left out.
+        Folds are numbered from 0; their number decides whether tuning is redone.
         """
         config = self.config
         train, earlier = without_symbols(train, earlier, config.leave_out)
         drifts, drift = drift_by_symbol(train, sample_weights(train, config.weight_half_life_sessions))
         scaler = RobustScaler().fit(some_rows(train.features))
-        columns = tuple(range(len(train.columns)))
-        rows = training_rows(train, select_scaled(scaler, train.features, columns), drifts, config)
+        scaled = select_scaled(scaler, train.features, tuple(range(len(train.columns))))
+        rows = training_rows(train, scaled, drifts, config)
         # The rows of a panel are enough for all features; those of one symbol are not.
-        alone = len(train.symbols) == 1
-        screened = screen(rows, config.screen_t, config.screen_share) if alone else columns
+        alone = partial(screen, least_t=config.screen_t, share=config.screen_share)
+        choose = alone if len(train.symbols) == 1 else all_columns
+        screened = choose(rows)
         if not self.searches or fold % config.tune_every_folds == 0:
-            self.searches.append(tune(rows.with_columns(screened), config.search, config.seed))
+            self.searches.append(tune(rows, config.search, config.seed, choose))
         tuned = self.searches[-1]
         models, selection = self._fit_selected(rows, screened, tuned)
         weights, calibration, calibrations = evidence(
@@ -338,14 +261,6 @@ def without_symbols(
     return train.take(kept), earlier if earlier.empty else earlier[~earlier["symbol"].isin(symbols)]
 
 
-def begin_with_others(data: Dataset, leave_out: tuple[str, ...]) -> Dataset:
-    """Return the rows from the first session on of a symbol that is not left out."""
-    others = ~np.isin(np.asarray(data.symbols)[data.symbol_code], leave_out)
-    if not leave_out or not others.any():
-        return data
-    return data.take(np.flatnonzero(data.date >= data.date[others].min()))
-
-
 def some_rows(features: FloatMatrix, at_most: int = 200_000) -> FloatMatrix:
     """Return evenly spaced rows: quantiles need no more, and a large panel stays within its memory."""
     return features[:: 1 + len(features) // at_most]
@@ -358,18 +273,8 @@ def sample_weights(train: Dataset, half_life_sessions: float) -> FloatArray:
     return np.asarray(0.5 ** (age / half_life_sessions), dtype=np.float64)
 
 
-def direction_weights(target: FloatMatrix) -> FloatMatrix:
-    """Return weights, (n,), by which rises and falls together weigh alike."""
-    rises = target[:, 0] > 0
-    share = float(np.clip(rises.mean(), 0.01, 0.99))
-    return np.where(rises, 0.5 / share, 0.5 / (1 - share)).astype(np.float32)
-
-
 def drift_by_symbol(train: Dataset, weights: FloatArray) -> tuple[dict[str, float], float]:
-    """Return the weighted mean of the scaled target by symbol, and over all rows.
-
-    A symbol's own mean is shrunk towards that of all, see `HALF_TRUST_ROWS`.
-    """
+    """Return the weighted mean target by symbol, shrunk as `HALF_TRUST_ROWS` says, and over all rows."""
     pooled = float(np.average(train.target_scaled, weights=weights))
     drifts = {}
     for code, name in enumerate(train.symbols):
@@ -385,10 +290,7 @@ def drift_by_symbol(train: Dataset, weights: FloatArray) -> tuple[dict[str, floa
 def training_rows(
     train: Dataset, scaled: FloatMatrix, drifts: Mapping[str, float], config: RowsConfig
 ) -> Rows:
-    """Return the rows that the boosters are fitted on.
-
-    Their target is winsorised, free of the symbol's drift and of its share of the common move.
-    """
+    """Return rows to fit on: targets winsorised, without the symbol's drift and the common move's share."""
     limit = config.target_limit_sigma
     drift = np.asarray([drifts.get(name, 0.0) for name in train.symbols])[train.symbol_code]
     target = np.clip(train.target_scaled, -limit, limit) - drift
@@ -403,10 +305,7 @@ def training_rows(
 
 
 def common_move(target: FloatArray, date: DateArray) -> FloatArray:
-    """Return what the other symbols' targets did in each row's session, over k - 1 of its k symbols, (n,).
-
-    The mean of the session times (k - 1) / k: nothing for a symbol that stands alone.
-    """
+    """Return the mean target of each row's session, times (k - 1) / k of its k symbols: 0 for one alone."""
     session = np.unique(date, return_inverse=True)[1]
     total, count = np.bincount(session, weights=target), np.bincount(session)
     return np.asarray((total / count * (count - 1) / count)[session], dtype=np.float64)
@@ -420,23 +319,10 @@ def evidence(
     drifts: Mapping[str, float],
     horizon_bars: int,
 ) -> tuple[dict[str, float], Calibration, dict[str, Calibration]]:
-    """Weigh the boosters and calibrate their signal on resolved out-of-sample rows.
+    """Weigh the models and calibrate their signal on the resolved rows of a walk-forward record.
 
-    Parameters
-    ----------
-    record
-        Walk-forward record (see `validation.walk_forward`); rows without an outcome are left out.
-    models
-        Names of the boosters.
-    drift, drifts
-        The forecast of a model without skill, in units of volatility: of the panel, and by symbol.
-    horizon_bars
-        Length of the labels.
-
-    Returns
-    -------
-    tuple
-        Weights by booster, the panel's calibration, and the calibration by symbol.
+    ``drift`` and ``drifts`` are the forecast of a model without skill, in volatilities: of the panel, and by
+    symbol. Returns weights by model, the panel's calibration, and the calibration by symbol.
     """
     if record.empty:
         nothing = np.empty(0)
@@ -449,20 +335,97 @@ def evidence(
     raw = np.asarray(resolved["raw_scaled"], dtype=np.float64)
     session = pd.factorize(resolved["date"], sort=True)[0]
     pooled = calibrate(raw, realised, drift=drift, horizon_bars=horizon_bars, session_code=session)
-    symbol = resolved["symbol"].to_numpy(dtype=object)
-    if len(drifts) == 1:
-        return shrunk_weights(per_model, realised), pooled, dict.fromkeys(drifts, pooled)
-    own = calibrate_symbols(pooled, raw, realised, session, symbol, drifts=drifts, horizon_bars=horizon_bars)
+    own = dict.fromkeys(drifts, pooled)
+    if len(drifts) > 1:
+        symbol = resolved["symbol"].to_numpy(dtype=object)
+        own = calibrate_symbols(
+            pooled, raw, realised, session, symbol, drifts=drifts, horizon_bars=horizon_bars
+        )
     return shrunk_weights(per_model, realised), pooled, own
 
 
-class Sequences:
-    """The features of all rows of a run, symbol after symbol, and the sequence that ends at each of them.
+def screen(rows: Rows, least_t: float, share: float) -> tuple[int, ...]:
+    """Return the features that stand out alone, ascending; all of them where none does.
 
-    Parameters
-    ----------
-    dataset
-        The panel. Only features are kept: nothing here knows a target.
+    Each feature is tested by itself, as it is and as its distance from its middle (so that an even
+    relation counts), with products summed over the symbols of a session, and with the standard error of
+    labels that overlap. Where the strongest passes ``least_t``, the features with at least ``share`` of its
+    t-value are kept: with few independent rows, sixty columns of noise would drown it.
+    """
+    t_values = screen_t_values(rows)
+    strongest = float(t_values.max())
+    if strongest < least_t:
+        return tuple(range(len(t_values)))
+    return tuple(int(i) for i in np.flatnonzero(t_values >= share * strongest))
+
+
+def screen_t_values(rows: Rows) -> FloatArray:
+    """Return each feature's larger t-value, plain or as distance from the middle, (p,)."""
+    target = rows.target_scaled - np.average(rows.target_scaled, weights=rows.weight)
+    starts = np.flatnonzero(np.r_[True, rows.date[1:] != rows.date[:-1]])
+    found = np.zeros(rows.features.shape[1])
+    for column in range(len(found)):
+        plain = np.clip(rows.features[:, column].astype(np.float64), -SCREEN_LIMIT, SCREEN_LIMIT)
+        for values in (plain, np.abs(plain)):
+            product = (values - values.mean()) * target * rows.weight
+            by_session = np.add.reduceat(product, starts)
+            error = overlap_error(by_session, rows.horizon_bars)
+            if error > 0:
+                found[column] = max(found[column], abs(float(by_session.sum())) / error)
+    return found
+
+
+def select_features(
+    models: Mapping[str, Booster],
+    features: FloatMatrix,
+    *,
+    max_features: int,
+    seed: int,
+    sample_rows: int = 600,
+) -> Selection:
+    """Keep the ``max_features`` columns that move the boosters most, by SHAP values on drawn rows.
+
+    The boosters were fitted on the scaled training rows ``features`` (n, p). Mean absolute SHAP values are
+    stable from a few hundred ``sample_rows`` on.
+    """
+    n_rows, n_columns = features.shape
+    index = np.sort(np.random.default_rng(seed).permutation(n_rows)[:sample_rows])
+    try:
+        parts = [np.abs(shap_values(model, features[index])).mean(axis=0) for model in models.values()]
+        method = "shap"
+    except (xgboost.core.XGBoostError, lightgbm.basic.LightGBMError) as error:
+        logger.warning("SHAP values failed (%s): features are selected by gain instead", error)
+        parts = [gain_importance(model, n_columns) for model in models.values()]
+        method = "gain"
+    shares = [part / part.sum() if part.sum() > 0 else np.full(n_columns, 1.0 / n_columns) for part in parts]
+    importance = np.mean(shares, axis=0)
+    keep = np.argsort(-importance, kind="stable")[:max_features]
+    return Selection(selected=tuple(int(i) for i in np.sort(keep)), importance=importance, method=method)
+
+
+def gain_importance(model: Booster, n_columns: int) -> FloatArray:
+    """Return total gain by column, (p,)."""
+    if isinstance(model, xgboost.Booster):
+        gains = np.zeros(n_columns)
+        for name, gain in model.get_score(importance_type="total_gain").items():
+            gains[int(name.removeprefix("f"))] = gain
+        return gains
+    if isinstance(model, lightgbm.Booster):
+        return np.asarray(model.feature_importance("gain"), dtype=np.float64)
+    return np.asarray(model.get_feature_importance(), dtype=np.float64)
+
+
+def direction_weights(target: FloatMatrix) -> FloatMatrix:
+    """Return weights, (n,), by which rises and falls together weigh alike."""
+    rises = target[:, 0] > 0
+    share = float(np.clip(rises.mean(), 0.01, 0.99))
+    return np.where(rises, 0.5 / share, 0.5 / (1 - share)).astype(np.float32)
+
+
+class Sequences:
+    """The features of all rows of a panel, symbol after symbol, and the sequence that ends at each of them.
+
+    Only features are kept: nothing here knows a target.
     """
 
     def __init__(self, dataset: Dataset) -> None:

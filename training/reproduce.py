@@ -29,14 +29,12 @@ from rich.table import Table
 from data.cache_manager import BarCache
 from data.data_fetcher import BarSource, fetch_stock_data, make_source
 from data.feature_engineer import feature_set_hash, get_feature_columns
-from data.schema import Bars
 from inference.artifact import library_versions, read_manifest
 from inference.load_gbm_models import GBMBundle, GBMManifest, golden_outputs, load_folder
-from training.gbm_search import DeviceChoice, choose_device
 from training.recipe import TrainerConfig
-from training.run_log import progress_line
-from training.train_gbm import GBMTrainer
-from training.trainer import Trained
+from training.run_log import progress_line, together
+from training.train_gbm import DeviceChoice, GBMTrainer, choose_device
+from training.trainer import Trained, leaves
 from utils.errors import AIStocksError, ModelIncompatibleError, ModelMissingError, UsageError
 from utils.model_paths import LSTM
 from utils.settings import Settings, configure_logging, read_settings
@@ -48,19 +46,7 @@ DIFFERS = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One thing that was compared.
-
-    Attributes
-    ----------
-    what
-        Its name.
-    then, now
-        As recorded, and as it came out.
-    is_same
-        Whether they agree.
-    counts
-        Whether a difference makes the training one that was not reproduced.
-    """
+    """One thing that was compared, as recorded and as it came out; ``counts`` if a difference matters."""
 
     what: str
     then: str
@@ -72,10 +58,7 @@ class Finding:
 def config_of(recipe: Mapping[str, Any]) -> TrainerConfig:
     """Return the trainer's configuration that a bundle recorded.
 
-    Raises
-    ------
-    ModelIncompatibleError
-        When this version has other parameters than the one that recorded them: a default must not stand in.
+    Where this version has other parameters it is a `ModelIncompatibleError`: a default must not stand in.
     """
     try:
         config = TypeAdapter(TrainerConfig).validate_python(recipe)
@@ -83,26 +66,13 @@ def config_of(recipe: Mapping[str, Any]) -> TrainerConfig:
         raise ModelIncompatibleError(f"the recorded recipe cannot be read: {error}") from error
     here = json.loads(json.dumps(asdict(config)))
     if here != json.loads(json.dumps(recipe)):
-        changed = sorted(leaf for leaf, _ in set(_leaves(here)) ^ set(_leaves(recipe)))
+        now, then = ({(name, str(value)) for name, value in leaves(one)} for one in (here, recipe))
+        changed = sorted(name for name, _ in now ^ then)
         raise ModelIncompatibleError(
             f"the recipe was recorded by another version, which has other parameters ({', '.join(changed)}): "
             "use that version, or train again"
         )
     return config
-
-
-def _leaves(nested: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    found = []
-    for key, value in nested.items():
-        name = f"{prefix}{key}"
-        found += _leaves(value, f"{name}.") if isinstance(value, Mapping) else [(name, json.dumps(value))]
-    return found
-
-
-def bars_as_then(symbol: str, last_session: str, source: BarSource, cache: BarCache | None) -> Bars:
-    """Return the symbol's prices up to the last session that the training had seen."""
-    bars = fetch_stock_data(symbol, source=source, cache=cache)
-    return replace(bars, frame=bars.frame.loc[: pd.Timestamp(last_session)])
 
 
 def train_again(
@@ -114,8 +84,9 @@ def train_again(
     last = {bundle.symbol: metadata["data"]["last_session"]}
     if universe is not None:
         last = {name: universe["data"][name]["last_session"] for name in universe["symbols"]}
-    panel = {name: bars_as_then(name, last[name], source, cache) for name in last}
-    with progress_line(console, bundle.symbol) as on_event:
+    fetched = {name: fetch_stock_data(name, source=source, cache=cache) for name in last}
+    panel = {name: replace(bars, frame=bars.frame.loc[: last[name]]) for name, bars in fetched.items()}
+    with progress_line(console, bundle.symbol, together()) as on_event:
         trainer = GBMTrainer(config, on_event, device=device_as_then(config))
         walked = trainer.walk(panel)
         return trainer.conclude(walked, panel[bundle.symbol]), walked.hashes
@@ -218,13 +189,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def source_of(asked: str | None, settings: Settings, recorded: str) -> BarSource:
-    """Return the source that the bundle was trained from.
-
-    Raises
-    ------
-    UsageError
-        When it was a folder of files whose place is not known here.
-    """
+    """Return the source that the bundle was trained from; `UsageError` where its files are not known here."""
     source = make_source(asked or settings.source, cache_dir=settings.cache_dir)
     if asked is not None or source.name == recorded:
         return source

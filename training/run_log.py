@@ -1,15 +1,8 @@
-"""What a training tells people: one plain log per run, the HTML report, and what the terminal shows.
+"""How a command that trains is asked, and what it tells: a plain log per run, the report, the terminal.
 
 The log is written anew after every event, so a run that is killed leaves what it had come to; its last
-section, STATUS, is then missing. Neither log nor report may fail a training: trouble with them is a warning.
-
-STATUS begins with one word:
-
-- ``SUCCESS``: the verdict is ``edge``;
-- ``NO_EDGE``: it is ``no-edge`` or ``insufficient``;
-- ``COLLAPSED``: in half of the folds or more the signal hardly varied, whatever the verdict; or a network's
-  did while it was trained, which ends the run and saves nothing;
-- ``FAILED``: the run ended in an error, which is named.
+section, STATUS, is then missing: one word, see `status_of` and `RunLog.fail`, and why. Neither log nor report
+may fail a training: trouble with them is a warning.
 """
 
 import argparse
@@ -21,7 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -31,13 +24,20 @@ from pydantic.alias_generators import to_camel
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
+from evaluation.charts import Report
 from evaluation.report import training_report, write_report
-from training.trainer import OnEvent, Trained
-from utils.errors import AIStocksError, CollapsedError, GateRefusedError, StorageError
-from utils.model_paths import GBM, artifact_link
-from utils.settings import Settings, json_lines
+from training.trainer import OnEvent, RowsConfig, Trained, Trainer, WalkConfig, leaves
+from utils.errors import (
+    AIStocksError,
+    CollapsedError,
+    GateRefusedError,
+    ModelExistsError,
+    StorageError,
+    UsageError,
+)
+from utils.model_paths import ArtifactKind, artifact_link
+from utils.settings import Settings, at_least, configure_logging, json_lines, print_rows
 
 logger = logging.getLogger(__name__)
 
@@ -47,48 +47,94 @@ COLLAPSED_SHARE = 0.5
 INTERRUPTED = 130
 INTERRUPTED_LINE = "interrupted: what was not saved yet is lost, what served before still serves\n"
 GRACE_S = 2.0
-EVENTS_HELP = "tell the progress to a program: a JSON object a line, as the API sends them"
+# What every library takes as a seed.
+MAX_SEED = 2**31 - 1
 Outcome = dict[str, Any]
+IN_EVERY_OUTCOME = (
+    "model_version", "out_of_sample_from", "trained_through", "horizon_bars", "data_hash", "tries",
+)  # fmt: skip
 FOLD_COLUMNS = (
-    "number",
-    "test_start",
-    "test_end",
-    "n",
-    "ic",
-    "ic_low",
-    "ic_high",
-    "symbol_ic",
-    "hit_minus_base",
-    "sharpe",
-    "sharpe_buy_hold",
-    "calibration_slope",
-    "pred_std_over_target_std",
-    "share_positive",
-)
+    "number", "test_start", "test_end", "n", "ic", "ic_low", "ic_high", "symbol_ic", "hit_minus_base",
+    "sharpe", "sharpe_buy_hold", "calibration_slope", "pred_std_over_target_std", "share_positive",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """What one kind of model adds to the common command line; it travels as ``args.program``.
+
+    ``check`` refuses, before anything is fetched, what the flags cannot mean together. ``config`` and
+    ``trainer`` (for about so many rows) are what they ask for; ``save`` takes a bundle and golden inputs.
+    """
+
+    check: Callable[[argparse.Namespace], None]
+    config: Callable[[argparse.Namespace], WalkConfig]
+    trainer: Callable[[Any, argparse.Namespace, int, OnEvent], Trainer[Any, Any]]
+    save: Callable[..., Path]
+    load_folder: Callable[[Path], object]
+
+
+def common_parser(
+    kind: ArtifactKind, description: str, program: Program | None = None
+) -> tuple[argparse.ArgumentParser, Any]:
+    """Return a parser with the flags of all that trains (a program's, too), and its group for the model."""
+    parser = argparse.ArgumentParser(prog=f"python -m {kind.trainer}", description=description)
+    parser.set_defaults(kind=kind, program=program)
+    flag = "store_true"
+    parser.add_argument("symbols", nargs="+", metavar="SYMBOL")
+    prices, model, run = (parser.add_argument_group(name) for name in ("prices", "model", "run"))
+    prices.add_argument("--source", help="yahoo, sample or csv:DIR (default: AI_STOCKS_SOURCE, or yahoo)")
+    prices.add_argument("--no-cache", action=flag, help="neither read nor write cached prices")
+    prices.add_argument("--force-refresh", action=flag, help="fetch the whole history again")
+    model.add_argument("--seed", type=at_least(1, MAX_SEED), default=RowsConfig().seed)
+    run.add_argument("--overwrite", action=flag, help="train although a bundle is there")
+    run.add_argument("--validate-only", action=flag, help="judge and report, save no model")
+    run.add_argument("--strict", action=flag, help="save nothing unless the verdict is edge (exit 7)")
+    run.add_argument("--json", action=flag, help="print the result as JSON on stdout")
+    run.add_argument("--events", metavar="FILE", help="tell the progress to a program: a JSON object a line")
+    if program is not None:
+        add = prices.add_argument
+        add("--universe", metavar="NAME|A,B,C|FILE", help="train one pooled model on these, too")
+        add("--leave-symbol-out", action=flag, help="a symbol's pooled model never sees its rows")
+        run.add_argument("--jobs", type=at_least(1), default=1, help="symbols trained, or read, at a time")
+        run.add_argument("--rollback", action=flag, help="train nothing: the version before serves again")
+    return parser, model
+
+
+def refuse_common(args: argparse.Namespace) -> None:
+    """Refuse flags of every kind of model that cannot be meant together."""
+    trains = ("universe", "validate_only", "strict", "tune", "overwrite", "force_refresh", "no_cache")
+    beside = next((name for name in trains if getattr(args, name, None)), "").replace("_", "-")
+    refuse(
+        {
+            f"--rollback trains nothing: leave --{beside} out": args.rollback and beside,
+            "--universe names nothing: give a set, symbols or a file": args.universe == "",
+            "--leave-symbol-out needs the others: add --universe": args.leave_symbol_out
+            and not args.universe,
+            "--validate-only saves nothing: leave --overwrite out": args.validate_only and args.overwrite,
+        }
+    )
+
+
+def refuse(wrong: Mapping[str, object]) -> None:
+    """Raise `UsageError` with the first words whose condition holds."""
+    if said := [words for words, holds in wrong.items() if holds]:
+        raise UsageError(said[0])
 
 
 class RunLog:
     """The log of one run for one symbol; a folder that cannot be written makes it silent after one warning.
 
-    Parameters
-    ----------
-    folder
-        Where it lies, as ``<SYMBOL>_<kind>_<timestamp>.log``.
-    symbol
-        The symbol.
-    config
-        Everything that decides the run, nested; written flat.
-    kind
-        Name of the kind of model.
+    ``config`` is everything that decides the run, nested; it is written flat.
     """
 
-    def __init__(self, folder: Path, symbol: str, config: Mapping[str, Any], kind: str = GBM.name) -> None:
+    def __init__(self, folder: Path, symbol: str, config: Mapping[str, Any], kind: str) -> None:
         self.path: Path | None = folder / f"{symbol}_{kind}_{datetime.now(UTC):%Y%m%dT%H%M%S%f}.log"
         self.status: Status | None = None
         self._is_closed = False
         self._folds: list[Mapping[str, Any]] = []
         self._sections: dict[str, list[str]] = {name: [] for name in SECTIONS}
-        self._sections["TRAINING CONFIG"] = [f"{key}: {_text(value)}" for key, value in flat(config)]
+        self._sections["TRAINING CONFIG"] = _lines(config)
         self._write()
 
     def on_event(self, event: Mapping[str, Any]) -> None:
@@ -109,18 +155,19 @@ class RunLog:
         found = {
             "verdict": verdict.label,
             "evidence": verdict.evidence,
-            "metrics": metadata["metrics"],
-            "path models": metadata["path_models"],
+            **{name.replace("_", " "): metadata[name] for name in ("metrics", "path_models")},
             "across folds": asdict(trained.walk_forward.summary),
             "duration_s": metadata["duration_s"],
         }
-        gates = (
-            f"gate {gate.name}: {_text(gate.value)} (threshold {gate.threshold}) "
-            f"{'passed' if gate.passed else 'failed'}"
-            for gate in verdict.gates
-        )
         self._sections["FOLD METRICS"] = fold_lines(metadata["folds"])
-        self._sections["FINAL METRICS"] = [*(f"{key}: {_text(value)}" for key, value in flat(found)), *gates]
+        self._sections["FINAL METRICS"] = [
+            *_lines(found),
+            *(
+                f"gate {gate.name}: {_text(gate.value)} (threshold {gate.threshold}) "
+                f"{'passed' if gate.passed else 'failed'}"
+                for gate in verdict.gates
+            ),
+        ]
         for problem in metadata["data"]["problems"]:
             self.warn(str(problem))
         self._finish(status_of(trained), verdict.reasons)
@@ -133,8 +180,8 @@ class RunLog:
         if isinstance(error, GateRefusedError) and self.status is not None:
             self._finish(self.status, (*self._sections["STATUS"][1:], f"refused: {said}"))
         else:
-            status: Status = "COLLAPSED" if isinstance(error, CollapsedError) else "FAILED"
-            self._finish(status, (f"{type(error).__name__}: {said}",))
+            word: Status = "COLLAPSED" if isinstance(error, CollapsedError) else "FAILED"
+            self._finish(word, (f"{type(error).__name__}: {said}",))
 
     def close(self) -> None:
         """Take down nothing more: what goes wrong later befalls another symbol of the run."""
@@ -153,15 +200,13 @@ class RunLog:
             # No STATUS yet means that the run is not over, or was killed.
             if name != "STATUS" or content:
                 lines += [f"=== {name} ===", *(content or ["none"]), ""]
-        part = self.path.with_name(f".{self.path.name}.part")
+        folder, part = self.path.parent, self.path.with_name(f".{self.path.name}.part")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             part.write_text("\n".join(lines), encoding="utf-8")
             part.replace(self.path)
         except OSError as error:
-            logger.warning(
-                "no training log in %s: %s; the training goes on", self.path.parent, error.strerror
-            )
+            logger.warning("no training log in %s: %s; the training goes on", folder, error.strerror)
             self.path = None
 
 
@@ -181,38 +226,31 @@ def fold_lines(folds: Sequence[Mapping[str, Any]]) -> list[str]:
     return ["  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in rows]
 
 
-def flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the leaves of nested mappings with their dotted names."""
-    for key, value in nested.items():
-        if isinstance(value, Mapping) and value:
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def _lines(nested: Mapping[str, Any]) -> list[str]:
+    return [f"{name}: {_text(value)}" for name, value in leaves(nested)]
 
 
-def fan_out(on_event: OnEvent, logs: Sequence[RunLog]) -> OnEvent:
-    """Return a listener that tells every log and then ``on_event``."""
+def together(*listeners: OnEvent) -> OnEvent:
+    """Return a listener that tells all of these; nobody where there are none."""
 
     def tell(event: Mapping[str, Any]) -> None:
-        for log in logs:
-            log.on_event(event)
-        on_event(event)
+        for listener in listeners:
+            listener(event)
 
     return tell
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Let the first SIGINT end the run within `GRACE_S`, whatever it waits for.
+    """Let the first SIGINT end the run by a `KeyboardInterrupt`, so that what is half written is removed.
 
-    It is raised as `KeyboardInterrupt`, so that what is half written is removed. A search waits for the
-    threads of its boosters, which nothing can stop but the end of the process: that follows.
+    Nothing but the end of the process, after `GRACE_S`, stops the threads that a search waits for.
     """
 
     def end() -> None:
         for handler in logging.getLogger().handlers:
             if isinstance(handler, _IntoLog):
-                handler.fail()
+                handler.kept.fail(KeyboardInterrupt())
         sys.stderr.write(INTERRUPTED_LINE)
         sys.stderr.flush()
         os._exit(INTERRUPTED)
@@ -234,9 +272,7 @@ def interruptible() -> Iterator[None]:
 
 
 @contextmanager
-def logged_run(
-    folder: Path, symbol: str, config: Mapping[str, Any], kind: str = GBM.name
-) -> Iterator[RunLog]:
+def logged_run(folder: Path, symbol: str, config: Mapping[str, Any], kind: str) -> Iterator[RunLog]:
     """Keep the log of a run; warnings of the libraries go into it, and an error ends it as FAILED."""
     log = RunLog(folder, symbol, config, kind)
     handler = _IntoLog(log)
@@ -253,18 +289,24 @@ def logged_run(
 class _IntoLog(logging.Handler):
     def __init__(self, log: RunLog) -> None:
         super().__init__(logging.WARNING)
-        self._log = log
-
-    def fail(self) -> None:
-        """End the log as that of an interrupted run."""
-        self._log.fail(KeyboardInterrupt())
+        self.kept = log
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._log.warn(f"{record.name}: {record.getMessage()}")
+        self.kept.warn(f"{record.name}: {record.getMessage()}")
+
+
+def publish(page: Report, folder: Path, metadata: Mapping[str, Any]) -> Path | None:
+    """Write a bundle's report into ``folder``; None, after a warning, where that cannot be done."""
+    kind = metadata["model_id"].rpartition("-")[2]
+    try:
+        return write_report(page, folder / f"{metadata['symbol']}_{kind}_{metadata['model_version']}.html")
+    except StorageError as error:
+        logger.warning("no report of the training: %s", error)
+        return None
 
 
 def publish_report(trained: Trained[Any], folder: Path) -> Path | None:
-    """Write the HTML report into ``folder``; None, after a warning, where that cannot be done."""
+    """Write the HTML report of a training, see `publish`."""
     bundle = trained.bundle
     page = training_report(
         symbol=bundle.symbol,
@@ -276,11 +318,7 @@ def publish_report(trained: Trained[Any], folder: Path) -> Path | None:
         findings=bundle.metadata["data"]["problems"],
         epochs=bundle.hyperparameters.get("epochs", ()),
     )
-    try:
-        return write_report(page, folder / f"{bundle.symbol}_{bundle.KIND.name}_{bundle.model_version}.html")
-    except StorageError as error:
-        logger.warning("no report of the training: %s", error)
-        return None
+    return publish(page, folder, bundle.metadata)
 
 
 def _text(value: object) -> str:
@@ -290,23 +328,16 @@ def _text(value: object) -> str:
 
 
 def outcome_of(
-    trained: Trained[Any], log: RunLog, *, saved_as: Path | None, report: Path | None
-) -> dict[str, Any]:
-    """Return the result of one symbol as plain data."""
-    bundle, verdict = trained.bundle, trained.verdict
-    same = ("model_version", "out_of_sample_from", "trained_through", "horizon_bars", "seed", "data_hash")
+    metadata: Mapping[str, Any], names: Sequence[str], paths: Mapping[str, Path | None]
+) -> Outcome:
+    """Return the result of one symbol as plain data: the verdict, named metadata, where things are."""
+    verdict = metadata["verdict"]
     return {
-        "symbol": bundle.symbol,
-        "verdict": verdict.label,
-        "reasons": list(verdict.reasons),
-        "evidence": dict(verdict.evidence),
-        "metrics": bundle.metadata["metrics"],
-        "path_models": bundle.metadata["path_models"],
-        **{name: bundle.metadata[name] for name in (*same, "device", "device_reason", "duration_s")},
-        "status": log.status,
-        "bundle": None if saved_as is None else str(saved_as),
-        "report": None if report is None else str(report),
-        "log": None if log.path is None else str(log.path),
+        "symbol": metadata["symbol"],
+        "verdict": verdict["label"],
+        **{name: verdict[name] for name in ("reasons", "evidence")},
+        **{name: metadata[name] for name in (*IN_EVERY_OUTCOME, *names)},
+        **{name: None if path is None else str(path) for name, path in paths.items()},
     }
 
 
@@ -315,17 +346,34 @@ def deliver(
 ) -> Outcome:
     """Save what was trained unless the flags forbid it, and report it; see `outcome_of`."""
     log.conclude(trained)
-    label, symbol = trained.verdict.label, trained.bundle.symbol
-    if args.strict and label != "edge":
-        publish_report(trained, settings.logs_dir)
-        raise GateRefusedError(f"{symbol}: the verdict is {label} and --strict was given: nothing was saved")
+    bundle, saved = trained.bundle, None
+    report = publish_report(trained, settings.logs_dir)
+    if args.strict:
+        refuse_without_edge(bundle.symbol, trained.verdict.as_dict())
     if not args.validate_only:
         on_event({"type": "stage", "stage": "saving", "progress": 0.97})
-        args.program.save(trained.bundle, settings.models_dir, golden_inputs=trained.golden_inputs)
-    report = publish_report(trained, settings.logs_dir)
-    saved_as = artifact_link(settings.models_dir, symbol, args.program.kind)
+        args.program.save(bundle, settings.models_dir, golden_inputs=trained.golden_inputs)
+        saved = artifact_link(settings.models_dir, bundle.symbol, args.kind)
     log.close()
-    return outcome_of(trained, log, saved_as=None if args.validate_only else saved_as, report=report)
+    names = ("metrics", "path_models", "seed", "device", "device_reason", "duration_s")
+    outcome = outcome_of(bundle.metadata, names, {"bundle": saved, "report": report, "log": log.path})
+    return {**outcome, "status": log.status}
+
+
+def refuse_without_edge(symbol: str, verdict: Mapping[str, Any]) -> None:
+    """Refuse, as ``--strict`` asks, to save a model without an edge, or with one that looks like a leak."""
+    alarm = ", beside a leak alarm," if verdict["evidence"]["leak_alarm"] else ""
+    if alarm or verdict["label"] != "edge":
+        told = f"the verdict is {verdict['label']}{alarm} and --strict was given: nothing was saved"
+        raise GateRefusedError(f"{symbol}: {told}")
+
+
+def refuse_existing(symbol: str, args: argparse.Namespace, settings: Settings) -> None:
+    """Refuse to replace a bundle without being told to."""
+    exists = artifact_link(settings.models_dir, symbol, args.kind).exists()
+    if exists and not (args.overwrite or args.validate_only):
+        name = "an ensemble" if args.program is None else "a model"
+        raise ModelExistsError(f"{symbol} has {name} already: add --overwrite to train it anew")
 
 
 def refused(symbol: str, error: AIStocksError) -> Outcome:
@@ -340,13 +388,19 @@ def show(outcome: Outcome, console: Console, *, in_full: bool) -> None:
     elif in_full and "rolled_back_from" in outcome:
         console.print("{symbol}: {model_version} serves, instead of {rolled_back_from}".format(**outcome))
     elif in_full:
-        (print_parts if "parts" in outcome else print_summary)(console, outcome)
+        joined = f", models joined by {outcome['method']}" if "parts" in outcome else ""
+        parts = outcome.get("parts") or {"table": summary(outcome), "notes": []}
+        console.print(f"{outcome['symbol']}: {outcome['verdict']}{joined}", style="italic")
+        print_rows(console, parts["table"])
+        for text in (*parts["notes"], *outcome["reasons"]):
+            console.print(f"  - {escape(text)}", soft_wrap=True)
+        for name in (name for name in ("bundle", "report", "log") if name in outcome):
+            console.print(f"{name}: {escape(str(outcome[name] or 'none'))}", soft_wrap=True)
 
 
-def print_summary(console: Console, result: Mapping[str, Any]) -> None:
-    """Print the result of one symbol as a table."""
-    evidence = {name: "undefined" if v is None else f"{v:.4g}" for name, v in result["evidence"].items()}
-    table = Table(title=f"{result['symbol']}: {result['verdict']}", title_justify="left", show_header=False)
+def summary(result: Outcome) -> list[dict[str, str]]:
+    """Return what a person wants to know of one symbol first, by name."""
+    evidence = {name: _text(value) for name, value in result["evidence"].items()}
     rows = {
         "out of sample": f"from {result['out_of_sample_from']}, {result['evidence']['n_rows']:,} forecasts",
         "horizon": f"{result['horizon_bars']} sessions",
@@ -358,39 +412,19 @@ def print_summary(console: Console, result: Mapping[str, Any]) -> None:
     }
     for bars, found in result["path_models"].items():
         rows[f"path, horizon {bars}"] = f"IC {_text(found['ic'])} (p {_text(found['p_ic'])})"
-    for name, text in rows.items():
-        table.add_row(name, text)
-    console.print(table)
-    for reason in result["reasons"]:
-        console.print(f"  - {escape(reason)}", soft_wrap=True)
-    for name in ("bundle", "report", "log"):
-        console.print(f"{name}: {escape(str(result[name] or 'none'))}", soft_wrap=True)
-
-
-def print_parts(console: Console, result: Mapping[str, Any]) -> None:
-    """Print the result of joining a symbol's models: the parts beside the whole, and why it is so."""
-    title = f"{result['symbol']}: {result['verdict']}, models joined by {result['method']}"
-    table = Table("", title=title, title_justify="left")
-    columns = [name for name in result["parts"]["table"][0] if name != "part"]
-    for name in columns:
-        table.add_column(name.replace("_", " "), justify="right")
-    for part in result["parts"]["table"]:
-        table.add_row(part["part"], *(_text(part[name]) for name in columns))
-    console.print(table)
-    for text in (*result["parts"]["notes"], *result["reasons"]):
-        console.print(f"  - {escape(text)}", soft_wrap=True)
-    for name in ("bundle", "report"):
-        console.print(f"{name}: {escape(str(result[name] or 'none'))}", soft_wrap=True)
+    return [{"": name, " ": text} for name, text in rows.items()]
 
 
 def tell_all(
-    train: Callable[[Console, OnEvent], Iterable[Outcome]], *, as_json: bool, events: str | None
+    train: Callable[[Console, OnEvent], Iterable[Outcome]], args: argparse.Namespace, settings: Settings
 ) -> int:
     """Show every outcome as soon as it is there; return the exit code of the first failure."""
+    as_json = args.json
+    configure_logging("WARNING" if as_json else settings.log_level)
     console = Console(stderr=as_json)
     results: list[Outcome] = []
     try:
-        with interruptible(), event_lines(events) as tell:
+        with interruptible(), event_lines(args.events) as tell:
             for outcome in train(console, tell):
                 results.append(outcome)
                 tell(ending(outcome))
@@ -407,10 +441,10 @@ def tell_all(
 
 
 @contextmanager
-def progress_line(console: Console, symbol: str, tell: OnEvent | None = None) -> Iterator[OnEvent]:
+def progress_line(console: Console, symbol: str, tell: OnEvent) -> Iterator[OnEvent]:
     """Show how far it is: a bar on a terminal, a line for each stage elsewhere; ``tell`` hears it, too."""
     if not console.is_terminal:
-        yield _both(stage_lines(symbol), tell)
+        yield together(stage_lines(symbol), tell)
         return
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %")
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
@@ -421,16 +455,7 @@ def progress_line(console: Console, symbol: str, tell: OnEvent | None = None) ->
                 words = f"{symbol}: {event['stage']}"
                 bar.update(task, completed=event["progress"], description=words)
 
-        yield _both(on_event, tell)
-
-
-def _both(first: OnEvent, second: OnEvent | None) -> OnEvent:
-    def on_event(event: Mapping[str, Any]) -> None:
-        first(event)
-        if second is not None:
-            second(event)
-
-    return on_event
+        yield together(on_event, tell)
 
 
 def stage_lines(symbol: str) -> OnEvent:
@@ -447,13 +472,11 @@ def stage_lines(symbol: str) -> OnEvent:
 def event_lines(path: str | None) -> Iterator[OnEvent]:
     """Write events for a program that listens: one JSON object a line, in the names of the wire.
 
-    What a trainer tells are plain mappings with a ``type``: ``stage`` (``stage``, ``progress``), ``epoch``
-    (``epoch``, ``total_epochs``, ``train_loss``, ``val_loss``, ``learning_rate``, ``directional_accuracy``,
-    ``variance_score``, in this spelling or in that of the wire), ``log`` (``message``), ``fold``, and what
-    `ending` returns. A file or pipe that cannot be written is a `UsageError`; None tells nobody.
+    They are mappings with a ``type``: ``stage``, ``epoch``, ``log``, ``fold``, and what `ending` returns. A
+    file or pipe that cannot be written is a `UsageError`; None tells nobody.
     """
     if path is None:
-        yield lambda _event: None
+        yield together()
         return
     with json_lines(path) as write:
         progress = 0.0
@@ -476,10 +499,5 @@ def ending(outcome: Outcome) -> dict[str, Any]:
     """Return the event that ends the training of a symbol."""
     if "error" in outcome:
         return {"type": "failed", "status": "failed", "message": outcome["error"]}
-    words = outcome.get("verdict") or f"{outcome['model_version']} serves"
-    return {
-        "type": "completed",
-        "status": "completed",
-        "progress": 1.0,
-        "message": f"{outcome['symbol']}: {words}",
-    }
+    words = f"{outcome['symbol']}: {outcome.get('verdict') or outcome['model_version'] + ' serves'}"
+    return {"type": "completed", "status": "completed", "progress": 1.0, "message": words}

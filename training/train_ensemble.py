@@ -12,19 +12,16 @@ where it beats the simple ensemble on the rows that both scored.
 
 import argparse
 import hashlib
-import json
-import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import xgboost
+from rich.console import Console
 from sklearn.linear_model import ElasticNet
 
 from data.data_splitter import WalkForwardSplit, walk_rows
@@ -32,8 +29,8 @@ from data.schema import Bars, bars_hash, normalise_symbol
 from data.target_engineering import make_target
 from evaluation.accounting import CostModel
 from evaluation.metrics import spearman
-from evaluation.report import ensemble_report, write_report
-from inference.artifact import library_versions, new_version_id
+from evaluation.report import ensemble_report
+from inference.artifact import library_versions
 from inference.ensemble import (
     GBM_NAME,
     LSTM_NAME,
@@ -52,22 +49,23 @@ from inference.load_gbm_models import load_bundle
 from inference.load_lstm_model import load_bundle as load_lstm
 from inference.pipeline import Bundle, BundleForecaster, Decisions, backtest_decisions, decide
 from inference.position_sizing import make_sizer
-from training.run_log import EVENTS_HELP, Outcome, refused, tell_all
-from training.train_gbm import MAX_SEED, fetch
-from training.trainer import PATH_EVIDENCE, OnEvent, headline_metrics, one_session_later
-from utils.errors import (
-    AIStocksError,
-    GateRefusedError,
-    InsufficientDataError,
-    ModelExistsError,
-    StorageError,
+from training.run_log import (
+    Outcome,
+    common_parser,
+    outcome_of,
+    publish,
+    refuse_existing,
+    refuse_without_edge,
+    refused,
+    tell_all,
 )
+from training.train_gbm import fetch, look
+from training.trainer import OnEvent, as_told, facts_of, figures_of, headline_metrics, judge_lived, run_of
+from utils.errors import AIStocksError, InsufficientDataError
 from utils.model_paths import ENSEMBLE, artifact_link, training_lock
-from utils.settings import Settings, at_least, configure_logging, read_settings
-from validation.gates import Verdict, judge, ranks_better_p_value
-from validation.wfe_metrics import Run, count_verdicts, record_run
-
-logger = logging.getLogger(__name__)
+from utils.settings import Settings, read_settings
+from validation.gates import ranks_better_p_value
+from validation.wfe_metrics import Run
 
 MEMBERS = (GBM_NAME, LSTM_NAME)
 # A year of rows that both members forecast, below which joining them teaches nothing.
@@ -99,16 +97,8 @@ class MetaConfig:
 class CommonRows:
     """The rows that both members forecast out of sample, ascending.
 
-    Attributes
-    ----------
-    features
-        `meta_features` of them.
-    simple, outcome
-        What the simple ensemble said, and what came (NaN where not known yet), in volatilities, (n,).
-    date, label_end
-        Session of the row, and the one at whose close its outcome is known (NaT where not yet), (n,).
-    horizon_bars
-        Length of the labels.
+    What the simple ensemble said, and what came (NaN where not known yet), are in volatilities, (n,);
+    ``label_end`` is the session at whose close the outcome is known (NaT where not yet), (n,).
     """
 
     features: pd.DataFrame
@@ -182,16 +172,8 @@ def winsorised(outcome: FloatArray) -> FloatArray:
 class EnsembleTrainer:
     """Joins two bundles of one symbol, walks a meta-learner over what they said, and judges the result.
 
-    Parameters
-    ----------
-    gbm, lstm
-        The members.
-    method
-        What is tried; ``simple`` tries nothing beyond the simple ensemble.
-    config, costs
-        Of the meta-learner, and of the positions that the verdict judges.
-
-    Members that look ahead different numbers of bars are a `ModelIncompatibleError`.
+    Of the ``method`` that is tried, ``simple`` tries nothing beyond the simple ensemble. Members that look
+    ahead different numbers of bars are a `ModelIncompatibleError`.
     """
 
     def __init__(
@@ -201,33 +183,28 @@ class EnsembleTrainer:
         *,
         method: Method = "stacking",
         config: MetaConfig | None = None,
-        costs: CostModel | None = None,
     ) -> None:
         self.members = {GBM_NAME: gbm, LSTM_NAME: lstm}
         self.method = method
         self.config = config or MetaConfig()
-        self.costs = costs or CostModel()
+        self.costs = CostModel()
 
-    def fingerprint(self, bars: Bars) -> str:
-        """Return the hash of all that decides the outcome; members that were only saved anew are the same."""
+    def run(self, bars: Bars) -> Run:
+        """Return what identifies this look at the prices; members that were only saved anew are the same."""
         said = {
             name: hashlib.sha256(np.asarray(one.record["raw_scaled"]).tobytes()).hexdigest()
             for name, one in self.members.items()
         }
         content = [bars_hash(bars.frame), said, self.method, asdict(self.config), asdict(SimpleEnsemble())]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        # Where a meta-learner is tried, two verdicts are there to choose from.
+        n_trials = 1 if self.method == "simple" else 2
+        return run_of(bars, content, ENSEMBLE, f"{self.method}, seed {self.config.seed}", n_trials)
 
-    def train(self, bars: Bars, *, n_trials: int = 1) -> EnsembleBundle:
+    def train(self, bars: Bars, *, earlier: Sequence[Run] = ()) -> EnsembleBundle:
         """Join, compare and judge; nothing is saved.
 
-        Parameters
-        ----------
-        bars
-            The symbol's prices, those that the members were trained on, and later ones.
-        n_trials
-            Looks at these prices so far, this one counted.
-
-        Members with less than a year of common forecasts of these prices are an `InsufficientDataError`.
+        ``bars`` are those that the members were trained on, and later ones; ``earlier`` are the looks at them
+        before. Less than a year of common forecasts is an `InsufficientDataError`.
         """
         plain = self._bundle(bars)
         frame = self._join(plain).centre(bars.frame)
@@ -242,12 +219,19 @@ class EnsembleTrainer:
                 bundle = replace(plain, method=self.method, stacked=Stacked(said=said, meta=meta))
                 frame = self._join(bundle).centre(bars.frame)
         record = record_of(frame, bars, plain.horizon_bars, bundle.stacked)
-        verdict = self._judge(bundle, bars, record, n_trials)
+        verdict, _ = judge_lived(
+            record,
+            self._decide(self._join(bundle), bars),
+            self.costs,
+            horizon_bars=bundle.horizon_bars,
+            n_verdicts=self.run(bars).n_trials + sum(run.n_trials for run in earlier),
+        )
         metadata = {
             **plain.metadata,
             "method": bundle.method,
             "out_of_sample_from": f"{record['date'].iloc[0]:%Y-%m-%d}",
             "verdict": verdict.as_dict(),
+            "tries": as_told(earlier),
             "parts": self._parts(bars, frame, record, compared),
         }
         judged = replace(bundle, record=record, metadata=metadata)
@@ -263,7 +247,7 @@ class EnsembleTrainer:
 
     def _bundle(self, bars: Bars) -> EnsembleBundle:
         """Return the simple ensemble of the members, not judged yet."""
-        created_at, weights, gbm = datetime.now(UTC), SimpleEnsemble(), self.members[GBM_NAME]
+        weights, gbm = SimpleEnsemble(), self.members[GBM_NAME]
         versions = {name: one.model_version for name, one in self.members.items()}
         return EnsembleBundle(
             symbol=bars.symbol,
@@ -273,20 +257,7 @@ class EnsembleTrainer:
             weights=weights,
             record=pd.DataFrame(),
             metadata={
-                "schema_version": 1,
-                "model_id": f"{bars.symbol}-ensemble",
-                "model_version": new_version_id(created_at),
-                "symbol": bars.symbol,
-                "created_at": created_at.isoformat(timespec="seconds"),
-                "horizon_bars": gbm.horizon_bars,
-                "source": bars.provenance.source,
-                "data_hash": (content := bars_hash(bars.frame)),
-                "data": {
-                    "hash": content,
-                    "first_session": f"{bars.frame.index[0]:%Y-%m-%d}",
-                    "last_session": f"{bars.frame.index[-1]:%Y-%m-%d}",
-                    "n_bars": len(bars.frame),
-                },
+                **facts_of(bars, ENSEMBLE, gbm.horizon_bars, bars_hash(bars.frame)),
                 "trained_through": max(str(one.metadata["trained_through"]) for one in self.members.values()),
                 "feature_set_hash": gbm.metadata["feature_set_hash"],
                 "seed": self.config.seed,
@@ -295,19 +266,6 @@ class EnsembleTrainer:
                 "recipe": {"asked": self.method, "meta": asdict(self.config), "weights": asdict(weights)},
             },
         )
-
-    def _judge(self, bundle: EnsembleBundle, bars: Bars, record: pd.DataFrame, n_trials: int) -> Verdict:
-        """Book the decided positions as they would have been lived, and weigh the evidence."""
-        decisions = self._decide(self._join(bundle), bars)
-        backtest = backtest_decisions(decisions, self.costs)
-        verdict = judge(
-            record,
-            horizon_bars=bundle.horizon_bars,
-            strategy_return=backtest.daily["net_return"].to_numpy(),
-            benchmark_return=backtest.benchmarks["exposure_matched"].daily["net_return"].to_numpy(),
-            n_verdicts=n_trials,
-        )
-        return one_session_later(verdict, decisions, self.costs)
 
     def _parts(
         self, bars: Bars, frame: pd.DataFrame, record: pd.DataFrame, compared: dict[str, Any] | None
@@ -338,10 +296,7 @@ class EnsembleTrainer:
 def common_rows(frame: pd.DataFrame, bars: Bars, horizon_bars: int) -> CommonRows:
     """Return the rows that both members forecast out of sample, from the centre of their ensemble.
 
-    Raises
-    ------
-    InsufficientDataError
-        If they are less than a year.
+    Less than a year of them is an `InsufficientDataError`.
     """
     signals = {name: np.asarray(frame[f"model_{name}"], dtype=np.float64) for name in MEMBERS}
     both = np.isfinite(np.column_stack(list(signals.values()))).all(axis=1)
@@ -376,13 +331,6 @@ def record_of(frame: pd.DataFrame, bars: Bars, horizon_bars: int, stacked: Stack
     return record[frame["is_out_of_sample"].to_numpy(dtype=bool)].reset_index(drop=True)
 
 
-def figures_of(record: pd.DataFrame, horizon_bars: int) -> dict[str, Any]:
-    """Return what a record alone says of one part; None where undefined."""
-    nothing = np.empty(0)
-    found = judge(record, horizon_bars=horizon_bars, strategy_return=nothing, benchmark_return=nothing)
-    return {name: found.evidence[name] for name in PATH_EVIDENCE}
-
-
 def weight_notes(weights: dict[str, float], n_rows: int) -> list[str]:
     """Say what the members count, and that one of them counts nothing."""
     told = ", ".join(f"{name} {weight:.2f}" for name, weight in weights.items())
@@ -395,104 +343,49 @@ def weight_notes(weights: dict[str, float], n_rows: int) -> list[str]:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    about = "Join boosters and network, and judge the whole."
-    parser = argparse.ArgumentParser(prog=f"python -m {ENSEMBLE.trainer}", description=about)
-    add = parser.add_argument
-    add("symbols", nargs="+", metavar="SYMBOL")
-    add("--source", help="yahoo, sample or csv:DIR (default: AI_STOCKS_SOURCE, or yahoo)")
-    add("--no-cache", action="store_true", help="neither read nor write cached prices")
-    add("--force-refresh", action="store_true", help="fetch the whole history again")
-    add("--method", choices=get_args(Method), default="stacking", help="what is tried (default: stacking)")
-    add("--seed", type=at_least(1, MAX_SEED), default=MetaConfig().seed)
-    add("--overwrite", action="store_true", help="join anew although an ensemble is there")
-    add("--validate-only", action="store_true", help="judge and report, save nothing")
-    add("--strict", action="store_true", help="save nothing unless the verdict is edge (exit 7)")
-    add("--json", action="store_true", help="print the result as JSON on stdout")
-    add("--events", metavar="FILE", help=EVENTS_HELP)
+    parser, model = common_parser(ENSEMBLE, "Join boosters and network, and judge the whole.")
+    model.add_argument(
+        "--method", choices=get_args(Method), default="stacking", help="what is tried (default: stacking)"
+    )
     return parser
 
 
 def join_symbol(symbol: str, args: argparse.Namespace, settings: Settings) -> Outcome:
     """Load both members, join, judge, save and report; return the result as plain data."""
-    exists = artifact_link(settings.models_dir, symbol, ENSEMBLE).exists()
-    if exists and not (args.overwrite or args.validate_only):
-        raise ModelExistsError(f"{symbol} has an ensemble already: add --overwrite to join it anew")
+    refuse_existing(symbol, args, settings)
     gbm, lstm = load_bundle(settings.models_dir, symbol), load_lstm(settings.models_dir, symbol)
     bars = fetch(symbol, args, settings)
     with training_lock(settings.models_dir, symbol):
         trainer = EnsembleTrainer(gbm, lstm, method=args.method, config=MetaConfig(seed=args.seed))
-        run = Run(
-            symbol=symbol,
-            first_session=f"{bars.frame.index[0]:%Y-%m-%d}",
-            last_session=f"{bars.frame.index[-1]:%Y-%m-%d}",
-            fingerprint=trainer.fingerprint(bars),
-            # Where a meta-learner is tried, two verdicts are there to choose from.
-            n_trials=1 if args.method == "simple" else 2,
+        bundle = trainer.train(bars, earlier=look(settings, [trainer.run(bars)]))
+        metadata, saved = bundle.metadata, None
+        page = ensemble_report(
+            symbol=symbol, metadata=metadata, record=bundle.record, findings=bars.report.problems()
         )
-        trials = settings.models_dir / "trials.jsonl"
-        n_trials = count_verdicts(trials, run)
-        record_run(trials, run)
-        bundle = trainer.train(bars, n_trials=n_trials)
-        label, saved = bundle.metadata["verdict"]["label"], None
-        report = publish(bundle, bars, settings.logs_dir)
-        if args.strict and label != "edge":
-            raise GateRefusedError(f"{symbol}: the verdict is {label}, and --strict: nothing was saved")
+        report = publish(page, settings.logs_dir, metadata)
+        if args.strict:
+            refuse_without_edge(symbol, metadata["verdict"])
         if not args.validate_only:
             save_ensemble(bundle, settings.models_dir)
             saved = artifact_link(settings.models_dir, symbol, ENSEMBLE)
-    return outcome_of(bundle, args.method, saved_as=saved, report=report)
-
-
-def publish(bundle: EnsembleBundle, bars: Bars, folder: Path) -> Path | None:
-    """Write the report into ``folder``; None, after a warning, where that cannot be done."""
-    findings = bars.report.problems()
-    page = ensemble_report(
-        symbol=bundle.symbol, metadata=bundle.metadata, record=bundle.record, findings=findings
-    )
-    try:
-        return write_report(
-            page, folder / f"{bundle.symbol}_ensemble_{bundle.metadata['model_version']}.html"
-        )
-    except StorageError as error:
-        logger.warning("no report of the ensemble: %s", error)
-        return None
-
-
-def outcome_of(bundle: EnsembleBundle, asked: str, *, saved_as: Path | None, report: Path | None) -> Outcome:
-    """Return the result of one symbol as plain data."""
-    verdict, paths = bundle.metadata["verdict"], {"bundle": saved_as, "report": report}
-    same = ("model_version", "members", "out_of_sample_from", "trained_through", "horizon_bars", "data_hash")
-    return {
-        "symbol": bundle.symbol,
-        "asked": asked,
-        "method": bundle.method,
-        "verdict": verdict["label"],
-        "reasons": verdict["reasons"],
-        "evidence": verdict["evidence"],
-        "parts": bundle.metadata["parts"],
-        **{name: bundle.metadata[name] for name in same},
-        **{name: None if path is None else str(path) for name, path in paths.items()},
-    }
-
-
-def outcomes_of(args: argparse.Namespace, settings: Settings, tell: OnEvent) -> Iterator[Outcome]:
-    """Yield the outcome of every symbol, in the order of the command line."""
-    for raw in dict.fromkeys(args.symbols):
-        tell({"type": "stage", "stage": f"{raw}: joining boosters and LSTM", "progress": 0.0})
-        try:
-            yield join_symbol(normalise_symbol(raw), args, settings)
-        except AIStocksError as error:
-            yield refused(raw, error)
+    outcome = outcome_of(metadata, ("members", "parts"), {"bundle": saved, "report": report})
+    return {**outcome, "asked": args.method, "method": bundle.method}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Join the symbols' models; return the exit code that `utils.errors` lists, of the first failure."""
     args = build_parser().parse_args(argv)
     settings = read_settings()
-    configure_logging("WARNING" if args.json else settings.log_level)
-    return tell_all(
-        lambda _console, tell: outcomes_of(args, settings, tell), as_json=args.json, events=args.events
-    )
+
+    def join_all(_console: Console, tell: OnEvent) -> Iterator[Outcome]:
+        for raw in dict.fromkeys(args.symbols):
+            tell({"type": "stage", "stage": f"{raw}: joining boosters and LSTM", "progress": 0.0})
+            try:
+                yield join_symbol(normalise_symbol(raw), args, settings)
+            except AIStocksError as error:
+                yield refused(raw, error)
+
+    return tell_all(join_all, args, settings)
 
 
 if __name__ == "__main__":

@@ -7,17 +7,22 @@
 """
 
 import argparse
+import json
 import logging
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import lightgbm
+import numpy as np
 import pandas as pd
+import xgboost
 from joblib import Parallel, delayed
 from rich.console import Console
 
@@ -28,121 +33,158 @@ from data.feature_engineer import MAX_WARMUP_BARS, get_feature_columns
 from data.schema import Bars, check_enough, normalise_symbol
 from data.target_engineering import DEFAULT_HORIZON_BARS, Dataset, check_horizon, resolve_universe
 from inference.load_gbm_models import GBMBundle, PathModel, load_folder, save_bundle, versions_of
-from training import run_log
-from training.gbm_search import DeviceChoice, SearchConfig, choose_device
-from training.libraries import LIBRARIES, catboost
-from training.recipe import FittedGBM, GBMRecipe, RecipeConfig, TrainerConfig, WalkConfig
-from training.run_log import Outcome, RunLog, deliver, fan_out, logged_run, refused
+from training.gbm_search import SearchConfig, catboost
+from training.recipe import FittedGBM, GBMRecipe, RecipeConfig, TrainerConfig
+from training.run_log import (
+    Outcome,
+    Program,
+    RunLog,
+    common_parser,
+    deliver,
+    logged_run,
+    progress_line,
+    refuse,
+    refuse_common,
+    refuse_existing,
+    refused,
+    stage_lines,
+    tell_all,
+    together,
+)  # fmt: skip
 from training.trainer import MINIMUM_TEST_BARS, OnEvent, Trainer, Walked
-from utils.errors import (
-    AIStocksError,
-    DataError,
-    LockedError,
-    ModelExistsError,
-    StorageError,
-    UsageError,
-)
-from utils.model_paths import (
-    GBM,
-    ArtifactKind,
-    artifact_link,
-    current_version,
-    roll_back,
-    training_lock,
-)
+from utils.errors import AIStocksError, DataError, DeviceError, LockedError, StorageError
+from utils.model_paths import GBM, current_version, roll_back, training_lock
 from utils.settings import Settings, at_least, configure_logging, read_settings
+from validation.wfe_metrics import Run, earlier_runs, record_run
 
 logger = logging.getLogger(__name__)
 
 TUNE_TRIALS = 50
-# What every library takes as a seed.
-MAX_SEED = 2**31 - 1
 MAX_HORIZONS = 4
+# Rows x features from which `auto` asks for a GPU. Below it a fit takes a second or less on one core, which
+# is what starting CUDA and copying the rows cost before the first tree; not measured on a GPU yet.
+AUTO_CELLS = 20_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Program:
-    """What one kind of model adds to the common command line; it travels as ``args.program``.
+class DeviceChoice:
+    """A device, ``cpu`` or ``cuda``, and in words why it was chosen; both are recorded with the model."""
 
-    Attributes
-    ----------
-    kind
-        What is trained.
-    check
-        Refuses what the flags cannot mean together, and what is not installed, before anything is fetched.
-    config, trainer
-        The configuration that the flags ask for, and a trainer with it for about so many rows.
-    save, load_folder
-        Save a bundle with its golden inputs; load one version, to see whether it can serve.
+    device: str
+    reason: str
+
+
+def choose_device(
+    requested: str,
+    n_rows: int,
+    n_features: int,
+    *,
+    require_gpu: bool = False,
+    allow_cpu_fallback: bool = False,
+    models: Sequence[str] = ("xgb",),
+) -> DeviceChoice:
+    """Decide where XGBoost trains; the other libraries stay on the CPU.
+
+    ``auto`` is the GPU from `AUTO_CELLS` on, where there is one; ``require_gpu`` wants it whatever the size.
+    A GPU that was asked for and is not there is a `DeviceError`, unless ``allow_cpu_fallback``.
     """
+    refuse(
+        {
+            "--require-gpu and --device cpu contradict each other": require_gpu and requested == "cpu",
+            "--require-gpu contradicts --allow-cpu-fallback": require_gpu and allow_cpu_fallback,
+            "--require-gpu: only XGBoost trains on a GPU here": require_gpu and "xgb" not in models,
+        }
+    )
+    is_wanted = require_gpu or requested == "cuda"
+    size = f"{n_rows:,} rows x {n_features} features"
+    if "xgb" not in models:
+        return DeviceChoice(device="cpu", reason="XGBoost, which alone can use a GPU here, is not asked for")
+    if requested == "cpu":
+        return DeviceChoice(device="cpu", reason="the CPU was asked for")
+    if not is_wanted and n_rows * n_features < AUTO_CELLS:
+        pays = f"{size}: a GPU pays from {AUTO_CELLS / 1e6:g} million cells on"
+        return DeviceChoice(device="cpu", reason=pays)
+    missing = probe_cuda()
+    if missing is None:
+        why = f"{'a GPU was asked for' if is_wanted else f'{size}: a GPU pays'}, and a probe trained on it"
+        if "lgb" in models:
+            lacks = probe_lightgbm_opencl() or "its OpenCL sums in an order that changes"
+            why += f"; LightGBM stays on the CPU: {lacks}"
+        return DeviceChoice(device="cuda", reason=why)
+    if is_wanted and not allow_cpu_fallback:
+        raise DeviceError(
+            f"a GPU was asked for and cannot be used: {missing}; train with --device cpu, or with "
+            "--device cuda --allow-cpu-fallback where either will do"
+        )
+    return DeviceChoice(device="cpu", reason=f"no GPU: {missing}")
 
-    kind: ArtifactKind
-    check: Callable[[argparse.Namespace], None]
-    config: Callable[[argparse.Namespace], WalkConfig]
-    trainer: Callable[[Any, argparse.Namespace, int, OnEvent], Trainer[Any, Any]]
-    save: Callable[..., Path]
-    load_folder: Callable[[Path], object]
+
+def probe_cuda() -> str | None:
+    """Train one round of XGBoost on CUDA and read the device back; say what is missing, None where it works.
+
+    XGBoost asked for CUDA where there is none trains on the CPU, at ``verbosity=0`` without a word.
+    """
+    rows = np.linspace(0.0, 1.0, 64, dtype=np.float32).reshape(32, 2)
+    params = {"device": "cuda", "tree_method": "hist", "max_depth": 1, "nthread": 1, "verbosity": 0}
+    version = xgboost.__version__
+    try:
+        with warnings.catch_warnings():
+            # The warning about the fallback is what the answer says.
+            warnings.simplefilter("ignore")
+            booster = xgboost.train(params, xgboost.DMatrix(rows, rows[:, 0]), num_boost_round=1)
+    except xgboost.core.XGBoostError as error:
+        return f"XGBoost {version} says: {str(error).strip().partition(chr(10))[0]}"
+    used = device_of(booster)
+    if used.startswith("cuda"):
+        return None
+    if not xgboost.build_info().get("USE_CUDA"):
+        return f"this build of XGBoost {version} has no CUDA"
+    return f"XGBoost {version} finds no CUDA device and trained on {used!r}"
 
 
-def common_parser(program: Program, description: str) -> tuple[argparse.ArgumentParser, Any]:
-    """Return a parser with the flags that every kind of model has, and its group for those of the model."""
-    parser = argparse.ArgumentParser(prog=f"python -m {program.kind.trainer}", description=description)
-    parser.set_defaults(program=program)
-    flag = "store_true"
-    parser.add_argument("symbols", nargs="+", metavar="SYMBOL")
-    data = parser.add_argument_group("prices")
-    data.add_argument("--source", help="yahoo, sample or csv:DIR (default: AI_STOCKS_SOURCE, or yahoo)")
-    data.add_argument("--no-cache", action=flag, help="neither read nor write cached prices")
-    data.add_argument("--force-refresh", action=flag, help="fetch the whole history again")
-    data.add_argument("--universe", metavar="NAME|A,B,C|FILE", help="train one pooled model on these, too")
-    data.add_argument("--leave-symbol-out", action=flag, help="a symbol's pooled model never sees its rows")
-    model = parser.add_argument_group("model")
-    model.add_argument("--seed", type=at_least(1, MAX_SEED), default=RecipeConfig().seed)
-    run = parser.add_argument_group("run")
-    run.add_argument("--jobs", type=at_least(1), default=1, help="symbols trained, or read, at a time")
-    run.add_argument("--overwrite", action=flag, help="train although a bundle is there")
-    run.add_argument("--validate-only", action=flag, help="judge and report, save no model")
-    run.add_argument("--strict", action=flag, help="save nothing unless the verdict is edge (exit 7)")
-    run.add_argument("--rollback", action=flag, help="train nothing: the version before serves again")
-    run.add_argument("--json", action=flag, help="print the result as JSON on stdout")
-    run.add_argument("--events", metavar="FILE", help=run_log.EVENTS_HELP)
-    return parser, model
+def device_of(booster: xgboost.Booster) -> str:
+    """Return the device that a booster was last used on, as its own configuration tells."""
+    return str(json.loads(booster.save_config())["learner"]["generic_param"]["device"])
+
+
+def probe_lightgbm_opencl() -> str | None:
+    """Train one round of LightGBM on OpenCL; say what is missing. It informs only: its sums change order."""
+    rows = np.linspace(0.0, 1.0, 64, dtype=np.float64).reshape(32, 2)
+    params = {"device_type": "gpu", "min_data_in_leaf": 1, "num_threads": 1, "verbosity": -1}
+    try:
+        lightgbm.train(params, lightgbm.Dataset(rows, rows[:, 0]), num_boost_round=1)
+    except lightgbm.basic.LightGBMError as error:
+        return f"LightGBM {lightgbm.__version__} says: {str(error).strip().partition(chr(10))[0]}"
+    return None
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser, model = common_parser(
-        Program(
-            kind=GBM,
-            check=refuse_contradictions,
-            config=config_from,
-            trainer=lambda config, args, n, tell: GBMTrainer(config, tell, device=device_for(args, n)),
-            save=save_bundle,
-            load_folder=load_folder,
-        ),
-        "Train, validate and save the boosters of symbols.",
+    program = Program(
+        check=refuse_contradictions,
+        config=config_from,
+        trainer=lambda config, args, n, tell: GBMTrainer(config, tell, device=device_for(args, n)),
+        save=save_bundle,
+        load_folder=load_folder,
     )
-    recipe, flag = RecipeConfig(), "store_true"
-    model.add_argument("--include-sentiment", action=flag, help="not there yet: a usage error")
-    model.add_argument(
+    parser, model = common_parser(GBM, "Train, validate and save the boosters of symbols.", program)
+    add, flag = model.add_argument, "store_true"
+    add("--include-sentiment", action=flag, help="not there yet: a usage error")
+    add(
         "--target-horizon",
         type=horizons,
         default=(DEFAULT_HORIZON_BARS,),
         metavar="BARS[,BARS]",
         help="bars ahead (default: 5); of several, 5 or else the first decides, all shape the forecast path",
     )
-    model.add_argument("--tune", action=flag, help=f"search with {TUNE_TRIALS} trials, pooled models too")
-    model.add_argument(
-        "--n-trials", type=at_least(0), help="trials per library; 0: careful settings, no search"
-    )
-    model.add_argument("--models", type=models, metavar="xgb,lgb,cat", help="libraries (default: xgb,lgb)")
-    model.add_argument("--no-lgb", action=flag, help="leave LightGBM out")
-    model.add_argument("--max-features", type=at_least(1), default=recipe.max_features, help="features kept")
-    model.add_argument(
-        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="where XGBoost trains"
-    )
-    model.add_argument("--require-gpu", action=flag, help="fail without a GPU (exit 9)")
-    model.add_argument("--allow-cpu-fallback", action=flag, help="--device cuda without a GPU: use the CPU")
+    add("--tune", action=flag, help=f"search with {TUNE_TRIALS} trials, pooled models too")
+    add("--n-trials", type=at_least(0), help="trials per library; 0: careful settings, no search")
+    add("--models", metavar="xgb,lgb,cat", help="libraries (default: xgb,lgb)")
+    add("--no-lgb", action=flag, help="leave LightGBM out")
+    add("--max-features", type=at_least(1), default=RecipeConfig().max_features, help="features kept")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where XGBoost trains")
+    add("--require-gpu", action=flag, help="fail without a GPU (exit 9)")
+    add("--allow-cpu-fallback", action=flag, help="--device cuda without a GPU: use the CPU")
     return parser
 
 
@@ -156,48 +198,16 @@ def horizons(text: str) -> tuple[int, ...]:
     return decides, *sorted(set(named) - {decides})
 
 
-def models(text: str) -> tuple[str, ...]:
-    """Read a list of libraries."""
-    names = tuple(part.strip() for part in text.split(","))
-    if not set(names) <= set(LIBRARIES) or len(set(names)) < len(names):
-        raise argparse.ArgumentTypeError(f"{text!r}: name each of {', '.join(LIBRARIES)} at most once")
-    return names
-
-
-def refuse_common(args: argparse.Namespace) -> None:
-    """Refuse flags of every kind of model that cannot be meant together."""
-    trains = ("universe", "validate_only", "strict", "tune", "overwrite", "force_refresh", "no_cache")
-    beside = next((name for name in trains if getattr(args, name, None)), "")
-    alone = args.leave_symbol_out and not args.universe
-    refuse(
-        {
-            f"--rollback trains nothing: leave --{beside.replace('_', '-')} out": args.rollback and beside,
-            "--universe names nothing: give a set, symbols or a file": args.universe == "",
-            "--leave-symbol-out needs the others: add --universe": alone,
-            "--validate-only saves nothing: leave --overwrite out": args.validate_only and args.overwrite,
-        }
-    )
-
-
-def refuse(wrong: Mapping[str, object]) -> None:
-    """Raise `UsageError` with the first words whose condition holds."""
-    for words in (words for words, holds in wrong.items() if holds):
-        raise UsageError(words)
-
-
 def refuse_contradictions(args: argparse.Namespace) -> None:
-    """Refuse flags that cannot be meant together, and what is not there, before anything is fetched.
-
-    Raises `UsageError`, or `DeviceError` for a GPU that is not there.
-    """
+    """Refuse flags that cannot be meant together, and what is not there, before anything is fetched."""
     refuse_common(args)
-    on_cpu = args.device == "cpu"
+    fallback = args.allow_cpu_fallback
     refuse(
         {
             "--models and --no-lgb: name the libraries once": args.models and args.no_lgb,
             "--tune --n-trials 0: a search needs trials": args.tune and args.n_trials == 0,
             "--include-sentiment: no sentiment features are registered yet": args.include_sentiment,
-            "--device cpu leaves nothing to --allow-cpu-fallback": args.allow_cpu_fallback and on_cpu,
+            "--device cpu leaves nothing to --allow-cpu-fallback": fallback and args.device == "cpu",
         }
     )
     if "cat" in config_from(args).recipe.search.models:
@@ -209,7 +219,7 @@ def config_from(args: argparse.Namespace) -> TrainerConfig:
     """Return the trainer's configuration that the command line asks for."""
     search = SearchConfig()
     n_trials = TUNE_TRIALS if args.tune else 0 if args.universe else search.n_trials
-    names = args.models or tuple(name for name in search.models if name != "lgb" or not args.no_lgb)
+    names = tuple((args.models or ("xgb" if args.no_lgb else "xgb,lgb")).replace(" ", "").split(","))
     search = replace(search, n_trials=n_trials if args.n_trials is None else args.n_trials, models=names)
     if args.universe:
         # Libraries are fitted side by side; one symbol's rows keep no further thread busy.
@@ -232,15 +242,7 @@ def device_for(args: argparse.Namespace, n_rows: int) -> DeviceChoice:
 
 
 class GBMTrainer(Trainer[FittedGBM, GBMBundle]):
-    """Trains boosters, see `Trainer`.
-
-    Parameters
-    ----------
-    config, on_event
-        See `Trainer`.
-    device
-        Where XGBoost trains, and why; by default what the configuration says.
-    """
+    """Trains boosters, see `Trainer`; on ``device``, or on what the configuration says."""
 
     kind = GBM
     config: TrainerConfig
@@ -263,6 +265,14 @@ class GBMTrainer(Trainer[FittedGBM, GBMBundle]):
     ) -> GBMBundle:
         """Return the final boosters with the symbol's calibration, and those of the further horizons."""
         fitted, ensemble = walked.fitted, walked.fitted.for_symbol(symbol)
+        paths = (
+            PathModel(
+                horizon_bars=path.horizon_bars,
+                ensemble=path.fitted.for_symbol(symbol),
+                hyperparameters=path.fitted.hyperparameters,
+            )
+            for path in walked.paths
+        )
         return GBMBundle(
             symbol=symbol,
             horizon_bars=self.config.horizon_bars,
@@ -271,14 +281,7 @@ class GBMTrainer(Trainer[FittedGBM, GBMBundle]):
             metadata=metadata,
             importance=dict(zip(ensemble.columns, map(float, fitted.selection.importance), strict=True)),
             hyperparameters=fitted.hyperparameters,
-            path_models=tuple(
-                PathModel(
-                    horizon_bars=path.horizon_bars,
-                    ensemble=path.fitted.for_symbol(symbol),
-                    hyperparameters=path.fitted.hyperparameters,
-                )
-                for path in walked.paths
-            ),
+            path_models=tuple(paths),
         )
 
     @property
@@ -292,79 +295,58 @@ class GBMTrainer(Trainer[FittedGBM, GBMBundle]):
             "device_reason": self._device_reason,
         }
 
-    def identity(self) -> dict[str, Any]:
-        """Leave out how many threads share the work: it changes no result."""
-        config = super().identity()
-        del config["recipe"]["search"]["threads"]
-        return config
-
 
 def fetch(symbol: str, args: argparse.Namespace, settings: Settings) -> Bars:
     """Return the symbol's prices from the source that was asked for."""
     source = make_source(args.source or settings.source, cache_dir=settings.cache_dir)
-    bars = fetch_stock_data(
-        symbol, source=source, cache=cache_of(args, settings), force_refresh=args.force_refresh
-    )
+    cache = None if args.no_cache else BarCache(settings.cache_dir)
+    bars = fetch_stock_data(symbol, source=source, cache=cache, force_refresh=args.force_refresh)
     if source.is_live:
         refuse_delisted(bars, datetime.now(UTC))
     return bars
 
 
-def cache_of(args: argparse.Namespace, settings: Settings) -> BarCache | None:
-    """Return the cache of prices, unless the command line does without."""
-    return None if args.no_cache else BarCache(settings.cache_dir)
+def look(settings: Settings, runs: Sequence[Run]) -> tuple[Run, ...]:
+    """Record a look at prices, as each symbol sees it, before it shows anything; return those before."""
+    log = settings.models_dir / "trials.jsonl"
+    earlier = earlier_runs(log, *runs)
+    record_run(log, *runs)
+    return earlier
 
 
-def refuse_existing(symbol: str, args: argparse.Namespace, settings: Settings) -> None:
-    """Refuse to replace a bundle without being told to."""
-    link = artifact_link(settings.models_dir, symbol, args.program.kind)
-    if link.exists() and not (args.overwrite or args.validate_only):
-        raise ModelExistsError(f"{symbol} has a model already: add --overwrite to train it anew")
-
-
-def train_symbol(symbol: str, args: argparse.Namespace, settings: Settings, on_event: OnEvent) -> Outcome:
-    """Fetch, train, judge, save and report one symbol; return the result as plain data."""
-    refuse_existing(symbol, args, settings)
-    bars = {symbol: fetch(symbol, args, settings)}
-    return train_group(bars, bars, args, settings, on_event)[symbol]
-
-
-def train_pooled(
+def train_symbols(
     symbols: Sequence[str], args: argparse.Namespace, settings: Settings, on_event: OnEvent
 ) -> list[Outcome]:
-    """Train one model over the universe and the named symbols, and judge and save it for each of these.
+    """Train one model over the named symbols and the universe; judge, save and report it for the named.
 
-    With ``--leave-symbol-out`` there is one model for each named symbol, which never sees its rows.
+    One symbol without a universe stands alone. With ``--leave-symbol-out`` there is one model for each named
+    symbol, which never sees its rows.
     """
     outcomes: dict[str, Outcome] = {}
     named: dict[str, Bars] = {}
+    needed = MAX_WARMUP_BARS + max(args.target_horizon) + MINIMUM_TEST_BARS
     for symbol in symbols:
         try:
             refuse_existing(symbol, args, settings)
-            named[symbol] = fetch(symbol, args, settings)
-            needed = MAX_WARMUP_BARS + max(args.target_horizon) + MINIMUM_TEST_BARS
-            check_enough(named[symbol].frame, needed, f"judging {symbol}")
+            bars = fetch(symbol, args, settings)
+            if args.universe:
+                check_enough(bars.frame, needed, f"judging {symbol}")
+            named[symbol] = bars
         except AIStocksError as error:
-            named.pop(symbol, None)
             outcomes[symbol] = refused(symbol, error)
-    if named:
-        others = load_others(set(resolve_universe(args.universe)) - set(symbols), args, settings)
-        panel = dict(sorted({**others, **named}.items()))
-        if len(panel) - args.leave_symbol_out < 2:
-            raise DataError(
-                f"--universe {args.universe}: fewer than 2 symbols are left to train on: name more, or train "
-                "without --universe"
-            )
-        groups = [{name: bars} for name, bars in named.items()] if args.leave_symbol_out else [named]
-        for group in groups:
-            try:
-                outcomes |= train_group(group, panel, args, settings, on_event)
-            except AIStocksError as error:
-                outcomes |= {symbol: refused(symbol, error) for symbol in group}
+    panel = with_others(named, symbols, args, settings) if named and args.universe else named
+    groups = [{name: bars} for name, bars in named.items()] if args.leave_symbol_out else [named]
+    for group in filter(None, groups):
+        try:
+            outcomes |= train_group(group, panel, args, settings, on_event)
+        except AIStocksError as error:
+            outcomes |= {symbol: refused(symbol, error) for symbol in group}
     return [outcomes[symbol] for symbol in symbols]
 
 
-def load_others(symbols: set[str], args: argparse.Namespace, settings: Settings) -> dict[str, Bars]:
+def with_others(
+    named: Mapping[str, Bars], symbols: Sequence[str], args: argparse.Namespace, settings: Settings
+) -> dict[str, Bars]:
     """Fetch the rest of the universe; what cannot be used is named in a warning and left out."""
     needed = MAX_WARMUP_BARS + max(args.target_horizon) + 1
 
@@ -373,10 +355,17 @@ def load_others(symbols: set[str], args: argparse.Namespace, settings: Settings)
         check_enough(bars.frame, needed, f"a place in the panel of {symbol}")
         return bars
 
-    others, failures = load_panel(sorted(symbols), usable, args.jobs)
+    wanted = sorted(set(resolve_universe(args.universe)) - set(symbols))
+    others, failures = load_panel(wanted, usable, args.jobs)
     for symbol, error in failures.items():
         logger.warning("%s is left out of the universe: %s", symbol, error)
-    return others
+    panel = dict(sorted({**others, **named}.items()))
+    if len(panel) - args.leave_symbol_out < 2:
+        raise DataError(
+            f"--universe {args.universe}: fewer than 2 symbols are left to train on: name more, or train "
+            "without --universe"
+        )
+    return panel
 
 
 def train_group(
@@ -387,9 +376,9 @@ def train_group(
     on_event: OnEvent,
 ) -> dict[str, Outcome]:
     """Train one model on the panel; judge, save and report it for each symbol of the group."""
-    left_out = tuple(group) if args.leave_symbol_out else ()
     program: Program = args.program
     config = program.config(args)
+    left_out = tuple(group) if args.leave_symbol_out else ()
     config = replace(config, recipe=replace(config.recipe, leave_out=left_out))
     facts = {"universe": args.universe, "symbols": " ".join(panel), **asdict(config)}
     outcomes: dict[str, Outcome] = {}
@@ -398,26 +387,23 @@ def train_group(
         for symbol in group:
             try:
                 held.enter_context(training_lock(settings.models_dir, symbol))
-                logs[symbol] = held.enter_context(
-                    logged_run(settings.logs_dir, symbol, facts, program.kind.name)
-                )
+                run = logged_run(settings.logs_dir, symbol, facts, args.kind.name)
+                logs[symbol] = held.enter_context(run)
             except (LockedError, StorageError) as error:
                 outcomes[symbol] = refused(symbol, error)
         if not logs:
             return outcomes
         n_rows = sum(len(bars.frame) - MAX_WARMUP_BARS for bars in panel.values())
-        tell = fan_out(on_event, list(logs.values()))
+        tell = together(*(log.on_event for log in logs.values()), on_event)
         trainer = program.trainer(config, args, n_rows, tell)
-        n_trials = trainer.register(panel, settings.models_dir / "trials.jsonl")
+        earlier = look(settings, trainer.runs(panel))
         walked = trainer.walk(panel, universe=Path(args.universe or "").name)
+        cache = None if args.no_cache else BarCache(settings.cache_dir)
         for symbol, log in logs.items():
+            bars = group[symbol]
             try:
-                trained = trainer.conclude(
-                    walked,
-                    group[symbol],
-                    n_trials=n_trials,
-                    problems=findings(group[symbol], config.horizon_bars, cache_of(args, settings)),
-                )
+                problems = findings(bars, config.horizon_bars, cache)
+                trained = trainer.conclude(walked, bars, earlier=earlier, problems=problems)
                 outcomes[symbol] = deliver(trained, log, args, settings, on_event)
             except AIStocksError as error:
                 log.fail(error)
@@ -425,12 +411,12 @@ def train_group(
     return outcomes
 
 
-def go_back(symbol: str, args: argparse.Namespace, settings: Settings, _on_event: OnEvent) -> Outcome:
+def go_back(symbol: str, args: argparse.Namespace, settings: Settings) -> Outcome:
     """Let the version before serve again; return which."""
-    with training_lock(settings.models_dir, symbol):
-        program: Program = args.program
-        before = current_version(settings.models_dir, symbol, program.kind).name
-        now = roll_back(settings.models_dir, symbol, program.kind, program.load_folder).name
+    folder = settings.models_dir
+    with training_lock(folder, symbol):
+        before = current_version(folder, symbol, args.kind).name
+        now = roll_back(folder, symbol, args.kind, args.program.load_folder).name
     return {"symbol": symbol, "model_version": now, "rolled_back_from": before}
 
 
@@ -438,7 +424,9 @@ def one(raw: str, args: argparse.Namespace, settings: Settings, on_event: OnEven
     """Train one symbol, or roll it back; whatever goes wrong is its outcome, for others are waiting."""
     try:
         symbol = normalise_symbol(raw)
-        return (go_back if args.rollback else train_symbol)(symbol, args, settings, on_event)
+        if args.rollback:
+            return go_back(symbol, args, settings)
+        return train_symbols([symbol], args, settings, on_event)[0]
     except AIStocksError as error:
         return refused(raw, error)
     except Exception as error:
@@ -450,44 +438,37 @@ def in_worker(raw: str, args: argparse.Namespace, settings: Settings) -> Outcome
     """Do `one` in a process of its own, which leaves it to its parent to be interrupted."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     configure_logging("WARNING" if args.json else settings.log_level)
-    return one(raw, args, settings, run_log.stage_lines(raw))
-
-
-def outcomes_of(
-    args: argparse.Namespace, settings: Settings, console: Console, tell: OnEvent
-) -> Iterator[Outcome]:
-    """Yield the outcome of every symbol, in the order of the command line, as soon as it is there."""
-    args.program.check(args)
-    symbols = list(dict.fromkeys(args.symbols))
-    if args.universe:
-        symbols = list(dict.fromkeys(normalise_symbol(raw) for raw in symbols))
-        with run_log.progress_line(console, "pooled", tell) as on_event:
-            found = train_pooled(symbols, args, settings, on_event)
-        yield from found
-    elif args.jobs > 1 and len(symbols) > 1:
-        jobs = (delayed(in_worker)(raw, args, settings) for raw in symbols)
-        yield from Parallel(n_jobs=args.jobs, backend="loky", return_as="generator")(jobs)
-    else:
-        for raw in symbols:
-            with run_log.progress_line(console, raw, tell) as on_event:
-                outcome = one(raw, args, settings, on_event)
-            yield outcome
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Train the boosters of the symbols, see `run`."""
-    return run(build_parser().parse_args(argv))
+    return one(raw, args, settings, stage_lines(raw))
 
 
 def run(args: argparse.Namespace) -> int:
     """Train the symbols; return the exit code that `utils.errors` lists, of the first failure."""
     settings = read_settings()
-    configure_logging("WARNING" if args.json else settings.log_level)
 
     def train(console: Console, tell: OnEvent) -> Iterator[Outcome]:
-        return outcomes_of(args, settings, console, tell)
+        """Yield the outcome of every symbol, in the order of the command line, as soon as it is there."""
+        args.program.check(args)
+        symbols = list(dict.fromkeys(args.symbols))
+        if args.universe:
+            symbols = list(dict.fromkeys(normalise_symbol(raw) for raw in symbols))
+            with progress_line(console, "pooled", tell) as on_event:
+                found = train_symbols(symbols, args, settings, on_event)
+            yield from found
+        elif args.jobs > 1 and len(symbols) > 1:
+            jobs = (delayed(in_worker)(raw, args, settings) for raw in symbols)
+            yield from Parallel(n_jobs=args.jobs, backend="loky", return_as="generator")(jobs)
+        else:
+            for raw in symbols:
+                with progress_line(console, raw, tell) as on_event:
+                    outcome = one(raw, args, settings, on_event)
+                yield outcome
 
-    return run_log.tell_all(train, as_json=args.json, events=args.events)
+    return tell_all(train, args, settings)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train the boosters of the symbols, see `run`."""
+    return run(build_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -51,11 +51,12 @@ from training.recipe import (
     training_rows,
     without_symbols,
 )
-from training.train_gbm import Program, common_parser, refuse_common, run
+from training.run_log import Program, common_parser, refuse_common
+from training.train_gbm import run
 from training.trainer import OnEvent, Trainer, Walked
 from utils.errors import CollapsedError, UsageError
 from utils.model_paths import LSTM
-from utils.settings import at_least, below
+from utils.settings import at_least, below, silence_tensorflow
 from validation.gates import collapse_of
 from validation.walk_forward import RecipePrediction
 
@@ -64,9 +65,8 @@ QUANTILES = (0.1, 0.5, 0.9)
 MONITOR_EPOCHS = 5
 # Validation rows are forecast so many at a time.
 CHUNK_ROWS = 2_048
-MIN_INNER_ROWS = 100
 # Smaller batches than asked for are taken where an epoch would have fewer steps.
-MIN_STEPS, MIN_BATCH_ROWS = 10, 32
+MIN_STEPS, MIN_BATCH_ROWS, MIN_INNER_ROWS = 10, 32, 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,10 +81,6 @@ class Batches:
     windows: IntArray
     target: FloatMatrix
     weight: FloatMatrix
-
-    def __len__(self) -> int:
-        """Return the number of sequences."""
-        return len(self.target)
 
     def take(self, index: IntArray) -> tuple[FloatMatrix, FloatMatrix, FloatMatrix]:
         """Return inputs (k, length, p), targets and weights of some sequences."""
@@ -110,6 +106,7 @@ class KerasNetwork:
 
     def __init__(self, config: NetworkConfig, n_features: int) -> None:
         require_tensorflow()
+        silence_tensorflow()
         import keras  # noqa: PLC0415 - a gigabyte, only for who trains a network
         import tensorflow as tf  # noqa: PLC0415
 
@@ -169,7 +166,7 @@ class KerasNetwork:
 
     def train_epoch(self, batches: Batches, rate: float, rng: np.random.Generator) -> float:
         """Go once through all sequences in a drawn order; return the mean loss."""
-        order = rng.permutation(len(batches))
+        order = rng.permutation(len(batches.target))
         total = 0.0
         self.model.optimizer.learning_rate.assign(rate)
         # An epoch of few large steps would end before the network has left its beginning.
@@ -182,8 +179,8 @@ class KerasNetwork:
 
     def look(self, batches: Batches) -> tuple[float, FloatArray]:
         """Return the weighted loss of sequences that are not learned, and the signal, (n,)."""
-        index = np.arange(len(batches))
-        chunks = (index[start : start + CHUNK_ROWS] for start in range(0, len(index), CHUNK_ROWS))
+        index = np.arange(len(batches.target))
+        chunks = np.split(index, range(CHUNK_ROWS, len(index), CHUNK_ROWS))
         outputs = np.concatenate([self.model.predict_on_batch(batches.take(c)[0]) for c in chunks])
         losses = self.loss(batches.target, outputs).numpy()
         middle = outputs[:, outputs.shape[1] // 2].astype(np.float64)
@@ -207,20 +204,8 @@ class KerasNetwork:
 class FittedLSTM:
     """One fold's fit; see `validation.walk_forward.FittedRecipe`.
 
-    Attributes
-    ----------
-    network
-        The network, which may have been fitted some folds ago, with the calibration of the panel.
-    calibrations
-        Calibration by symbol; a symbol that is not in it takes the panel's.
-    sequences
-        Features of the rows that may be asked about.
-    epochs
-        Figures of each epoch of the fit, as told.
-    best_epoch
-        The epoch, counted from 1, whose weights were kept.
-    keras
-        The network as Keras saves it; empty but in the final fit.
+    The network has the calibration of the panel; a symbol not in ``calibrations`` takes it. ``best_epoch`` is
+    counted from 1. ``keras`` is the network as Keras saves it, of the final fit alone.
     """
 
     network: Network
@@ -238,14 +223,13 @@ class FittedLSTM:
     @property
     def notes(self) -> Mapping[str, object]:
         """What the fold table shows beside the metrics."""
-        own = self.network.calibration
-        ran = {"epochs": len(self.epochs), "best_epoch": self.best_epoch}
+        own, ran = self.network.calibration, {"epochs": len(self.epochs), "best_epoch": self.best_epoch}
         return {"slope": own.slope, "skill_lower": own.skill_lower, **ran}
 
     def for_symbol(self, symbol: str) -> Network:
         """Return the network with the calibration of one symbol."""
-        pooled = self.network.calibration
-        return replace(self.network, calibration=self.calibrations.get(symbol, pooled))
+        own = self.calibrations.get(symbol, self.network.calibration)
+        return replace(self.network, calibration=own)
 
     def predict(self, rows: Dataset) -> RecipePrediction:
         """Forecast rows that were not seen; see `validation.walk_forward.RecipePrediction`."""
@@ -259,14 +243,7 @@ class FittedLSTM:
 class LSTMRecipe:
     """Fits the network every few folds, and its calibration in every fold, in order of time.
 
-    Parameters
-    ----------
-    config
-        See `NetworkConfig`.
-    sequences
-        Features of all rows of the run.
-    on_event
-        Told of every epoch.
+    ``sequences`` hold the features of all rows of the run; ``on_event`` is told of every epoch.
     """
 
     trials: tuple[Mapping[str, object], ...] = ()
@@ -279,20 +256,14 @@ class LSTMRecipe:
         self._fitted: FittedLSTM | None = None
 
     def fit(self, train: Dataset, *, fold: int, earlier: pd.DataFrame, name: str | None = None) -> FittedLSTM:
-        """Fit on ``train``; calibrate on ``earlier`` out-of-sample rows; see `training.recipe.GBMRecipe.fit`.
-
-        Raises
-        ------
-        CollapsedError
-            When the network answers the same to everything.
-        """
-        config = self.config
-        train, earlier = without_symbols(train, earlier, config.leave_out)
-        drifts, drift = drift_by_symbol(train, sample_weights(train, config.weight_half_life_sessions))
-        if self._fitted is None or fold % config.refit_every_folds == 0:
+        """Fit, see `training.recipe.GBMRecipe.fit`; a network that has collapsed is a `CollapsedError`."""
+        train, earlier = without_symbols(train, earlier, self.config.leave_out)
+        drifts, drift = drift_by_symbol(train, sample_weights(train, self.config.weight_half_life_sessions))
+        if self._fitted is None or fold % self.config.refit_every_folds == 0:
             self._fitted = self._fit_network(train, drifts, name or f"fold {fold}")
-        horizon = train.horizon_bars
-        _, pooled, own = evidence(earlier, (MODEL,), drift=drift, drifts=drifts, horizon_bars=horizon)
+        _, pooled, own = evidence(
+            earlier, (MODEL,), drift=drift, drifts=drifts, horizon_bars=train.horizon_bars
+        )
         network = replace(self._fitted.network, calibration=pooled)
         return replace(self._fitted, network=network, calibrations=own)
 
@@ -300,9 +271,8 @@ class LSTMRecipe:
         """Fit on every labelled row, calibrated on the whole walk-forward record."""
         labelled = dataset.take(np.flatnonzero(dataset.labelled))
         fitted = self.fit(labelled, fold=0, earlier=record, name="final fit")
-        if self._keras is None:
-            raise RuntimeError("a fit leaves its Keras model behind")
-        return replace(fitted, keras=self._keras.saved(fitted.network))
+        keras = self._keras or KerasNetwork(self.config, len(dataset.columns))
+        return replace(fitted, keras=keras.saved(fitted.network))
 
     def _fit_network(self, train: Dataset, drifts: Mapping[str, float], name: str) -> FittedLSTM:
         config = self.config
@@ -343,9 +313,7 @@ class LSTMRecipe:
     ) -> tuple[list[FloatMatrix], tuple[Mapping[str, Any], ...], int]:
         """Train until the validation loss stops falling; return the best weights, all epochs, the best."""
         config = self.config
-        if self._keras is None:
-            self._keras = KerasNetwork(config, batches.features.shape[1])
-        keras = self._keras
+        keras = self._keras = self._keras or KerasNetwork(config, batches.features.shape[1])
         keras.begin()
         rng = np.random.default_rng(config.seed)
         # What the warm-up leaves hardly differs from the zero that the network begins with: it would be the
@@ -354,46 +322,34 @@ class LSTMRecipe:
         kept, best, lowest = keras.weights(), first, np.inf
         told: list[Mapping[str, Any]] = []
         for epoch in range(config.epochs):
-            event, signal = _one_epoch(keras, batches, checked, epoch, rng)
-            told.append(event)
-            self._tell({"type": "epoch", "fit": name, **event})
-            if epoch >= first and event["valLoss"] < lowest:
-                kept, best, lowest = keras.weights(), epoch + 1, event["valLoss"]
-            self._refuse_collapse(signal, epoch + 1, name)
+            rate = learning_rate(epoch, config)
+            train_loss = keras.train_epoch(batches, rate, rng)
+            loss, signal = keras.look(checked)
+            told.append(
+                {
+                    "epoch": epoch + 1,
+                    "totalEpochs": config.epochs,
+                    "trainLoss": train_loss,
+                    "valLoss": loss,
+                    "learningRate": rate,
+                    "directionalAccuracy": float(np.mean((signal > 0) == (checked.target[:, 0] > 0))),
+                    # How much of the outcomes' spread is forecast: near zero is a network about to collapse.
+                    "varianceScore": float(signal.std() / checked.target.std()),
+                }
+            )
+            self._tell({"type": "epoch", "fit": name, **told[-1]})
+            if epoch >= first and loss < lowest:
+                kept, best, lowest = keras.weights(), epoch + 1, loss
+            # During the warm-up the signal is still leaving the zero that it begins with.
+            is_due = (epoch + 1) % MONITOR_EPOCHS == 0 and epoch >= config.warmup_epochs
+            if is_due and (how := collapse_of(signal)):
+                raise CollapsedError(
+                    f"{name}: after {epoch + 1} epochs the network has collapsed, {how}; nothing was saved: "
+                    "try another --loss, --learning-rate or --seed, or more prices"
+                )
             if epoch + 1 - best >= config.patience_epochs:
                 break
         return kept, tuple(told), best
-
-    def _refuse_collapse(self, signal: FloatArray, epoch: int, name: str) -> None:
-        """End the run, every few epochs, when the network answers the same to everything."""
-        # During the warm-up the signal is still leaving the zero that it begins with.
-        is_due = epoch % MONITOR_EPOCHS == 0 and epoch > self.config.warmup_epochs
-        how = collapse_of(signal) if is_due else None
-        if how is not None:
-            raise CollapsedError(
-                f"{name}: after {epoch} epochs the network has collapsed, {how}; nothing was saved: try "
-                "another --loss, --learning-rate or --seed, or more prices"
-            )
-
-
-def _one_epoch(
-    keras: KerasNetwork, batches: Batches, checked: Batches, epoch: int, rng: np.random.Generator
-) -> tuple[dict[str, Any], FloatArray]:
-    """Train for an epoch; return its figures, and the signal of the validation rows."""
-    rate = learning_rate(epoch, keras.config)
-    train_loss = keras.train_epoch(batches, rate, rng)
-    validation_loss, signal = keras.look(checked)
-    figures = {
-        "epoch": epoch + 1,
-        "totalEpochs": keras.config.epochs,
-        "trainLoss": train_loss,
-        "valLoss": validation_loss,
-        "learningRate": rate,
-        "directionalAccuracy": float(np.mean((signal > 0) == (checked.target[:, 0] > 0))),
-        # How much of the outcomes' spread the forecasts have: near zero is a network about to collapse.
-        "varianceScore": float(signal.std() / checked.target.std()),
-    }
-    return figures, signal
 
 
 class LSTMTrainer(Trainer[FittedLSTM, LSTMBundle]):
@@ -422,8 +378,8 @@ class LSTMTrainer(Trainer[FittedLSTM, LSTMBundle]):
             metadata=metadata,
             importance={},
             hyperparameters={"best_epoch": fit.best_epoch, "epochs": fit.epochs},
-            network=walked.fitted.for_symbol(symbol),
-            keras=walked.fitted.keras,
+            network=fit.for_symbol(symbol),
+            keras=fit.keras,
         )
 
     @property
@@ -440,23 +396,22 @@ class LSTMTrainer(Trainer[FittedLSTM, LSTMBundle]):
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     program = Program(
-        kind=LSTM,
         check=check,
         config=config_from,
         trainer=lambda config, _args, _n_rows, on_event: LSTMTrainer(config, on_event),
         save=save_bundle,
         load_folder=load_folder,
     )
-    parser, model = common_parser(program, "Train, validate and save the network of symbols.")
-    default = NetworkConfig()
-    model.add_argument(
+    parser, model = common_parser(LSTM, "Train, validate and save the network of symbols.", program)
+    add, default, count = model.add_argument, NetworkConfig(), at_least(1)
+    add(
         "--target-horizon",
-        type=lambda text: (at_least(1)(text),),
+        type=lambda text: (count(text),),
         default=(DEFAULT_HORIZON_BARS,),
         metavar="BARS",
         help="bars ahead",
     )
-    model.add_argument("--loss", choices=get_args(Loss), default=default.loss)
+    add("--loss", choices=get_args(Loss), default=default.loss)
     numbers = {
         "epochs": "epochs at most",
         "batch_size": "sequences of one step",
@@ -464,10 +419,9 @@ def build_parser() -> argparse.ArgumentParser:
         "refit_every_folds": "years between two fits of the walk-forward",
     }
     for name, words in numbers.items():
-        flag = f"--{name.replace('_', '-')}"
-        model.add_argument(flag, type=at_least(1), default=getattr(default, name), help=words)
-    model.add_argument("--dropout", type=below(0.9), default=default.dropout, help="share that is dropped")
-    model.add_argument("--learning-rate", type=below(1.0), default=default.learning_rate)
+        add(f"--{name.replace('_', '-')}", type=count, default=getattr(default, name), help=words)
+    add("--dropout", type=below(0.9), default=default.dropout, help="share that is dropped")
+    add("--learning-rate", type=below(1.0), default=default.learning_rate)
     return parser
 
 

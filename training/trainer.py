@@ -4,10 +4,9 @@ import hashlib
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -15,7 +14,7 @@ import pandas as pd
 
 from data.feature_engineer import MAX_WARMUP_BARS, feature_set_hash
 from data.schema import Bars, bars_hash, check_enough
-from data.target_engineering import Dataset, build_dataset
+from data.target_engineering import DEFAULT_HORIZON_BARS, Dataset, build_dataset
 from evaluation.accounting import CostModel
 from evaluation.advanced_backtester import BacktestReport
 from evaluation.metrics import values
@@ -23,19 +22,19 @@ from inference.artifact import GOLDEN_ROWS, new_version_id
 from inference.ensemble import FloatArray, FloatMatrix
 from inference.pipeline import Bundle, BundleForecaster, Decisions, backtest_decisions, decide
 from inference.position_sizing import make_sizer
-from training.recipe import WalkConfig, begin_with_others
 from utils.errors import InsufficientDataError
 from utils.model_paths import ArtifactKind
 from validation.gates import Verdict, judge, of_universe
 from validation.walk_forward import (
     FittedRecipe,
     FoldResult,
-    Recipe,
+    WalkForwardConfig,
     WalkForwardResult,
+    WalkForwardSummary,
     WalkForwardValidator,
     fold_table,
 )
-from validation.wfe_metrics import Run, count_verdicts, record_run
+from validation.wfe_metrics import Run
 
 MINIMUM_TEST_BARS = 252
 NOT_JUDGED_YET = {"label": "no-edge", "reasons": [], "evidence": {}}
@@ -47,12 +46,45 @@ FittedT_co = TypeVar("FittedT_co", bound=FittedRecipe, covariant=True)
 BundleT = TypeVar("BundleT", bound=Bundle)
 
 
-class FinalRecipe(Recipe, Protocol[FittedT_co]):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowsConfig:
+    """Which rows any recipe is fitted on, and towards what.
+
+    ``common_move_share`` of the session's mean target over the panel is taken off the training targets: what
+    all symbols do together is mostly noise to a model of each. A row counts half at the age of
+    ``weight_half_life_sessions``. Training targets beyond ``target_limit_sigma`` volatilities are winsorised;
+    outcomes never are. Rows of the symbols in ``leave_out`` train and calibrate nothing: their forecasts
+    prove that the model generalises. ``seed`` is that of everything that draws.
+    """
+
+    common_move_share: float = 0.5
+    weight_half_life_sessions: float = 252.0 * 20
+    target_limit_sigma: float = 4.0
+    leave_out: tuple[str, ...] = ()
+    seed: int = 7
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WalkConfig:
+    """Everything that a training run of any kind of model is decided by; recorded in the bundle.
+
+    Forecasts that are judged and decide look ``horizon_bars`` ahead; the forecast path also passes through
+    ``path_horizons_bars``, each with a model of its own. ``costs`` are what the verdict's positions pay.
+    """
+
+    horizon_bars: int = DEFAULT_HORIZON_BARS
+    path_horizons_bars: tuple[int, ...] = ()
+    recipe: RowsConfig
+    walk_forward: WalkForwardConfig = field(default_factory=WalkForwardConfig)
+    costs: CostModel = field(default_factory=CostModel)
+
+
+class FinalRecipe(Protocol[FittedT_co]):
     """A recipe that is validated, and then fitted on everything; see `validation.walk_forward.Recipe`."""
 
     @property
     def trials(self) -> tuple[Mapping[str, object], ...]:
-        """Every trial of every search so far; empty for a recipe that searches nothing."""
+        """Every trial of every search so far."""
         ...
 
     def fit(self, train: Dataset, *, fold: int, earlier: pd.DataFrame) -> FittedT_co:
@@ -78,55 +110,23 @@ class Trained(Generic[BundleT]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WalkedPath(Generic[FittedT]):
-    """A further horizon, walked forward on its own target; its record is weighed, and not saved.
-
-    Attributes
-    ----------
-    horizon_bars
-        Number of bars that its forecast looks ahead.
-    record
-        The walk-forward record of all symbols.
-    fitted
-        The recipe on every labelled row.
-    """
+    """A further horizon on its own target: the record of all symbols, not saved, and the final fit."""
 
     horizon_bars: int
     record: pd.DataFrame
     fitted: FittedT
 
-    def figures(self, symbol: str) -> dict[str, float | int | bool | None]:
-        """Return what the symbol's own out-of-sample rows say; None where undefined."""
-        own = self.record[self.record["symbol"] == symbol]
-        empty = np.empty(0)
-        found = judge(own, horizon_bars=self.horizon_bars, strategy_return=empty, benchmark_return=empty)
-        return {name: found.evidence[name] for name in PATH_EVIDENCE}
+    def figures(self, symbol: str) -> dict[str, Any]:
+        """Return what the symbol's own out-of-sample rows say."""
+        return figures_of(of_symbol(self.record, symbol), self.horizon_bars)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Walked(Generic[FittedT]):
-    """What all symbols of a run share: the rows, the walk-forward, the final fit.
+    """What all symbols of a run share: the rows, hashes of the prices, the walk-forward, the final fit.
 
-    Attributes
-    ----------
-    dataset
-        Rows of all symbols.
-    hashes
-        Hash of the prices by symbol.
-    result
-        The walk-forward over all of them.
-    fitted
-        The recipe on every labelled row.
-    trials
-        Every trial of every search, as recorded.
-    started
-        Clock (`time.monotonic`) at the start of the run.
-    universe
-        What the panel is called.
-    paths
-        The further horizons, ascending.
-    returns
-        Of a panel: net returns per session of the decided positions of all symbols, in equal parts, and of
-        their benchmarks of equal exposure, (m, 2); None for a symbol that stands alone.
+    ``returns`` of a panel are net returns per session of the decided positions of all symbols, in equal
+    parts, and of their benchmarks of equal exposure, (m, 2).
     """
 
     dataset: Dataset
@@ -141,18 +141,10 @@ class Walked(Generic[FittedT]):
 
 
 class Trainer(ABC, Generic[FittedT, BundleT]):
-    """Runs the walk-forward, the final fit and the verdict of one kind of model.
+    """Runs the walk-forward, the final fit and the verdict: all that makes numbers honest, for every kind.
 
-    A kind says what is fitted (`recipe`), what is kept of it (`bundle_of`) and what is to be known about it
-    (`facts`); everything that makes its numbers honest is done here, and is the same for all kinds.
-
-    Parameters
-    ----------
-    config
-        See `WalkConfig`.
-    on_event
-        Called with plain mappings as the run proceeds: ``{"type": "stage", "stage": ..., "progress": 0..1}``,
-        and ``{"type": "fold", ...}`` with the measures of each fold; a kind may add events of its own.
+    ``on_event`` is told plain mappings as the run proceeds: ``{"type": "stage", "stage": ..., "progress":
+    0..1}``, and ``{"type": "fold", ...}`` with the measures of each fold; a kind may add events of its own.
     """
 
     kind: ClassVar[ArtifactKind]
@@ -180,51 +172,45 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
         """What the metadata of this kind tell: ``n_trials``, ``versions``, ``device``, ``device_reason``."""
 
     def identity(self) -> dict[str, Any]:
-        """Return what of the configuration may change what is judged."""
+        """Return what of the configuration may change what is judged: not further horizons, not threads."""
         config = asdict(self.config)
-        # Further horizons change nothing of what is judged.
         del config["path_horizons_bars"]
+        config["recipe"].get("search", {}).pop("threads", None)
         return config
 
-    def train(
-        self, bars: Bars, *, trials_log: Path | None = None, problems: Sequence[str] = ()
-    ) -> "Trained[BundleT]":
+    def train(self, bars: Bars) -> "Trained[BundleT]":
         """Train one symbol on its own prices; see `walk` and `conclude`."""
-        panel = {bars.symbol: bars}
-        n_trials = self.register(panel, trials_log) if trials_log else 1
-        return self.conclude(self.walk(panel), bars, n_trials=n_trials, problems=problems)
+        return self.conclude(self.walk({bars.symbol: bars}), bars)
 
-    def register(self, panel: Mapping[str, Bars], trials_log: Path) -> int:
-        """Count this look at the panel's prices, before anything of it is shown; return the looks so far."""
+    def runs(self, panel: Mapping[str, Bars]) -> list[Run]:
+        """Return what identifies this run among all that looked at the panel, as each symbol sees it."""
         hashes = {symbol: bars_hash(bars.frame) for symbol, bars in panel.items()}
-        runs = [self._run(bars, hashes) for bars in panel.values()]
-        before = count_verdicts(trials_log, *runs)
-        record_run(trials_log, *runs)
-        return before
+        plain = type(self.config)(recipe=type(self.config.recipe)())
+        usual, ours = (list(leaves(type(self)(config).identity())) for config in (plain, self.config))
+        unlike = [f"{name} {value}" for name, value in ours if (name, value) not in usual]
+        settings = ", ".join([f"{len(panel)} symbols"] * (len(panel) > 1) + unlike)
+        found = []
+        for symbol, bars in panel.items():
+            content = [hashes if len(panel) > 1 else hashes[symbol], feature_set_hash(), self.identity()]
+            found.append(run_of(bars, content, self.kind, settings))
+        return found
 
     @property
     def needed_bars(self) -> int:
         """Bars that a symbol needs to be trained alone: warm-up, first training rows, a year of test."""
-        config = self.config
-        first_train = config.walk_forward.min_train_bars
-        longest = max((config.horizon_bars, *config.path_horizons_bars))
-        return MAX_WARMUP_BARS + first_train + longest + MINIMUM_TEST_BARS
+        longest = max(self.config.horizon_bars, *self.config.path_horizons_bars, 0)
+        return MAX_WARMUP_BARS + self.config.walk_forward.min_train_bars + longest + MINIMUM_TEST_BARS
 
     def walk(self, panel: Mapping[str, Bars], *, universe: str = "") -> Walked[FittedT]:
         """Walk the recipe forward over the panel, split by date, and fit it on all labelled rows.
 
-        Further horizons come first, each on its own, so that the rows of one are in memory at a time.
-        ``universe`` is what the panel is called; it is recorded.
-
-        Raises
-        ------
-        InsufficientDataError
-            When a symbol stands alone and its bars leave no year out of sample.
+        Too few bars of a symbol that stands alone are an `InsufficientDataError`.
         """
         started = time.monotonic()
         if len(panel) == 1:
             ((symbol, bars),) = panel.items()
             check_enough(bars.frame, self.needed_bars, f"training {symbol} alone with one year out of sample")
+        # Further horizons come first, each on its own: the rows of one are in memory at a time.
         paths = tuple(self._walk_path(panel, bars_ahead) for bars_ahead in self.config.path_horizons_bars)
         self._begun = len(paths) / (len(paths) + 1)
         dataset, recipe, result, fitted = self.fit(panel)
@@ -249,7 +235,15 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
         dataset = build_dataset(frames, self.config.horizon_bars)
         dataset = begin_with_others(dataset, self.config.recipe.leave_out)
         recipe = self.recipe(dataset)
-        result = self._walk_forward(dataset, recipe)
+        validator = WalkForwardValidator(self.config.walk_forward)
+        n_folds = validator.n_folds(dataset)
+
+        def on_fold(fold: FoldResult) -> None:
+            done = fold.number + 1
+            self._tell({"type": "fold", **fold.as_dict()})
+            self._stage(f"walk-forward, fold {done} of {n_folds}", 0.05 + 0.85 * done / n_folds)
+
+        result = validator.run(dataset, recipe, on_fold=on_fold)
         self._stage("final fit", WALKED_AT)
         return dataset, recipe, result, recipe.fit_all(dataset, result.record)
 
@@ -272,144 +266,86 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
         self._stage("positions of the universe", 0.92)
         # A position earns from the session after the one that decided it.
         counts = walked.result.record["symbol"].value_counts()
-        strategies, benchmarks = {}, {}
-        for symbol in (name for name in panel if counts.get(name, 0) >= 2):
-            report = self._book(panel[symbol], self._bundle(panel[symbol], walked))
-            strategies[symbol] = report.daily["net_return"]
-            benchmarks[symbol] = report.benchmarks["exposure_matched"].daily["net_return"]
-        both = (pd.DataFrame(returns).mean(axis=1) for returns in (strategies, benchmarks))
+        booked = []
+        for bars in (bars for symbol, bars in panel.items() if counts.get(symbol, 0) >= 2):
+            decisions = self._decide(bars, self._bundle(bars, walked), as_lived=True)
+            booked.append(both_returns(backtest_decisions(decisions, self.config.costs)))
+        both = (pd.DataFrame(dict(enumerate(returns))).mean(axis=1) for returns in zip(*booked, strict=True))
         return np.column_stack([np.asarray(returns, dtype=np.float64) for returns in both])
 
-    def judge_together(self, walked: Walked[FittedT], *, n_trials: int = 1) -> Verdict | None:
-        """Judge a panel as one: all forecasts, and the decided positions in equal parts; None for one symbol.
-
-        ``n_trials`` counts the verdicts on the prices of the symbol that it is wanted for.
-        """
-        if walked.returns is None:
-            return None
-        return judge(
-            walked.result.record,
-            horizon_bars=self.config.horizon_bars,
-            strategy_return=walked.returns[:, 0],
-            benchmark_return=walked.returns[:, 1],
-            summary=walked.result.summary,
-            n_verdicts=n_trials,
-        )
-
-    def _book(self, bars: Bars, bundle: BundleT) -> BacktestReport:
-        """Decide on every out-of-sample row with the skill that was known of then, and book it."""
-        return backtest_decisions(self._decide(bars, bundle, as_lived=True), self.config.costs)
-
-    def _decide(self, bars: Bars, bundle: BundleT, *, as_lived: bool = False) -> Decisions:
+    def _decide(self, bars: Bars, bundle: BundleT, *, as_lived: bool) -> Decisions:
+        """Decide on every row; ``as_lived``: with the skill that was known of then."""
         forecaster = BundleForecaster(bundle=bundle, as_lived=as_lived)
         return decide(bars.symbol, bars.frame, forecaster, make_sizer(), costs=self.config.costs)
 
     def conclude(
-        self, walked: Walked[FittedT], bars: Bars, *, n_trials: int = 1, problems: Sequence[str] = ()
+        self,
+        walked: Walked[FittedT],
+        bars: Bars,
+        *,
+        earlier: Sequence[Run] = (),
+        problems: Sequence[str] = (),
     ) -> Trained[BundleT]:
-        """Judge one symbol of the panel on its own rows, with its own calibration.
+        """Judge one symbol of the panel on its own rows; ``earlier`` looks at its prices count.
 
-        Parameters
-        ----------
-        walked
-            What `walk` returned.
-        bars
-            The symbol's prices, as they were in the panel.
-        n_trials
-            Looks at these prices so far, see `register`.
-        problems
-            What is known to be amiss with the prices, in words; kept with the model.
-
-        Raises
-        ------
-        InsufficientDataError
-            When the walk-forward holds less than a year of known outcomes of the symbol.
+        Less than a year of forecasts with a known outcome is an `InsufficientDataError`.
         """
         self._stage("verdict", 0.95)
-        record = walked.result.record
-        n_known = int(record.loc[record["symbol"] == bars.symbol, "realised_log"].notna().sum())
+        n_verdicts = 1 + sum(run.n_trials for run in earlier)
+        record, dataset = walked.result.record, walked.dataset
+        n_known = int(of_symbol(record, bars.symbol)["realised_log"].notna().sum())
         if n_known < MINIMUM_TEST_BARS:
             raise InsufficientDataError(
                 f"{bars.symbol} has {n_known} out-of-sample forecasts with a known outcome in this panel, "
                 f"{MINIMUM_TEST_BARS} (a year) are needed: choose a symbol with later or more prices"
             )
         bundle = self._bundle(bars, walked)
-        verdict, backtest = self.judge(bars, bundle, walked.result, n_trials=n_trials)
-        pooled = self.judge_together(walked, n_trials=n_trials)
-        if pooled is not None and bars.symbol not in self.config.recipe.leave_out:
+        verdict, backtest = judge_lived(
+            bundle.record,
+            self._decide(bars, bundle, as_lived=True),
+            self.config.costs,
+            horizon_bars=bundle.horizon_bars,
+            summary=walked.result.summary,
+            n_verdicts=n_verdicts,
+        )
+        if walked.returns is not None and bars.symbol not in self.config.recipe.leave_out:
+            pooled = judge(
+                record,
+                horizon_bars=bundle.horizon_bars,
+                strategy_return=walked.returns[:, 0],
+                benchmark_return=walked.returns[:, 1],
+                summary=walked.result.summary,
+                n_verdicts=n_verdicts,
+            )
             verdict = of_universe(pooled, verdict, bars.symbol, len(walked.hashes))
         bundle = replace(bundle, metadata={**bundle.metadata, "verdict": verdict.as_dict()})
-        served = backtest_decisions(self._decide(bars, bundle), self.config.costs)
+        served = backtest_decisions(self._decide(bars, bundle, as_lived=False), self.config.costs)
         judged = {
             "data": {**bundle.metadata["data"], "problems": [*bars.report.problems(), *problems]},
             "metrics": {**headline_metrics(served), "correlation": verdict.evidence["ic"]},
             "folds": fold_table(walked.result, bundle.record, backtest),
-            "path_models": {str(path.horizon_bars): path.figures(bars.symbol) for path in walked.paths},
+            "path_models": {str(one.horizon_bars): one.figures(bars.symbol) for one in walked.paths},
+            "tries": as_told(earlier),
             "duration_s": round(time.monotonic() - walked.started, 1),
         }
-        own = np.flatnonzero(walked.dataset.symbol_code == walked.dataset.symbols.index(bars.symbol))
+        own = np.flatnonzero(dataset.symbol_code == dataset.symbols.index(bars.symbol))
         return Trained(
             bundle=replace(bundle, metadata={**bundle.metadata, **judged}),
             walk_forward=walked.result,
             verdict=verdict,
             backtest=backtest,
             trials=walked.trials,
-            golden_inputs=walked.dataset.features[own[-self.golden_rows :]],
+            golden_inputs=dataset.features[own[-self.golden_rows :]],
         )
-
-    def judge(
-        self, bars: Bars, bundle: BundleT, result: WalkForwardResult, *, n_trials: int = 1
-    ) -> tuple[Verdict, BacktestReport]:
-        """Book the decided positions, and weigh the evidence of the symbol alone."""
-        decisions = self._decide(bars, bundle, as_lived=True)
-        backtest = backtest_decisions(decisions, self.config.costs)
-        verdict = judge(
-            bundle.record,
-            horizon_bars=bundle.horizon_bars,
-            strategy_return=backtest.daily["net_return"].to_numpy(),
-            benchmark_return=backtest.benchmarks["exposure_matched"].daily["net_return"].to_numpy(),
-            summary=result.summary,
-            n_verdicts=n_trials,
-        )
-        return one_session_later(verdict, decisions, self.config.costs), backtest
-
-    def _walk_forward(self, dataset: Dataset, recipe: FinalRecipe[FittedT]) -> WalkForwardResult:
-        validator = WalkForwardValidator(self.config.walk_forward)
-        n_folds = validator.n_folds(dataset)
-
-        def on_fold(fold: FoldResult) -> None:
-            done = fold.number + 1
-            self._tell({"type": "fold", **fold.as_dict()})
-            self._stage(f"walk-forward, fold {done} of {n_folds}", 0.05 + 0.85 * done / n_folds)
-
-        return validator.run(dataset, recipe, on_fold=on_fold)
 
     def _bundle(self, bars: Bars, walked: Walked[FittedT]) -> BundleT:
-        record = walked.result.record
-        own = record[record["symbol"] == bars.symbol].reset_index(drop=True)
-        return self.bundle_of(walked, bars.symbol, own, self._metadata(bars, walked, own))
-
-    def _metadata(self, bars: Bars, walked: Walked[FittedT], record: pd.DataFrame) -> dict[str, Any]:
-        created_at = datetime.now(UTC)
+        own = of_symbol(walked.result.record, bars.symbol)
         config, dataset = self.config, walked.dataset
-        return {
-            "schema_version": 1,
-            "model_id": f"{bars.symbol}-{self.kind.name}",
-            "model_version": new_version_id(created_at),
-            "symbol": bars.symbol,
-            "created_at": created_at.isoformat(timespec="seconds"),
-            "horizon_bars": config.horizon_bars,
-            "source": bars.provenance.source,
-            "data_hash": walked.hashes[bars.symbol],
-            "data": {
-                "hash": walked.hashes[bars.symbol],
-                "first_session": f"{bars.frame.index[0]:%Y-%m-%d}",
-                "last_session": f"{bars.frame.index[-1]:%Y-%m-%d}",
-                "n_bars": len(bars.frame),
-            },
+        metadata = {
+            **facts_of(bars, self.kind, config.horizon_bars, walked.hashes[bars.symbol]),
             "universe": universe_facts(walked, left_out=config.recipe.leave_out),
             "trained_through": str(dataset.label_end[dataset.labelled].max()),
-            "out_of_sample_from": f"{record['date'].min():%Y-%m-%d}",
+            "out_of_sample_from": f"{own['date'].min():%Y-%m-%d}",
             "seed": config.recipe.seed,
             "feature_set_hash": feature_set_hash(),
             "recipe": asdict(config),
@@ -418,17 +354,7 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
             "verdict": NOT_JUDGED_YET,
             "folds": [fold.as_dict() for fold in walked.result.folds],
         }
-
-    def _run(self, bars: Bars, hashes: Mapping[str, str]) -> Run:
-        """Return what identifies this run among all that looked at the symbol."""
-        prices = hashes[bars.symbol] if len(hashes) == 1 else dict(hashes)
-        content = json.dumps([prices, feature_set_hash(), self.identity()], sort_keys=True)
-        return Run(
-            symbol=bars.symbol,
-            first_session=f"{bars.frame.index[0]:%Y-%m-%d}",
-            last_session=f"{bars.frame.index[-1]:%Y-%m-%d}",
-            fingerprint=hashlib.sha256(content.encode()).hexdigest()[:16],
-        )
+        return self.bundle_of(walked, bars.symbol, own, metadata)
 
     def _stage(self, stage: str, progress: float) -> None:
         if progress <= WALKED_AT:
@@ -436,23 +362,109 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
         self._tell({"type": "stage", "stage": stage, "progress": round(progress, 3)})
 
 
-def one_session_later(verdict: Verdict, decisions: Decisions, costs: CostModel) -> Verdict:
-    """Add what the same positions earn when they are taken a session later: no close decides on itself."""
+def judge_lived(
+    record: pd.DataFrame,
+    decisions: Decisions,
+    costs: CostModel,
+    *,
+    horizon_bars: int,
+    n_verdicts: int,
+    summary: WalkForwardSummary | None = None,
+) -> tuple[Verdict, BacktestReport]:
+    """Book positions as they would have been lived, and weigh the evidence of one symbol.
+
+    Also says what the same positions earn when they are taken a session later: no close decides on itself.
+    """
+    backtest = backtest_decisions(decisions, costs)
+    strategy, benchmark = both_returns(backtest)
+    verdict = judge(
+        record,
+        horizon_bars=horizon_bars,
+        strategy_return=np.asarray(strategy, dtype=np.float64),
+        benchmark_return=np.asarray(benchmark, dtype=np.float64),
+        summary=summary,
+        n_verdicts=n_verdicts,
+    )
     frame = decisions.frame
     late = replace(decisions, frame=frame.assign(target_weight=frame["target_weight"].shift(1).fillna(1.0)))
-    report = backtest_decisions(late, costs)
-    matched = report.benchmarks["exposure_matched"].daily["net_return"]
-    annual = float((report.daily["net_return"] - matched).mean()) * costs.periods_per_year
+    strategy, benchmark = both_returns(backtest_decisions(late, costs))
+    annual = float((strategy - benchmark).mean()) * costs.periods_per_year
     text = f"taken one session later, the same positions earn {annual:+.2%} a year over equal exposure"
-    return replace(
-        verdict,
-        reasons=(*verdict.reasons, text) if verdict.evidence["p_return"] is not None else verdict.reasons,
-        evidence={**verdict.evidence, "active_return_one_session_later_annual": annual},
+    reasons = verdict.reasons if verdict.evidence["p_return"] is None else (*verdict.reasons, text)
+    found = {**verdict.evidence, "active_return_one_session_later_annual": annual}
+    return replace(verdict, reasons=reasons, evidence=found), backtest
+
+
+def both_returns(report: BacktestReport) -> "tuple[pd.Series[float], pd.Series[float]]":
+    """Return the daily net returns of positions, and of their benchmark of equal exposure."""
+    return report.daily["net_return"], report.benchmarks["exposure_matched"].daily["net_return"]
+
+
+def of_symbol(record: pd.DataFrame, symbol: str) -> pd.DataFrame:
+    """Return one symbol's rows of the record of a panel."""
+    return record[record["symbol"] == symbol].reset_index(drop=True)
+
+
+def figures_of(record: pd.DataFrame, horizon_bars: int) -> dict[str, Any]:
+    """Return what a record of out-of-sample rows says alone; None where undefined."""
+    nothing = np.empty(0)
+    found = judge(record, horizon_bars=horizon_bars, strategy_return=nothing, benchmark_return=nothing)
+    return {name: found.evidence[name] for name in PATH_EVIDENCE}
+
+
+def leaves(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of nested mappings, each with its dotted name."""
+    for key, value in nested.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def run_of(bars: Bars, content: object, kind: ArtifactKind, settings: str, n_trials: int = 1) -> Run:
+    """Return what identifies a run, whose outcome is decided by ``content``, among the looks at a symbol."""
+    text = json.dumps(content, sort_keys=True)
+    return Run(
+        symbol=bars.symbol,
+        first_session=f"{bars.frame.index[0]:%Y-%m-%d}",
+        last_session=f"{bars.frame.index[-1]:%Y-%m-%d}",
+        fingerprint=hashlib.sha256(text.encode()).hexdigest()[:16],
+        n_trials=n_trials,
+        at=datetime.now(UTC).isoformat(timespec="seconds"),
+        kind=kind.name,
+        settings=settings or "as they come",
     )
 
 
+def as_told(earlier: Sequence[Run]) -> list[dict[str, Any]]:
+    """Return the earlier runs whose looks count in a verdict, as plain data."""
+    names = ("at", "kind", "symbol", "settings", "n_trials")
+    return [{name: getattr(run, name) or "not recorded" for name in names} for run in earlier]
+
+
+def facts_of(bars: Bars, kind: ArtifactKind, horizon_bars: int, prices_hash: str) -> dict[str, Any]:
+    """Return what the metadata of every kind of model begin with."""
+    created_at = datetime.now(UTC)
+    return {
+        "schema_version": 1,
+        "model_id": f"{bars.symbol}-{kind.name}",
+        "model_version": new_version_id(created_at),
+        "symbol": bars.symbol,
+        "created_at": created_at.isoformat(timespec="seconds"),
+        "horizon_bars": horizon_bars,
+        "source": bars.provenance.source,
+        "data_hash": prices_hash,
+        "data": {
+            "hash": prices_hash,
+            "first_session": f"{bars.frame.index[0]:%Y-%m-%d}",
+            "last_session": f"{bars.frame.index[-1]:%Y-%m-%d}",
+            "n_bars": len(bars.frame),
+        },
+    }
+
+
 def universe_facts(walked: Walked[Any], *, left_out: Sequence[str]) -> dict[str, Any] | None:
-    """Return what a bundle remembers of the other symbols of its panel; None where there were none."""
+    """Return what a bundle remembers of its panel; None for a symbol that stands alone."""
     if len(walked.hashes) == 1:
         return None
     data = walked.dataset
@@ -472,10 +484,17 @@ def universe_facts(walked: Walked[Any], *, left_out: Sequence[str]) -> dict[str,
 def headline_metrics(backtest: BacktestReport) -> dict[str, float | None]:
     """Return the figures that lists of models show; None where undefined."""
     found = values(backtest.metrics)
-    renamed = {
-        "cumulative_return": "total_return",
-        "directional_accuracy": "direction_accuracy",
-        "transaction_costs": "total_transaction_costs",
-    }
     same = ("sharpe_ratio", "max_drawdown", "win_rate", "average_trade_profit", "total_trades", "turnover")
-    return {ours: found[theirs] for ours, theirs in (renamed | dict(zip(same, same, strict=True))).items()}
+    return {
+        "cumulative_return": found["total_return"],
+        "directional_accuracy": found["direction_accuracy"],
+        "transaction_costs": found["total_transaction_costs"],
+        **{name: found[name] for name in same},
+    }
+
+
+def begin_with_others(data: Dataset, leave_out: tuple[str, ...]) -> Dataset:
+    """Return the rows from the first session on of a symbol that is not left out."""
+    others = ~np.isin(np.asarray(data.symbols)[data.symbol_code], leave_out)
+    is_all = not leave_out or not others.any()
+    return data if is_all else data.take(np.flatnonzero(data.date >= data.date[others].min()))

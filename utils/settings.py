@@ -13,15 +13,18 @@ import signal
 import stat
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from utils.errors import AIStocksError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -143,6 +146,11 @@ def configure_logging(level: str = "INFO", style: Style = "text") -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 
+def silence_tensorflow() -> None:
+    """Keep TensorFlow's own lines off stderr, unless the environment asks for them; before it is imported."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
 @contextmanager
 def json_lines(path: str) -> Iterator[Callable[[Mapping[str, object]], None]]:
     """Write objects for another program, one a line; this process ends when nobody listens any more.
@@ -214,3 +222,22 @@ def run_command(work: Callable[[Settings], object], *, quiet: bool = False) -> i
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
     return 0
+
+
+def print_rows(console: "Console", rows: Sequence[Mapping[str, object]]) -> None:
+    """Print records that have the same names as a table."""
+    # Only who prints a table pays for the library.
+    from rich.markup import escape  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for name in rows[0]:
+        table.add_column(name.replace("_", " "), overflow="fold")
+    for row in rows:
+        table.add_row(
+            *(
+                f"{c:.4g}" if isinstance(c, float) else escape("" if c is None else str(c))
+                for c in row.values()
+            )
+        )
+    console.print(table)

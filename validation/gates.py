@@ -104,11 +104,6 @@ class Verdict:
     evidence: Mapping[str, EvidenceValue]
     gates: tuple[Gate, ...]
 
-    @property
-    def is_believable_edge(self) -> bool:
-        """Whether it is an edge, and no leak alarm stands beside it."""
-        return self.label == "edge" and not self.evidence["leak_alarm"]
-
     def as_dict(self) -> dict[str, object]:
         """Return plain data for JSON."""
         return {
@@ -141,7 +136,7 @@ def judge(
         Simple returns per bar, after costs, of the decided positions and of the benchmark with the same
         average exposure, on the same out-of-sample bars, (m,).
     n_verdicts
-        Verdicts on these prices, this one counted; see `validation.wfe_metrics.count_verdicts`.
+        Verdicts on these prices, this one counted; see `validation.wfe_metrics.earlier_runs`.
     tried_returns
         Returns per bar of alternatives that were looked at, (m, k), for the probability of overfitting.
     n_resamples

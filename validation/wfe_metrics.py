@@ -360,6 +360,7 @@ class Run:
 
     The ``fingerprint`` hashes data, recipe and seed: a repetition is no further verdict. ``n_trials`` are the
     verdicts that the run could choose from; trials of the search do not count, which test rows have not seen.
+    ``at``, ``kind`` and ``settings`` tell when, which kind of model, and what was not left as it comes.
     """
 
     symbol: str
@@ -367,6 +368,9 @@ class Run:
     last_session: str
     fingerprint: str
     n_trials: int = 1
+    at: str = ""
+    kind: str = ""
+    settings: str = ""
 
 
 def record_run(path: Path, *runs: Run) -> None:
@@ -384,22 +388,22 @@ def record_run(path: Path, *runs: Run) -> None:
         raise StorageError(f"cannot write the log of verdicts {path.name}: {error.strerror}") from error
 
 
-def count_verdicts(path: Path, *runs: Run) -> int:
-    """Return how many verdicts there were on any of the symbols and an overlapping window, this included.
+def earlier_runs(path: Path, *runs: Run) -> tuple[Run, ...]:
+    """Return the other runs, each once, on any of the symbols and an overlapping window.
 
     ``runs`` are one run as each symbol of its panel sees it: a look at a panel is a look at all of them.
     Lines that cannot be read are passed over: a torn line must not stop a training.
     """
     now = {run.symbol: run for run in runs}
     others = {
-        past.fingerprint: past.n_trials
+        past.fingerprint: past
         for past in _read_runs(path)
         if (run := now.get(past.symbol)) is not None
         and past.first_session <= run.last_session
         and past.last_session >= run.first_session
         and past.fingerprint != run.fingerprint
     }
-    return runs[0].n_trials + sum(others.values())
+    return tuple(others.values())
 
 
 def _read_runs(path: Path) -> Iterator[Run]:

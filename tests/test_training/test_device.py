@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import xgboost
 
-from training.gbm_search import (
+from training import train_gbm
+from training.train_gbm import (
     AUTO_CELLS,
     choose_device,
     device_of,
@@ -17,6 +18,18 @@ from utils.errors import DeviceError, UsageError
 
 LARGE = AUTO_CELLS // 50, 50
 SMALL = 1_000, 50
+
+
+@pytest.fixture
+def probed(monkeypatch):
+    """Return a chooser of the device on a machine whose probes answer so."""
+
+    def choose(*given, probe, probe_lightgbm=never, **flags):
+        monkeypatch.setattr(train_gbm, "probe_cuda", probe)
+        monkeypatch.setattr(train_gbm, "probe_lightgbm_opencl", probe_lightgbm)
+        return choose_device(*given, **flags)
+
+    return choose
 
 
 def there() -> None:
@@ -41,35 +54,35 @@ def never() -> str:
         ("cuda", SMALL, there, "cuda", "asked for"),
     ],
 )
-def test_the_choice_and_its_reason(requested, size, probe, device, words):
-    choice = choose_device(requested, *size, probe=probe)
+def test_the_choice_and_its_reason(probed, requested, size, probe, device, words):
+    choice = probed(requested, *size, probe=probe)
     assert choice.device == device
     assert words in choice.reason
 
 
 @pytest.mark.parametrize("requested", ["auto", "cuda"])
-def test_a_required_gpu_that_is_missing_is_an_error_that_names_the_remedy(requested):
+def test_a_required_gpu_that_is_missing_is_an_error_that_names_the_remedy(probed, requested):
     with pytest.raises(DeviceError, match=r"no CUDA device.*--device cpu") as caught:
-        choose_device(requested, *SMALL, require_gpu=True, probe=missing)
+        probed(requested, *SMALL, require_gpu=True, probe=missing)
     assert caught.value.exit_code == 9
 
 
-def test_cuda_falls_back_only_when_allowed():
+def test_cuda_falls_back_only_when_allowed(probed):
     with pytest.raises(DeviceError, match="--allow-cpu-fallback"):
-        choose_device("cuda", *SMALL, probe=missing)
-    choice = choose_device("cuda", *SMALL, allow_cpu_fallback=True, probe=missing)
+        probed("cuda", *SMALL, probe=missing)
+    choice = probed("cuda", *SMALL, allow_cpu_fallback=True, probe=missing)
     assert choice.device == "cpu"
     assert "no CUDA device" in choice.reason
 
 
-def test_a_required_gpu_is_used_whatever_the_size():
-    assert choose_device("auto", *SMALL, require_gpu=True, probe=there).device == "cuda"
+def test_a_required_gpu_is_used_whatever_the_size(probed):
+    assert probed("auto", *SMALL, require_gpu=True, probe=there).device == "cuda"
 
 
 @pytest.mark.parametrize(("requested", "fallback"), [("cpu", False), ("cuda", True), ("auto", True)])
-def test_contradicting_wishes_are_refused(requested, fallback):
+def test_contradicting_wishes_are_refused(probed, requested, fallback):
     with pytest.raises(UsageError, match="contradict") as caught:
-        choose_device(requested, *SMALL, require_gpu=True, allow_cpu_fallback=fallback, probe=never)
+        probed(requested, *SMALL, require_gpu=True, allow_cpu_fallback=fallback, probe=never)
     assert caught.value.exit_code == 2
 
 
@@ -116,18 +129,18 @@ def test_a_booster_trained_on_the_gpu_serves_on_the_cpu():
     np.testing.assert_allclose(booster.inplace_predict(rows), there_, atol=1e-5)
 
 
-def test_without_xgboost_there_is_nothing_to_decide():
-    choice = choose_device("cuda", *LARGE, models=("lgb",), probe=never)
+def test_without_xgboost_there_is_nothing_to_decide(probed):
+    choice = probed("cuda", *LARGE, models=("lgb",), probe=never)
     assert (choice.device, "XGBoost" in choice.reason) == ("cpu", True)
     with pytest.raises(UsageError, match="only XGBoost"):
-        choose_device("auto", *LARGE, models=("lgb", "cat"), require_gpu=True, probe=never)
+        probed("auto", *LARGE, models=("lgb", "cat"), require_gpu=True, probe=never)
 
 
 @pytest.mark.parametrize(("answer", "words"), [("no OpenCL device", "no OpenCL device"), (None, "order")])
-def test_the_reason_tells_why_lightgbm_stays_on_the_cpu(answer, words):
+def test_the_reason_tells_why_lightgbm_stays_on_the_cpu(probed, answer, words):
     def lightgbm_says() -> str | None:
         return answer
 
-    choice = choose_device("cuda", *SMALL, models=("xgb", "lgb"), probe=there, probe_lightgbm=lightgbm_says)
+    choice = probed("cuda", *SMALL, models=("xgb", "lgb"), probe=there, probe_lightgbm=lightgbm_says)
     assert "LightGBM stays on the CPU" in choice.reason
     assert words in choice.reason

@@ -3,8 +3,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from training.gbm_search import SearchConfig, fit_boosters, tune
-from training.libraries import Rows, gain_importance, screen, screen_t_values, select_features
+from training.gbm_search import Rows, SearchConfig, fit_boosters, tune
+from training.recipe import gain_importance, screen, screen_t_values, select_features
 
 CONFIG = SearchConfig(n_trials=3, max_rounds=40)
 
@@ -39,7 +39,7 @@ def test_a_planted_feature_is_found_and_selected_first():
 def test_selection_falls_back_to_gain_and_says_so(monkeypatch: pytest.MonkeyPatch):
     import xgboost
 
-    import training.libraries as module
+    import training.recipe as module
 
     def broken(model, prepared):
         raise xgboost.core.XGBoostError("no contributions")

@@ -2,8 +2,16 @@ import numpy as np
 import pytest
 
 from inference.load_gbm_models import predict_booster, shap_values
-from training.gbm_search import EARNED_T, SearchConfig, careful, fit_boosters, inner_blocks, search, tune
-from training.libraries import LIBRARIES, Rows
+from training.gbm_search import (
+    EARNED_T,
+    Rows,
+    SearchConfig,
+    careful,
+    fit_boosters,
+    inner_blocks,
+    search,
+    tune,
+)
 from utils.errors import UsageError
 
 CONFIG = SearchConfig(n_trials=3, max_rounds=40)
@@ -79,6 +87,20 @@ def test_a_tuned_setting_that_is_clearly_better_is_used(name: str):
     assert found.gain_t > EARNED_T
 
 
+def test_columns_of_a_block_are_chosen_by_its_rows_to_fit_alone():
+    rows, seen = make_rows(), []
+
+    def choose(fit: Rows) -> tuple[int, ...]:
+        seen.append(fit.date.max())
+        return (2, 5)
+
+    for (fit, score), known in zip(inner_blocks(rows, CONFIG, choose), seen, strict=True):
+        assert fit.features.shape[1] == score.features.shape[1] == 2
+        assert known < score.date.min()
+    found = search("lgb", rows, CONFIG, 1, choose)
+    assert len(found.trials) == 3
+
+
 def test_without_trials_nothing_is_searched():
     found = search("lgb", make_rows(), SearchConfig(n_trials=0), seed=1)
     assert found == careful("lgb", 700, 5)
@@ -86,7 +108,7 @@ def test_without_trials_nothing_is_searched():
 
 
 def test_a_large_panel_may_grow_larger_trees():
-    small, large = (LIBRARIES["lgb"].careful(n, 1) for n in (700, 300_000))
+    small, large = (careful("lgb", n, 1).params for n in (700, 300_000))
     assert small["num_leaves"] < large["num_leaves"]
     assert small["min_data_in_leaf"] < large["min_data_in_leaf"]
 

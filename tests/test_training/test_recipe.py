@@ -6,7 +6,8 @@ import pytest
 
 from data.target_engineering import Dataset
 from training.gbm_search import SearchConfig
-from training.recipe import GBMRecipe, RecipeConfig, begin_with_others, common_move, evidence, sample_weights
+from training.recipe import GBMRecipe, RecipeConfig, common_move, evidence, sample_weights
+from training.trainer import begin_with_others
 from utils.errors import DataError
 from validation.walk_forward import WalkForwardConfig, WalkForwardValidator
 

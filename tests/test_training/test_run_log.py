@@ -29,7 +29,11 @@ def trained(make_planted) -> Trained:
     seen = Provenance(source="csv", fetched_at=frame.index[-1], last_session=frame.index[-1], stale=False)
     report = BarsReport(duplicates=3)
     config = TrainerConfig(horizon_bars=1, recipe=RecipeConfig(search=SearchConfig(n_trials=0)))
-    return GBMTrainer(config).train(Bars(symbol="TEST", frame=frame, provenance=seen, report=report))
+    trainer, bars = GBMTrainer(config), Bars(symbol="TEST", frame=frame, provenance=seen, report=report)
+    # Of two looks at the prices before, the older was written by a version that recorded less.
+    (before,) = GBMTrainer(replace(config, recipe=replace(config.recipe, seed=8))).runs({"TEST": bars})
+    bare = replace(before, fingerprint="bare", at="", kind="", settings="", n_trials=2)
+    return trainer.conclude(trainer.walk({"TEST": bars}), bars, earlier=(bare, before))
 
 
 def the_log(folder: Path) -> str:
@@ -48,7 +52,7 @@ def sections(text: str) -> dict[str, list[str]]:
 
 
 def test_the_log_has_all_sections_in_order(tmp_path, trained):
-    with logged_run(tmp_path, "TEST", CONFIG) as log:
+    with logged_run(tmp_path, "TEST", CONFIG, "gbm") as log:
         logging.getLogger("lightgbm").warning("planted %s", "warning")
         log.conclude(trained)
     found = sections(the_log(tmp_path))
@@ -66,7 +70,7 @@ def test_the_log_has_all_sections_in_order(tmp_path, trained):
 
 
 def run_into(folder: Path, error: type[BaseException], work: Callable[[RunLog], None]) -> None:
-    with pytest.raises(error), logged_run(folder, "TEST", CONFIG) as log:
+    with pytest.raises(error), logged_run(folder, "TEST", CONFIG, "gbm") as log:
         work(log)
 
 
@@ -114,7 +118,7 @@ def test_a_closed_log_is_not_blamed_for_what_befalls_another(tmp_path, trained):
 
 
 def test_a_run_that_is_killed_leaves_what_it_came_to(tmp_path):
-    with logged_run(tmp_path, "TEST", CONFIG) as log:
+    with logged_run(tmp_path, "TEST", CONFIG, "gbm") as log:
         log.on_event({"type": "fold", "number": 0, "ic": 0.25, "n": 20})
         found = sections(the_log(tmp_path))
     assert len(found["FOLD METRICS"]) == 2
@@ -124,7 +128,7 @@ def test_a_run_that_is_killed_leaves_what_it_came_to(tmp_path):
 def test_a_folder_that_cannot_be_written_is_one_warning(tmp_path, trained, caplog):
     blocked = tmp_path / "file"
     blocked.write_text("")
-    with logged_run(blocked, "TEST", CONFIG) as log:
+    with logged_run(blocked, "TEST", CONFIG, "gbm") as log:
         log.on_event({"type": "fold", "number": 0, "ic": 0.25, "n": 20})
         log.conclude(trained)
         assert log.path is None
@@ -136,7 +140,7 @@ def test_a_folder_that_cannot_be_written_is_one_warning(tmp_path, trained, caplo
 
 def test_the_handler_goes_with_the_run(tmp_path):
     before = list(logging.getLogger().handlers)
-    with logged_run(tmp_path, "TEST", CONFIG):
+    with logged_run(tmp_path, "TEST", CONFIG, "gbm"):
         assert len(logging.getLogger().handlers) == len(before) + 1
     assert logging.getLogger().handlers == before
 
@@ -154,9 +158,9 @@ def test_errors_are_shown_on_stderr_even_where_json_is_wanted(capsys):
 
 def test_events_reach_the_logs_and_the_listener(tmp_path):
     heard: list[object] = []
-    with logged_run(tmp_path, "TEST", CONFIG) as log:
-        run_log.fan_out(heard.append, [log])({"type": "stage", "stage": "x", "progress": 0.5})
-        run_log.fan_out(heard.append, [log])({"type": "fold", "number": 0})
+    with logged_run(tmp_path, "TEST", CONFIG, "gbm") as log:
+        run_log.together(log.on_event, heard.append)({"type": "stage", "stage": "x", "progress": 0.5})
+        run_log.together(log.on_event, heard.append)({"type": "fold", "number": 0})
     assert len(heard) == 2
     assert sections(the_log(tmp_path))["FOLD METRICS"] == ["number", "     0"]
 
@@ -175,6 +179,12 @@ def test_the_report_shows_what_a_sceptic_asks_for(tmp_path, trained):
     for reason in trained.verdict.reasons:
         assert page.count(reason) >= 2, "in the banner and beside the gates"
     assert trained.bundle.metadata["device_reason"] in page
+    assert "Verdicts that were sought on these prices before" in page
+    assert "recipe.seed 8" in page
+    names, unknown = ("at", "kind", "settings"), "not recorded"
+    bare = dict.fromkeys(names, unknown) | {"symbol": "TEST", "n_trials": 2}
+    assert trained.bundle.metadata["tries"][0] == bare
+    assert trained.verdict.evidence["n_trials"] == 4
     top = max(trained.bundle.importance, key=lambda name: trained.bundle.importance[name])
     assert top in page
 

@@ -17,8 +17,7 @@ from inference.load_gbm_models import load_bundle
 from inference.pipeline import BundleForecaster, decide, path_ahead
 from inference.position_sizing import make_sizer
 from training import run_log, train_gbm
-from training.gbm_search import DeviceChoice
-from training.train_gbm import build_parser, config_from, main, training_lock
+from training.train_gbm import DeviceChoice, build_parser, config_from, main, training_lock
 from training.trainer import Trained
 from utils.errors import DeviceError, LockedError, StorageError
 from utils.model_paths import list_versions
@@ -102,6 +101,9 @@ def test_every_other_try_on_the_same_prices_counts(places, capsys):
         assert main(["NOISE", *DRY, "--seed", seed, "--json"]) == 0
         found = json.loads(capsys.readouterr().out)[0]
         assert found["evidence"]["n_trials"] == tries
+        assert [one["settings"] for one in found["tries"]] == (
+            [] if tries == 1 else [f"recipe.search.n_trials 0{', recipe.seed 8' if seed == '7' else ''}"]
+        )
         limit = "0.0125" if tries == 2 else "0.05"
         assert any(f"(at most {limit})" in reason for reason in found["reasons"])
 
@@ -190,6 +192,8 @@ def test_a_pooled_model_is_searched_only_when_asked():
         (["--require-gpu", "--allow-cpu-fallback"], "contradict"),
         (["--models", "lgb", "--require-gpu"], "only XGBoost"),
         (["--universe", "no/such/file.txt"], "no such file"),
+        (["--models", "xgb,xgb"], "at most once"),
+        (["--models", "svm"], "xgb, lgb, cat"),
     ],
 )
 def test_flags_that_cannot_be_meant_together_are_usage_errors(places, capsys, argv, words):
@@ -204,8 +208,6 @@ def test_flags_that_cannot_be_meant_together_are_usage_errors(places, capsys, ar
         (["--target-horizon", "1,2,5,10,20"], "at most 4"),
         (["--target-horizon", "1,,5"], "at least 1"),
         (["--target-horizon", "1,-5"], "at least 1"),
-        (["--models", "xgb,xgb"], "at most once"),
-        (["--models", "svm"], "xgb, lgb, cat"),
         (["--n-trials", "-1"], "at least 0"),
         (["--device", "tpu"], "invalid choice"),
     ],

@@ -312,11 +312,11 @@ def test_an_overconfident_forecast_is_refused_whatever_its_ranks():
     assert any("must be above 0" in reason for reason in verdict.reasons)
 
 
-def test_a_leak_alarm_is_told_first_and_makes_an_edge_unbelievable():
+def test_a_leak_alarm_is_told_first_beside_the_label():
     rng = np.random.default_rng(19)
     history = make_history(rng)
     leaked = judged(history, planted_signal(history, rng, 0.5), slope=3.0)
-    assert (leaked.label, leaked.is_believable_edge) == ("edge", False)
+    assert leaked.label == "edge"
     assert leaked.evidence["leak_alarm"] is True
     assert leaked.reasons[0].startswith("LEAK ALARM")
     assert "no proof of an edge" in leaked.reasons[0]
@@ -427,7 +427,6 @@ def test_an_alarm_stands_beside_the_verdict_of_a_universe_whoever_raised_it(of_a
     pooled = verdict_with("edge", 0.2, leak_alarm=of_all)
     found = of_universe(pooled, verdict_with("no-edge", 0.01, leak_alarm=of_one), "S1", 6)
     assert (found.label, found.evidence["leak_alarm"]) == ("edge", of_all or of_one)
-    assert found.is_believable_edge != (of_all or of_one)
 
 
 def test_a_return_that_nobody_would_care_for_is_no_edge(a_year: float, label: str):

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -20,8 +21,8 @@ from validation.wfe_metrics import (
     ResolvedRows,
     Run,
     SharpeMoments,
-    count_verdicts,
     deflated_sharpe,
+    earlier_runs,
     expected_maximum_sharpe,
     minimum_track_record_length,
     probabilistic_sharpe,
@@ -292,6 +293,10 @@ def test_impossible_pbo_is_refused():
         probability_of_backtest_overfitting(returns[:12])
 
 
+def count_verdicts(path: Path, run: Run) -> int:
+    return run.n_trials + sum(past.n_trials for past in earlier_runs(path, run))
+
+
 RUN = Run(symbol="AAPL", first_session="2000-01-03", last_session="2013-01-02", fingerprint="a")
 
 
@@ -306,6 +311,7 @@ def test_verdicts_are_counted_per_symbol_and_window(tmp_path):
     record_run(path, replace(RUN, fingerprint="d", first_session="2014-01-02", last_session="2020-01-02"))
     assert count_verdicts(path, RUN) == 4
     assert count_verdicts(path, replace(RUN, fingerprint="new")) == 5
+    assert [run.fingerprint for run in earlier_runs(path, RUN)] == ["b"]
 
 
 def test_a_torn_line_does_not_stop_the_count(tmp_path):
@@ -315,6 +321,9 @@ def test_a_torn_line_does_not_stop_the_count(tmp_path):
         file.write(b'{"symbol": "AA\xff\n[1]\n' + json.dumps({"symbol": "AAPL"}).encode() + b"\n")
     record_run(path, replace(RUN, fingerprint="c"))
     assert count_verdicts(path, RUN) == 3
+    assert [run.at for run in earlier_runs(path, RUN)] == ["", ""], (
+        "lines of before tell no more than they did"
+    )
 
 
 def test_a_log_that_cannot_be_written_is_told(tmp_path):
