@@ -252,8 +252,6 @@ def main(argv: list[str] | None = None) -> int:
     settings = read_settings().model_copy(
         update={name: value for name, value in given.items() if value is not None}
     )
-    # A fifth of the start went into looking for garbage among modules; `settle_memory` turns it on again.
-    gc.disable()
     # Before the start is done a signal ends the process as shells know it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
@@ -278,6 +276,8 @@ def serve(settings: Settings, host: str, port: int, workers: int) -> int:
             lazy = LazyApplication(functools.partial(build, settings))
             Workers(_config(lazy, settings, workers), listening, settings.drain_s).run()
             return 0
+        # A fifth of the start went into looking for garbage among modules; `settle_memory` turns it on again.
+        gc.disable()
         server = uvicorn.Server(_config(create_app(settings, listening), settings, workers))
         # The server raises the signal that ended it once more when it is done: an orderly end is no failure.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0 if server.started else 128 + signal.SIGTERM))
