@@ -257,7 +257,7 @@ class Held:
 
 
 def make_source(spec: str, *, cache_dir: Path | None = None, news: NewsSource | None = None) -> BarSource:
-    """Return ``yahoo`` (cookies go to ``cache_dir``), ``sample`` or ``csv:DIR``; ``UsageError`` for others."""
+    """Return ``yahoo`` (cookies go to ``cache_dir``), ``sample`` or ``csv:DIR``; else a ``UsageError``."""
     kind, colon, directory = spec.partition(":")
     source: BarSource
     if spec == "yahoo":

@@ -324,7 +324,9 @@ def findings(bars: Bars, horizon_bars: int, cache: BarCache | None = None) -> tu
     validator = DataValidator(
         bars.frame, features, horizon_bars=horizon_bars, calendar=calendar_for(bars.symbol)
     )
-    return validator.run_all_validations().problems()
+    why = bars.sentiment.get("reason")
+    lacking = () if why is None else (f"trained without headlines: {why}",)
+    return (*validator.run_all_validations().problems(), *lacking)
 
 
 def adf_p_value(values: FloatArray, lags: int) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 from pydantic import SecretStr
 
 from data import news
+from data.data_fetcher import fetch_stock_data, make_source
 from data.news import (
     LEAST_SESSIONS,
     LEAST_SHARE,
@@ -29,6 +31,13 @@ from data.news import (
     with_headlines,
 )
 from data.schema import Bars, BarsReport, Provenance
+from inference.load_gbm_models import load_bundle
+from inference.pipeline import BundleForecaster, decide
+from inference.position_sizing import make_sizer
+from service.model_registry import ModelRegistry
+from service.prediction_service import PredictionService
+from service.schemas import PredictionRequest
+from training import train_gbm
 from utils.errors import AIStocksError, DataError, StorageError, UpstreamError, UsageError
 from utils.settings import Settings
 
@@ -411,3 +420,90 @@ def test_every_error_of_a_source_is_said_and_none_is_raised(make_bars: MakeBars,
 
 def test_the_lexicon_is_loaded_once() -> None:
     assert news._analyser() is news._analyser()
+
+
+# --- from the flag to the answer ------------------------------------------------------------------
+
+TOLD = "the model learned from headlines and knows none of the last sessions"
+
+
+def planted(make_bars: MakeBars, folder: Path, n: int) -> pd.DataFrame:
+    """Write prices that follow, two sessions later, the tone of each day's headline, and the headlines."""
+    bars = make_bars(n=n, seed=4, vol=0.01)
+    tone = np.random.default_rng(5).choice([-1.0, 1.0], n)
+    lifted = np.exp(0.004 * np.cumsum(np.concatenate([[0.0, 0.0], tone[:-2]])))
+    prices = {name: bars[name] * lifted for name in ("Open", "High", "Low", "Close")}
+    bars = bars.assign(**prices, **{"Adj Close": prices["Close"]})
+    texts = [WORDS[0 if way > 0 else 1] for way in tone]
+    headlines = pd.DataFrame({"date": bars.index, "headline": texts, "source": "x"})
+    for name, table in (("news", headlines.set_index("date")), ("later", bars), ("prices", bars.iloc[:-10])):
+        (folder / name).mkdir()
+        table.to_csv(folder / name / "AAPL.csv", index_label="date" if name == "news" else "Date")
+    return bars
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, make_bars: MakeBars) -> Iterator[Path]:
+    """A folder of prices, headlines and models, which the settings name."""
+    folder = tmp_path_factory.mktemp("place")
+    planted(make_bars, folder, 1_300)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("models", "logs", "cache", "results"):
+            patch.setenv(f"AI_STOCKS_{name.upper()}_DIR", str(folder / name))
+        patch.setenv("AI_STOCKS_SOURCE", f"csv:{folder / 'prices'}")
+        yield folder
+
+
+def train(place: Path, news: str, capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], str]:
+    """Train with the flag; return the result and what was said on stderr."""
+    flags = ["--include-sentiment", "--target-horizon", "1", "--n-trials", "0", "--no-lgb", "--overwrite"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AI_STOCKS_NEWS", news)
+        assert train_gbm.main(["AAPL", "--json", *flags]) == 0
+    said = capsys.readouterr()
+    return json.loads(said.out)[0], said.err
+
+
+def test_the_flag_trains_with_headlines_and_what_is_served_reads_them(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result, _ = train(place, f"csv:{place / 'news'}", capsys)
+    assert result["evidence"]["ic"] > 0.2
+    bundle = load_bundle(place / "models", "AAPL")
+    assert bundle.metadata["sentiment"] == {"used": True, "source": "csv:news", "headlines": 1300}
+    assert max(bundle.importance, key=bundle.importance.__getitem__) == "sentiment_1d"
+    # Backtest and service go on where the training ended: with headlines, and without.
+    forecasts = []
+    for news_of in (CsvNews(place / "news"), CsvNews(place / "logs")):
+        source = make_source(f"csv:{place / 'later'}", news=news_of)
+        frame = fetch_stock_data("AAPL", source=source).frame
+        decisions = decide("AAPL", frame, BundleForecaster(bundle=bundle, as_lived=True), make_sizer())
+        forecasts.append(decisions.frame["raw_scaled"])
+        answer = PredictionService(
+            registry=ModelRegistry(place / "models"), source=source, cache=None
+        ).predict(PredictionRequest(symbol="AAPL"))
+        says_so = [
+            any(TOLD in text for text in texts) for texts in (decisions.findings, answer.metadata.notes)
+        ]
+        assert says_so == [news_of.name != "csv:news"] * 2
+        before = decide("AAPL", frame.iloc[:-3], BundleForecaster(bundle=bundle, as_lived=True), make_sizer())
+        pd.testing.assert_frame_equal(before.frame, decisions.frame.iloc[:-3])
+    read, unread = forecasts
+    assert np.isfinite(read.iloc[-10:]).all()
+    assert np.isfinite(unread.iloc[-10:]).all()
+    assert (read != unread).iloc[-10:].any()
+    pd.testing.assert_series_equal(read.iloc[:-10], unread.iloc[:-10])
+
+
+def test_without_headlines_the_flag_trains_without_them_and_says_so_everywhere(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result, said = train(place, "", capsys)
+    reason = "AI_STOCKS_NEWS names no source of headlines"
+    bundle = load_bundle(place / "models", "AAPL")
+    assert bundle.metadata["sentiment"] == {"used": False, "reason": reason}
+    assert not set(SENTIMENT_COLUMNS) & set(bundle.columns)
+    assert reason in said
+    warnings = Path(result["log"]).read_text().partition("=== WARNINGS ===")[2].partition("===")[0]
+    assert f"trained without headlines: {reason}" in warnings
+    assert f"trained without headlines: {reason}" in Path(result["report"]).read_text()
