@@ -428,14 +428,14 @@ TOLD = "the model learned from headlines and knows none of the last sessions"
 
 
 def planted(make_bars: MakeBars, folder: Path, n: int) -> pd.DataFrame:
-    """Write prices that follow, two sessions later, the tone of each day's headline, and the headlines."""
+    """Write prices that follow the tone of a headline two sessions later; the headlines begin late."""
     bars = make_bars(n=n, seed=4, vol=0.01)
     tone = np.random.default_rng(5).choice([-1.0, 1.0], n)
     lifted = np.exp(0.004 * np.cumsum(np.concatenate([[0.0, 0.0], tone[:-2]])))
     prices = {name: bars[name] * lifted for name in ("Open", "High", "Low", "Close")}
     bars = bars.assign(**prices, **{"Adj Close": prices["Close"]})
     texts = [WORDS[0 if way > 0 else 1] for way in tone]
-    headlines = pd.DataFrame({"date": bars.index, "headline": texts, "source": "x"})
+    headlines = pd.DataFrame({"date": bars.index, "headline": texts, "source": "x"}).iloc[600:]
     for name, table in (("news", headlines.set_index("date")), ("later", bars), ("prices", bars.iloc[:-10])):
         (folder / name).mkdir()
         table.to_csv(folder / name / "AAPL.csv", index_label="date" if name == "news" else "Date")
@@ -470,7 +470,7 @@ def test_the_flag_trains_with_headlines_and_what_is_served_reads_them(
     result, _ = train(place, f"csv:{place / 'news'}", capsys)
     assert result["evidence"]["ic"] > 0.2
     bundle = load_bundle(place / "models", "AAPL")
-    assert bundle.metadata["sentiment"] == {"used": True, "source": "csv:news", "headlines": 1300}
+    assert bundle.metadata["sentiment"] == {"used": True, "source": "csv:news", "headlines": 700}
     assert max(bundle.importance, key=bundle.importance.__getitem__) == "sentiment_1d"
     # Backtest and service go on where the training ended: with headlines, and without.
     forecasts = []
