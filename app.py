@@ -80,6 +80,7 @@ def create_app(settings: Settings, listening: socket.socket | None = None) -> Ap
     # These rooms import every learner of the project: `--help` and the import of `app` need none of them.
     from data.cache_manager import BarCache  # noqa: PLC0415
     from data.data_fetcher import fetch_stock_data, make_source  # noqa: PLC0415
+    from data.news import make_news  # noqa: PLC0415
     from service.api import Services, create_api  # noqa: PLC0415
     from service.edge import EdgeRules  # noqa: PLC0415
     from service.ledger import ForecastLedger, track_record  # noqa: PLC0415
@@ -96,7 +97,7 @@ def create_app(settings: Settings, listening: socket.socket | None = None) -> Ap
         workers=settings.training_workers,
         hours=settings.training_hours,
     )
-    source = make_source(settings.source, cache_dir=settings.cache_dir)
+    source = make_source(settings.source, cache_dir=settings.cache_dir, news=make_news(settings))
     cache, ledger = BarCache(settings.cache_dir), ForecastLedger(settings.database)
     outbox = Outbox(ledger.record)
     predictions = PredictionService(registry=registry, source=source, cache=cache, on_served=outbox.keep)

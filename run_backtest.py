@@ -30,6 +30,7 @@ from rich.table import Table
 
 from data.cache_manager import BarCache
 from data.data_fetcher import make_source
+from data.news import make_news
 from data.schema import bars_hash, normalise_symbol
 from evaluation import charts
 from evaluation.accounting import DEFAULT_CAPITAL, CostModel
@@ -162,7 +163,8 @@ def make(args: argparse.Namespace, settings: Settings) -> list[Outcome]:
     parts = [load_parts(settings.models_dir, symbol, args.mode) for symbol in symbols]
     chosen = [forecaster_for(args.mode, part, include_in_sample=args.in_sample) for part in parts]
     cache = None if args.no_cache else BarCache(settings.cache_dir)
-    source = make_source(args.source or settings.source, cache_dir=settings.cache_dir)
+    news = make_news(settings)
+    source = make_source(args.source or settings.source, cache_dir=settings.cache_dir, news=news)
     return [service.backtest(one, source, cache, request) for one in chosen]
 
 

@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
+from data.news import NewsSource, with_headlines
 from data.schema import (
     MAX_MISSING_SESSIONS,
     MAX_OFF_CALENDAR,
@@ -52,10 +53,11 @@ DELISTED_AFTER_SESSIONS = 10
 
 
 class BarSource(ABC):
-    """Anything that knows raw daily prices; ``is_live`` where a newer session may appear by itself."""
+    """Knows raw daily prices, maybe with ``news``; ``is_live`` where a newer session may appear by itself."""
 
     name: str
     is_live: bool
+    news: NewsSource | None = None
 
     @abstractmethod
     def fetch(self, symbol: str, *, start: date | None = None) -> pd.DataFrame:
@@ -139,7 +141,7 @@ def fetch_stock_data(
     last = pd.Timestamp(frame.index[-1])
     stale = last < last_due(symbol, source.name, now) or answer.failure is not None
     seen = Provenance(source=source.name, fetched_at=answer.fetched_at, last_session=last, stale=stale)
-    return Bars(symbol=symbol, frame=frame, provenance=seen, report=report)
+    return with_headlines(Bars(symbol=symbol, frame=frame, provenance=seen, report=report), source.news)
 
 
 def settled_rows(raw: pd.DataFrame, last_closed: pd.Timestamp) -> pd.DataFrame:
@@ -254,19 +256,20 @@ class Held:
         return replace(self, bars=bars, content=(self.content[0], stale))
 
 
-def make_source(spec: str, *, cache_dir: Path | None = None) -> BarSource:
-    """Return the source ``yahoo`` (whose cookies go to ``cache_dir``), ``sample`` or ``csv:DIR``.
-
-    Raises ``UsageError`` for anything else, and for a folder that does not exist.
-    """
-    if spec == "yahoo":
-        return YahooSource(cache_dir or Settings.model_fields["cache_dir"].get_default())
-    if spec == "sample":
-        return SampleSource()
+def make_source(spec: str, *, cache_dir: Path | None = None, news: NewsSource | None = None) -> BarSource:
+    """Return ``yahoo`` (cookies go to ``cache_dir``), ``sample`` or ``csv:DIR``; else a ``UsageError``."""
     kind, colon, directory = spec.partition(":")
-    if kind == "csv" and colon and directory:
-        return CsvSource(Path(directory).expanduser())
-    raise UsageError(f"there is no source {spec!r}: use yahoo, sample or csv:DIR")
+    source: BarSource
+    if spec == "yahoo":
+        source = YahooSource(cache_dir or Settings.model_fields["cache_dir"].get_default())
+    elif spec == "sample":
+        source = SampleSource()
+    elif kind == "csv" and colon and directory:
+        source = CsvSource(Path(directory).expanduser())
+    else:
+        raise UsageError(f"there is no source {spec!r}: use yahoo, sample or csv:DIR")
+    source.news = news
+    return source
 
 
 class _TransientError(Exception):

@@ -3,7 +3,7 @@
 import logging
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -15,7 +15,7 @@ from statsmodels.tsa.stattools import adfuller
 from data.cache_manager import BarCache, TableMeta
 from data.feature_engineer import engineer_features, feature_set_hash
 from data.indicators import FloatArray
-from data.schema import Bars, SessionCalendar, bars_hash, calendar_for
+from data.schema import BAR_COLUMNS, Bars, SessionCalendar, bars_hash, calendar_for
 from data.target_engineering import DEFAULT_HORIZON_BARS, make_target
 from utils.errors import DataError
 
@@ -313,6 +313,8 @@ def findings(bars: Bars, horizon_bars: int, cache: BarCache | None = None) -> tu
 
     With a cache, features of past bars are also compared with what they were last time.
     """
+    # What headlines say is no price, and may lack.
+    bars = replace(bars, frame=bars.frame.loc[:, list(BAR_COLUMNS)])
     if cache is None:
         features = engineer_features(bars.frame)
     else:
@@ -322,7 +324,9 @@ def findings(bars: Bars, horizon_bars: int, cache: BarCache | None = None) -> tu
     validator = DataValidator(
         bars.frame, features, horizon_bars=horizon_bars, calendar=calendar_for(bars.symbol)
     )
-    return validator.run_all_validations().problems()
+    why = bars.sentiment.get("reason")
+    lacking = () if why is None else (f"trained without headlines: {why}",)
+    return (*validator.run_all_validations().problems(), *lacking)
 
 
 def adf_p_value(values: FloatArray, lags: int) -> float:

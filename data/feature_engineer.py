@@ -13,6 +13,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import talib
 
@@ -59,7 +60,8 @@ _REGISTRY = tuple(
 FEATURE_WORDS: dict[str, str] = _TABLES["words"]
 CROSS_ASSET = tuple(spec for spec in _REGISTRY if spec.family == "cross_asset")
 MARKET_CONTEXT = tuple(spec for spec in _REGISTRY if spec.family == "market_context")
-FEATURES = tuple(spec for spec in _REGISTRY if spec not in CROSS_ASSET + MARKET_CONTEXT)
+SENTIMENT = tuple(spec for spec in _REGISTRY if spec.family == "sentiment")
+FEATURES = tuple(spec for spec in _REGISTRY if spec not in CROSS_ASSET + MARKET_CONTEXT + SENTIMENT)
 MAX_WARMUP_BARS: int = max(spec.warmup_bars for spec in FEATURES)
 
 LEGEND = (
@@ -74,7 +76,9 @@ OPTIONAL_LEGEND = (
     "the close of the market (an index, or the mean of a universe); m = log(M / M[-1]); spread = "
     "rv_iv_spread. As of the same close; a session without one takes the last close, at most "
     f"{MAX_AGE_SESSIONS} sessions old. A deviation of nothing is 0. The warm-up counts from the first "
-    "session of the other series where that begins later. Symbols that close before New York are refused."
+    "session of the other series where that begins later. Symbols that close before New York are refused. "
+    "Headlines are those dated before the session, scored from -1 to 1; NaN where none became known within 5 "
+    "sessions, or (their number) not throughout the 60."
 )
 
 
@@ -330,7 +334,8 @@ def engineer_features(
     Parameters
     ----------
     bars
-        Adjusted OHLCV bars of one symbol, ascending; prices positive, nothing missing.
+        Adjusted OHLCV bars of one symbol, ascending; prices positive, nothing missing. Where `data.news` has
+        put what headlines say beside them, that family is appended, too.
     vix, market
         Bars of ^VIX and of the market (only ``Close`` is read); each appends its optional family. They must
         have closed by the close of the bars: see `refuse_earlier_closes`.
@@ -347,7 +352,7 @@ def engineer_features(
     DataError
         As `align_close` does, when ``vix`` or ``market`` cannot be used.
     """
-    optional = _optional(vix is not None, market is not None)
+    optional = _optional(vix is not None, market is not None, has_sentiment(bars))
     rows = FeatureRows(len(bars), optional)
     if len(bars):
         x = ind.bar_arrays(*(np.array(bars[name], dtype=np.float64) for name in BAR_COLUMNS))
@@ -355,14 +360,27 @@ def engineer_features(
             compute(x, rows)
         made = _cross_asset_rows(x, align_close(bars, vix, VIX_SERIES)) if vix is not None else {}
         made |= _market_rows(x, align_close(bars, market, MARKET_SERIES)) if market is not None else {}
+        made |= {spec.name: np.array(bars[spec.name]) for spec in optional if spec in SENTIMENT}
         for name, values in made.items():
             rows[name] = values
     columns = [spec.name for spec in FEATURES + optional]
     return pd.DataFrame(rows.block.T, index=bars.index, columns=columns, copy=False)
 
 
-def _optional(cross_asset: bool, market_context: bool) -> tuple[FeatureSpec, ...]:  # noqa: FBT001
-    return (CROSS_ASSET if cross_asset else ()) + (MARKET_CONTEXT if market_context else ())
+def has_sentiment(table: pd.DataFrame) -> bool:
+    """Tell whether what headlines say is among the columns."""
+    return all(spec.name in table.columns for spec in SENTIMENT)
+
+
+def usable_rows(features: npt.NDArray[np.floating], columns: Sequence[str]) -> npt.NDArray[np.bool_]:
+    """Return which rows are complete, (n,). Headlines may lack: NaN is what trees learn of it."""
+    needed = [name not in {spec.name for spec in SENTIMENT} for name in columns]
+    return np.asarray(np.isfinite(features[:, needed]).all(axis=1), dtype=np.bool_)
+
+
+def _optional(*asked: bool) -> tuple[FeatureSpec, ...]:
+    families = zip(asked, (CROSS_ASSET, MARKET_CONTEXT, SENTIMENT), strict=True)
+    return tuple(spec for is_asked, specs in families if is_asked for spec in specs)
 
 
 def warmup_bars(
@@ -382,15 +400,13 @@ def get_feature_columns(
     cross_asset: bool = False,
     market_context: bool = False,
 ) -> list[str]:
-    """Return the names of the features, in order; optional families if asked for, ``UsageError`` if none."""
-    if include_sentiment:
-        raise UsageError("no sentiment features are registered: call get_feature_columns(False)")
-    return [spec.name for spec in FEATURES + _optional(cross_asset, market_context)]
+    """Return the names of the features, in order; the optional families only if asked for."""
+    return [spec.name for spec in FEATURES + _optional(cross_asset, market_context, include_sentiment)]
 
 
 def feature_set_hash(*, cross_asset: bool = False, market_context: bool = False) -> str:
     """Return the sha256 of the registry and its version: what a cache or a bundle was made with."""
-    specs = FEATURES + _optional(cross_asset, market_context)
+    specs = FEATURES + _optional(cross_asset, market_context, False)  # noqa: FBT003
     content = repr((FEATURE_SET_VERSION, [astuple(spec) for spec in specs]))
     return hashlib.sha256(content.encode()).hexdigest()
 
@@ -413,7 +429,7 @@ def features_table() -> str:
         _table(FEATURES),
         "## Optional features",
         OPTIONAL_LEGEND,
-        _table(CROSS_ASSET + MARKET_CONTEXT),
+        _table(CROSS_ASSET + MARKET_CONTEXT + SENTIMENT),
     ]
     return "\n\n".join(parts)
 

@@ -12,6 +12,7 @@ import importlib.metadata
 import re
 import uuid
 import zipfile
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from datetime import UTC, date, datetime
@@ -309,12 +310,15 @@ class Bars:
 
     ``frame`` holds ``BAR_COLUMNS`` as float64, adjusted for splits and dividends, over an ascending unique
     tz-naive index ``date``. A row is known at the close of its session.
+    ``sentiment`` says what became of the headlines: ``used``, and the ``source`` or the ``reason`` why not;
+    empty where nobody asked. Where they are used the frame has `data.news.SENTIMENT_COLUMNS`, too.
     """
 
     symbol: str
     frame: pd.DataFrame
     provenance: Provenance
     report: BarsReport
+    sentiment: Mapping[str, object] = field(default_factory=dict)
 
 
 def clean_bars(raw: pd.DataFrame) -> tuple[pd.DataFrame, BarsReport]:

@@ -22,7 +22,9 @@ from numba import njit
 from data.feature_engineer import (
     engineer_features,
     get_feature_columns,
+    has_sentiment,
     refuse_earlier_closes,
+    usable_rows,
     warmup_bars,
 )
 from data.indicators import MIN_SIGMA_LOG, FloatArray, bar_moves
@@ -319,14 +321,18 @@ def build_dataset(
         refuse_earlier_closes(frames)
     warmups = {symbol: warmup_bars(bars, vix=vix, market=market) for symbol, bars in frames.items()}
     _check_frames(frames, horizon, warmups)
-    columns = get_feature_columns(cross_asset=vix is not None, market_context=market is not None)
+    columns = get_feature_columns(
+        all(map(has_sentiment, frames.values())),
+        cross_asset=vix is not None,
+        market_context=market is not None,
+    )
     panel, place = _empty_dataset(frames, horizon, tuple(columns), warmups)
     usable = np.empty(len(panel), dtype=np.bool_)
     start = 0
     for symbol, bars in frames.items():
         features = engineer_features(bars, vix=vix, market=market)
         rows = place[start : start + len(bars) - warmups[symbol]]
-        usable[rows] = _fill(panel, rows, symbol, features.to_numpy(), make_target(bars, horizon))
+        usable[rows] = _fill(panel, rows, symbol, features[columns].to_numpy(), make_target(bars, horizon))
         start += len(rows)
     return panel if usable.all() else _without(panel, usable)
 
@@ -339,7 +345,7 @@ def _fill(
     features, target = features[warmup:], target.iloc[warmup:]
     # A missing target is right in the last rows only; before them it is a broken price.
     known = len(rows) - panel.horizon_bars
-    usable = np.isfinite(features).all(axis=1) & np.isfinite(np.asarray(target["sigma_log"]))
+    usable = usable_rows(features, panel.columns) & np.isfinite(np.asarray(target["sigma_log"]))
     usable[:known] &= np.isfinite(np.asarray(target["target_log"])[:known])
     bad = int(len(rows) - np.count_nonzero(usable))
     if bad > MAX_DROPPED_FRACTION * len(rows):

@@ -343,7 +343,7 @@ def document(version: Version[Any], name: str, kind: type[DocumentT]) -> Documen
 @cache
 def expected_features() -> tuple[tuple[str, ...], str]:
     """Return the columns and the hash of the feature set that is computed here; constant in a process."""
-    return tuple(get_feature_columns()), feature_set_hash()
+    return tuple(get_feature_columns(include_sentiment=True)), feature_set_hash()
 
 
 def checked_metadata(version: Version[Any]) -> dict[str, Any]:

@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from data.feature_engineer import MAX_WARMUP_BARS, engineer_features
+from data.feature_engineer import MAX_WARMUP_BARS, engineer_features, has_sentiment, usable_rows
+from data.news import SENTIMENT_COLUMNS
 from data.target_engineering import make_target, rescale_sigma
 from evaluation.accounting import DEFAULT_CAPITAL, CostModel
 from evaluation.advanced_backtester import AdvancedBacktester, BacktestReport
@@ -197,14 +198,18 @@ class Decisions:
     @property
     def findings(self) -> tuple[str, ...]:
         """What is amiss between the model's record and the bars, in words."""
-        n_rows = int(self.frame["is_of_other_prices"].sum())
-        if not n_rows:
-            return ()
-        text = (
-            f"{n_rows} forecasts of the model's record were made from other prices than these (another "
-            "source, or restated): they do not count as out of sample; train again with --overwrite"
-        )
-        return (text,)
+        found, n_rows = [], int(self.frame["is_of_other_prices"].sum())
+        if n_rows:
+            found.append(
+                f"{n_rows} forecasts of the model's record were made from other prices than these (another "
+                "source, or restated): they do not count as out of sample; train again with --overwrite"
+            )
+        if "knows_news" in self.frame and not self.frame["knows_news"].iloc[-1]:
+            found.append(
+                "the model learned from headlines and knows none of the last sessions: its forecast does "
+                "without them; set AI_STOCKS_NEWS to where it can read them"
+            )
+        return tuple(found)
 
     @property
     def out_of_sample_from(self) -> pd.Timestamp | None:
@@ -399,7 +404,10 @@ class BundleForecaster:
         ahead = np.asarray(index >= bundle.record["date"].max()) & bool(bundle.path_horizons)
         if (wanted | ahead).any():
             features = self._features(bars)
-            usable = np.isfinite(features).all(axis=1) & np.isfinite(frame["sigma_log"].to_numpy())
+            usable = usable_rows(features, bundle.columns) & np.isfinite(frame["sigma_log"].to_numpy())
+            if reads := [i for i, name in enumerate(bundle.columns) if name in SENTIMENT_COLUMNS]:
+                known = np.isfinite(features[:, reads])
+                frame["knows_news"] = np.asarray(known.any(axis=1), dtype=np.bool_)
             self._fill_from_model(frame, features, np.flatnonzero(wanted & usable))
             self._fill_further(frame, features, np.flatnonzero(ahead & usable))
         return frame
@@ -407,6 +415,8 @@ class BundleForecaster:
     def _features(self, bars: pd.DataFrame) -> FloatMatrix:
         """Return the columns that the model knows, by name, (n, p); NaN in the warm-up."""
         columns, known = self.bundle.columns, engineer_features(bars)
+        if not has_sentiment(known):
+            known = known.assign(**dict.fromkeys(SENTIMENT_COLUMNS, np.nan))
         missing = [name for name in columns if name not in known.columns]
         if missing:
             raise ModelIncompatibleError(

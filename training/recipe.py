@@ -202,7 +202,9 @@ class GBMRecipe:
         config = self.config
         train, earlier = without_symbols(train, earlier, config.leave_out)
         drifts, drift = drift_by_symbol(train, sample_weights(train, config.weight_half_life_sessions))
-        scaler = RobustScaler().fit(some_rows(train.features))
+        seen = some_rows(train.features)
+        # Before the first headline there is nothing to scale; no tree splits there.
+        scaler = RobustScaler().fit(np.where(np.isnan(seen).all(axis=0), 0.0, seen))
         scaled = select_scaled(scaler, train.features, tuple(range(len(train.columns))))
         rows = training_rows(train, scaled, drifts, config)
         # The rows of a panel are enough for all features; those of one symbol are not.
@@ -365,7 +367,9 @@ def screen_t_values(rows: Rows) -> FloatArray:
     starts = np.flatnonzero(np.r_[True, rows.date[1:] != rows.date[:-1]])
     found = np.zeros(rows.features.shape[1])
     for column in range(len(found)):
-        plain = np.clip(rows.features[:, column].astype(np.float64), -SCREEN_LIMIT, SCREEN_LIMIT)
+        # Where nothing is known of the news, the middle says as little.
+        known = np.nan_to_num(rows.features[:, column].astype(np.float64))
+        plain = np.clip(known, -SCREEN_LIMIT, SCREEN_LIMIT)
         for values in (plain, np.abs(plain)):
             product = (values - values.mean()) * target * rows.weight
             by_session = np.add.reduceat(product, starts)

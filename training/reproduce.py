@@ -29,6 +29,7 @@ from rich.table import Table
 from data.cache_manager import BarCache
 from data.data_fetcher import BarSource, fetch_stock_data, make_source
 from data.feature_engineer import feature_set_hash, get_feature_columns
+from data.news import NewsSource, make_news
 from inference.artifact import library_versions, read_manifest
 from inference.load_gbm_models import GBMBundle, GBMManifest, golden_outputs, load_folder
 from training.recipe import TrainerConfig
@@ -81,11 +82,11 @@ def train_again(
     """Train on the recorded prices with the recorded recipe; also return the hash of the prices by symbol."""
     metadata, config = bundle.metadata, config_of(bundle.metadata["recipe"])
     universe = metadata.get("universe")
-    last = {bundle.symbol: metadata["data"]["last_session"]}
+    seen = {bundle.symbol: slice(metadata["data"]["first_session"], metadata["data"]["last_session"])}
     if universe is not None:
-        last = {name: universe["data"][name]["last_session"] for name in universe["symbols"]}
-    fetched = {name: fetch_stock_data(name, source=source, cache=cache) for name in last}
-    panel = {name: replace(bars, frame=bars.frame.loc[: last[name]]) for name, bars in fetched.items()}
+        seen = {name: slice(universe["data"][name]["last_session"]) for name in universe["symbols"]}
+    fetched = {name: fetch_stock_data(name, source=source, cache=cache) for name in seen}
+    panel = {name: replace(bars, frame=bars.frame.loc[seen[name]]) for name, bars in fetched.items()}
     with progress_line(console, bundle.symbol, together()) as on_event:
         trainer = GBMTrainer(config, on_event, device=device_as_then(config))
         walked = trainer.walk(panel)
@@ -188,14 +189,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def source_of(asked: str | None, settings: Settings, recorded: str) -> BarSource:
+def source_of(
+    asked: str | None, settings: Settings, recorded: str, news: NewsSource | None = None
+) -> BarSource:
     """Return the source that the bundle was trained from; `UsageError` where its files are not known here."""
-    source = make_source(asked or settings.source, cache_dir=settings.cache_dir)
+    source = make_source(asked or settings.source, cache_dir=settings.cache_dir, news=news)
     if asked is not None or source.name == recorded:
         return source
     if recorded.startswith("csv:"):
         raise UsageError(f"the bundle was trained from {recorded}: say where that is, with --source csv:DIR")
-    return make_source(recorded, cache_dir=settings.cache_dir)
+    return make_source(recorded, cache_dir=settings.cache_dir, news=news)
 
 
 def reproduce(args: argparse.Namespace, settings: Settings, console: Console) -> list[Finding]:
@@ -206,7 +209,8 @@ def reproduce(args: argparse.Namespace, settings: Settings, console: Console) ->
     if folder.resolve().parent.name == LSTM.versions:
         raise UsageError("this is a network: boosters alone are trained again here, give a gbm folder")
     bundle = load_folder(folder)
-    source = source_of(args.source, settings, str(bundle.metadata["source"]))
+    news = make_news(settings) if bundle.metadata.get("sentiment", {}).get("used") else None
+    source = source_of(args.source, settings, str(bundle.metadata["source"]), news)
     cache = None if args.no_cache else BarCache(settings.cache_dir)
     again, hashes = train_again(bundle, source, cache, console)
     return compare(bundle, again, hashes, folder)

@@ -30,6 +30,7 @@ from data.cache_manager import BarCache
 from data.data_fetcher import fetch_stock_data, load_panel, make_source, refuse_delisted
 from data.data_validator import findings
 from data.feature_engineer import MAX_WARMUP_BARS, get_feature_columns
+from data.news import make_news, with_enough_headlines
 from data.schema import Bars, check_enough, normalise_symbol
 from data.target_engineering import DEFAULT_HORIZON_BARS, Dataset, check_horizon, resolve_universe
 from inference.load_gbm_models import GBMBundle, PathModel, load_folder, save_bundle, versions_of
@@ -169,7 +170,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser, model = common_parser(GBM, "Train, validate and save the boosters of symbols.", program)
     add, flag = model.add_argument, "store_true"
-    add("--include-sentiment", action=flag, help="not there yet: a usage error")
+    add("--start", type=pd.Timestamp, metavar="DATE", help="leave earlier prices out")
+    add("--include-sentiment", action=flag, help="learn from headlines, too; see AI_STOCKS_NEWS")
     add(
         "--target-horizon",
         type=horizons,
@@ -206,7 +208,10 @@ def refuse_contradictions(args: argparse.Namespace) -> None:
         {
             "--models and --no-lgb: name the libraries once": args.models and args.no_lgb,
             "--tune --n-trials 0: a search needs trials": args.tune and args.n_trials == 0,
-            "--include-sentiment: no sentiment features are registered yet": args.include_sentiment,
+            "--include-sentiment is for one symbol: leave --universe out": args.include_sentiment
+            and args.universe,
+            "--start cuts the prices of one symbol: leave --universe out": args.start is not None
+            and args.universe,
             "--device cpu leaves nothing to --allow-cpu-fallback": fallback and args.device == "cpu",
         }
     )
@@ -298,12 +303,15 @@ class GBMTrainer(Trainer[FittedGBM, GBMBundle]):
 
 def fetch(symbol: str, args: argparse.Namespace, settings: Settings) -> Bars:
     """Return the symbol's prices from the source that was asked for."""
-    source = make_source(args.source or settings.source, cache_dir=settings.cache_dir)
+    wants_news = getattr(args, "include_sentiment", False)
+    news = make_news(settings) if wants_news else None
+    source = make_source(args.source or settings.source, cache_dir=settings.cache_dir, news=news)
     cache = None if args.no_cache else BarCache(settings.cache_dir)
     bars = fetch_stock_data(symbol, source=source, cache=cache, force_refresh=args.force_refresh)
     if source.is_live:
         refuse_delisted(bars, datetime.now(UTC))
-    return bars
+    bars = replace(bars, frame=bars.frame.loc[getattr(args, "start", None) :])
+    return with_enough_headlines(bars, MAX_WARMUP_BARS) if wants_news else bars
 
 
 def look(settings: Settings, runs: Sequence[Run]) -> tuple[Run, ...]:

@@ -328,19 +328,18 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
             "tries": as_told(earlier),
             "duration_s": round(time.monotonic() - walked.started, 1),
         }
-        own = np.flatnonzero(dataset.symbol_code == dataset.symbols.index(bars.symbol))
+        own = dataset.features[dataset.symbol_code == dataset.symbols.index(bars.symbol)]
         return Trained(
             bundle=replace(bundle, metadata={**bundle.metadata, **judged}),
             walk_forward=walked.result,
             verdict=verdict,
             backtest=backtest,
             trials=walked.trials,
-            golden_inputs=dataset.features[own[-self.golden_rows :]],
+            golden_inputs=own[np.isfinite(own).all(axis=1)][-self.golden_rows :],
         )
 
     def _bundle(self, bars: Bars, walked: Walked[FittedT]) -> BundleT:
-        own = of_symbol(walked.result.record, bars.symbol)
-        config, dataset = self.config, walked.dataset
+        config, dataset, own = self.config, walked.dataset, of_symbol(walked.result.record, bars.symbol)
         metadata = {
             **facts_of(bars, self.kind, config.horizon_bars, walked.hashes[bars.symbol]),
             "universe": universe_facts(walked, left_out=config.recipe.leave_out),
@@ -348,6 +347,7 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
             "out_of_sample_from": f"{own['date'].min():%Y-%m-%d}",
             "seed": config.recipe.seed,
             "feature_set_hash": feature_set_hash(),
+            "sentiment": dict(bars.sentiment) or {"used": False, "reason": "not asked for"},
             "recipe": asdict(config),
             **self.facts,
             "summary": asdict(walked.result.summary),

@@ -60,6 +60,8 @@ class Settings(BaseSettings):
     )
 
     source: str = "yahoo"
+    news: str = ""
+    finnhub_key: SecretStr | None = None
     models_dir: Path = PROJECT_ROOT / "saved_models"
     cache_dir: Path = PROJECT_ROOT / ".cache"
     results_dir: Path = PROJECT_ROOT / "backtest_results"

@@ -41,6 +41,7 @@ class LiveSource:
     table: pd.DataFrame | None
     name: str = "yahoo"
     is_live: bool = True
+    news: None = None
     error: Exception | None = None
     delay_s: float = 0.0
     asked: list[date | None] = field(default_factory=list)

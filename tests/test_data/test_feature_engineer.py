@@ -18,8 +18,9 @@ from data.feature_engineer import (
     features_table,
     get_feature_columns,
     main,
+    usable_rows,
 )
-from utils.errors import UsageError
+from data.news import SENTIMENT_COLUMNS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -161,9 +162,18 @@ def test_whole_numbers_in_the_volume_are_fine(make_bars: Callable[..., pd.DataFr
     pd.testing.assert_frame_equal(engineer_features(whole), engineer_features(bars))
 
 
-def test_sentiment_is_refused_while_there_is_none() -> None:
-    with pytest.raises(UsageError, match="no sentiment features"):
-        get_feature_columns(include_sentiment=True)
+def test_headlines_stand_where_they_are_beside_the_prices(make_bars: Callable[..., pd.DataFrame]) -> None:
+    bars = make_bars(n=300)
+    said = pd.DataFrame({name: np.linspace(-5.0, 5.0, 300) for name in SENTIMENT_COLUMNS}, bars.index)
+    said.iloc[270:290] = np.nan
+    both = engineer_features(bars.join(said))
+    assert list(both.columns) == get_feature_columns(include_sentiment=True)
+    pd.testing.assert_frame_equal(both[get_feature_columns()], engineer_features(bars))
+    expected = said.clip(-1.0, 1.0).assign(news_volume_5d=said["news_volume_5d"].clip(-3.0, 3.0).iloc[59:])
+    pd.testing.assert_frame_equal(both[list(SENTIMENT_COLUMNS)], expected)
+    # Where nothing is known of the news, a row is still a row; where a price's feature lacks, it is none.
+    usable = usable_rows(both.to_numpy(), list(both.columns))
+    assert usable.tolist() == [row >= MAX_WARMUP_BARS for row in range(300)]
 
 
 def test_the_hash_follows_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +213,7 @@ def test_the_page_is_the_generated_one() -> None:
 def test_the_page_lists_every_feature_and_splits_no_cell() -> None:
     rows = [line for line in features_table().splitlines() if line.startswith("| ")][1:]
     names = [row.split(" | ")[0].removeprefix("| ") for row in rows if not row.startswith("| name |")]
-    assert names == get_feature_columns(cross_asset=True, market_context=True)
+    assert names == get_feature_columns(True, cross_asset=True, market_context=True)
     assert {row.replace("\\|", "").count("|") for row in rows} == {7}
 
 

@@ -141,6 +141,7 @@ class FakeSource:
     answers: dict[str, Any]
     name: str = "fake"
     is_live: bool = False
+    news: None = None
     asked: list[str] = field(default_factory=list)
 
     def fetch(self, symbol: str, *, start: date | None = None) -> pd.DataFrame:

@@ -55,6 +55,23 @@ def test_without_a_feature_that_stands_out_shap_selects():
     assert fitted.selection.method == "shap"
 
 
+@pytest.mark.parametrize("lib", ["xgb", "lgb"])
+@pytest.mark.parametrize("known_from", [300, 700])
+def test_a_feature_that_is_not_known_yet_is_learned_from_when_it_is(known_from: int, lib: str):
+    """Headlines begin late: before them their features are NaN, in the first folds throughout."""
+    data = make_dataset()
+    features = data.features.copy()
+    features[:known_from, 4] = np.nan
+    data = replace(data, features=features)
+    config = replace(CONFIG, search=replace(CONFIG.search, models=(lib,)))
+    fitted = GBMRecipe(config).fit(data.take(np.arange(600)), fold=0, earlier=NOTHING)
+    rows = data.take(np.arange(600, 800))
+    found = fitted.predict(rows).raw_scaled
+    assert np.isfinite(found).all()
+    assert ("f4" in fitted.selected_features) == (known_from < 600)
+    assert (np.corrcoef(found, rows.target_scaled)[0, 1] > 0.2) == (known_from < 600)
+
+
 def test_without_earlier_rows_the_forecast_is_the_drift():
     data = make_dataset()
     train = data.take(np.arange(600))
