@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ import pytest
 from data.feature_engineer import FEATURE_WORDS, FEATURES
 from inference.pipeline import decide
 from inference.position_sizing import make_sizer
+from service.model_registry import Place
 from service.prediction_chart import REGIME_BARS, action_of, in_words, smooth, std_ratio
 from service.prediction_service import BarKeeper, PredictionService, Recent
 from service.schemas import PredictionRequest, PredictionResult
@@ -493,7 +495,9 @@ def test_a_new_model_ends_a_ready_answer(
     service: PredictionService, counted_registry: FakeRegistry, counting: CountingForecaster
 ) -> None:
     service.answer(request())
-    counted_registry.models["AAPL"] = replace(served("AAPL", version="v2"), forecaster=counting, stamp=2)
+    counted_registry.models["AAPL"] = replace(
+        served("AAPL", version="v2"), forecaster=counting, place=Place(Path("v2"), 0)
+    )
     assert service.ready_answer(request().wire_bytes()) is None
     assert json.loads(service.answer(request()))["metadata"]["modelVersion"] == "v2"
     assert b'"modelVersion":"v2"' in (service.ready_answer(request().wire_bytes()) or b"")
@@ -553,7 +557,7 @@ def test_fault_22_a_hundred_parallel_requests_decide_once(
 
 
 def test_fault_22_each_answer_comes_from_one_version_while_models_change(source: FakeSource) -> None:
-    models = [replace(served("AAPL", version=f"v{k}"), stamp=k) for k in range(2)]
+    models = [replace(served("AAPL", version=f"v{k}"), place=Place(Path("v1"), k)) for k in range(2)]
     registry = FakeRegistry(models[0])
     service = PredictionService(registry=registry, source=source, cache=None)
     turn = itertools.count()
