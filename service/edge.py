@@ -16,10 +16,9 @@ import logging
 import math
 import os
 import re
-import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Container, Mapping, MutableMapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -41,11 +40,6 @@ T = TypeVar("T")
 
 PROBLEM_TYPE = "application/problem+json"
 CLOSE = {"Connection": "close"}
-CHALLENGE = {"WWW-Authenticate": "Bearer"}
-KEY_WANTED = {
-    401: "this route needs an API key: send it as X-API-Key, or as Authorization: Bearer KEY",
-    403: "the API key is not one that may write here",
-}
 # A caller that still sends does not read: what it sends after a refusal is thrown away, up to these bounds.
 LINGER_BYTES = 16 << 20
 LINGER_S = 2.0
@@ -70,8 +64,7 @@ DEFAULT_HEADERS = (
     (b"cache-control", b"no-store"),
     (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
 )
-
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,44 +93,34 @@ class WorkPool:
     """
 
     def __init__(self, *, threads: int, queue: int, deadline_s: float) -> None:
-        self._threads, self._most, self._deadline_s = threads, threads + queue, deadline_s
-        self._executor: ThreadPoolExecutor | None = None
-        self._guard = threading.Lock()
+        self._most, self._deadline_s = threads + queue, deadline_s
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="work")
+        # Changed by the thread of the event loop alone.
         self.pending = 0
 
     async def run(self, call: Callable[[], T]) -> T:
-        """Return what ``call`` returns, computed in a thread.
+        """Return what ``call`` returns.
 
-        Raises
-        ------
-        OverloadError, DeadlineError
-            If the queue is full, or it takes too long: what has begun is finished, what has not is dropped.
+        `OverloadError` if the queue is full; `DeadlineError` if it takes too long: what has begun is finished.
         """
-        with self._guard:
-            if self.pending >= self._most:
-                raise OverloadError(f"{self.pending} requests are being computed: try again in a moment")
-            self.pending += 1
-            if self._executor is None:
-                self._executor = ThreadPoolExecutor(self._threads, thread_name_prefix="work")
-            work = self._executor.submit(call)
-        work.add_done_callback(self._done)
+        if self.pending >= self._most:
+            raise OverloadError(f"{self.pending} requests are being computed: try again in a moment")
+        work = self._executor.submit(call)
+        self.pending += 1
         waiting = asyncio.wrap_future(work)
+        waiting.add_done_callback(self._done)
         done, _ = await asyncio.wait({waiting}, timeout=self._deadline_s)
         if not done:
             work.cancel()
             raise DeadlineError(f"no answer within {self._deadline_s:g} s: try again later, or ask for less")
         return waiting.result()
 
-    def _done(self, _: Future[Any]) -> None:
-        with self._guard:
-            self.pending -= 1
+    def _done(self, _: asyncio.Future[Any]) -> None:
+        self.pending -= 1
 
     def close(self) -> None:
         """Drop what has not begun; what has is not waited for."""
-        with self._guard:
-            closed, self._executor = self._executor, None
-        if closed is not None:
-            closed.shutdown(wait=False, cancel_futures=True)
+        self._executor.shutdown(wait=False, cancel_futures=True)
 
 
 class RateLimit:
@@ -176,54 +159,32 @@ def client_of(scope: Scope) -> str:
         return host
 
 
-def key_refusal(scope: Scope, digests: Sequence[bytes]) -> int:
-    """Return 0 where the request may write, 401 without a key, 403 with a wrong one."""
-    if not digests:
-        return 0
-    given = header(scope, b"x-api-key") or header(scope, b"authorization").partition(b"Bearer ")[2]
-    if not given:
-        return 401
-    digest = hashlib.sha256(given.strip()).digest()
-    # All are compared, each in constant time: how long it takes says nothing about the keys.
-    return 0 if sum(hmac.compare_digest(digest, known) for known in digests) else 403
-
-
 class Metrics:
     """The figures of one application in a registry of their own; ``gauges`` are further ones by name."""
 
     def __init__(self, gauges: Mapping[str, tuple[str, Callable[[], float]]]) -> None:
-        self.registry = CollectorRegistry()
-        self.in_flight = 0
-        self._requests = Counter(
-            "ai_stocks_http_requests",
-            "Requests that were answered",
-            ("method", "route", "status"),
-            registry=self.registry,
-        )
-        self._seconds = Histogram(
-            "ai_stocks_http_request_seconds",
-            "Seconds until an answer begins",
-            ("route",),
-            buckets=BUCKETS_S,
-            registry=self.registry,
-        )
+        self._registry, self.in_flight = CollectorRegistry(), 0
+        name, says = "ai_stocks_http_requests", "Requests that were answered"
+        self._requests = Counter(name, says, ("method", "route", "status"), registry=self._registry)
+        name, says = "ai_stocks_http_request_seconds", "Seconds until an answer begins"
+        self._seconds = Histogram(name, says, ("route",), buckets=BUCKETS_S, registry=self._registry)
         self._known: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         ours = {"http_in_flight": ("Requests that are being answered", lambda: float(self.in_flight))}
         for name, (says, ask) in {**ours, **gauges}.items():
-            Gauge(f"ai_stocks_{name}", says, registry=self.registry).set_function(partial(_or_nan, ask))
+            Gauge(f"ai_stocks_{name}", says, registry=self._registry).set_function(partial(_or_nan, ask))
 
     def record(self, method: str, route: str, status: int, seconds: float) -> None:
         """Count one answer; ``route`` is a template, so that the number of series is bounded."""
         key = (method if method in METHODS else UNROUTED, route, status)
-        known = self._known.get(key)
-        if known is None:
-            known = self._known[key] = (self._requests.labels(*key), self._seconds.labels(route))
-        known[0].inc()
-        known[1].observe(seconds)
+        if key not in self._known:
+            self._known[key] = (self._requests.labels(*key), self._seconds.labels(route))
+        requests, taken = self._known[key]
+        requests.inc()
+        taken.observe(seconds)
 
     def text(self) -> bytes:
         """Return all figures in Prometheus' text format."""
-        return generate_latest(self.registry)
+        return generate_latest(self._registry)
 
 
 def _or_nan(ask: Callable[[], float]) -> float:
@@ -280,10 +241,9 @@ class Observer:
         *,
         metrics: Metrics,
         stopping: Callable[[], bool],
-        known_paths: Callable[[], Iterable[str]],
+        known_paths: Callable[[], Container[str]],
     ) -> None:
         self._app, self._metrics, self._stopping, self._known_paths = app, metrics, stopping, known_paths
-        self._statics: frozenset[str] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
@@ -292,7 +252,7 @@ class Observer:
             return
         began = time.perf_counter()
         given = header(scope, b"x-request-id")
-        request_id = given.decode() if _REQUEST_ID.fullmatch(given) else os.urandom(16).hex()
+        request_id = given.decode() if REQUEST_ID.fullmatch(given) else os.urandom(16).hex()
         scope.setdefault("state", {})["request_id"] = request_id
         status, answered = CLIENT_LEFT, 0.0
 
@@ -322,23 +282,20 @@ class Observer:
         return headers
 
     def _route(self, scope: Scope) -> str:
-        template = getattr(scope.get("route"), "path_format", None)
+        template, path = getattr(scope.get("route"), "path_format", None), str(scope["path"])
         if isinstance(template, str):
             return template
-        if self._statics is None:
-            self._statics = frozenset(path for path in self._known_paths() if "{" not in path)
-        path = scope["path"]
-        return str(path) if path in self._statics else UNROUTED
+        return path if "{" not in path and path in self._known_paths() else UNROUTED
 
 
 def _log_request(method: str, route: str, status: int, taken_ms: float, request_id: str) -> None:
     if logger.isEnabledFor(logging.INFO):
-        arguments = (method, route, status, taken_ms, request_id)
-        names = ("method", "route", "status", "duration_ms", "request_id")
+        fields = {"method": method, "route": route, "status": status, "duration_ms": taken_ms}
+        fields["request_id"] = request_id
         # Not `logger.info`, which looks for its caller through all frames: a third of what a line costs.
-        line = "%s %s %d %.1f ms %s"
-        record = logger.makeRecord(logger.name, logging.INFO, __file__, 0, line, arguments, None)
-        record.fields = dict(zip(names, arguments, strict=True))
+        line, values = "%s %s %d %.1f ms %s", tuple(fields.values())
+        record = logger.makeRecord(logger.name, logging.INFO, __file__, 0, line, values, None)
+        record.fields = fields
         logger.handle(record)
 
 
@@ -382,11 +339,20 @@ class Guard:
             detail = f"more than {rules.rate_per_s:g} requests a second: slow down"
             return Refusal(429, detail, {"Retry-After": str(math.ceil(wait_s))})
         writes = scope["method"] not in SAFE_METHODS and path not in READING_POSTS
-        status = key_refusal(scope, self._keys) if writes else 0
-        if status:
-            return Refusal(status, KEY_WANTED[status], CHALLENGE if status == 401 else {})
+        if writes and self._keys and (refusal := self._key_refusal(scope)):
+            return refusal
         most = rules.most_bytes(path)
         return _too_large(most) if announced_bytes(scope) > most else None
+
+    def _key_refusal(self, scope: Scope) -> Refusal | None:
+        given = header(scope, b"x-api-key") or header(scope, b"authorization").partition(b"Bearer ")[2]
+        if not given:
+            detail = "this route needs an API key: send it as X-API-Key, or as Authorization: Bearer KEY"
+            return Refusal(401, detail, {"WWW-Authenticate": "Bearer"})
+        digest = hashlib.sha256(given.strip()).digest()
+        # All are compared, each in constant time: how long it takes says nothing about the keys.
+        known = sum(hmac.compare_digest(digest, key) for key in self._keys)
+        return None if known else Refusal(403, "the API key is not one that may write here")
 
 
 def _too_large(most: int) -> Refusal:
@@ -490,10 +456,10 @@ class _Exchange:
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _discard(self) -> None:
-        left, ended = LINGER_BYTES, self._body_ended
+        left = LINGER_BYTES
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LINGER_S):
-                while left > 0 and not ended:
+                while left > 0 and not self._body_ended:
                     message = await self._receive()
                     left -= len(message.get("body", b""))
-                    ended = not message.get("more_body", False)
+                    self._body_ended = not message.get("more_body", False)
