@@ -18,7 +18,7 @@ import os
 import re
 import time
 from collections.abc import Awaitable, Callable, Container, Mapping, MutableMapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -95,28 +95,29 @@ class WorkPool:
     def __init__(self, *, threads: int, queue: int, deadline_s: float) -> None:
         self._most, self._deadline_s = threads + queue, deadline_s
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="work")
-        # Changed by the thread of the event loop alone.
-        self.pending = 0
+        self._works: set[Future[Any]] = set()
+
+    @property
+    def pending(self) -> int:
+        """How many calls are computed or wait."""
+        return len(self._works)
 
     async def run(self, call: Callable[[], T]) -> T:
-        """Return what ``call`` returns.
+        """Return what ``call`` returns; raises `OverloadError`, and `DeadlineError` where it takes too long.
 
-        `OverloadError` if the queue is full; `DeadlineError` if it takes too long: what has begun is finished.
+        What has begun by then is finished, what has not is dropped.
         """
         if self.pending >= self._most:
             raise OverloadError(f"{self.pending} requests are being computed: try again in a moment")
         work = self._executor.submit(call)
-        self.pending += 1
+        self._works.add(work)
+        work.add_done_callback(self._works.discard)
         waiting = asyncio.wrap_future(work)
-        waiting.add_done_callback(self._done)
         done, _ = await asyncio.wait({waiting}, timeout=self._deadline_s)
         if not done:
             work.cancel()
             raise DeadlineError(f"no answer within {self._deadline_s:g} s: try again later, or ask for less")
         return waiting.result()
-
-    def _done(self, _: asyncio.Future[Any]) -> None:
-        self.pending -= 1
 
     def close(self) -> None:
         """Drop what has not begun; what has is not waited for."""
@@ -230,10 +231,7 @@ def announced_bytes(scope: Scope) -> int:
 
 
 class Observer:
-    """Gives requests their id and answers their headers; logs and counts each.
-
-    Where no route was looked for, it is known if it is one of ``known_paths``.
-    """
+    """Gives requests their id and answers their headers; logs and counts each, under a known path or none."""
 
     def __init__(
         self,
@@ -271,7 +269,8 @@ class Observer:
             ended = time.perf_counter()
             route, method = self._route(scope), scope["method"]
             self._metrics.record(method, route, status, (answered or ended) - began)
-            _log_request(method, route, status, 1000.0 * (ended - began), request_id)
+            if logger.isEnabledFor(logging.INFO):
+                _log_request(method, route, status, 1000.0 * (ended - began), request_id)
 
     def _headers(self, given: Sequence[tuple[bytes, bytes]], request_id: str) -> list[tuple[bytes, bytes]]:
         names = {name for name, _ in given}
@@ -289,14 +288,12 @@ class Observer:
 
 
 def _log_request(method: str, route: str, status: int, taken_ms: float, request_id: str) -> None:
-    if logger.isEnabledFor(logging.INFO):
-        fields = {"method": method, "route": route, "status": status, "duration_ms": taken_ms}
-        fields["request_id"] = request_id
-        # Not `logger.info`, which looks for its caller through all frames: a third of what a line costs.
-        line, values = "%s %s %d %.1f ms %s", tuple(fields.values())
-        record = logger.makeRecord(logger.name, logging.INFO, __file__, 0, line, values, None)
-        record.fields = fields
-        logger.handle(record)
+    # Not `logger.info`, which looks for its caller through all frames: a third of what a line costs.
+    line, values = "%s %s %d %.1f ms %s", (method, route, status, taken_ms, request_id)
+    record = logger.makeRecord(logger.name, logging.INFO, __file__, 0, line, values, None)
+    names = ("method", "route", "status", "duration_ms", "request_id")
+    record.fields = dict(zip(names, values, strict=True))
+    logger.handle(record)
 
 
 class Refusal(NamedTuple):
