@@ -10,15 +10,15 @@ import asyncio
 import http
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import anyio
-from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
+from fastapi import APIRouter, FastAPI, Header, Query, Request, Response
 from fastapi import Path as PathParameter
 from fastapi.exceptions import HTTPException, RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
@@ -68,12 +68,8 @@ STATUS_OF: Mapping[type[AIStocksError], int] = {
 }
 
 # What any request may meet, and what one with a body or one that writes may meet besides.
-ERRORS_OF_ALL = ("422", "429", "500", "503")
-ERRORS_OF: Mapping[str, Sequence[str]] = {
-    "post": ("400", "401", "403", "408", "409", "413", "504"),
-    "delete": ("401", "403", "409"),
-    "get": ("504",),
-}
+ERRORS_OF_ALL = (422, 429, 500, 503)
+ERRORS_OF = {"post": (400, 401, 403, 408, 409, 413, 504), "delete": (401, 403, 409), "get": (504,)}
 REF = "#/components/schemas/{model}"
 DOCS = Path(__file__).with_name("docs.html.j2")
 DOCS_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
@@ -86,11 +82,7 @@ SymbolInPath = Annotated[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
-    """What the routes answer with.
-
-    ``track_record`` takes a symbol and how many forecasts of it are wanted, ``gauges`` are further figures of
-    ``/metrics``: what they say, and how to ask.
-    """
+    """What the routes answer with; ``gauges`` are further figures of ``/metrics``: words, and how to ask."""
 
     registry: ModelRegistry
     predictions: PredictionService
@@ -120,10 +112,6 @@ class Api(FastAPI):
         """Handle one connection."""
         await self.outermost(scope, receive, send)
 
-    async def framework(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle what the edge passes on."""
-        await super().__call__(scope, receive, send)
-
 
 def create_api(services: Services) -> FastAPI:
     """Build the application around its services."""
@@ -135,7 +123,7 @@ def create_api(services: Services) -> FastAPI:
     api = Api(
         title="AI-Stocks",
         version=VERSION,
-        lifespan=_lifespan(services, pool),
+        lifespan=partial(_running, services, pool),
         # A redirect has no JSON body.
         redirect_slashes=False,
         docs_url=None,
@@ -145,27 +133,30 @@ def create_api(services: Services) -> FastAPI:
     api.state.source = services.source_name
     stock_openapi = api.openapi
     api.openapi = lambda: api.openapi_schema or document_errors(stock_openapi())  # type: ignore[method-assign]
-    api.include_router(_health_routes(services))
-    api.include_router(_model_routes(services, pool))
-    api.include_router(_price_routes(services.predictions, pool))
-    api.include_router(_training_routes(services.training))
-    api.include_router(_judging_routes(services, pool))
+    routers = {name: APIRouter(tags=[name]) for name in ("health", "models", "prices", "training", "judging")}
+    _add_health(routers["health"], services)
+    _add_models(routers["models"], services, pool)
+    _add_prices(routers["prices"], services.predictions, pool)
+    _add_training(routers["training"], services.training)
+    _add_judging(routers["judging"], services, pool)
+    for router in routers.values():
+        api.include_router(router)
     _add_pages(api, metrics)
-    api.add_exception_handler(AIStocksError, _on_our_error)
-    api.add_exception_handler(RequestValidationError, _on_invalid)
-    api.add_exception_handler(StarletteHTTPException, _on_http_error)
+    api.exception_handler(AIStocksError)(_on_our_error)
+    api.exception_handler(RequestValidationError)(_on_invalid)
+    api.exception_handler(StarletteHTTPException)(_on_http_error)
     api.outermost = _outermost(api, services, metrics)
     return api
 
 
-def _outermost(api: Api, services: Services, metrics: edge.Metrics) -> edge.Application:
+def _outermost(api: FastAPI, services: Services, metrics: edge.Metrics) -> edge.Application:
     """Return the application from the outside in."""
     rate = edge.RateLimit(services.rules.rate_per_s, services.rules.rate_burst)
     # Not around the framework, which has an answer of its own to what nobody caught.
     api.add_middleware(edge.Guard, rules=services.rules, rate=rate)
     # What the guard answers carries cross-origin headers too.
     cors = CORSMiddleware(
-        api.framework,
+        partial(FastAPI.__call__, api),
         allow_origins=services.origins,
         allow_methods=["GET", "POST", "DELETE"],
         allow_headers=["*"],
@@ -181,13 +172,9 @@ def _outermost(api: Api, services: Services, metrics: edge.Metrics) -> edge.Appl
             headers["Vary"] = "Origin"
         return headers.raw
 
+    ready = services.predictions.ready_answer
     shortcut = edge.Shortcut(
-        cors,
-        rules=services.rules,
-        rate=rate,
-        path="/api/predict",
-        ready=services.predictions.ready_answer,
-        cross_origin=cross_origin,
+        cors, rules=services.rules, rate=rate, path="/api/predict", ready=ready, cross_origin=cross_origin
     )
     return edge.Observer(
         shortcut, metrics=metrics, stopping=services.stopping, known_paths=lambda: api.openapi()["paths"]
@@ -207,11 +194,8 @@ def _add_pages(api: FastAPI, metrics: edge.Metrics) -> None:
         import jinja2  # noqa: PLC0415
 
         template = jinja2.Environment(autoescape=True).from_string(DOCS.read_text(encoding="utf-8"))
-        return Response(
-            template.render(api=api.openapi()),
-            media_type="text/html",
-            headers={"Content-Security-Policy": DOCS_POLICY},
-        )
+        headers = {"Content-Security-Policy": DOCS_POLICY}
+        return Response(template.render(api=api.openapi()), headers=headers, media_type="text/html")
 
 
 def document_errors(schema: dict[str, Any]) -> dict[str, Any]:
@@ -221,38 +205,32 @@ def document_errors(schema: dict[str, Any]) -> dict[str, Any]:
     schema["components"]["schemas"] |= posted["$defs"]
     for path, item in schema["paths"].items():
         for method, operation in item.items():
-            wanted = {*ERRORS_OF_ALL, *ERRORS_OF.get(method, ())} | ({"404"} if "{" in path else set())
+            wanted = {*ERRORS_OF_ALL, *ERRORS_OF[method], *([404] if "{" in path else ())}
             for status in sorted(wanted):
-                said = {"description": http.HTTPStatus(int(status)).phrase}
-                operation["responses"].setdefault(status, said)
+                operation["responses"].setdefault(
+                    str(status), {"description": http.HTTPStatus(status).phrase}
+                )
             for status, response in operation["responses"].items():
                 if not status.startswith("2"):
                     response["content"] = problems
     return schema
 
 
-def _lifespan(
-    services: Services, pool: edge.WorkPool
-) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
-    @asynccontextmanager
-    async def lifespan(api: FastAPI) -> Any:  # noqa: ANN401
-        services.on_start()
-        services.training.open()
-        services.predictions.start()
-        api.state.ready = True
-        yield
-        api.state.ready = False
-        services.predictions.stop()
-        pool.close()
-        await asyncio.to_thread(services.training.close)
-        await asyncio.to_thread(services.on_stop)
-
-    return lifespan
+@asynccontextmanager
+async def _running(services: Services, pool: edge.WorkPool, api: FastAPI) -> AsyncIterator[None]:
+    services.on_start()
+    services.training.open()
+    services.predictions.start()
+    api.state.ready = True
+    yield
+    api.state.ready = False
+    services.predictions.stop()
+    pool.close()
+    await asyncio.to_thread(services.training.close)
+    await asyncio.to_thread(services.on_stop)
 
 
-def _health_routes(services: Services) -> APIRouter:
-    router = APIRouter(tags=["health"])
-
+def _add_health(router: APIRouter, services: Services) -> None:
     @router.get("/", response_model=wire.Welcome)
     def welcome() -> Response:
         """Say what this is."""
@@ -275,8 +253,6 @@ def _health_routes(services: Services) -> APIRouter:
             raise HTTPException(503, "the service is starting or stopping", {"Retry-After": "1"})
         return answer(wire.StatusAnswer(status="ok", models=len(services.registry.list())))
 
-    return router
-
 
 def _unless_training(services: Services, model_id: str, change: Callable[[str], T]) -> T:
     # A job is known before its process holds the lock that the registry looks at.
@@ -284,8 +260,8 @@ def _unless_training(services: Services, model_id: str, change: Callable[[str], 
     return change(model_id)
 
 
-def _model_routes(services: Services, pool: edge.WorkPool) -> APIRouter:
-    router, registry = APIRouter(tags=["models"]), services.registry
+def _add_models(router: APIRouter, services: Services, pool: edge.WorkPool) -> None:
+    registry = services.registry
 
     @router.get("/api/models", response_model=list[wire.ModelMeta])
     def models() -> Response:
@@ -329,12 +305,8 @@ def _model_routes(services: Services, pool: edge.WorkPool) -> APIRouter:
         headers = {"Content-Disposition": f"attachment; filename={name}"}
         return Response(content, media_type="application/zip", headers=headers)
 
-    return router
 
-
-def _price_routes(predictions: PredictionService, pool: edge.WorkPool) -> APIRouter:
-    router = APIRouter(tags=["prices"])
-
+def _add_prices(router: APIRouter, predictions: PredictionService, pool: edge.WorkPool) -> None:
     @router.get("/api/historical/{symbol:text}", response_model=wire.HistoricalResponse)
     async def historical(symbol: SymbolInPath, days: Days = 90) -> Response:
         """Return the last sessions, adjusted for splits and dividends."""
@@ -350,12 +322,8 @@ def _price_routes(predictions: PredictionService, pool: edge.WorkPool) -> APIRou
         """Return history, positions and forecast of one symbol."""
         return answer(await pool.run(lambda: predictions.answer(request)))
 
-    return router
 
-
-def _training_routes(training: TrainingService) -> APIRouter:
-    router = APIRouter(tags=["training"])
-
+def _add_training(router: APIRouter, training: TrainingService) -> None:
     @router.post("/api/training/start", response_model=wire.TrainingStarted)
     def start(params: wire.TrainingParams) -> Response:
         """Queue a training."""
@@ -388,56 +356,45 @@ def _training_routes(training: TrainingService) -> APIRouter:
         training.get(job_id)
         known = int(last_event_id) if re.fullmatch(r"[0-9]{1,9}", last_event_id) else 0
         leaving = anyio.Event()
+        told = training.follow(job_id, known, leaving.is_set)
         # The heartbeat is an event of the contract; comments would come beside it.
-        return EventSourceResponse(
-            training.follow(job_id, known, leaving.is_set),
-            ping=0,
-            shutdown_event=leaving,
-            shutdown_grace_period=STREAM_END_S,
-        )
-
-    return router
+        return EventSourceResponse(told, ping=0, shutdown_event=leaving, shutdown_grace_period=STREAM_END_S)
 
 
-async def posted(request: Request) -> bytes:
-    """Return a body as it came: a whole prediction takes too long to read for the thread of all requests."""
-    try:
-        return await request.body()
-    except ClientDisconnect as error:
-        raise HTTPException(400, "the body was cut off") from error
-
-
-def read(body: bytes) -> wire.BacktestRequest:
-    """Read the body of a backtest; what is wrong with it is told like that of any other body."""
-    try:
-        return wire.BacktestRequest.model_validate_json(body)
-    except ValidationError as error:
-        raise RequestValidationError(error.errors(include_url=False)) from error
-
-
-Posted = Annotated[bytes, Depends(posted)]
-
-
-def _judging_routes(services: Services, pool: edge.WorkPool) -> APIRouter:
-    router, schema = APIRouter(tags=["judging"]), {"$ref": REF.format(model="BacktestRequest")}
+def _add_judging(router: APIRouter, services: Services, pool: edge.WorkPool) -> None:
+    schema = {"$ref": REF.format(model="BacktestRequest")}
     whole = {"requestBody": {"content": {"application/json": {"schema": schema}}, "required": True}}
 
+    async def judged(request: Request, judge: Callable[[wire.BacktestRequest], wire.Wire]) -> Response:
+        """Read the body in the pool: a whole prediction takes too long for the thread of all requests."""
+        try:
+            body = await request.body()
+        except ClientDisconnect as error:
+            raise HTTPException(400, "the body was cut off") from error
+
+        def judge_body() -> Response:
+            try:
+                asked = wire.BacktestRequest.model_validate_json(body)
+            except ValidationError as error:
+                raise RequestValidationError(error.errors(include_url=False)) from error
+            return answer(judge(asked))
+
+        return await pool.run(judge_body)
+
     @router.post("/api/backtest", response_model=wire.BacktestResult, openapi_extra=whole)
-    async def backtest(body: Posted) -> Response:
+    async def backtest(request: Request) -> Response:
         """Book the positions of a prediction, and set them beside buy and hold."""
-        return await pool.run(lambda: answer(posted_backtest(read(body))))
+        return await judged(request, posted_backtest)
 
     @router.post("/api/forward_sim", response_model=wire.ForwardSimResult, openapi_extra=whole)
-    async def forward_sim(body: Posted) -> Response:
+    async def forward_sim(request: Request) -> Response:
         """Book the last positions of a prediction."""
-        return await pool.run(lambda: answer(posted_forward_sim(read(body))))
+        return await judged(request, posted_forward_sim)
 
     @router.get("/api/track-record/{symbol:text}", response_model=wire.TrackRecord)
     async def track_record(symbol: SymbolInPath, limit: Days = 250) -> Response:
         """Return served forecasts and what became of them."""
         return await pool.run(lambda: answer(services.track_record(symbol, limit)))
-
-    return router
 
 
 def answer(said: bytes | wire.Wire | Sequence[wire.Wire]) -> Response:
@@ -445,7 +402,7 @@ def answer(said: bytes | wire.Wire | Sequence[wire.Wire]) -> Response:
     if isinstance(said, wire.Wire):
         said = said.wire_bytes()
     elif not isinstance(said, bytes):
-        said = b"[" + b",".join(model.wire_bytes() for model in said) + b"]"
+        said = b"[%s]" % b",".join(model.wire_bytes() for model in said)
     return Response(said, media_type="application/json")
 
 
@@ -454,30 +411,26 @@ def problem(scope: Scope, status: int, detail: str, headers: Mapping[str, str] |
     return Response(edge.problem_bytes(scope, status, detail), status, headers, edge.PROBLEM_TYPE)
 
 
-def _on_our_error(request: Request, error: Exception) -> Response:
+def _on_our_error(request: Request, error: AIStocksError) -> Response:
     status = next(STATUS_OF[cls] for cls in type(error).__mro__ if cls in STATUS_OF)
     if status == 500:
         return problem(request.scope, 500, edge.unexpected_detail(request.scope, error))
     logger.info("%s %s: %s", status, request.url.path.encode("unicode_escape").decode(), error)
-    wait_s = next((RETRY_AFTER_S[cls] for cls in type(error).__mro__ if cls in RETRY_AFTER_S), None)
-    headers = {"Retry-After": str(wait_s)} if wait_s is not None and status == 503 else None
+    waits = [str(wait_s) for cls, wait_s in RETRY_AFTER_S.items() if isinstance(error, cls) and status == 503]
+    headers = {"Retry-After": waits[0]} if waits else None
     hint = f" --source {request.app.state.source}`"
     said = re.sub(TRAINING, lambda found: found[1] + hint, without_paths(str(error)))
     return problem(request.scope, status, said, headers)
 
 
-def _on_http_error(request: Request, error: Exception) -> Response:
-    if not isinstance(error, StarletteHTTPException):
-        raise error
+def _on_http_error(request: Request, error: StarletteHTTPException) -> Response:
     details = {404: "no such route: see /docs", 405: f"{request.method} is not served here: see /docs"}
     stock = error.detail == http.HTTPStatus(error.status_code).phrase
     detail = details.get(error.status_code, str(error.detail)) if stock else str(error.detail)
     return problem(request.scope, error.status_code, detail, error.headers)
 
 
-def _on_invalid(request: Request, error: Exception) -> Response:
-    if not isinstance(error, RequestValidationError):
-        raise error
+def _on_invalid(request: Request, error: RequestValidationError) -> Response:
     wrong = error.errors()
     if any(one["type"] == "json_invalid" for one in wrong):
         return problem(request.scope, 400, "the body is not valid JSON")
