@@ -3,10 +3,11 @@
 Nothing is decided here, and no position is changed: smoothing, floors and filters change what is drawn.
 """
 
+import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ import pandas as pd
 from pydantic import ValidationError
 
 from data.feature_engineer import FEATURE_WORDS
-from data.schema import BAR_COLUMNS, Bars, calendar_for
+from data.schema import BAR_COLUMNS, Bars, Provenance, calendar_for
 from inference.ensemble import MODEL_NAMES
 from inference.intervals import ForecastPath
 from inference.load_ensemble_model import PARTS, mode_of
@@ -27,6 +28,7 @@ from utils.model_paths import GBM, LSTM
 if TYPE_CHECKING:
     from service.model_registry import ServedModel
 
+T = TypeVar("T", wire.HistoricalBar, wire.Candle)
 FloatArray = npt.NDArray[np.float64]
 
 SMOOTHING_BARS = 5
@@ -45,36 +47,29 @@ MEMBERS = {GBM.name: "boosters", LSTM.name: "LSTM"}
 # Where the walk-forward tells no length of its blocks, a year.
 USUAL_BLOCK_BARS = 252
 # What stands for a forecast of no change where there is none.
-THIRD = 1.0 / 3.0
-NEUTRAL = {
-    "asset_return": 0.0,
-    "lower": 0.0,
-    "upper": 0.0,
-    "prob_up": 0.5,
-    "prob_gain": THIRD,
-    "prob_loss": THIRD,
-}
+NEUTRAL = dict.fromkeys(("asset_return", "expected_log", "lower", "upper"), 0.0) | {"prob_up": 0.5}
+NEUTRAL |= {"prob_gain": 1.0 / 3.0, "prob_loss": 1.0 / 3.0}
 MARKED = ("close", "weight_before", "target_weight", "change", "expected_log", "lower", "upper", "prob_up")
-REQUIRED_METRICS = tuple(name for name, field in BacktestMetrics.model_fields.items() if field.is_required())
-MAX_NUMBER = sys.float_info.max
+REQUIRED_METRICS = {
+    name: str(field.alias) for name, field in BacktestMetrics.model_fields.items() if field.is_required()
+}
+# Named alike in a request and in the answer; and in the metadata of a training and in those of a model.
+ECHOED = ("horizon", "trade_share_floor", "data_period", "smoothing", "confidence_floors")
+TOLD = ("symbol", "created_at", "model_version", "trained_through", "out_of_sample_from")
+UNSURE = {
+    "no-edge": "this model has shown no edge out of sample",
+    "insufficient": "there are too few forecasts out of sample to tell an edge from luck",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chart:
-    """The tail of the decisions, as it is drawn.
+    """The tail of the decisions, as it is drawn: n sessions, ``dates`` as ``YYYY-MM-DD``.
 
-    Attributes
-    ----------
-    sessions, dates
-        The last n bars; and as ``YYYY-MM-DD``.
-    columns
-        Those of `Decisions.frame`, (n,) each, with ``weight_before`` (target of the session before) and the
-        ``change`` from it, ``shown_log`` (smoothed median h-day log forecast) and ``is_bull`` (see
-        `REGIME_BARS`); finite wherever they are drawn.
-    horizon_bars
-        Number of sessions that a forecast looks ahead.
-    neutral_rows
-        Sessions without a forecast inside the chart, shown as a forecast of no change.
+    ``columns`` are those of `Decisions.frame`, (n,) each, with ``weight_before`` (target of the session
+    before) and the ``change`` from it, ``shown_log`` (smoothed median h-day log forecast) and ``is_bull``
+    (see `REGIME_BARS`); finite wherever they are drawn. ``horizon_bars`` is how far a forecast looks ahead,
+    ``neutral_rows`` how many sessions without a forecast are shown as a forecast of no change.
     """
 
     sessions: pd.DatetimeIndex
@@ -85,14 +80,9 @@ class Chart:
 
 
 def chart_of(decisions: Decisions, *, days: int, smoothing: wire.Smoothing) -> Chart:
-    """Return the last ``days`` decisions from the first forecast on.
+    """Return the last ``days`` decisions from the first forecast on: the model has seen sessions before it.
 
-    Sessions before the first out-of-sample forecast are left out: the model has seen them.
-
-    Raises
-    ------
-    InsufficientDataError
-        If the last session has no forecast.
+    Raises `InsufficientDataError` if the last session has no forecast.
     """
     frame = decisions.frame
     known = np.isfinite(np.asarray(frame["expected_log"], dtype=np.float64))
@@ -131,11 +121,10 @@ def smooth(values: pd.Series, how: wire.Smoothing) -> pd.Series:
 
 def classes_of(chart: Chart) -> list[wire.ClassProbabilities]:
     """Return the chances that the h-day return pays for a round trip upwards, downwards, or not at all."""
-    chances = zip(chart.columns["prob_gain"].tolist(), chart.columns["prob_loss"].tolist(), strict=True)
-    return [
-        wire.ClassProbabilities(buy=gain, sell=loss, hold=max(1.0 - gain - loss, 0.0))
-        for gain, loss in chances
-    ]
+    gains, losses = chart.columns["prob_gain"].tolist(), chart.columns["prob_loss"].tolist()
+    holds = np.maximum(1.0 - chart.columns["prob_gain"] - chart.columns["prob_loss"], 0.0).tolist()
+    chances = zip(gains, losses, holds, strict=True)
+    return [wire.ClassProbabilities(buy=gain, sell=loss, hold=hold) for gain, loss, hold in chances]
 
 
 def is_wanted(chart: Chart, request: PredictionRequest) -> npt.NDArray[np.bool_]:
@@ -183,41 +172,35 @@ def markers_of(
     """
     floors, fusion, wanted = request.confidence_floors, request.fusion, is_wanted(chart, request)
     least = {"buy": max(floors.buy, fusion.buy_threshold), "sell": max(floors.sell, fusion.sell_threshold)}
+    least["hold"], smallest = 0.0, request.trade_share_floor or 0.0
     acted = np.flatnonzero((np.abs(chart.columns["change"]) >= MIN_WEIGHT_CHANGE) & wanted).tolist()
     markers = [marker_of(chart, row, chart.dates[row], "history", reasons.get(row, "")) for row in acted]
     last = len(chart.dates) - 1
     if wanted[last]:
         markers.append(marker_of(chart, last, forecast.dates[0], "forecast", reasons.get(last, "")))
-    smallest = request.trade_share_floor or 0.0
-    return [
-        marker
-        for marker in markers
-        if marker.type == "hold"
-        or (marker.confidence >= least[marker.type] and abs(marker.shares) >= smallest)
-    ]
+    shown = (marker for marker in markers if marker.confidence >= least[marker.type])
+    return [marker for marker in shown if marker.type == "hold" or abs(marker.shares) >= smallest]
 
 
 def marker_of(
     chart: Chart, row: int, date: str, segment: Literal["history", "forecast"], reason: str
 ) -> wire.TradeMarker:
     """Return the marker of what was decided at the close of ``row``, and why."""
-    at = {name: float(chart.columns[name][row]) for name in MARKED}
-    before, target, up, change = (
-        at[name] for name in ("weight_before", "target_weight", "prob_up", "change")
+    close, before, target, change, median_log, lower, upper, up = (
+        float(chart.columns[name][row]) for name in MARKED
     )
     acts, rises = abs(change) >= MIN_WEIGHT_CHANGE, change > 0.0
-    median = float(np.expm1(at["expected_log"])) if np.isfinite(at["expected_log"]) else 0.0
     return wire.TradeMarker(
         date=date,
-        price=at["close"],
+        price=close,
         type="hold" if not acts else "buy" if rises else "sell",
-        shares=round(change * MARKER_CAPITAL / at["close"], 4) if acts else 0.0,
+        shares=round(change * MARKER_CAPITAL / close, 4) if acts else 0.0,
         confidence=max(up, 1.0 - up) if not acts else up if rises else 1.0 - up,
         segment=segment,
         scope="prediction",
         explanation=(
-            f"Median forecast {median:+.2%} over {chart.horizon_bars} sessions, 80 % band "
-            f"{float(at['lower']):+.1%} to {float(at['upper']):+.1%}, chance of a rise {up:.0%}; "
+            f"Median forecast {math.expm1(median_log):+.2%} over {chart.horizon_bars} sessions, 80 % band "
+            f"{lower:+.1%} to {upper:+.1%}, chance of a rise {up:.0%}; "
             f"target weight {before:.2f} -> {target:.2f}{reason}"
         ),
     )
@@ -233,13 +216,10 @@ def reasons_of(model: "ServedModel", bars: pd.DataFrame, chart: Chart) -> dict[i
     sessions, end = chart.sessions, model.bundle.record["date"].max()
     acted = np.flatnonzero((np.abs(chart.columns["change"]) >= MIN_WEIGHT_CHANGE) & (sessions > end))
     rows = sorted({*acted[-EXPLAINED_TRADES:].tolist(), len(sessions) - 1} if sessions[-1] >= end else ())
-    if not rows:
-        return {}
+    shares = model.forecaster.contributions(bars, sessions[rows]) if rows else pd.DataFrame()
     used = "" if model.meta.verdict == "edge" else "; without a proven edge no position rests on it"
-    shares = model.forecaster.contributions(bars, sessions[rows])
-    if shares.empty:
-        return {}
-    return {row: f". {in_words(shares.iloc[k])}{used}" for k, row in enumerate(rows)}
+    told = enumerate(() if shares.empty else rows)
+    return {row: f". {in_words(shares.iloc[k])}{used}" for k, row in told}
 
 
 def in_words(shares: pd.Series) -> str:
@@ -284,16 +264,22 @@ def metadata_of(
     request: PredictionRequest, model: "ServedModel", bars: Bars, decisions: Decisions, chart: Chart
 ) -> wire.PredictionMetadata:
     """Echo what was asked, and say what answered and how far it may be believed."""
-    meta, trained = model.meta, model.bundle.metadata
+    meta, trained, fusion = model.meta, model.bundle.metadata, request.fusion
     out_of_sample_from, (age, judged) = decisions.out_of_sample_from, age_of(model, bars)
     evidence = trained["verdict"].get("evidence") or {}
+    alike: dict[str, Any] = {name: getattr(meta, name) for name in wire.Described.model_fields}
+    alike |= {name: getattr(request, name) for name in ECHOED} | {
+        "target_horizon_days": decisions.horizon_bars,
+        "out_of_sample_from": f"{out_of_sample_from:%Y-%m-%d}" if out_of_sample_from is not None else None,
+        "data_source": bars.provenance.source,
+        "model_version": model.bundle.model_version,
+    }
     return wire.PredictionMetadata(
+        **alike,
         model_id=meta.id,
-        fusion_mode=request.fusion.mode,
-        buy_threshold=request.fusion.buy_threshold,
-        sell_threshold=request.fusion.sell_threshold,
-        horizon=request.horizon,
-        trade_share_floor=request.trade_share_floor,
+        fusion_mode=fusion.mode,
+        buy_threshold=fusion.buy_threshold,
+        sell_threshold=fusion.sell_threshold,
         model_quality_gate_passed=meta.quality_gate_passed,
         model_quality_score=meta.quality_score,
         model_quality_reasons=meta.quality_reasons,
@@ -301,32 +287,20 @@ def metadata_of(
         holdout_pred_target_std_ratio=std_ratio(model.bundle.record),
         feature_profile=trained.get("feature_set_hash"),
         feature_selection_mode="shap_in_fold" if meta.model_variant == GBM.name else None,
-        target_horizon_days=decisions.horizon_bars,
         execution_mode="decided_at_close_held_from_next_session",
-        model_variant=meta.model_variant,
-        data_interval="1d",
-        data_period=request.data_period,
         is_intraday=False,
         annualization_factor=float(calendar_for(bars.symbol).sessions_per_year),
-        smoothing=request.smoothing,
-        confidence_floors=request.confidence_floors,
-        out_of_sample_from=f"{out_of_sample_from:%Y-%m-%d}" if out_of_sample_from is not None else None,
-        trained_through=meta.trained_through,
         data_as_of=chart.dates[-1],
         data_stale=bars.provenance.stale,
-        data_source=bars.provenance.source,
-        verdict=meta.verdict,
         evidence={name: value for name, value in evidence.items() if is_finite_number(value)},
-        model_version=model.bundle.model_version,
         model_age_sessions=age,
         model_is_old=age > judged,
         notes=[
             *model.warnings,
             *decisions.findings,
-            *model_notes(model, age, judged),
-            *member_notes(chart, request, meta),
-            *data_notes(bars, chart, model, request),
-            *request_notes(request),
+            *model_notes(chart, request, meta, age, judged),
+            *bars.report.problems(),
+            *chart_notes(chart, request, meta, bars.provenance),
         ],
     )
 
@@ -339,35 +313,57 @@ def age_of(model: "ServedModel", bars: Bars) -> tuple[int, int]:
     return max(age, 0), max((fold["n"] for fold in metadata.get("folds", ())), default=USUAL_BLOCK_BARS)
 
 
-def model_notes(model: "ServedModel", age: int, judged: int) -> list[str]:
-    """Say in words how far the model may be believed."""
-    unsure = {
-        "no-edge": "this model has shown no edge out of sample",
-        "insufficient": "there are too few forecasts out of sample to tell an edge from luck",
-    }
-    passive = "the forecast is the drift of the past and the position the passive one"
-    reason = unsure.get(model.meta.verdict or "insufficient")
-    notes = [f"not sure: {reason}, so {passive}"] if reason else []
-    if age > judged:
-        notes.append(
-            f"the model was trained {age} sessions ago; none older than {judged} was judged: train again"
-        )
-    return notes
-
-
-def member_notes(chart: Chart, request: PredictionRequest, meta: ModelMeta) -> list[str]:
-    """Say what each member of an ensemble forecasts, and when an id decided what serves, and not the mode."""
+def model_notes(
+    chart: Chart, request: PredictionRequest, meta: ModelMeta, age: int, judged: int
+) -> list[str]:
+    """Say in words how far the model may be believed, what its members forecast, and why it serves."""
     last = {name: float(column[-1]) for name, column in chart.columns.items()}
     told = [
         f"{words} {last[f'model_{name}']:+.3f} (weight {last[f'weight_{name}']:.2f})"
         for name, words in MEMBERS.items()
         if f"weight_{name}" in last and np.isfinite(last[f"model_{name}"])
     ]
-    notes = [f"signals at the last close, in volatilities: {', '.join(told)}"] if told else []
-    usual = wire.FusionSettings().mode
-    if request.model_id == meta.id and mode_of(request.fusion.mode) not in {usual, meta.fusion_mode_default}:
-        notes.append(f"modelId {meta.id} was asked for and serves, not fusion mode {request.fusion.mode}")
-    return notes
+    reason = UNSURE.get(meta.verdict or "insufficient")
+    passive = "the forecast is the drift of the past and the position the passive one"
+    mode, expected = request.fusion.mode, {wire.FusionSettings().mode, meta.fusion_mode_default}
+    notes = {
+        f"not sure: {reason}, so {passive}": reason,
+        f"the model was trained {age} sessions ago; none older than {judged} was judged: train again": (
+            age > judged
+        ),
+        f"signals at the last close, in volatilities: {', '.join(told)}": told,
+        # The id decided what serves, and not the mode.
+        f"modelId {meta.id} was asked for and serves, not fusion mode {mode}": (
+            request.model_id == meta.id and mode_of(mode) not in expected
+        ),
+    }
+    return [note for note, applies in notes.items() if applies]
+
+
+def chart_notes(chart: Chart, request: PredictionRequest, meta: ModelMeta, where: Provenance) -> list[str]:
+    """Say in words what is amiss with bars and chart, and which settings change nothing in the answer."""
+    scale, usual = request.fusion.regressor_scale, wire.FusionSettings().regressor_scale
+    left_out = " or ".join(name for name, kept in request.fusion.regime_filters if not kept)
+    notes = {
+        f"prices end {chart.dates[-1]}; the exchange has closed later sessions": where.stale,
+        f"trained on prices of {meta.data_source}, serving prices of {where.source}": (
+            meta.data_source != where.source
+        ),
+        f"the chart begins {chart.dates[0]}: no out-of-sample forecast lies before it": (
+            len(chart.dates) < request.days_on_chart
+        ),
+        f"{chart.neutral_rows} sessions without a forecast are drawn as a forecast of no change": (
+            chart.neutral_rows
+        ),
+        f"past {chart.horizon_bars} sessions the forecast is the drift of the training rows": (
+            request.horizon > chart.horizon_bars
+        ),
+        "regressorScale changes nothing: positions are sized by Kelly's rule": scale != usual,
+        f"regimeFilters: trades decided in a {left_out} market (the close against its {REGIME_BARS}-"
+        "session mean) are neither marked nor named; positions stay those that were decided": left_out,
+        "dataPeriod changes nothing: the whole history is read": request.data_period is not None,
+    }
+    return [note for note, applies in notes.items() if applies]
 
 
 def std_ratio(record: pd.DataFrame) -> float | None:
@@ -376,42 +372,6 @@ def std_ratio(record: pd.DataFrame) -> float | None:
     known = np.isfinite(predicted) & np.isfinite(realised)
     spread = float(np.std(realised[known])) if known.any() else 0.0
     return float(np.std(predicted[known])) / spread if spread > 0.0 else None
-
-
-def data_notes(bars: Bars, chart: Chart, model: "ServedModel", request: PredictionRequest) -> list[str]:
-    """Say in words what is amiss with the bars and the chart."""
-    notes = list(bars.report.problems())
-    if bars.provenance.stale:
-        notes.append(f"prices end {chart.dates[-1]}; the exchange has closed later sessions")
-    if model.meta.data_source != bars.provenance.source:
-        notes.append(
-            f"trained on prices of {model.meta.data_source}, serving prices of {bars.provenance.source}"
-        )
-    if len(chart.dates) < request.days_on_chart:
-        notes.append(f"the chart begins {chart.dates[0]}: no out-of-sample forecast lies before it")
-    if chart.neutral_rows:
-        notes.append(f"{chart.neutral_rows} sessions without a forecast are drawn as a forecast of no change")
-    if request.horizon > chart.horizon_bars:
-        notes.append(f"past {chart.horizon_bars} sessions the forecast is the drift of the training rows")
-    return notes
-
-
-def request_notes(request: PredictionRequest) -> list[str]:
-    """Say in words which settings change nothing in the answer."""
-    fusion, usual = request.fusion, wire.FusionSettings()
-    notes = []
-    if fusion.regressor_scale != usual.regressor_scale:
-        notes.append("regressorScale changes nothing: positions are sized by Kelly's rule")
-    filters = fusion.regime_filters
-    if not (filters.bull and filters.bear):
-        left_out = " or ".join(name for name, kept in filters if not kept)
-        notes.append(
-            f"regimeFilters: trades decided in a {left_out} market (the close against its {REGIME_BARS}-"
-            "session mean) are neither marked nor named; positions stay those that were decided"
-        )
-    if request.data_period is not None:
-        notes.append("dataPeriod changes nothing: the whole history is read")
-    return notes
 
 
 def model_meta(
@@ -425,9 +385,8 @@ def model_meta(
         label, variant = metadata["verdict"]["label"], metadata["model_id"].rpartition("-")[2]
         recipe = metadata.get("recipe", {}).get("recipe", {})
         return ModelMeta(
+            **{name: metadata[name] for name in TOLD},
             id=metadata["model_id"],
-            symbol=metadata["symbol"],
-            created_at=metadata["created_at"],
             fusion_mode_default=next(mode for mode, parts in PARTS.items() if parts[-1].name == variant),
             metrics=metrics,
             sequence_length=recipe.get("sequence_length", 1),
@@ -440,9 +399,6 @@ def model_meta(
             quality_score=float(label == "edge"),
             quality_reasons=list(metadata["verdict"]["reasons"]),
             target_horizon_days=metadata["horizon_bars"],
-            model_version=metadata["model_version"],
-            trained_through=metadata["trained_through"],
-            out_of_sample_from=metadata["out_of_sample_from"],
             data_source=metadata["source"],
             verdict=label,
         )
@@ -454,23 +410,20 @@ def model_meta(
 def wire_metrics(stored: Mapping[str, Any]) -> tuple[BacktestMetrics, tuple[str, ...]]:
     """Return metrics that the page can draw, and which of the required ones are undefined, and 0.0 there."""
     known = {name: value for name, value in stored.items() if is_finite_number(value)}
-    undefined = []
-    for name in REQUIRED_METRICS:
-        alias = cast("str", BacktestMetrics.model_fields[name].alias)
-        if name not in known and alias not in known:
-            known[alias] = 0.0
-            undefined.append(alias)
-    metrics = BacktestMetrics.model_validate(known)
+    undefined = tuple(
+        alias for name, alias in REQUIRED_METRICS.items() if name not in known and alias not in known
+    )
+    metrics = BacktestMetrics.model_validate(known | dict.fromkeys(undefined, 0.0))
     # The page cannot tell a fraction above 1 from a percentage, so the percentage goes along.
     also = {"cumulative_return_pct": metrics.cumulative_return * 100}
-    return metrics.model_copy(update=also), tuple(undefined)
+    return metrics.model_copy(update=also), undefined
 
 
 def is_finite_number(value: object) -> TypeGuard[float]:
     """Whether ``value`` is a number that may go on the wire."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return -MAX_NUMBER <= value <= MAX_NUMBER
+    return -sys.float_info.max <= value <= sys.float_info.max
 
 
 def days_of(index: pd.Index) -> list[str]:
@@ -479,9 +432,11 @@ def days_of(index: pd.Index) -> list[str]:
     return days
 
 
-def ohlcv(frame: pd.DataFrame) -> Iterator[tuple[str, float, float, float, float, float]]:
-    """Return date, open, high, low, close and volume, row by row."""
-    return zip(days_of(frame.index), *(frame[name].to_list() for name in BAR_COLUMNS), strict=True)
+def sessions_of(kind: type[T], frame: pd.DataFrame) -> list[T]:
+    """Return date, open, high, low, close and volume of each session."""
+    columns = (days_of(frame.index), *(frame[name].to_list() for name in BAR_COLUMNS))
+    names = ("date", *(name.lower() for name in BAR_COLUMNS))
+    return [kind(**dict(zip(names, row, strict=True))) for row in zip(*columns, strict=True)]
 
 
 def _points(dates: Sequence[str], values: FloatArray) -> list[wire.OverlayPoint]:

@@ -33,9 +33,9 @@ from service.prediction_chart import (
     forecast_of,
     markers_of,
     metadata_of,
-    ohlcv,
     overlays_of,
     reasons_of,
+    sessions_of,
 )
 from service.schemas import PredictionRequest, PredictionResult
 from utils.errors import AIStocksError, DataError, StorageError, UpstreamError, UsageError
@@ -49,7 +49,7 @@ LOOK_AGAIN, RETRY, LONGEST_RETRY = timedelta(seconds=5), timedelta(seconds=30), 
 MOST_HELD, SERVED_LATELY, REFRESH_EVERY_S = 256, timedelta(days=5), 20.0
 NEVER = datetime.min.replace(tzinfo=UTC)
 # Answers in memory (120 sessions take 45 KB), and decisions over whole histories (3 MB each).
-MOST_ANSWER_BYTES, MOST_DECISIONS = 64 << 20, 8
+MOST_ANSWER_BYTES, MOST_DECISIONS = 128 << 20, 8
 # Of forecasts that cannot be written down: when to try again, how many may wait, and how often to try at the
 # end of the service, when there is no later.
 PAUSE_S, MAX_PENDING, MAX_KNOWN, LAST_TRIES, LAST_PAUSE_S = 5.0, 10_000, 10_000, 6, 0.25
@@ -209,22 +209,17 @@ class Outbox:
 
     def __init__(self, record: Callable[[ServedForecast, datetime], object]) -> None:
         self._record = record
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._pending: dict[str, tuple[ServedForecast, datetime]] = {}
-        self._known: set[str] = set()
+        self._known: Recent[str, bool] = Recent(MAX_KNOWN)
         self._retry: threading.Timer | None = None
 
     def keep(self, forecast: ServedForecast) -> None:
-        """Record a forecast if that can be done; never raises, and never waits long.
-
-        A row that could not be written waits in memory and is tried again every few seconds, and at `close`.
-        """
+        """Record a forecast, at once or, where that fails, every few seconds until `close`; never raises."""
         digest, now = forecast.digest, datetime.now(UTC)
         with self._lock:
-            if digest in self._known:
+            if self._known.get(digest):
                 return
-            if len(self._known) > MAX_KNOWN:
-                self._known.clear()
             self._pending.setdefault(digest, (forecast, now))
             if self._retry is None:
                 self._write_pending()
@@ -243,29 +238,26 @@ class Outbox:
             for digest in list(self._pending):
                 self._lose(digest)
 
-    def _try_again(self) -> None:
-        with self._lock:
-            self._write_pending()
-
     def _lose(self, digest: str) -> None:
         forecast, served_at = self._pending.pop(digest)
         logger.error("lost a served forecast of %s: %s", served_at.isoformat(), forecast.model_dump())
 
     def _write_pending(self, *, is_last: bool = False) -> None:
-        if self._retry is not None:
-            self._retry.cancel()
-            self._retry = None
-        try:
-            for digest, (forecast, served_at) in list(self._pending.items()):
-                self._record(forecast, served_at)
-                del self._pending[digest]
-                self._known.add(digest)
-        except StorageError as error:
-            logger.warning("%s; %d served forecasts wait in memory", error, len(self._pending))
-            if not is_last:
-                self._retry = threading.Timer(PAUSE_S, self._try_again)
-                self._retry.daemon = True
-                self._retry.start()
+        with self._lock:
+            if self._retry is not None:
+                self._retry.cancel()
+                self._retry = None
+            try:
+                for digest, (forecast, served_at) in list(self._pending.items()):
+                    self._record(forecast, served_at)
+                    del self._pending[digest]
+                    self._known.put(digest, value=True)
+            except StorageError as error:
+                logger.warning("%s; %d served forecasts wait in memory", error, len(self._pending))
+                if not is_last:
+                    self._retry = threading.Timer(PAUSE_S, self._write_pending)
+                    self._retry.daemon = True
+                    self._retry.start()
 
 
 class PredictionService:
@@ -282,9 +274,8 @@ class PredictionService:
         self._on_served = on_served
         self._registry = registry
         self._bars = BarKeeper(source, cache)
-        self._answers: Recent[PredictionRequest, ReadyAnswer] = Recent(MOST_ANSWER_BYTES)
-        # The same, by what was sent: nothing needs to be read to find them.
-        self._by_body: Recent[bytes, ReadyAnswer] = Recent(MOST_ANSWER_BYTES)
+        # By what was asked, and by what was sent: nothing needs to be read to find those.
+        self._answers: Recent[PredictionRequest | bytes, ReadyAnswer] = Recent(MOST_ANSWER_BYTES)
         self._decisions: Recent[tuple[object, ...], Decisions] = Recent(MOST_DECISIONS)
         self._drawing: dict[str, threading.Lock] = {}
 
@@ -301,10 +292,7 @@ class PredictionService:
         bars = self._bars.get(normalise_symbol(symbol)).bars
         return wire.HistoricalResponse(
             symbol=bars.symbol,
-            data=[
-                wire.HistoricalBar(date=date, open=o, high=h, low=low, close=c, volume=round(volume))
-                for date, o, h, low, c, volume in ohlcv(bars.frame.tail(days))
-            ],
+            data=sessions_of(wire.HistoricalBar, bars.frame.tail(days).round({"Volume": 0})),
             data_as_of=f"{bars.provenance.last_session:%Y-%m-%d}",
             data_stale=bars.provenance.stale,
             data_source=bars.provenance.source,
@@ -314,16 +302,16 @@ class PredictionService:
         """Return the last closed session in the shape of a quote; raises as `history`."""
         bars = self._bars.get(normalise_symbol(symbol)).bars
         check_enough(bars.frame, 2, "a quote")
-        date, open_, high, low, close, volume = next(ohlcv(bars.frame.tail(1)))
+        (bar,) = sessions_of(wire.HistoricalBar, bars.frame.tail(1).round({"Volume": 0}))
         return wire.RealtimeQuote(
             symbol=bars.symbol,
-            current_price=close,
+            current_price=bar.close,
             previous_close=float(bars.frame["Close"].iloc[-2]),
-            open=open_,
-            day_high=high,
-            day_low=low,
-            volume=round(volume),
-            data_as_of=date,
+            open=bar.open,
+            day_high=bar.high,
+            day_low=bar.low,
+            volume=bar.volume,
+            data_as_of=bar.date,
             data_stale=bars.provenance.stale,
             data_source=bars.provenance.source,
         )
@@ -333,46 +321,45 @@ class PredictionService:
 
         None where there is none, or model or bars have changed, or the bytes are no request.
         """
-        ready = self._by_body.get(body)
-        if ready is None or not self._is_current(ready):
+        ready = self._current(body)
+        if ready is None:
             try:
-                ready = self._answers.get(PredictionRequest.model_validate_json(body))
+                ready = self._current(PredictionRequest.model_validate_json(body))
             except ValidationError:
                 return None
-            if ready is None or not self._is_current(ready):
-                return None
-            self._by_body.put(body, ready, len(body) + len(ready.body))
-        return ready.body
+            if ready is not None:
+                self._answers.put(body, ready, len(body) + len(ready.body))
+        return ready.body if ready is not None else None
 
-    def _is_current(self, ready: ReadyAnswer) -> bool:
+    def _current(self, key: PredictionRequest | bytes) -> ReadyAnswer | None:
+        ready = self._answers.get(key)
+        if ready is None:
+            return None
         model, held = self._registry.current(ready.symbol, ready.kind), self._bars.ready(ready.symbol)
-        return model is not None and held is not None and ready.made_from == _made_from(model, held)
+        is_current = model is not None and held is not None and ready.made_from == _made_from(model, held)
+        return ready if is_current else None
 
     def answer(self, request: PredictionRequest) -> bytes:
-        """Return `predict` as it is sent, kept for who asks the same again."""
-        symbol, model, held = self._found(request)
-        made_from = _made_from(model, held)
-        # Of many who ask the same at once, one computes and the others find it ready.
-        with self._drawing.setdefault(symbol, threading.Lock()):
-            ready = self._answers.get(request)
-            if ready is None or ready.made_from != made_from:
-                body = self._drawn(request, symbol, model, held).wire_bytes()
-                kind = kind_wanted(request, symbol)
-                ready = ReadyAnswer(symbol=symbol, kind=kind, made_from=made_from, body=body)
-                self._answers.put(request, ready, len(body))
-            return ready.body
-
-    def predict(self, request: PredictionRequest) -> PredictionResult:
-        """Return history, decisions and forecast of one symbol.
+        """Return history, decisions and forecast as they are sent, kept for who asks the same again.
 
         Raises
         ------
         UsageError, ModelError, UpstreamError, DataError
             If what is asked for is not served, or there is no model that can be used, or not enough bars.
         """
-        return self._drawn(request, *self._found(request))
+        symbol, model, held = self._found(request)
+        made_from = _made_from(model, held)
+        # Of many who ask the same at once, one computes and the others find it ready.
+        with self._drawing.setdefault(symbol, threading.Lock()):
+            ready = self._answers.get(request)
+            if ready is None or ready.made_from != made_from:
+                body = self._predicted(request, symbol, model, held).wire_bytes()
+                kind = kind_wanted(request, symbol)
+                ready = ReadyAnswer(symbol=symbol, kind=kind, made_from=made_from, body=body)
+                self._answers.put(request, ready, len(body))
+            return ready.body
 
-    def _drawn(
+    def _predicted(
         self, request: PredictionRequest, symbol: str, model: ServedModel, held: Held
     ) -> PredictionResult:
         bars, sizer = held.bars, make_sizer(max_long=request.max_long, max_short=request.max_short)
@@ -394,10 +381,7 @@ class PredictionService:
             classifier_probabilities=classes_of(chart),
             trade_markers=markers_of(chart, forecast, request, reasons_of(model, bars.frame, chart)),
             overlays=overlays_of(bars.frame, chart, path),
-            candles=[
-                wire.Candle(date=date, open=o, high=h, low=low, close=c, volume=volume)
-                for date, o, h, low, c, volume in ohlcv(bars.frame.tail(len(chart.dates)))
-            ],
+            candles=sessions_of(wire.Candle, bars.frame.tail(len(chart.dates))),
             forecast=forecast,
             metadata=metadata_of(request, model, bars, decisions, chart).model_copy(update=limits),
         )

@@ -32,7 +32,7 @@ from service import ledger as module
 from service import prediction_service
 from service.ledger import GENESIS, ForecastLedger, ServedForecast, main, score, summarise, track_record
 from service.prediction_service import Outbox, PredictionService, served_forecast
-from service.schemas import PredictionRequest
+from service.schemas import PredictionRequest, PredictionResult
 from tests.test_service.conftest import FakeSource
 from utils.errors import DataError, StorageError, UsageError
 
@@ -245,7 +245,7 @@ def test_a_locked_database_costs_a_warning_and_the_row_comes_later(
     (said,) = [record for record in caplog.records if "wait in memory" in record.message]
     assert said.levelno == logging.WARNING
     assert "locked" in said.message
-    outbox._try_again()
+    outbox._write_pending()
     assert client.post("/api/predict", json={"symbol": "AAPL", "horizon": 8}).status_code == 200
     assert [entry.forecast.horizon_bars for entry in ledger.entries()] == [5, 4, 5, 6, 7, 8]
     ledger.verify()
@@ -283,7 +283,7 @@ def test_a_database_that_was_removed_begins_anew(ledger: ForecastLedger, outbox:
     filled(ledger)
     path_of(ledger).unlink()
     outbox.keep(told(position=9.0))
-    outbox._try_again()
+    outbox._write_pending()
     outbox.keep(told(position=8.0))
     assert ledger.verify()[0] == 2
 
@@ -365,7 +365,7 @@ source = FakeSource({"AAPL": pd.read_parquet(sys.argv[2])})
 box = Outbox(ledger.record)
 service = PredictionService(registry=FakeRegistry(served()), source=source, cache=None, on_served=box.keep)
 for horizon in range(1, 50):
-    body = service.predict(PredictionRequest(symbol="AAPL", horizon=horizon)).wire_bytes()
+    body = service.answer(PredictionRequest(symbol="AAPL", horizon=horizon))
     print(horizon, flush=True)
     if horizon == 7:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -395,7 +395,8 @@ def test_killed_after_the_answer_the_row_is_there(
 
 
 def test_a_row_says_what_the_answer_said(predictions: PredictionService, ledger: ForecastLedger) -> None:
-    answer = predictions.predict(PredictionRequest(symbol="AAPL", horizon=20, max_long=0.7))
+    body = predictions.answer(PredictionRequest(symbol="AAPL", horizon=20, max_long=0.7))
+    answer = PredictionResult.model_validate_json(body)
     (entry,) = ledger.entries()
     kept, ahead = entry.forecast, answer.forecast
     assert ahead is not None
@@ -448,7 +449,7 @@ def sha256_of(content: dict[str, object]) -> str:
 
 
 def test_an_answer_without_bands_is_no_forecast(predictions: PredictionService) -> None:
-    answer = predictions.predict(PredictionRequest(symbol="AAPL"))
+    answer = PredictionResult.model_validate_json(predictions.answer(PredictionRequest(symbol="AAPL")))
     with pytest.raises(DataError, match="bands"):
         served_forecast(answer.model_copy(update={"forecast": None}))
 

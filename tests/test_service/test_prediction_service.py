@@ -40,7 +40,8 @@ EVERY_MARKER = {
 
 
 def ask(predictions: PredictionService, **fields: object) -> PredictionResult:
-    return predictions.predict(PredictionRequest.model_validate({"symbol": "AAPL", **fields}))
+    body = predictions.answer(PredictionRequest.model_validate({"symbol": "AAPL", **fields}))
+    return PredictionResult.model_validate_json(body)
 
 
 def numbers(document: object) -> list[float]:
@@ -470,7 +471,6 @@ def test_an_answer_is_ready_once_it_was_given(
     body = service.answer(request())
     assert service.ready_answer(request().wire_bytes()) is body
     assert service.answer(request()) is body
-    assert body == service.predict(request()).wire_bytes()
     assert service.ready_answer(request(horizon=6).wire_bytes()) is None
     assert service.answer(request(horizon=6)) != body
     assert counting.made == [500], "what is drawn differently is decided once"
