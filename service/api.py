@@ -173,9 +173,7 @@ def _outermost(api: FastAPI, services: Services, metrics: edge.Metrics) -> edge.
         return headers.raw
 
     ready = services.predictions.ready_answer
-    shortcut = edge.Shortcut(
-        cors, rules=services.rules, rate=rate, path="/api/predict", ready=ready, cross_origin=cross_origin
-    )
+    shortcut = edge.Shortcut(cors, rules=services.rules, rate=rate, ready=ready, cross_origin=cross_origin)
     return edge.Observer(
         shortcut, metrics=metrics, stopping=services.stopping, known_paths=lambda: api.openapi()["paths"]
     )
@@ -317,7 +315,7 @@ def _add_prices(router: APIRouter, predictions: PredictionService, pool: edge.Wo
         """Return the last closed session; it says from when it is, and whether a later one has closed."""
         return await pool.run(lambda: answer(predictions.quote(symbol)))
 
-    @router.post("/api/predict", response_model=wire.PredictionResult)
+    @router.post(edge.PREDICT, response_model=wire.PredictionResult)
     async def predict(request: wire.PredictionRequest) -> Response:
         """Return history, positions and forecast of one symbol."""
         return answer(await pool.run(lambda: predictions.answer(request)))

@@ -46,9 +46,10 @@ LINGER_S = 2.0
 MAX_CLIENTS = 20_000
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
-# Bodies of these paths hold a prediction; with /api/predict they are the POSTs that change nothing.
+# Bodies of these paths hold a prediction; with `PREDICT` they are the POSTs that change nothing.
 WHOLE_PREDICTIONS = frozenset({"/api/backtest", "/api/forward_sim"})
-READING_POSTS = WHOLE_PREDICTIONS | {"/api/predict"}
+PREDICT = "/api/predict"
+READING_POSTS = WHOLE_PREDICTIONS | {PREDICT}
 # An orchestrator restarts what does not answer it.
 NEVER_LIMITED = "/api/health"
 UNROUTED = "other"
@@ -131,9 +132,8 @@ class RateLimit:
     """
 
     def __init__(self, per_s: float, burst: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._interval_s = 1.0 / per_s if per_s else 0.0
+        self._interval_s, self._clock = 1.0 / per_s if per_s else 0.0, clock
         self._slack_s = self._interval_s * max(burst - 1, 0)
-        self._clock = clock
         self._full_at: dict[str, float] = {}
 
     def wait_s(self, client: str) -> float:
@@ -222,12 +222,6 @@ def header(scope: Scope, name: bytes) -> bytes:
         if key == name:
             return value
     return b""
-
-
-def announced_bytes(scope: Scope) -> int:
-    """Return the announced size of the body, 0 where there is none."""
-    text = header(scope, b"content-length")
-    return int(text) if text.isdigit() and len(text) < 20 else 0
 
 
 class Observer:
@@ -324,8 +318,7 @@ class Guard:
         except Exception as error:
             if exchange.started:
                 raise
-            if exchange.refusal is None:
-                exchange.refusal = Refusal(500, unexpected_detail(scope, error))
+            exchange.refusal = exchange.refusal or Refusal(500, unexpected_detail(scope, error))
         if exchange.refusal is not None and not exchange.started:
             await exchange.refuse(exchange.refusal)
 
@@ -338,8 +331,9 @@ class Guard:
         writes = scope["method"] not in SAFE_METHODS and path not in READING_POSTS
         if writes and self._keys and (refusal := self._key_refusal(scope)):
             return refusal
-        most = rules.most_bytes(path)
-        return _too_large(most) if announced_bytes(scope) > most else None
+        most, announced = rules.most_bytes(path), header(scope, b"content-length")
+        is_number = announced.isdigit() and len(announced) < 20
+        return _too_large(most) if is_number and int(announced) > most else None
 
     def _key_refusal(self, scope: Scope) -> Refusal | None:
         given = header(scope, b"x-api-key") or header(scope, b"authorization").partition(b"Bearer ")[2]
@@ -359,7 +353,7 @@ def _too_large(most: int) -> Refusal:
 class Shortcut:
     """Sends an answer that is at hand; the framework's routing alone would take several times as long.
 
-    ``ready`` gets the whole body of a POST to ``path``; None of it means that the framework has to look, and
+    ``ready`` gets the whole body of a POST to `PREDICT`; None of it means that the framework has to look, and
     so does a caller who is over its rate. ``cross_origin`` returns the headers for an origin, b"" for none.
     """
 
@@ -369,16 +363,15 @@ class Shortcut:
         *,
         rules: EdgeRules,
         rate: RateLimit,
-        path: str,
         ready: Callable[[bytes], bytes | None],
         cross_origin: Callable[[bytes], Sequence[tuple[bytes, bytes]]],
     ) -> None:
-        self._app, self._rules, self._rate, self._path = app, rules, rate, path
+        self._app, self._rules, self._rate = app, rules, rate
         self._ready, self._cross_origin = ready, cross_origin
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
-        is_ours = scope["type"] == "http" and scope["path"] == self._path and scope["method"] == "POST"
+        is_ours = scope["type"] == "http" and scope["path"] == PREDICT and scope["method"] == "POST"
         if not is_ours or header(scope, b"content-type") != b"application/json":
             await self._app(scope, receive, send)
             return
@@ -421,8 +414,8 @@ class _Exchange:
             async with asyncio.timeout(self._rules.body_s):
                 message = await self._receive()
         except TimeoutError:
-            detail = f"the body did not arrive within {self._rules.body_s:g} s"
-            self.refusal = Refusal(408, detail, CLOSE)
+            late = f"the body did not arrive within {self._rules.body_s:g} s"
+            self.refusal = Refusal(408, late, CLOSE)
             return {"type": "http.disconnect"}
         self._body_ended = not message.get("more_body", False)
         body = message.get("body", b"")

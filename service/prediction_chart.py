@@ -54,7 +54,10 @@ REQUIRED_METRICS = {
     name: str(field.alias) for name, field in BacktestMetrics.model_fields.items() if field.is_required()
 }
 # Named alike in a request and in the answer; and in the metadata of a training and in those of a model.
-ECHOED = ("horizon", "trade_share_floor", "data_period", "smoothing", "confidence_floors")
+ECHOED = (
+    *("horizon", "trade_share_floor", "data_period", "smoothing", "confidence_floors"),
+    *("max_long", "max_short"),
+)
 TOLD = ("symbol", "created_at", "model_version", "trained_through", "out_of_sample_from")
 UNSURE = {
     "no-edge": "this model has shown no edge out of sample",
@@ -174,16 +177,15 @@ def markers_of(
     least = {"buy": max(floors.buy, fusion.buy_threshold), "sell": max(floors.sell, fusion.sell_threshold)}
     least["hold"], smallest = 0.0, request.trade_share_floor or 0.0
     acted = np.flatnonzero((np.abs(chart.columns["change"]) >= MIN_WEIGHT_CHANGE) & wanted).tolist()
-    markers = [marker_of(chart, row, chart.dates[row], "history", reasons.get(row, "")) for row in acted]
-    last = len(chart.dates) - 1
-    if wanted[last]:
-        markers.append(marker_of(chart, last, forecast.dates[0], "forecast", reasons.get(last, "")))
+    markers = [marker_of(chart, row, chart.dates[row], "history", reasons) for row in acted]
+    if wanted[-1]:
+        markers.append(marker_of(chart, len(wanted) - 1, forecast.dates[0], "forecast", reasons))
     shown = (marker for marker in markers if marker.confidence >= least[marker.type])
     return [marker for marker in shown if marker.type == "hold" or abs(marker.shares) >= smallest]
 
 
 def marker_of(
-    chart: Chart, row: int, date: str, segment: Literal["history", "forecast"], reason: str
+    chart: Chart, row: int, date: str, segment: wire.MarkerSegment, reasons: Mapping[int, str]
 ) -> wire.TradeMarker:
     """Return the marker of what was decided at the close of ``row``, and why."""
     close, before, target, change, median_log, lower, upper, up = (
@@ -201,7 +203,7 @@ def marker_of(
         explanation=(
             f"Median forecast {math.expm1(median_log):+.2%} over {chart.horizon_bars} sessions, 80 % band "
             f"{lower:+.1%} to {upper:+.1%}, chance of a rise {up:.0%}; "
-            f"target weight {before:.2f} -> {target:.2f}{reason}"
+            f"target weight {before:.2f} -> {target:.2f}{reasons.get(row, '')}"
         ),
     )
 
@@ -227,9 +229,9 @@ def in_words(shares: pd.Series) -> str:
     largest = sorted(shares.items(), key=lambda share: -abs(share[1]))[:STRONGEST]
     rising = [FEATURE_WORDS.get(str(name), str(name)) for name, share in largest if share > 0.0]
     falling = [FEATURE_WORDS.get(str(name), str(name)) for name, share in largest if share < 0.0]
-    sides = {"a rise": rising, "a fall": falling}
-    said = [f"for {side}: {', '.join(names)}" for side, names in sides.items() if names]
-    return f"The model sees {'; '.join(said)}" if said else "The model sees nothing for either side"
+    sides = {"for a rise: ": rising, "for a fall: ": falling}
+    said = "; ".join(side + ", ".join(names) for side, names in sides.items() if names)
+    return f"The model sees {said or 'nothing for either side'}"
 
 
 def overlays_of(bars: pd.DataFrame, chart: Chart, path: ForecastPath) -> list[wire.OverlaySeries]:
@@ -239,8 +241,9 @@ def overlays_of(bars: pd.DataFrame, chart: Chart, path: ForecastPath) -> list[wi
         close = bars["Close"].to_numpy()[-len(chart.dates) - of + 1 :]
         return np.lib.stride_tricks.sliding_window_view(close, of)
 
-    last, middle = float(chart.columns["close"][-1]), windows(BOLLINGER_BARS).mean(axis=1)
-    spread = BOLLINGER_STDS * windows(BOLLINGER_BARS).std(axis=1)
+    last, near = float(chart.columns["close"][-1]), windows(BOLLINGER_BARS)
+    middle, spread = near.mean(axis=1), BOLLINGER_STDS * near.std(axis=1)
+    slow = windows(MOVING_AVERAGE_BARS).mean(axis=1)
     return [
         wire.OverlaySeries(
             type="bollinger",
@@ -248,9 +251,7 @@ def overlays_of(bars: pd.DataFrame, chart: Chart, path: ForecastPath) -> list[wi
             upper=(middle + spread).tolist(),
             lower=(middle - spread).tolist(),
         ),
-        wire.OverlaySeries(
-            type="moving-average", points=_points(chart.dates, windows(MOVING_AVERAGE_BARS).mean(axis=1))
-        ),
+        wire.OverlaySeries(type="moving-average", points=_points(chart.dates, slow)),
         wire.OverlaySeries(
             type="predicted-path",
             points=_points([chart.dates[-1], *days_of(path.dates)], np.array([last, *path.prices])),

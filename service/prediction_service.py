@@ -363,13 +363,12 @@ class PredictionService:
         self, request: PredictionRequest, symbol: str, model: ServedModel, held: Held
     ) -> PredictionResult:
         bars, sizer = held.bars, make_sizer(max_long=request.max_long, max_short=request.max_short)
-        decisions = self._decided(symbol, model, held, sizer)
+        limits = {"max_long": sizer.rules.max_long, "max_short": sizer.rules.max_short}
+        request, decisions = request.model_copy(update=limits), self._decided(symbol, model, held, sizer)
         chart = chart_of(decisions, days=request.days_on_chart, smoothing=request.smoothing)
         ahead = calendar_for(symbol).next_sessions(bars.frame.index[-1], request.horizon)
         path = path_ahead(decisions, ahead)
-        forecast = forecast_of(chart, path, request)
-        limits = {"max_long": sizer.rules.max_long, "max_short": sizer.rules.max_short}
-        column = chart.columns
+        forecast, column = forecast_of(chart, path, request), chart.columns
         result = PredictionResult(
             symbol=symbol,
             dates=chart.dates,
@@ -383,7 +382,7 @@ class PredictionService:
             overlays=overlays_of(bars.frame, chart, path),
             candles=sessions_of(wire.Candle, bars.frame.tail(len(chart.dates))),
             forecast=forecast,
-            metadata=metadata_of(request, model, bars, decisions, chart).model_copy(update=limits),
+            metadata=metadata_of(request, model, bars, decisions, chart),
         )
         if self._on_served is not None:
             self._on_served(served_forecast(result))
@@ -437,10 +436,7 @@ def served_forecast(answer: wire.PredictionResult) -> ServedForecast:
 
 
 def kind_wanted(request: PredictionRequest, symbol: str) -> str:
-    """Return the kind of model that a request is for.
-
-    The id of a network or an ensemble decides; that of the boosters leaves it to the fusion mode.
-    """
+    """Return the kind of model that is asked for: by the id, but that of the boosters leaves it to the mode."""
     kinds = [parts[-1].name for parts in PARTS.values()]
     by_id = (kind for kind in kinds if kind != GBM.name and request.model_id == f"{symbol}-{kind}")
     return next(by_id, PARTS[mode_of(request.fusion.mode)][-1].name)

@@ -345,9 +345,7 @@ def shortcut_of(ready: Callable[[bytes], bytes | None], **rules: float) -> Short
     bounds = EdgeRules(**rules)  # type: ignore[arg-type]
     rate = RateLimit(bounds.rate_per_s, bounds.rate_burst)
     guard = Guard(reads_all, bounds, rate)
-    return Shortcut(
-        guard, rules=bounds, rate=rate, path="/api/predict", ready=ready, cross_origin=lambda _: []
-    )
+    return Shortcut(guard, rules=bounds, rate=rate, ready=ready, cross_origin=lambda _: [])
 
 
 def test_the_shortcut_is_bound_by_rate_and_by_time() -> None:
