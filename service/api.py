@@ -218,11 +218,11 @@ def document_errors(schema: dict[str, Any]) -> dict[str, Any]:
 async def _running(services: Services, pool: edge.WorkPool, api: FastAPI) -> AsyncIterator[None]:
     services.on_start()
     services.training.open()
-    services.predictions.start()
+    services.predictions.bars.start()
     api.state.ready = True
     yield
     api.state.ready = False
-    services.predictions.stop()
+    services.predictions.bars.stop()
     pool.close()
     await asyncio.to_thread(services.training.close)
     await asyncio.to_thread(services.on_stop)

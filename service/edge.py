@@ -224,23 +224,19 @@ def header(scope: Scope, name: bytes) -> bytes:
     return b""
 
 
+@dataclass(frozen=True, slots=True)
 class Observer:
     """Gives requests their id and answers their headers; logs and counts each, under a known path or none."""
 
-    def __init__(
-        self,
-        app: Application,
-        *,
-        metrics: Metrics,
-        stopping: Callable[[], bool],
-        known_paths: Callable[[], Container[str]],
-    ) -> None:
-        self._app, self._metrics, self._stopping, self._known_paths = app, metrics, stopping, known_paths
+    app: Application
+    metrics: Metrics
+    stopping: Callable[[], bool]
+    known_paths: Callable[[], Container[str]]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
         began = time.perf_counter()
         given = header(scope, b"x-request-id")
@@ -255,14 +251,14 @@ class Observer:
                 message["headers"] = self._headers(message.get("headers", ()), request_id)
             await send(message)
 
-        self._metrics.in_flight += 1
+        self.metrics.in_flight += 1
         try:
-            await self._app(scope, receive, send_observed)
+            await self.app(scope, receive, send_observed)
         finally:
-            self._metrics.in_flight -= 1
+            self.metrics.in_flight -= 1
             ended = time.perf_counter()
             route, method = self._route(scope), scope["method"]
-            self._metrics.record(method, route, status, (answered or ended) - began)
+            self.metrics.record(method, route, status, (answered or ended) - began)
             if logger.isEnabledFor(logging.INFO):
                 _log_request(method, route, status, 1000.0 * (ended - began), request_id)
 
@@ -270,7 +266,7 @@ class Observer:
         names = {name for name, _ in given}
         headers = [*given, *SECURITY_HEADERS, (b"x-request-id", request_id.encode())]
         headers += [pair for pair in DEFAULT_HEADERS if pair[0] not in names]
-        if self._stopping() and b"connection" not in names:
+        if self.stopping() and b"connection" not in names:
             headers.append((b"connection", b"close"))
         return headers
 
@@ -278,7 +274,7 @@ class Observer:
         template, path = getattr(scope.get("route"), "path_format", None), str(scope["path"])
         if isinstance(template, str):
             return template
-        return path if "{" not in path and path in self._known_paths() else UNROUTED
+        return path if "{" not in path and path in self.known_paths() else UNROUTED
 
 
 def _log_request(method: str, route: str, status: int, taken_ms: float, request_id: str) -> None:
@@ -350,6 +346,7 @@ def _too_large(most: int) -> Refusal:
     return Refusal(413, f"the body is larger than {most} bytes", CLOSE)
 
 
+@dataclass(frozen=True, slots=True)
 class Shortcut:
     """Sends an answer that is at hand; the framework's routing alone would take several times as long.
 
@@ -357,33 +354,27 @@ class Shortcut:
     so does a caller who is over its rate. ``cross_origin`` returns the headers for an origin, b"" for none.
     """
 
-    def __init__(
-        self,
-        app: Application,
-        *,
-        rules: EdgeRules,
-        rate: RateLimit,
-        ready: Callable[[bytes], bytes | None],
-        cross_origin: Callable[[bytes], Sequence[tuple[bytes, bytes]]],
-    ) -> None:
-        self._app, self._rules, self._rate = app, rules, rate
-        self._ready, self._cross_origin = ready, cross_origin
+    app: Application
+    rules: EdgeRules
+    rate: RateLimit
+    ready: Callable[[bytes], bytes | None]
+    cross_origin: Callable[[bytes], Sequence[tuple[bytes, bytes]]]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
         is_ours = scope["type"] == "http" and scope["path"] == PREDICT and scope["method"] == "POST"
         if not is_ours or header(scope, b"content-type") != b"application/json":
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
         unread: list[Message] = []
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._rules.body_s):
+            async with asyncio.timeout(self.rules.body_s):
                 unread.append(await receive())
         whole = unread and not unread[0].get("more_body")
-        body = self._ready(unread[0].get("body", b"")) if whole else None
-        if body is not None and not self._rate.wait_s(client_of(scope)):
+        body = self.ready(unread[0].get("body", b"")) if whole else None
+        if body is not None and not self.rate.wait_s(client_of(scope)):
             headers = [(b"content-length", b"%d" % len(body)), (b"content-type", b"application/json")]
-            headers += self._cross_origin(header(scope, b"origin"))
+            headers += self.cross_origin(header(scope, b"origin"))
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             await send({"type": "http.response.body", "body": body})
             return
@@ -394,7 +385,7 @@ class Shortcut:
                 raise TimeoutError
             return unread.pop() if unread else await receive()
 
-        await self._app(scope, receive_again, send)
+        await self.app(scope, receive_again, send)
 
 
 class _Exchange:

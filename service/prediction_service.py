@@ -229,11 +229,8 @@ class Outbox:
     def close(self) -> None:
         """Write what still waits, within a few seconds; what cannot be written is told to the log."""
         for left in reversed(range(LAST_TRIES)):
-            with self._lock:
-                self._write_pending(is_last=True)
-                if not self._pending:
-                    return
-            time.sleep(LAST_PAUSE_S if left else 0.0)
+            self._write_pending(is_last=True)
+            time.sleep(LAST_PAUSE_S if left and self._pending else 0.0)
         with self._lock:
             for digest in list(self._pending):
                 self._lose(digest)
@@ -273,23 +270,15 @@ class PredictionService:
     ) -> None:
         self._on_served = on_served
         self._registry = registry
-        self._bars = BarKeeper(source, cache)
+        self.bars = BarKeeper(source, cache)
         # By what was asked, and by what was sent: nothing needs to be read to find those.
         self._answers: Recent[PredictionRequest | bytes, ReadyAnswer] = Recent(MOST_ANSWER_BYTES)
         self._decisions: Recent[tuple[object, ...], Decisions] = Recent(MOST_DECISIONS)
         self._drawing: dict[str, threading.Lock] = {}
 
-    def start(self) -> None:
-        """Refresh the prices of served symbols in the background, after each close."""
-        self._bars.start()
-
-    def stop(self) -> None:
-        """End what `start` began."""
-        self._bars.stop()
-
     def history(self, symbol: str, days: int) -> wire.HistoricalResponse:
         """Return the last ``days`` sessions, adjusted; raises as `data.data_fetcher.fetch_stock_data`."""
-        bars = self._bars.get(normalise_symbol(symbol)).bars
+        bars = self.bars.get(normalise_symbol(symbol)).bars
         return wire.HistoricalResponse(
             symbol=bars.symbol,
             data=sessions_of(wire.HistoricalBar, bars.frame.tail(days).round({"Volume": 0})),
@@ -300,7 +289,7 @@ class PredictionService:
 
     def quote(self, symbol: str) -> wire.RealtimeQuote:
         """Return the last closed session in the shape of a quote; raises as `history`."""
-        bars = self._bars.get(normalise_symbol(symbol)).bars
+        bars = self.bars.get(normalise_symbol(symbol)).bars
         check_enough(bars.frame, 2, "a quote")
         (bar,) = sessions_of(wire.HistoricalBar, bars.frame.tail(1).round({"Volume": 0}))
         return wire.RealtimeQuote(
@@ -335,7 +324,7 @@ class PredictionService:
         ready = self._answers.get(key)
         if ready is None:
             return None
-        model, held = self._registry.current(ready.symbol, ready.kind), self._bars.ready(ready.symbol)
+        model, held = self._registry.current(ready.symbol, ready.kind), self.bars.ready(ready.symbol)
         is_current = model is not None and held is not None and ready.made_from == _made_from(model, held)
         return ready if is_current else None
 
@@ -407,7 +396,7 @@ class PredictionService:
             other = self._registry.find(model_id)
             if other.symbol != symbol:
                 raise UsageError(f"modelId {other.id} is a model of {other.symbol}, and symbol is {symbol}")
-        return symbol, model, self._bars.get(symbol)
+        return symbol, model, self.bars.get(symbol)
 
 
 def served_forecast(answer: wire.PredictionResult) -> ServedForecast:
@@ -436,7 +425,7 @@ def served_forecast(answer: wire.PredictionResult) -> ServedForecast:
 
 
 def kind_wanted(request: PredictionRequest, symbol: str) -> str:
-    """Return the kind of model that is asked for: by the id, but that of the boosters leaves it to the mode."""
+    """Return the kind of model asked for: by its id, and where that is the boosters', by the fusion mode."""
     kinds = [parts[-1].name for parts in PARTS.values()]
     by_id = (kind for kind in kinds if kind != GBM.name and request.model_id == f"{symbol}-{kind}")
     return next(by_id, PARTS[mode_of(request.fusion.mode)][-1].name)

@@ -511,7 +511,7 @@ def live(bars: pd.DataFrame, now: datetime) -> tuple[PredictionService, FakeSour
     """Return a service over a live source, and the hands of its clock."""
     source, clock = FakeSource({"AAPL": bars}, is_live=True), Moment(now)
     service = PredictionService(registry=FakeRegistry(served()), source=source, cache=None)
-    service._bars = BarKeeper(source, None, clock)
+    service.bars = BarKeeper(source, None, clock)
     return service, source, clock
 
 
