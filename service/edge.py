@@ -432,15 +432,11 @@ class _Exchange:
         self.started = True
         await self._send({"type": "http.response.start", "status": refusal.status, "headers": headers})
         await self._send({"type": "http.response.body", "body": body, "more_body": True})
-        if refusal.headers is CLOSE:
-            await self._discard()
-        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _discard(self) -> None:
-        left = LINGER_BYTES
+        left = LINGER_BYTES if refusal.headers is CLOSE else 0
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LINGER_S):
                 while left > 0 and not self._body_ended:
                     message = await self._receive()
                     left -= len(message.get("body", b""))
                     self._body_ended = not message.get("more_body", False)
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -31,10 +31,8 @@ if TYPE_CHECKING:
 T = TypeVar("T", wire.HistoricalBar, wire.Candle)
 FloatArray = npt.NDArray[np.float64]
 
-SMOOTHING_BARS = 5
-BOLLINGER_BARS = 20
-BOLLINGER_STDS = 2.0
-MOVING_AVERAGE_BARS = 50
+SMOOTHING_BARS, MOVING_AVERAGE_BARS = 5, 50
+BOLLINGER_BARS, BOLLINGER_STDS = 20, 2.0
 # Smaller changes of the target weight are drift of the forecast, not something to act on.
 MIN_WEIGHT_CHANGE = 0.01
 # Capital behind a marker's number of shares: the backtest form's default.
@@ -54,10 +52,8 @@ REQUIRED_METRICS = {
     name: str(field.alias) for name, field in BacktestMetrics.model_fields.items() if field.is_required()
 }
 # Named alike in a request and in the answer; and in the metadata of a training and in those of a model.
-ECHOED = (
-    *("horizon", "trade_share_floor", "data_period", "smoothing", "confidence_floors"),
-    *("max_long", "max_short"),
-)
+LIMITS = ("max_long", "max_short")
+ECHOED = ("horizon", "trade_share_floor", "data_period", "smoothing", "confidence_floors", *LIMITS)
 TOLD = ("symbol", "created_at", "model_version", "trained_through", "out_of_sample_from")
 UNSURE = {
     "no-edge": "this model has shown no edge out of sample",
@@ -345,20 +341,14 @@ def chart_notes(chart: Chart, request: PredictionRequest, meta: ModelMeta, where
     """Say in words what is amiss with bars and chart, and which settings change nothing in the answer."""
     scale, usual = request.fusion.regressor_scale, wire.FusionSettings().regressor_scale
     left_out = " or ".join(name for name, kept in request.fusion.regime_filters if not kept)
+    trained, shown, neutral, horizon = meta.data_source, chart.dates, chart.neutral_rows, chart.horizon_bars
+    is_short = len(shown) < request.days_on_chart
     notes = {
-        f"prices end {chart.dates[-1]}; the exchange has closed later sessions": where.stale,
-        f"trained on prices of {meta.data_source}, serving prices of {where.source}": (
-            meta.data_source != where.source
-        ),
-        f"the chart begins {chart.dates[0]}: no out-of-sample forecast lies before it": (
-            len(chart.dates) < request.days_on_chart
-        ),
-        f"{chart.neutral_rows} sessions without a forecast are drawn as a forecast of no change": (
-            chart.neutral_rows
-        ),
-        f"past {chart.horizon_bars} sessions the forecast is the drift of the training rows": (
-            request.horizon > chart.horizon_bars
-        ),
+        f"prices end {shown[-1]}; the exchange has closed later sessions": where.stale,
+        f"trained on prices of {trained}, serving prices of {where.source}": trained != where.source,
+        f"the chart begins {shown[0]}: no out-of-sample forecast lies before it": is_short,
+        f"{neutral} sessions without a forecast are drawn as a forecast of no change": neutral,
+        f"past {horizon} sessions the forecast is the drift of the training rows": request.horizon > horizon,
         "regressorScale changes nothing: positions are sized by Kelly's rule": scale != usual,
         f"regimeFilters: trades decided in a {left_out} market (the close against its {REGIME_BARS}-"
         "session mean) are neither marked nor named; positions stay those that were decided": left_out,

@@ -24,19 +24,10 @@ from evaluation.metrics import Z_90
 from inference.load_ensemble_model import PARTS, mode_of
 from inference.pipeline import Decisions, decide, path_ahead
 from inference.position_sizing import RuleSizer, make_sizer
+from service import prediction_chart as page
 from service import schemas as wire
 from service.ledger import ServedForecast
 from service.model_registry import ModelRegistry, ServedModel
-from service.prediction_chart import (
-    chart_of,
-    classes_of,
-    forecast_of,
-    markers_of,
-    metadata_of,
-    overlays_of,
-    reasons_of,
-    sessions_of,
-)
 from service.schemas import PredictionRequest, PredictionResult
 from utils.errors import AIStocksError, DataError, StorageError, UpstreamError, UsageError
 from utils.model_paths import GBM
@@ -108,9 +99,8 @@ def hold_bars(
         if before is None:
             raise
         held = replace(before.at(now, failed=True), revision=None)
-        logger.warning(
-            "%s: serving on with bars up to %s: %s", symbol, held.bars.provenance.last_session, error
-        )
+        last = held.bars.provenance.last_session
+        logger.warning("%s: serving on with bars up to %s: %s", symbol, last, error)
     tries = before.tries + 1 if before is not None and held.content[1] else 0
     due = calendar_for(symbol).next_close(now)
     if not source.is_live:
@@ -281,7 +271,7 @@ class PredictionService:
         bars = self.bars.get(normalise_symbol(symbol)).bars
         return wire.HistoricalResponse(
             symbol=bars.symbol,
-            data=sessions_of(wire.HistoricalBar, bars.frame.tail(days).round({"Volume": 0})),
+            data=page.sessions_of(wire.HistoricalBar, bars.frame.tail(days).round({"Volume": 0})),
             data_as_of=f"{bars.provenance.last_session:%Y-%m-%d}",
             data_stale=bars.provenance.stale,
             data_source=bars.provenance.source,
@@ -291,7 +281,7 @@ class PredictionService:
         """Return the last closed session in the shape of a quote; raises as `history`."""
         bars = self.bars.get(normalise_symbol(symbol)).bars
         check_enough(bars.frame, 2, "a quote")
-        (bar,) = sessions_of(wire.HistoricalBar, bars.frame.tail(1).round({"Volume": 0}))
+        (bar,) = page.sessions_of(wire.HistoricalBar, bars.frame.tail(1).round({"Volume": 0}))
         return wire.RealtimeQuote(
             symbol=bars.symbol,
             current_price=bar.close,
@@ -331,10 +321,7 @@ class PredictionService:
     def answer(self, request: PredictionRequest) -> bytes:
         """Return history, decisions and forecast as they are sent, kept for who asks the same again.
 
-        Raises
-        ------
-        UsageError, ModelError, UpstreamError, DataError
-            If what is asked for is not served, or there is no model that can be used, or not enough bars.
+        Raises `UsageError` for what is not served, and as `ModelRegistry.get` and `history`.
         """
         symbol, model, held = self._found(request)
         made_from = _made_from(model, held)
@@ -352,12 +339,13 @@ class PredictionService:
         self, request: PredictionRequest, symbol: str, model: ServedModel, held: Held
     ) -> PredictionResult:
         bars, sizer = held.bars, make_sizer(max_long=request.max_long, max_short=request.max_short)
-        limits = {"max_long": sizer.rules.max_long, "max_short": sizer.rules.max_short}
+        limits = {name: getattr(sizer.rules, name) for name in page.LIMITS}
         request, decisions = request.model_copy(update=limits), self._decided(symbol, model, held, sizer)
-        chart = chart_of(decisions, days=request.days_on_chart, smoothing=request.smoothing)
+        chart = page.chart_of(decisions, days=request.days_on_chart, smoothing=request.smoothing)
         ahead = calendar_for(symbol).next_sessions(bars.frame.index[-1], request.horizon)
         path = path_ahead(decisions, ahead)
-        forecast, column = forecast_of(chart, path, request), chart.columns
+        forecast, column = page.forecast_of(chart, path, request), chart.columns
+        reasons = page.reasons_of(model, bars.frame, chart)
         result = PredictionResult(
             symbol=symbol,
             dates=chart.dates,
@@ -366,12 +354,12 @@ class PredictionService:
             predicted_prices=(column["close"] * np.exp(column["shown_log"])).tolist(),
             predicted_returns=np.expm1(column["shown_log"]).tolist(),
             fused_positions=column["target_weight"].tolist(),
-            classifier_probabilities=classes_of(chart),
-            trade_markers=markers_of(chart, forecast, request, reasons_of(model, bars.frame, chart)),
-            overlays=overlays_of(bars.frame, chart, path),
-            candles=sessions_of(wire.Candle, bars.frame.tail(len(chart.dates))),
+            classifier_probabilities=page.classes_of(chart),
+            trade_markers=page.markers_of(chart, forecast, request, reasons),
+            overlays=page.overlays_of(bars.frame, chart, path),
+            candles=page.sessions_of(wire.Candle, bars.frame.tail(len(chart.dates))),
             forecast=forecast,
-            metadata=metadata_of(request, model, bars, decisions, chart),
+            metadata=page.metadata_of(request, model, bars, decisions, chart),
         )
         if self._on_served is not None:
             self._on_served(served_forecast(result))
