@@ -12,17 +12,20 @@ import pytest
 from data.target_engineering import make_target
 from inference import artifact
 from inference.artifact import new_version_id
-from inference.ensemble import MetaModel, SimpleEnsemble, Stacked, meta_features
-from inference.load_ensemble_model import (
+from inference.ensemble import (
     MODES,
     OLDER_MODES,
     EnsembleBundle,
     EnsembleForecaster,
+    MetaModel,
     Parts,
+    SimpleEnsemble,
+    Stacked,
     forecaster_for,
     load_ensemble,
     load_folder,
     load_parts,
+    meta_features,
     mode_of,
     save_ensemble,
 )

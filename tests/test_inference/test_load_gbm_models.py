@@ -28,7 +28,7 @@ from data.feature_engineer import feature_set_hash, get_feature_columns
 from inference import artifact
 from inference import load_gbm_models as store
 from inference.artifact import new_version_id
-from inference.ensemble import calibrate
+from inference.intervals import calibrate
 from inference.load_gbm_models import (
     BoosterEnsemble,
     GBMBundle,
