@@ -38,13 +38,14 @@ from evaluation.charts import Banner, Cell, Report, Section, cell
 from evaluation.forward_simulator import CONFIDENCE, GRID_SEEDS
 from evaluation.metrics import reasons, values
 from evaluation.report import luck_section, words_of, write_report
-from inference.ensemble import MODES, Parts, forecaster_for, load_ensemble, mode_of
+from inference.ensemble import Parts, forecaster_for, load_ensemble
 from inference.load_gbm_models import load_bundle
 from inference.load_lstm_model import load_bundle as load_lstm
 from inference.position_sizing import DEFAULT_SIZING, PRESETS
 from service import backtest_service as service
 from service.backtest_service import BacktestRequest, Lived, Outcome, notes_of
 from utils.errors import AIStocksError, ModelError, StorageError, UsageError
+from utils.model_paths import MODES, mode_of
 from utils.settings import Settings, configure_logging, read_settings
 
 DEFAULT_DAYS = 250

@@ -1,9 +1,8 @@
 """Several models as one forecaster: weighed, calibrated, learned from; saved, and chosen by a mode.
 
-A `SimpleEnsemble` joins models of different kinds by what their signals were worth before; a `MetaModel`
-learns when to listen to which. A saved ensemble holds no copy of its members. It names the versions that it
-was judged with, and does not serve with others: then, as where no network was trained, the boosters forecast
-alone, and a note says so.
+A `SimpleEnsemble` weighs models of different kinds by what their signals were worth before; a `MetaModel`
+learns when to listen to which. A saved ensemble names the versions of its members that it was judged with.
+Where there are others, or none, the boosters forecast alone, and a note says so.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,22 +23,12 @@ from inference import artifact
 from inference.artifact import METADATA, RECORD, Saved, Version
 from inference.intervals import FloatArray, IntArray, calibrate, with_bands
 from inference.pipeline import Bundle, BundleForecaster, Member, check_golden, read_record
-from utils.errors import ModelIncompatibleError, ModelMissingError, UsageError
-from utils.model_paths import ENSEMBLE, GBM, LSTM, ArtifactKind
+from utils.errors import ModelIncompatibleError, ModelMissingError
+from utils.model_paths import ENSEMBLE, GBM, LSTM, Mode, mode_of
 
 BoolArray = npt.NDArray[np.bool_]
 Method = Literal["simple", "stacking", "xgb-meta"]
-Mode = Literal["gbm_only", "lstm_only", "ensemble"]
 MEMBERS = (GBM.name, LSTM.name)
-# What each mode is made from: never without the first, and named after the last.
-PARTS: Mapping[Mode, tuple[ArtifactKind, ...]] = {
-    "gbm_only": (GBM,),
-    "lstm_only": (LSTM,),
-    "ensemble": (GBM, LSTM, ENSEMBLE),
-}
-MODES = tuple(PARTS)
-# Names of an earlier release, each the best ensemble that there is.
-OLDER_MODES = ("classifier", "weighted", "hybrid", "regressor")
 ENSEMBLE_FILE, META_BOOSTER = "ensemble.json", "meta_model.ubj"
 LIBRARIES = ("xgboost", "numpy", "pandas", "ta-lib")
 RECORD_COLUMNS = ("date", "raw_scaled", "predicted_log", "realised_log", "sigma_log")
@@ -107,11 +96,8 @@ class SimpleEnsemble:
     def weigh(self, rows: SignalRows, members: Sequence[str]) -> tuple[FloatArray, FloatArray]:
         """Follow the weights over time; row t uses outcomes that were known before t.
 
-        Returns
-        -------
-        tuple of arrays
-            Weights of ``members`` (n, k), zero for one without a forecast, summing to one where there is any;
-            and the joined signal (n,), in the units of the first member that has one.
+        Returns the weights of ``members``, (n, k), zero for one without a forecast, summing to one where there
+        is any; and the joined signal, (n,), in the units of the first member that has one.
         """
         spread = spread_of(rows.signals)
         heard = np.isfinite(rows.signals) & ~(spread <= CONSTANT)
@@ -190,8 +176,7 @@ def meta_features(bars: pd.DataFrame, signals: Mapping[str, FloatArray]) -> pd.D
 
     ``signals`` are raw, in units of the h-day volatility, by member, (n,). ``storm``: rank of the volatility
     among its last `REGIME_BARS`, 0 to 1. ``trend``: distance from the mean of `TREND_BARS` closes, in
-    volatilities over as many bars. ``agreed``: what both members say at least, zero where they differ in
-    sign.
+    volatilities over as many bars. ``agreed``: what both say at least, zero where they differ in sign.
     """
     gbm, lstm = signals[GBM.name], signals[LSTM.name]
     sigma_log = make_target(bars, 1)["sigma_log"]
@@ -262,10 +247,9 @@ class Stacked:
 class EnsembleForecaster:
     """Members joined into one signal, which is calibrated by its own out-of-sample past.
 
-    Nothing of it is stored: weights and calibration of every bar are learned anew from the bars before it,
-    whose outcomes were known, see `SimpleEnsemble`. The first of ``members`` sets the scale; ``stacked``
-    speaks in the place of the weights. Unless ``distrusted_after`` is None, for a verdict of ``edge``, no row
-    has skill, and forecasts after this session are the drift.
+    Nothing of it is stored: weights and calibration of every bar are learned anew, see `SimpleEnsemble`. The
+    first of ``members`` sets the scale; ``stacked`` speaks in the place of the weights. Unless
+    ``distrusted_after`` is None, no row has skill, and forecasts after this session are the drift.
     """
 
     members: Mapping[str, Member]
@@ -490,20 +474,10 @@ class Chosen:
     notes: tuple[str, ...] = ()
 
 
-def mode_of(name: str) -> Mode:
-    """Return the mode that a name stands for; `UsageError` where it stands for none."""
-    if name in OLDER_MODES:
-        return "ensemble"
-    for mode in MODES:
-        if mode == name:
-            return mode
-    raise UsageError(f"unknown mode {name[:40]!r}: write {', '.join(MODES)}")
-
-
 def forecaster_for(mode: str, parts: Parts, *, include_in_sample: bool = False) -> Chosen:
     """Turn a mode into a forecaster; where the ensemble cannot be had, the boosters forecast alone.
 
-    ``mode`` is one of `MODES` or `OLDER_MODES`; ``include_in_sample`` is that of `BundleForecaster`.
+    ``mode`` is a name that `mode_of` knows; ``include_in_sample`` is that of `BundleForecaster`.
     """
     wanted, notes = mode_of(mode), tuple[str, ...]()
     if wanted == "ensemble":

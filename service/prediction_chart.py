@@ -15,13 +15,12 @@ from pydantic import ValidationError
 
 from data.feature_engineer import FEATURE_WORDS
 from data.schema import BAR_COLUMNS, Bars, calendar_for
-from inference.ensemble import PARTS, mode_of
 from inference.intervals import ForecastPath
 from inference.pipeline import Decisions, Explains
 from service import schemas as wire
 from service.schemas import BacktestMetrics, ModelMeta, PredictionRequest
 from utils.errors import InsufficientDataError, ModelCorruptError
-from utils.model_paths import GBM, LSTM
+from utils.model_paths import GBM, LSTM, PARTS, mode_of
 
 if TYPE_CHECKING:
     from service.model_registry import ServedModel
