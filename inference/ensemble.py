@@ -96,7 +96,7 @@ class SimpleEnsemble:
     def weigh(self, rows: SignalRows, members: Sequence[str]) -> tuple[FloatArray, FloatArray]:
         """Follow the weights over time; row t uses outcomes that were known before t.
 
-        Returns the weights of ``members``, (n, k), zero for one without a forecast, summing to one where there
+        Returns the weights of ``members``, (n, k), zero for one without a forecast, their sum one where there
         is any; and the joined signal, (n,), in the units of the first member that has one.
         """
         spread = spread_of(rows.signals)
@@ -139,19 +139,17 @@ class SimpleEnsemble:
         skills = np.asarray(nnls(root.T, np.linalg.solve(root, wanted))[0], dtype=np.float64)
         return np.asarray(skills / skills.sum() if skills.any() else share, dtype=np.float64)
 
-    def calibrate(
-        self, rows: SignalRows, raw_scaled: FloatArray
-    ) -> tuple[FloatArray, FloatArray, FloatArray]:
+    def calibrate(self, rows: SignalRows, raw_scaled: FloatArray) -> FloatArray:
         """Follow `calibrate` over time; row t uses outcomes that were known before t.
 
-        Returns slope, mean of the raw signal, and lower bound of the skill as of each row, (n,).
+        Returns slope, mean of the raw signal, and lower bound of the skill as of each row, (3, n).
         """
         found = np.zeros((3, len(raw_scaled)))
         for known, now in rows.refreshes(np.isfinite(raw_scaled), self.refresh_rows):
             said, came = raw_scaled[known], rows.outcome[known]
             one = calibrate(said, came, drift=0.0, horizon_bars=rows.horizon_bars)
             found[:, now] = np.array([one.slope, one.raw_mean, one.skill_lower])[:, np.newaxis]
-        return found[0], found[1], found[2]
+        return found
 
 
 def spread_of(signals: FloatArray) -> FloatArray:
@@ -161,8 +159,7 @@ def spread_of(signals: FloatArray) -> FloatArray:
 
 
 # Bars whose volatility is the storm or calm that a bar is compared with, and those of a trend.
-REGIME_BARS, TREND_BARS, LEAST_REGIME_BARS = 1260, 200, 60
-MAX_TREND = 3.0
+REGIME_BARS, TREND_BARS, LEAST_REGIME_BARS, MAX_TREND = 1260, 200, 60, 3.0
 # What the linear meta-learner sees, whose weights are not negative: each member in calm and in storm, and
 # what both say. The trees find such products themselves.
 META_COLUMNS: dict[str, tuple[str, ...]] = {
@@ -186,20 +183,11 @@ def meta_features(bars: pd.DataFrame, signals: Mapping[str, FloatArray]) -> pd.D
     trend = (distance / (sigma_log * np.sqrt(TREND_BARS))).clip(-MAX_TREND, MAX_TREND).fillna(0.0)
     in_storm = np.asarray(storm, dtype=np.float64)
     common = np.where(np.sign(gbm) == np.sign(lstm), np.minimum(np.abs(gbm), np.abs(lstm)), 0.0)
-    return pd.DataFrame(
-        {
-            "gbm": gbm,
-            "lstm": lstm,
-            "gbm_calm": gbm * (1.0 - in_storm),
-            "gbm_storm": gbm * in_storm,
-            "lstm_calm": lstm * (1.0 - in_storm),
-            "lstm_storm": lstm * in_storm,
-            "agreed": np.sign(gbm) * common,
-            "storm": in_storm,
-            "trend": np.asarray(trend, dtype=np.float64),
-        },
-        index=bars.index,
-    )
+    found = {"gbm": gbm, "lstm": lstm, "agreed": np.sign(gbm) * common, "storm": in_storm}
+    found["trend"] = np.asarray(trend, dtype=np.float64)
+    for name, signal in ((GBM.name, gbm), (LSTM.name, lstm)):
+        found[f"{name}_calm"], found[f"{name}_storm"] = signal * (1.0 - in_storm), signal * in_storm
+    return pd.DataFrame(found, index=bars.index)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -282,7 +270,7 @@ class EnsembleForecaster:
             frame["baseline_log"] = frame["baseline_log"].fillna(other["baseline_log"])
             frame["is_of_other_prices"] |= other["is_of_other_prices"]
             frame = frame.join(other[other.columns.difference(frame.columns, sort=False)])
-        rows = self._rows(bars, frame, frames)
+        rows = self._rows(bars, frame, [first, *others])
         signals = dict(zip(frames, rows.signals.T, strict=True))
         weights, raw_scaled = self.weights.weigh(rows, list(frames))
         if self.stacked is not None:
@@ -298,12 +286,10 @@ class EnsembleForecaster:
             frame[f"model_{name}"], frame[f"weight_{name}"] = signals[name], weight
         return frame
 
-    def _rows(
-        self, bars: pd.DataFrame, frame: pd.DataFrame, frames: Mapping[str, pd.DataFrame]
-    ) -> SignalRows:
+    def _rows(self, bars: pd.DataFrame, frame: pd.DataFrame, parts: list[pd.DataFrame]) -> SignalRows:
         """Return what the members said, and what came; a row is out of sample where all are that said it."""
-        said = np.column_stack([one["raw_scaled"].to_numpy(dtype=np.float64) for one in frames.values()])
-        seen = np.column_stack([~one["is_out_of_sample"].to_numpy(dtype=bool) for one in frames.values()])
+        said = np.column_stack([one["raw_scaled"].to_numpy(dtype=np.float64) for one in parts])
+        seen = np.column_stack([~one["is_out_of_sample"].to_numpy(dtype=bool) for one in parts])
         heard, other_prices = np.isfinite(said), frame["is_of_other_prices"].to_numpy(dtype=bool)
         h, close_log = self.horizon_bars, np.log(bars["Close"])
         return SignalRows(
@@ -339,7 +325,7 @@ class EnsembleDocument(BaseModel):
     """Content of ``ensemble.json``."""
 
     method: Method
-    members: dict[str, str]
+    members: Mapping[str, str]
     weights: SimpleEnsemble
     meta: Linear | None = None
 
@@ -360,10 +346,7 @@ class EnsembleDocument(BaseModel):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnsembleBundle(Saved):
-    """A judged ensemble of two saved models: how they are joined, and their versions by name.
-
-    See `EnsembleForecaster` for ``weights`` and ``stacked``; the record has `RECORD_COLUMNS`.
-    """
+    """A judged ensemble: how two saved models are joined, see `EnsembleForecaster`; and their versions."""
 
     method: Method
     members: Mapping[str, str]
@@ -409,12 +392,8 @@ def save_ensemble(bundle: EnsembleBundle, models_dir: Path) -> Path:
         promised["golden_outputs"] = _golden_outputs(meta, golden).tolist()
         if meta.booster is not None:
             contents[META_BOOSTER] = bytes(meta.booster.save_raw("ubj"))
-    told = EnsembleDocument(
-        method=bundle.method,
-        members=dict(bundle.members),
-        weights=bundle.weights,
-        meta=meta and Linear(centre=meta.centre, scale=meta.scale, coefficients=meta.coefficients),
-    )
+    linear = meta and Linear(centre=meta.centre, scale=meta.scale, coefficients=meta.coefficients)
+    told = EnsembleDocument(method=bundle.method, members=bundle.members, weights=bundle.weights, meta=linear)
     contents[ENSEMBLE_FILE] = told.model_dump_json(indent=1).encode()
     return FORMAT.save(bundle, models_dir, contents, promised)
 
