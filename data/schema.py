@@ -367,8 +367,7 @@ def _as_numbers(raw: pd.DataFrame) -> pd.DataFrame:
 
 def bar_dates(table: pd.DataFrame) -> pd.DatetimeIndex:
     """Return the index as tz-naive dates; a zone is dropped, the local date stays."""
-    index = pd.DatetimeIndex(table.index).tz_localize(None)
-    return (index if index.is_normalized else index.normalize()).as_unit("us").rename("date")
+    return _index(_days(pd.DatetimeIndex(table.index).tz_localize(None)))
 
 
 def _order(table: pd.DataFrame, counts: dict[str, int]) -> pd.DataFrame:

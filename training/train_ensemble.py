@@ -336,7 +336,7 @@ def weight_notes(weights: dict[str, float], n_rows: int) -> list[str]:
     zero = (name for name, weight in weights.items() if weight == 0.0)
     return [
         f"weights by what {n_rows} out-of-sample forecasts were worth, from .70 and .30: {told}",
-        *(f"the weight of {name} is zero: on these forecasts it adds nothing to the other" for name in zero),
+        *(f"the weight of {name} is zero: on these forecasts it adds nothing clear" for name in zero),
     ]
 
 

@@ -56,7 +56,7 @@ from training.train_gbm import run
 from training.trainer import OnEvent, Trainer, Walked
 from utils.errors import CollapsedError, UsageError
 from utils.model_paths import LSTM
-from utils.settings import at_least, below, silence_tensorflow
+from utils.settings import at_least, below, silent_stderr
 from validation.gates import collapse_of
 from validation.walk_forward import RecipePrediction
 
@@ -106,13 +106,14 @@ class KerasNetwork:
 
     def __init__(self, config: NetworkConfig, n_features: int) -> None:
         require_tensorflow()
-        silence_tensorflow()
-        import keras  # noqa: PLC0415 - a gigabyte, only for who trains a network
-        import tensorflow as tf  # noqa: PLC0415
+        # TensorFlow greets, whatever its log level is.
+        with silent_stderr():
+            import keras  # noqa: PLC0415 - a gigabyte, only for who trains a network
+            import tensorflow as tf  # noqa: PLC0415
 
+            # It would take all of a GPU's memory for a network that gains little from it.
+            tf.config.set_visible_devices([], "GPU")
         self._keras, self.config = keras, config
-        # TensorFlow would take all of a GPU's memory for a network that gains little from it.
-        tf.config.set_visible_devices([], "GPU")
         self.model = self._build(n_features)
         optimizer = keras.optimizers.Adam(config.learning_rate, clipnorm=1.0)
         # XLA takes four times as long for these layers.

@@ -12,6 +12,7 @@ import select
 import signal
 import stat
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -146,9 +147,22 @@ def configure_logging(level: str = "INFO", style: Style = "text") -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 
-def silence_tensorflow() -> None:
-    """Keep TensorFlow's own lines off stderr, unless the environment asks for them; before it is imported."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+@contextmanager
+def silent_stderr() -> Iterator[None]:
+    """Keep off stderr what a library's own native code writes; told after all where it ends in an error."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as aside:
+        kept = os.dup(2)
+        os.dup2(aside.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            aside.seek(0)
+            os.write(kept, aside.read())
+            raise
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 @contextmanager

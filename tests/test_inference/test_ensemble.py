@@ -80,6 +80,13 @@ def test_noise_is_hardly_listened_to_and_what_misleads_not_at_all():
     assert max(last_weight(rows_of(0.1, -0.1, seed=seed)) for seed in range(3)) == 0.0
 
 
+def test_a_second_member_is_heard_only_where_its_skill_beats_one_standard_error():
+    useless = np.array([last_weight(rows_of(0.05, 0.0, n=1_500, seed=seed)) for seed in range(20)])
+    # One-sided, chance passes one standard error in 16 of 100.
+    assert 0.02 <= np.mean(useless > 0) <= 0.3
+    assert min(last_weight(rows_of(0.05, 0.15, n=1_500, seed=seed)) for seed in range(5)) > 0.3
+
+
 def test_where_nobody_helps_the_prior_stands():
     weights, _ = SimpleEnsemble().weigh(rows_of(-0.3, -0.3), MEMBERS)
     np.testing.assert_allclose(weights[-1], [0.7, 0.3])

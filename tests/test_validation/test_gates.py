@@ -429,6 +429,7 @@ def test_an_alarm_stands_beside_the_verdict_of_a_universe_whoever_raised_it(of_a
     assert (found.label, found.evidence["leak_alarm"]) == ("edge", of_all or of_one)
 
 
+@pytest.mark.parametrize(("a_year", "label"), [(0.0005, "no-edge"), (0.0020, "edge")])
 def test_a_return_that_nobody_would_care_for_is_no_edge(a_year: float, label: str):
     """Four trades in forty years can have a tiny p-value; they are not worth a word."""
     rng = np.random.default_rng(5)
