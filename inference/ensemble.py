@@ -36,10 +36,9 @@ RECORD_COLUMNS = ("date", "raw_scaled", "predicted_log", "realised_log", "sigma_
 PRIOR = (("gbm", 0.7), ("lstm", 0.3))
 # Rows between the end of a label and its first use, so that "before" never rests on one close.
 EMBARGO_BARS = 1
-# Fewer known rows than this tell nothing.
-LEAST_ROWS = 126
-# A signal's spread is that of about so many rows: every fit of a model speaks with another voice.
-SPREAD_ROWS, LEAST_SPREAD_ROWS = 252, 63
+# Fewer known rows than this tell nothing of skill, and nothing of a signal's spread, which is that of about
+# so many rows: every fit of a model speaks with another voice.
+LEAST_ROWS, LEAST_SPREAD_ROWS, SPREAD_ROWS = 126, 63, 252
 # A signal is made louder or quieter by so much at most; one that spreads less than this says nothing.
 MAX_LOUDER, CONSTANT = 10.0, 1e-9
 # Signals and outcomes beyond so many spreads count as this many where skill is learned.
@@ -50,9 +49,8 @@ OUTCOME_LIMIT_SIGMA = 4.0
 class SignalRows:
     """What the members said of one symbol, session by session, what came, and when that was known.
 
-    Signals (n, k), a column a member, and outcomes (n,) are in units of the h-day volatility, NaN where there
-    is none. Only rows that no member was fitted on, ``is_out_of_sample``, are learned from; ``known_from`` is
-    the first row that may use each row's outcome.
+    Signals (n, k), a column a member, and outcomes (n,) are in h-day volatilities, NaN where there is none.
+    Of rows that are out of sample for all members, each is learned from in rows ``known_from`` on alone.
     """
 
     signals: FloatArray
@@ -101,7 +99,9 @@ class SimpleEnsemble:
         Returns the weights of ``members``, (n, k), zero for one without a forecast, their sum one where there
         is any; and the joined signal, (n,), in the units of the first member that has one.
         """
-        spread = spread_of(rows.signals)
+        # How far each signal has been from zero lately, as known then; NaN where unknown.
+        squares = pd.DataFrame(rows.signals**2).ewm(span=SPREAD_ROWS, min_periods=LEAST_SPREAD_ROWS).mean()
+        spread = np.asarray(np.sqrt(squares), dtype=np.float64)
         heard = np.isfinite(rows.signals) & ~(spread <= CONSTANT)
         standard = np.where(heard, rows.signals, np.nan) / spread
         prior = np.array([self.prior[name] for name in members])
@@ -158,12 +158,6 @@ class SimpleEnsemble:
             one = calibrate(said, came, drift=0.0, horizon_bars=rows.horizon_bars)
             found[:, now] = np.array([one.slope, one.raw_mean, one.skill_lower])[:, np.newaxis]
         return found
-
-
-def spread_of(signals: FloatArray) -> FloatArray:
-    """Return how far each signal has been from zero lately, as known then, (n, k); NaN where unknown."""
-    squares = pd.DataFrame(signals**2).ewm(span=SPREAD_ROWS, min_periods=LEAST_SPREAD_ROWS).mean()
-    return np.asarray(np.sqrt(squares), dtype=np.float64)
 
 
 # Bars whose volatility is the storm or calm that a bar is compared with, and those of a trend.
