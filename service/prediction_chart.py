@@ -15,14 +15,12 @@ from pydantic import ValidationError
 
 from data.feature_engineer import FEATURE_WORDS
 from data.schema import BAR_COLUMNS, Bars, calendar_for
-from inference.ensemble import MODEL_NAMES
 from inference.intervals import ForecastPath
-from inference.load_ensemble_model import PARTS, mode_of
 from inference.pipeline import Decisions, Explains
 from service import schemas as wire
 from service.schemas import BacktestMetrics, ModelMeta, PredictionRequest
 from utils.errors import InsufficientDataError, ModelCorruptError
-from utils.model_paths import GBM, LSTM
+from utils.model_paths import GBM, LSTM, PARTS, mode_of
 
 if TYPE_CHECKING:
     from service.model_registry import ServedModel
@@ -414,9 +412,7 @@ def request_notes(request: PredictionRequest) -> list[str]:
     return notes
 
 
-def model_meta(
-    metadata: Mapping[str, Any], *, ensemble_size: int = len(MODEL_NAMES), warnings: Sequence[str] = ()
-) -> ModelMeta:
+def model_meta(metadata: Mapping[str, Any], *, ensemble_size: int, warnings: Sequence[str] = ()) -> ModelMeta:
     """Translate ``training_metadata.json``; `ModelCorruptError` if a field is missing or of another type."""
     try:
         metrics, undefined = wire_metrics(metadata.get("metrics") or {})
