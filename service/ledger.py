@@ -21,9 +21,11 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +33,7 @@ import pandas as pd
 import sqlalchemy as sql
 from rich.console import Console
 from sqlalchemy import exc
+from sqlalchemy.schema import CreateIndex, CreateTable
 
 from data.cache_manager import BarCache
 from data.data_fetcher import BarSource, fetch_stock_data, make_source
@@ -38,7 +41,6 @@ from data.schema import NO_DATE, NO_MOMENT, Bars, calendar_for, holds, normalise
 from evaluation.accounting import CostModel
 from evaluation.forward_simulator import forecast_outcome
 from service import schemas as wire
-from service.database import Database
 from utils.errors import DataError, StorageError, UpstreamError, UsageError
 from utils.settings import Settings, print_rows, run_command
 
@@ -74,6 +76,96 @@ COMMANDS = {
     "verify": "look for rows that were changed, removed or moved",
     "show": "print the rows as they were served",
 }
+
+
+class Database:
+    """A database of the service, safe to use from many threads; its tables come with the first row.
+
+    Its errors are `StorageError`, which call it by ``name``; a row waits for other processes ``wait_s`` at
+    most. Raises `UsageError` for a ``url`` that makes no sense.
+    """
+
+    def __init__(self, url: str, tables: sql.MetaData, name: str, wait_s: float) -> None:
+        try:
+            address = sql.make_url(url)
+            is_file = address.get_backend_name() == "sqlite"
+            wait = {"timeout": wait_s} if is_file else {}
+            # As many connections as there are threads; a few stay open.
+            self._engine = sql.create_engine(
+                address, connect_args=wait, poolclass=sql.QueuePool, max_overflow=-1, pool_pre_ping=True
+            )
+        except (exc.ArgumentError, ModuleNotFoundError, ValueError) as error:
+            # Not its own words: they may hold the address, and with it a password.
+            raise UsageError(
+                f"AI_STOCKS_DATABASE_URL cannot be used ({type(error).__name__}): write "
+                "sqlite:////FOLDER/FILE.sqlite, or postgresql+psycopg://HOST/NAME with psycopg installed"
+            ) from error
+        self.file = Path(str(address.database)) if is_file and address.database else None
+        self._tables, self._name, self._is_ready, self._inode = tables, name, False, 0
+
+    @contextmanager
+    def begin(self) -> Iterator[sql.Connection]:
+        """Yield a connection; what is done with it is written at the end, as a whole."""
+        with self._errors("written"):
+            self._leave_what_is_gone()
+            if not self._is_ready:
+                self._create_tables()
+            with self._engine.begin() as connection:
+                yield connection
+
+    def _create_tables(self) -> None:
+        if self.file is not None:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+        tables = self._tables.sorted_tables
+        # `create_all` looks first and creates then: two at a time would both create.
+        with self._engine.begin() as connection:
+            for table in tables:
+                connection.execute(CreateTable(table, if_not_exists=True))
+            for index in [index for table in tables for index in table.indexes]:
+                connection.execute(CreateIndex(index, if_not_exists=True))
+        self._is_ready = True
+
+    def read(self, query: sql.Select[Any]) -> Sequence[sql.RowMapping]:
+        """Return the rows of a table, none where there is no such table or no database yet."""
+        # SQLite would make an empty file of a missing one.
+        if self.file is not None and not self.file.exists():
+            return []
+        with self._errors("read"):
+            self._leave_what_is_gone()
+            try:
+                with self._engine.connect() as connection:
+                    if self.file is not None:
+                        # Bytes that are no text are for `data.schema.holds` to find.
+                        driver: Any = connection.connection.dbapi_connection
+                        driver.text_factory = lambda text: str(text, "utf-8", "replace")
+                    return connection.execute(query).mappings().all()
+            except (exc.OperationalError, exc.ProgrammingError):
+                names = [table.name for table in query.get_final_froms() if isinstance(table, sql.Table)]
+                if all(map(sql.inspect(self._engine).has_table, names)):
+                    raise
+                return []
+
+    def _leave_what_is_gone(self) -> None:
+        """Close the connections to a file that was removed or replaced."""
+        inode = self.file.stat().st_ino if self.file is not None and self.file.exists() else 0
+        if inode != self._inode:
+            self._engine.dispose()
+            self._inode, self._is_ready = inode, False
+
+    @contextmanager
+    def _errors(self, done: str) -> Iterator[None]:
+        try:
+            yield
+        except exc.IntegrityError:
+            # What that means is for the caller to say.
+            raise
+        except (exc.SQLAlchemyError, OSError) as error:
+            # The tables may be gone, and a connection broken.
+            self._is_ready = False
+            self._engine.dispose()
+            # What the database said, without the statement and its values.
+            words = str(getattr(error, "orig", None) or type(error).__name__).splitlines()[0][:200]
+            raise StorageError(f"{self._name} cannot be {done} ({words})") from error
 
 
 class ServedForecast(wire.ForecastContent):

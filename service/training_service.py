@@ -19,15 +19,17 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import sqlalchemy as sql
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
+from sqlalchemy import exc
 
 from data.schema import normalise_symbol
-from service import database
-from service.database import IS_ACTIVE, JOBS, Job, JobStore, birth, ended, event_of, now, wire_text
+from service.ledger import Database
 from service.schemas import JobStatus, TrainingEvent, TrainingJob, TrainingJobMetrics, TrainingParams
 from utils import errors
 from utils.errors import ConflictError, StorageError, without_paths
@@ -39,6 +41,8 @@ POLL_S, HEARTBEAT_S, RETRY_S = 0.5, 15.0, 5.0
 # A trainer that is asked to end has so long before it is made to; who cancels waits a little longer.
 GRACE_S, CANCEL_WAIT_S, NICENESS = 5.0, 12.0, 10
 MAX_QUEUED, LOGS_AT_A_TIME, LINE_CHARS, MESSAGE_CHARS, TAIL_LINES = 100, 50, 1 << 13, 1_000, 5
+DATABASE_WAIT_S, EVENTS_AT_A_TIME, KEPT_JOBS, KEPT_LOGS, KEPT_EVENTS = 10.0, 1_000, 500, 1_000, 12_000
+ACTIVE = ("queued", "running")
 ENDS = ("completed", "failed", "cancelled")
 CANCELLED = "cancelled: nothing was saved"
 TOO_LATE = "the model was saved before the training could be cancelled"
@@ -99,13 +103,147 @@ def asked_for(params: TrainingParams) -> tuple[dict[str, Any], list[str]]:
     return taken, sorted(str(TrainingParams.model_fields[name].alias) for name in given.keys() - taken)
 
 
+METADATA = sql.MetaData()
+JOBS = sql.Table(
+    "training_jobs",
+    METADATA,
+    sql.Column("number", sql.Integer, primary_key=True),
+    sql.Column("id", sql.String, nullable=False, unique=True),
+    *(sql.Column(name, sql.String, nullable=False) for name in ("home", "symbol", "status")),
+    *(sql.Column(name, sql.Text, nullable=False) for name in ("params", "state")),
+    *(sql.Column("pid", sql.Integer), sql.Column("born", sql.String)),
+    sql.Column("cancel", sql.Boolean, nullable=False, default=False),
+)
+IS_ACTIVE, _WHERE = JOBS.c.status.in_(ACTIVE), sql.text(f"status IN {ACTIVE}")
+_ONE = (JOBS.c.home, JOBS.c.symbol)
+sql.Index("training_jobs_one_at_a_time", *_ONE, unique=True, sqlite_where=_WHERE, postgresql_where=_WHERE)
+_EVENTS = sql.Table(
+    "training_events",
+    METADATA,
+    sql.Column("job_id", sql.String, primary_key=True),
+    sql.Column("number", sql.Integer, primary_key=True, autoincrement=False),
+    *(sql.Column("type", sql.String, nullable=False), sql.Column("text", sql.Text, nullable=False)),
+)
+
+
+class Job(NamedTuple):
+    """A job: what is told of it, the process that trains (see `birth`), whether somebody wants it to end."""
+
+    state: TrainingJob
+    params: TrainingParams
+    pid: int | None
+    born: str | None
+    cancel: bool
+
+
+class JobStore:
+    """The jobs of one folder of models; safe to use from many threads and processes."""
+
+    def __init__(self, url: str, home: Path) -> None:
+        self._database = Database(url, METADATA, "the list of trainings", DATABASE_WAIT_S)
+        self._home = str(home.resolve())
+
+    def add(self, state: TrainingJob, params: TrainingParams) -> None:
+        """Queue a job; raise `ConflictError` if its symbol has one that is queued or runs."""
+        row = {"home": self._home, **state.model_dump(include={"id", "symbol", "status"})}
+        row |= {"state": wire_text(state), "params": wire_text(params)}
+        with self._database.begin() as connection:
+            try:
+                (number,) = connection.execute(sql.insert(JOBS).values(row)).inserted_primary_key or (0,)
+            except exc.IntegrityError as error:
+                words = f"{state.symbol} was queued by somebody else"
+                raise ConflictError(f"{words}: GET /api/training lists what there is") from error
+            self._tell(connection, state.id, [event_of(state, "stage", stage="queued")])
+            is_old = (JOBS.c.number <= number - KEPT_JOBS) & ~IS_ACTIVE
+            old = sql.select(JOBS.c.id).where(is_old)
+            connection.execute(sql.delete(_EVENTS).where(_EVENTS.c.job_id.in_(old)))
+            connection.execute(sql.delete(JOBS).where(is_old))
+
+    def jobs(self, *wanted: sql.ColumnElement[bool]) -> list[Job]:
+        """Return the wanted jobs that this release can read, oldest first."""
+        found = []
+        query = sql.select(JOBS).where(JOBS.c.home == self._home, *wanted).order_by(JOBS.c.number)
+        for row in self._database.read(query):
+            with suppress(ValidationError):
+                state = TrainingJob.model_validate_json(row["state"])
+                params = TrainingParams.model_validate_json(row["params"])
+                found.append(Job(state, params, row["pid"], row["born"], row["cancel"]))
+        return found
+
+    def change(self, state: TrainingJob, events: Sequence[TrainingEvent], *, was: JobStatus) -> bool:
+        """Replace what is told of a job and add to its history, unless its status is not ``was`` any more."""
+        wanted = sql.update(JOBS).where(JOBS.c.id == state.id, JOBS.c.status == was)
+        with self._database.begin() as connection:
+            changed = connection.execute(wanted.values(status=state.status, state=wire_text(state)))
+            if changed.rowcount == 1:
+                self._tell(connection, state.id, events)
+        return changed.rowcount == 1
+
+    def note(self, job_id: str, columns: Mapping[str, object]) -> None:
+        """Write down the process of a job, or that somebody wants it to end."""
+        with self._database.begin() as connection:
+            connection.execute(sql.update(JOBS).where(JOBS.c.id == job_id).values(columns))
+
+    def history(self, job_id: str, after: int) -> list[tuple[int, str, str]]:
+        """Return number, type and JSON of the events that came after the one of that number."""
+        wanted = sql.select(_EVENTS).where(_EVENTS.c.job_id == job_id, _EVENTS.c.number > after)
+        rows = self._database.read(wanted.order_by(_EVENTS.c.number).limit(EVENTS_AT_A_TIME))
+        return [(row["number"], row["type"], row["text"]) for row in rows]
+
+    def _tell(self, connection: sql.Connection, job_id: str, events: Sequence[TrainingEvent]) -> None:
+        of_job, number = _EVENTS.c.job_id == job_id, _EVENTS.c.number
+        last = connection.scalar(sql.select(sql.func.max(number)).where(of_job)) or 0
+        for place, event in enumerate(events, start=last + 1):
+            row = {"job_id": job_id, "number": place, "type": event.type, "text": wire_text(event)}
+            connection.execute(sql.insert(_EVENTS).values(row))
+        # Log lines may come without end; of an epoch the page's chart wants every one.
+        old = ((_EVENTS.c.type == "log") & (number <= last - KEPT_LOGS)) | (number <= last - KEPT_EVENTS)
+        connection.execute(sql.delete(_EVENTS).where(of_job, old))
+
+
+def wire_text(wire: TrainingJob | TrainingParams | TrainingEvent) -> str:
+    """Return the JSON that is kept and sent; of parameters only what the caller gave."""
+    as_given = isinstance(wire, TrainingParams)
+    return wire.model_dump_json(by_alias=True, exclude_none=True, exclude_unset=as_given)
+
+
+def now() -> str:
+    """Return the present as the wire writes it."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def event_of(
+    state: TrainingJob, kind: str, *, stage: str | None = None, message: str | None = None
+) -> TrainingEvent:
+    """Return an event of the present about a job."""
+    told = {"type": kind, "status": state.status, "progress": state.progress, "timestamp": now()}
+    return TrainingEvent.model_validate({**told, "stage": stage, "message": message})
+
+
+def ended(state: TrainingJob, status: JobStatus, words: str) -> tuple[TrainingJob, TrainingEvent]:
+    """Return a job as it is after its end, and the event that says so."""
+    seen: dict[str, Any] = {"status": status, "completed_at": now(), "current_step": status}
+    seen |= {"progress": 1.0} if status == "completed" else {}
+    seen |= {"error": words} if status == "failed" else {}
+    last = state.model_copy(update=seen)
+    return last, event_of(last, status, message=words)
+
+
+def birth(pid: int) -> str | None:
+    """Return what tells a process from a later one with the same id; None where that is not known."""
+    with suppress(OSError, IndexError):
+        started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()[:36]}/{started}"
+    return None
+
+
 class Told:
     """What a running job has told and the database does not have yet; bounded, whatever is told."""
 
     def __init__(self, state: TrainingJob) -> None:
         self.state = state
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
-        self._events: deque[TrainingEvent] = deque(maxlen=database.EVENTS_AT_A_TIME)
+        self._events: deque[TrainingEvent] = deque(maxlen=EVENTS_AT_A_TIME)
         self._logs, self._last_words = 0, ""
         self._lock = threading.Lock()
 
@@ -252,7 +390,7 @@ class TrainingService:
         """End what runs; what is queued stays queued."""
         self._stop.set()
         if self._runner.is_alive():
-            self._runner.join(GRACE_S + database.DATABASE_WAIT_S)
+            self._runner.join(GRACE_S + DATABASE_WAIT_S)
 
     def start(self, params: TrainingParams) -> TrainingJob:
         """Queue a training; refuse a symbol that is being trained, or whose model is not to be replaced."""
