@@ -133,17 +133,20 @@ class Database:
         with self._errors("read"):
             self._leave_what_is_gone()
             try:
-                with self._engine.connect() as connection:
-                    if self.file is not None:
-                        # Bytes that are no text are for `data.schema.holds` to find.
-                        driver: Any = connection.connection.dbapi_connection
-                        driver.text_factory = lambda text: str(text, "utf-8", "replace")
-                    return connection.execute(query).mappings().all()
+                return self._rows(query)
             except (exc.OperationalError, exc.ProgrammingError):
                 names = [table.name for table in query.get_final_froms() if isinstance(table, sql.Table)]
-                if all(map(sql.inspect(self._engine).has_table, names)):
-                    raise
-                return []
+                # Where there is one now, somebody has just made it.
+                is_there = all(map(sql.inspect(self._engine).has_table, names))
+                return self._rows(query) if is_there else []
+
+    def _rows(self, query: sql.Select[Any]) -> Sequence[sql.RowMapping]:
+        with self._engine.connect() as connection:
+            if self.file is not None:
+                # Bytes that are no text are for `data.schema.holds` to find.
+                driver: Any = connection.connection.dbapi_connection
+                driver.text_factory = lambda text: str(text, "utf-8", "replace")
+            return connection.execute(query).mappings().all()
 
     def _leave_what_is_gone(self) -> None:
         """Close the connections to a file that was removed or replaced."""
