@@ -17,7 +17,7 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,8 +27,7 @@ import numpy as np
 import pandas as pd
 import sqlalchemy as sql
 from rich.console import Console
-from sqlalchemy import exc
-from sqlalchemy.schema import CreateIndex, CreateTable
+from sqlalchemy import exc, schema
 
 from data.cache_manager import BarCache
 from data.data_fetcher import BarSource, fetch_stock_data, make_source
@@ -40,10 +39,10 @@ from utils.errors import DataError, StorageError, UpstreamError, UsageError
 from utils.settings import Settings, print_rows, run_command
 
 logger = logging.getLogger(__name__)
+TableRows = list[dict[str, Any]]
 
 # Nobody waits longer for a forecast because another process holds the database.
-LOCK_WAIT_S, ATTEMPTS = 0.25, 50
-GENESIS = "0" * 64
+LOCK_WAIT_S, ATTEMPTS, GENESIS = 0.25, 50, "0" * 64
 FIRST_NAMES = {"model_id": "fusion_mode"}
 # Nearer than this, two closes are one price.
 SAME_CLOSE = 1e-6
@@ -96,8 +95,12 @@ class Database:
         self.file = Path(str(address.database)) if is_file and address.database else None
         # `create_all` looks first and creates then: two at a time would both create.
         self._creation: list[sql.Executable] = [
-            *(CreateTable(table, if_not_exists=True) for table in tables.sorted_tables),
-            *(CreateIndex(i, if_not_exists=True) for table in tables.sorted_tables for i in table.indexes),
+            *(schema.CreateTable(table, if_not_exists=True) for table in tables.sorted_tables),
+            *(
+                schema.CreateIndex(i, if_not_exists=True)
+                for table in tables.sorted_tables
+                for i in table.indexes
+            ),
         ]
         self._name, self._is_ready, self._inode = name, False, 0
 
@@ -263,11 +266,9 @@ class ForecastLedger:
         """Append a row as of ``now`` (UTC), or raise `StorageError`; return False if it is there already."""
         for _ in range(ATTEMPTS):
             try:
-                with self._database.begin() as connection:
+                # Another process may be faster: its row comes before ours.
+                with suppress(exc.IntegrityError), self._database.begin() as connection:
                     return self._append(connection, forecast, now or datetime.now(UTC))
-            except exc.IntegrityError:
-                # Another process was faster; its row comes before ours.
-                continue
             except (TypeError, OverflowError) as error:
                 raise StorageError("the ledger cannot be written (its head is no head)") from error
         raise StorageError("the ledger takes no row: run `python -m service.ledger verify`")
@@ -439,9 +440,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def scored_rows(
-    ledger: ForecastLedger, wanted: argparse.Namespace, settings: Settings
-) -> list[dict[str, Any]]:
+def scored_rows(ledger: ForecastLedger, wanted: argparse.Namespace, settings: Settings) -> TableRows:
     """Return what became of the forecasts of each symbol, by prices of the source that each was made from."""
     entries, audit = ledger.entries(), ledger.audit()
     if audit.fault is not None:
@@ -485,11 +484,11 @@ def main(argv: list[str] | None = None) -> int:
         ledger = ForecastLedger(settings.database)
         if args.command == "verify":
             count, head = ledger.verify(args.head)
-            rows: list[dict[str, Any]] = [{"status": "ok", "rows": count, "head": head}]
+            rows: TableRows = [{"status": "ok", "rows": count, "head": head}]
         elif args.command == "score":
             rows = scored_rows(ledger, args, settings)
         else:
-            entries = ledger.entries(args.symbol and normalise_symbol(args.symbol))
+            entries = ledger.entries(None if args.symbol is None else normalise_symbol(args.symbol))
             rows = [{"sequence": entry.sequence, **entry.shown} for entry in entries]
         if args.json:
             sys.stdout.write(json.dumps(rows, allow_nan=False) + "\n")
