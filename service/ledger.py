@@ -94,14 +94,9 @@ class Database:
             ) from error
         self.file = Path(str(address.database)) if is_file and address.database else None
         # `create_all` looks first and creates then: two at a time would both create.
-        self._creation: list[sql.Executable] = [
-            *(schema.CreateTable(table, if_not_exists=True) for table in tables.sorted_tables),
-            *(
-                schema.CreateIndex(i, if_not_exists=True)
-                for table in tables.sorted_tables
-                for i in table.indexes
-            ),
-        ]
+        every = tables.sorted_tables
+        self._creation: list[sql.Executable] = [schema.CreateTable(t, if_not_exists=True) for t in every]
+        self._creation += [schema.CreateIndex(i, if_not_exists=True) for t in every for i in t.indexes]
         self._name, self._is_ready, self._inode = name, False, 0
 
     @contextmanager
@@ -360,9 +355,12 @@ def score(entries: Iterable[Entry], bars: Bars, good: float = math.inf) -> list[
     for entry in entries:
         told, found = entry.forecast, _outcome(entry, bars, costs)
         if found["status"] != "unscored":
-            is_good = 1 <= entry.sequence <= good
-            doubt = calendar.hindsight(told.as_of, entry.served_at) if is_good else AFTER_BREAK
-            found |= {} if doubt is None else {"counts": False, "note": doubt}
+            why = (
+                calendar.hindsight(told.as_of, entry.served_at)
+                if 1 <= entry.sequence <= good
+                else AFTER_BREAK
+            )
+            found |= {} if why is None else {"counts": False, "note": why}
         key = (told.source, told.model_version, told.as_of, told.target_session)
         found = {"counts": found["status"] != "unscored" and key not in seen, **found}
         seen.update({key} if found["counts"] else ())
@@ -440,20 +438,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def scored_rows(ledger: ForecastLedger, wanted: argparse.Namespace, settings: Settings) -> TableRows:
-    """Return what became of the forecasts of each symbol, by prices of the source that each was made from."""
-    entries, audit = ledger.entries(), ledger.audit()
+def scored_rows(entries: list[Entry], audit: Audit, wanted: str | None, settings: Settings) -> TableRows:
+    """Return what became of forecasts, by prices of the ``wanted`` source, or of that of each row."""
     if audit.fault is not None:
         logger.warning("the ledger is broken: %s; %s", audit.fault, AFTER_BREAK)
     groups = defaultdict(list)
     for entry in entries:
-        if wanted.symbol is None or entry.shown["symbol"] == normalise_symbol(wanted.symbol):
-            groups[entry.shown["symbol"], entry.shown["source"]].append(entry)
+        groups[entry.shown["symbol"], entry.shown["source"]].append(entry)
     told, failed = [], []
     for (symbol, name), own in sorted(groups.items()):
         of = {"symbol": symbol, "source": name, "served": len(own)}
         try:
-            source = _source_of(name, wanted.source, settings)
+            source = _source_of(name, wanted, settings)
             bars = fetch_stock_data(symbol, source=source, cache=BarCache(settings.cache_dir))
         except (UpstreamError, DataError, UsageError) as error:
             failed.append(f"{symbol} of {name}: {error}")
@@ -485,11 +481,11 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "verify":
             count, head = ledger.verify(args.head)
             rows: TableRows = [{"status": "ok", "rows": count, "head": head}]
-        elif args.command == "score":
-            rows = scored_rows(ledger, args, settings)
         else:
             entries = ledger.entries(None if args.symbol is None else normalise_symbol(args.symbol))
             rows = [{"sequence": entry.sequence, **entry.shown} for entry in entries]
+            if args.command == "score":
+                rows = scored_rows(entries, ledger.audit(), args.source, settings)
         if args.json:
             sys.stdout.write(json.dumps(rows, allow_nan=False) + "\n")
         else:
