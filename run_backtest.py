@@ -18,7 +18,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -39,11 +39,14 @@ from evaluation.charts import Banner, Cell, Report, Section, cell
 from evaluation.forward_simulator import CONFIDENCE, GRID_SEEDS
 from evaluation.metrics import reasons, values
 from evaluation.report import luck_section, words_of, write_report
-from inference.load_ensemble_model import MODES, forecaster_for, load_parts
+from inference.ensemble import Parts, forecaster_for, load_ensemble
+from inference.load_gbm_models import load_bundle
+from inference.load_lstm_model import load_bundle as load_lstm
 from inference.position_sizing import DEFAULT_SIZING, PRESETS
 from service import backtest_service as service
 from service.backtest_service import BacktestRequest, Lived, Outcome, notes_of
-from utils.errors import AIStocksError, StorageError, UsageError
+from utils.errors import AIStocksError, ModelError, StorageError, UsageError
+from utils.model_paths import MODES, mode_of
 from utils.settings import Settings, configure_logging, read_settings
 
 DEFAULT_DAYS = 250
@@ -155,6 +158,20 @@ def request_of(args: argparse.Namespace) -> BacktestRequest:
         include_in_sample=args.in_sample,
         seeds=GRID_SEEDS if args.robustness else 0,
     )
+
+
+def load_parts(models_dir: Path, symbol: str, mode: str) -> Parts:
+    """Load what a mode needs of one symbol; `ModelError` when what it cannot do without cannot be had."""
+    if (wanted := mode_of(mode)) == "lstm_only":
+        return Parts(symbol=symbol, lstm=load_lstm(models_dir, symbol))
+    parts = Parts(symbol=symbol, gbm=load_bundle(models_dir, symbol))
+    if wanted == "gbm_only":
+        return parts
+    try:
+        parts = replace(parts, lstm=load_lstm(models_dir, symbol))
+        return replace(parts, ensemble=load_ensemble(models_dir, symbol))
+    except ModelError as error:
+        return replace(parts, amiss=str(error))
 
 
 def make(args: argparse.Namespace, settings: Settings) -> list[Outcome]:

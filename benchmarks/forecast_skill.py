@@ -39,13 +39,12 @@ from data.data_splitter import WalkForwardSplit, walk_rows
 from data.target_engineering import Dataset, build_dataset, universe_mean
 from inference.ensemble import (
     EMBARGO_BARS,
-    FloatArray,
-    IntArray,
     Method,
     SignalRows,
     SimpleEnsemble,
     meta_features,
 )
+from inference.intervals import FloatArray, IntArray
 from training.gbm_search import SearchConfig
 from training.recipe import GBMRecipe, NetworkConfig, RecipeConfig, Sequences
 from training.train_ensemble import CommonRows, MetaConfig, walk_meta

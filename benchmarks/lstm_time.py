@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from inference.ensemble import Calibration
+from inference.intervals import Calibration
 from inference.load_lstm_model import ARRAYS, Network, windows_of
 from training.recipe import NetworkConfig
 from training.train_lstm import Batches, KerasNetwork

@@ -9,6 +9,7 @@ NaN, where there was none; such rows are left out. The risk-free rate is zero. F
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import erf
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -211,15 +212,30 @@ def market_line(returns: FloatArray, benchmark: FloatArray, periods_per_year: in
         why = "the line fits exactly"
         return out | {name: _none(why) for name in ("alpha_t", "beta_t")}
     scores = design * residuals[:, None]
-    lags = int(4.0 * (len(y) / 100.0) ** (2.0 / 9.0))
-    meat = scores.T @ scores
-    for lag in range(1, min(lags, len(y) - 1) + 1):
-        cross = scores[lag:].T @ scores[:-lag]
-        meat += (1.0 - lag / (lags + 1.0)) * (cross + cross.T)
+    meat = _long_run_sum(scores, int(4.0 * (len(y) / 100.0) ** (2.0 / 9.0)))
     errors = np.sqrt(np.diag(bread @ meat @ bread))
     for name, coefficient, error in zip(("alpha_t", "beta_t"), coefficients, errors, strict=True):
         out[name] = Measured(float(coefficient / error))
     return out
+
+
+def overlap_error(scores: FloatArray, horizon_bars: int) -> float:
+    """Return the standard error of the sum of scores, one per session, that come from labels of h bars.
+
+    Newey and West's with 3 (h - 1) lags: how far overlapping labels repeat each other depends on how slowly
+    the signal moves.
+    """
+    return float(np.sqrt(np.maximum(_long_run_sum(scores, 3 * (horizon_bars - 1)), 0.0)))
+
+
+def _long_run_sum(scores: FloatArray, lags: int) -> npt.NDArray[Any]:
+    """Return the covariance of the sum of scores, (n,) or (n, p), by Bartlett weights."""
+    lags = min(lags, len(scores) - 1)
+    total = scores.T @ scores
+    for lag in range(1, lags + 1):
+        cross = scores[lag:].T @ scores[:-lag]
+        total += (1.0 - lag / (lags + 1.0)) * (cross + cross.T)
+    return total
 
 
 def spearman(first: FloatArray, second: FloatArray) -> Measured:

@@ -1,168 +1,44 @@
-"""Several models as one forecaster of the volatility-scaled return: weigh, calibrate, learn from both.
+"""Several models as one forecaster: weighed, calibrated, learned from; saved, and chosen by a mode.
 
-A `SimpleEnsemble` joins models of different kinds by what their signals were worth before; a `MetaModel`
-learns when to listen to which.
+A `SimpleEnsemble` weighs models of different kinds by what their signals were worth before; a `MetaModel`
+learns when to listen to which. A saved ensemble names the versions of its members that it was judged with.
+Where there are others, or none, the boosters forecast alone, and a note says so.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import xgboost
+from pydantic import BaseModel, Field, FiniteFloat, model_validator
 from scipy.optimize import nnls
 
 from data.target_engineering import make_target
+from evaluation.metrics import overlap_error
+from inference import artifact
+from inference.artifact import METADATA, RECORD, Saved, Version
+from inference.intervals import FloatArray, IntArray, calibrate, with_bands
+from inference.pipeline import Bundle, BundleForecaster, Member, check_golden, read_record
+from utils.errors import ModelIncompatibleError, ModelMissingError
+from utils.model_paths import ENSEMBLE, GBM, LSTM, Mode, mode_of
 
-FloatArray = npt.NDArray[np.float64]
-FloatMatrix = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.intp]
 BoolArray = npt.NDArray[np.bool_]
-MODEL_NAMES = ("xgb", "lgb")
 Method = Literal["simple", "stacking", "xgb-meta"]
-GBM_NAME, LSTM_NAME = "gbm", "lstm"
-# Fewer independent rows than this say nothing about a slope.
-MIN_INDEPENDENT = 30
-# A signal is at most doubled.
-MAX_SLOPE = 2.0
-# How far the slopes of symbols are thought to lie from the pooled one.
-SYMBOL_SLOPE_STD = 0.25
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Calibration:
-    """What earlier out-of-sample rows say about the raw signal.
-
-    In units of the h-day volatility, the calibrated forecast is ``drift + slope * (raw - raw_mean)``. The
-    drift, the mean target of the training rows, is the forecast of a model without skill. The slope of
-    realised on raw is shrunk towards zero by its own standard error, within [0, `MAX_SLOPE`]; ``skill_lower``
-    is its lower confidence bound over itself, within [0, 1]: at 0 the ``n_rows`` behind it do not rule out no
-    skill at all.
-    """
-
-    drift: float
-    raw_mean: float
-    slope: float
-    skill_lower: float
-    n_rows: int
-
-    def apply(self, raw_scaled: FloatArray) -> FloatArray:
-        """Return the calibrated forecast, in units of the h-day volatility, shape (n,)."""
-        return self.drift + self.slope * (raw_scaled - self.raw_mean)
-
-
-def overlap_error(scores: FloatArray, horizon_bars: int) -> float:
-    """Return the standard error of the sum of scores, one per session, that come from labels of h bars.
-
-    Newey and West's (1987, Econometrica 55) with 3 (h - 1) lags: how far overlapping labels repeat each other
-    depends on how slowly the signal moves.
-    """
-    lags = min(3 * (horizon_bars - 1), len(scores) - 1)
-    variance = float(scores @ scores)
-    for lag in range(1, lags + 1):
-        variance += 2 * (1 - lag / (lags + 1)) * float(scores[lag:] @ scores[:-lag])
-    return float(np.sqrt(max(variance, 0.0)))
-
-
-def calibrate(
-    raw_scaled: FloatArray,
-    realised_scaled: FloatArray,
-    *,
-    drift: float,
-    horizon_bars: int,
-    session_code: IntArray | None = None,
-    prior_slope: float = 0.0,
-    prior_std: float = 1.0,
-    confidence_z: float = 1.645,
-) -> Calibration:
-    """Estimate how far the raw signal may be believed, from out-of-sample rows.
-
-    The least-squares slope of realised on raw is a normal posterior with prior N(`prior_slope`, `prior_std`),
-    clipped into [0, `MAX_SLOPE`]: a few small trees may be too humble. Its standard error sums over the
-    symbols of a session, which move together, and allows for labels that overlap, see `overlap_error`.
-
-    Parameters
-    ----------
-    raw_scaled, realised_scaled
-        Signal and outcome of the same out-of-sample rows, (n,), both known before the calibration is used.
-    drift
-        Mean of the scaled target over the training rows.
-    session_code
-        Number of each row's session, from 0, (n,); None where every row is a session of its own.
-    prior_slope, prior_std
-        What is thought of the slope before looking: 0 and wide for a model, the pooled slope for a symbol.
-    confidence_z
-        Normal quantile of the lower bound (1.645 is one-sided 95 %).
-    """
-    n_rows = len(raw_scaled)
-    code = np.arange(n_rows) if session_code is None else session_code
-    n_sessions = int(code.max()) + 1 if n_rows else 0
-    spread = float(np.var(raw_scaled)) if n_rows else 0.0
-    raw_mean = float(np.mean(raw_scaled)) if n_rows else 0.0
-    if n_sessions / horizon_bars < MIN_INDEPENDENT or spread <= 1e-12:
-        slope = float(np.clip(prior_slope, 0.0, MAX_SLOPE))
-        return Calibration(drift=drift, raw_mean=raw_mean, slope=slope, skill_lower=0.0, n_rows=n_rows)
-    centred = raw_scaled - raw_mean
-    outcome = realised_scaled - np.mean(realised_scaled)
-    own = float(np.mean(centred * outcome)) / spread
-    by_session = np.bincount(code, weights=centred * (outcome - own * centred)).astype(np.float64)
-    error = overlap_error(by_session, horizon_bars) / (spread * n_rows)
-    trust = prior_std**2 / (prior_std**2 + error**2)
-    slope = prior_slope + trust * (own - prior_slope)
-    lower = (slope - confidence_z * error * np.sqrt(trust)) / slope if slope > 0 else 0.0
-    return Calibration(
-        drift=drift,
-        raw_mean=raw_mean,
-        slope=float(np.clip(slope, 0.0, MAX_SLOPE)),
-        skill_lower=float(np.clip(lower, 0.0, 1.0)),
-        n_rows=n_rows,
-    )
-
-
-def calibrate_symbols(
-    pooled: Calibration,
-    raw_scaled: FloatArray,
-    realised_scaled: FloatArray,
-    session_code: IntArray,
-    symbol: npt.NDArray[np.object_],
-    *,
-    drifts: Mapping[str, float],
-    horizon_bars: int,
-) -> dict[str, Calibration]:
-    """Calibrate each symbol of a panel by its own out-of-sample rows, shrunk towards the pooled slope.
-
-    A symbol with few rows of its own takes the pooled calibration. Arrays are those of `calibrate`, with the
-    symbol of each row; ``drifts`` holds the mean scaled target of each symbol's training rows.
-    """
-    found = {}
-    for name, drift in drifts.items():
-        own = np.flatnonzero(symbol == name)
-        sessions = np.unique(session_code[own], return_inverse=True)[1] if len(own) else None
-        each = calibrate(
-            raw_scaled[own],
-            realised_scaled[own],
-            drift=drift,
-            horizon_bars=horizon_bars,
-            session_code=sessions,
-            prior_slope=pooled.slope,
-            prior_std=SYMBOL_SLOPE_STD,
-        )
-        if each.n_rows / horizon_bars < MIN_INDEPENDENT:
-            each = replace(pooled, drift=drift)
-        found[name] = each
-    return found
-
-
+MEMBERS = (GBM.name, LSTM.name)
+ENSEMBLE_FILE, META_BOOSTER = "ensemble.json", "meta_model.ubj"
+LIBRARIES = ("xgboost", "numpy", "pandas", "ta-lib")
+RECORD_COLUMNS = ("date", "raw_scaled", "predicted_log", "realised_log", "sigma_log")
 # What a member's opinion counts before anything is known of it.
 PRIOR = (("gbm", 0.7), ("lstm", 0.3))
 # Rows between the end of a label and its first use, so that "before" never rests on one close.
 EMBARGO_BARS = 1
-# Fewer known rows than this tell nothing.
-LEAST_ROWS = 126
-# A signal's spread is that of about so many rows: every fit of a model speaks with another voice.
-SPREAD_ROWS, LEAST_SPREAD_ROWS = 252, 63
+# Fewer known rows than this tell nothing of skill, and nothing of a signal's spread, which is that of about
+# so many rows: every fit of a model speaks with another voice.
+LEAST_ROWS, LEAST_SPREAD_ROWS, SPREAD_ROWS = 126, 63, 252
 # A signal is made louder or quieter by so much at most; one that spreads less than this says nothing.
 MAX_LOUDER, CONSTANT = 10.0, 1e-9
 # Signals and outcomes beyond so many spreads count as this many where skill is learned.
@@ -173,9 +49,8 @@ OUTCOME_LIMIT_SIGMA = 4.0
 class SignalRows:
     """What the members said of one symbol, session by session, what came, and when that was known.
 
-    Signals (n, k), a column a member, and outcomes (n,) are in units of the h-day volatility, NaN where there
-    is none. Only rows that no member was fitted on, ``is_out_of_sample``, are learned from; ``known_from`` is
-    the first row that may use each row's outcome.
+    Signals (n, k), a column a member, and outcomes (n,) are in h-day volatilities, NaN where there is none.
+    Of rows that are out of sample for all members, each is learned from in rows ``known_from`` on alone.
     """
 
     signals: FloatArray
@@ -221,13 +96,12 @@ class SimpleEnsemble:
     def weigh(self, rows: SignalRows, members: Sequence[str]) -> tuple[FloatArray, FloatArray]:
         """Follow the weights over time; row t uses outcomes that were known before t.
 
-        Returns
-        -------
-        tuple of arrays
-            Weights of ``members`` (n, k), zero for one without a forecast, summing to one where there is any;
-            and the joined signal (n,), in the units of the first member that has one.
+        Returns the weights of ``members``, (n, k), zero for one without a forecast, their sum one where there
+        is any; and the joined signal, (n,), in the units of the first member that has one.
         """
-        spread = spread_of(rows.signals)
+        # How far each signal has been from zero lately, as known then; NaN where unknown.
+        squares = pd.DataFrame(rows.signals**2).ewm(span=SPREAD_ROWS, min_periods=LEAST_SPREAD_ROWS).mean()
+        spread = np.asarray(np.sqrt(squares), dtype=np.float64)
         heard = np.isfinite(rows.signals) & ~(spread <= CONSTANT)
         standard = np.where(heard, rows.signals, np.nan) / spread
         prior = np.array([self.prior[name] for name in members])
@@ -273,30 +147,21 @@ class SimpleEnsemble:
         skills[earns] = nnls(root.T, np.linalg.solve(root, wanted))[0]
         return np.asarray(skills / skills.sum() if skills.any() else share, dtype=np.float64)
 
-    def calibrate(
-        self, rows: SignalRows, raw_scaled: FloatArray
-    ) -> tuple[FloatArray, FloatArray, FloatArray]:
+    def calibrate(self, rows: SignalRows, raw_scaled: FloatArray) -> FloatArray:
         """Follow `calibrate` over time; row t uses outcomes that were known before t.
 
-        Returns slope, mean of the raw signal, and lower bound of the skill as of each row, (n,).
+        Returns slope, mean of the raw signal, and lower bound of the skill as of each row, (3, n).
         """
         found = np.zeros((3, len(raw_scaled)))
         for known, now in rows.refreshes(np.isfinite(raw_scaled), self.refresh_rows):
             said, came = raw_scaled[known], rows.outcome[known]
             one = calibrate(said, came, drift=0.0, horizon_bars=rows.horizon_bars)
             found[:, now] = np.array([one.slope, one.raw_mean, one.skill_lower])[:, np.newaxis]
-        return found[0], found[1], found[2]
-
-
-def spread_of(signals: FloatArray) -> FloatArray:
-    """Return how far each signal has been from zero lately, as known then, (n, k); NaN where unknown."""
-    squares = pd.DataFrame(signals**2).ewm(span=SPREAD_ROWS, min_periods=LEAST_SPREAD_ROWS).mean()
-    return np.asarray(np.sqrt(squares), dtype=np.float64)
+        return found
 
 
 # Bars whose volatility is the storm or calm that a bar is compared with, and those of a trend.
-REGIME_BARS, TREND_BARS, LEAST_REGIME_BARS = 1260, 200, 60
-MAX_TREND = 3.0
+REGIME_BARS, TREND_BARS, LEAST_REGIME_BARS, MAX_TREND = 1260, 200, 60, 3.0
 # What the linear meta-learner sees, whose weights are not negative: each member in calm and in storm, and
 # what both say. The trees find such products themselves.
 META_COLUMNS: dict[str, tuple[str, ...]] = {
@@ -310,10 +175,9 @@ def meta_features(bars: pd.DataFrame, signals: Mapping[str, FloatArray]) -> pd.D
 
     ``signals`` are raw, in units of the h-day volatility, by member, (n,). ``storm``: rank of the volatility
     among its last `REGIME_BARS`, 0 to 1. ``trend``: distance from the mean of `TREND_BARS` closes, in
-    volatilities over as many bars. ``agreed``: what both members say at least, zero where they differ in
-    sign.
+    volatilities over as many bars. ``agreed``: what both say at least, zero where they differ in sign.
     """
-    gbm, lstm = signals[GBM_NAME], signals[LSTM_NAME]
+    gbm, lstm = signals[GBM.name], signals[LSTM.name]
     sigma_log = make_target(bars, 1)["sigma_log"]
     storm = sigma_log.rolling(REGIME_BARS, min_periods=LEAST_REGIME_BARS).rank(pct=True).fillna(0.5)
     close_log = np.log(bars["Close"])
@@ -321,20 +185,11 @@ def meta_features(bars: pd.DataFrame, signals: Mapping[str, FloatArray]) -> pd.D
     trend = (distance / (sigma_log * np.sqrt(TREND_BARS))).clip(-MAX_TREND, MAX_TREND).fillna(0.0)
     in_storm = np.asarray(storm, dtype=np.float64)
     common = np.where(np.sign(gbm) == np.sign(lstm), np.minimum(np.abs(gbm), np.abs(lstm)), 0.0)
-    return pd.DataFrame(
-        {
-            "gbm": gbm,
-            "lstm": lstm,
-            "gbm_calm": gbm * (1.0 - in_storm),
-            "gbm_storm": gbm * in_storm,
-            "lstm_calm": lstm * (1.0 - in_storm),
-            "lstm_storm": lstm * in_storm,
-            "agreed": np.sign(gbm) * common,
-            "storm": in_storm,
-            "trend": np.asarray(trend, dtype=np.float64),
-        },
-        index=bars.index,
-    )
+    found = {"gbm": gbm, "lstm": lstm, "agreed": np.sign(gbm) * common, "storm": in_storm}
+    found["trend"] = np.asarray(trend, dtype=np.float64)
+    for name, signal in ((GBM.name, gbm), (LSTM.name, lstm)):
+        found[f"{name}_calm"], found[f"{name}_storm"] = signal * (1.0 - in_storm), signal * in_storm
+    return pd.DataFrame(found, index=bars.index)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -376,3 +231,270 @@ class Stacked:
         if after.any():
             known[after] = self.meta.predict(meta_features(bars, signals)[after])
         return np.where(both & np.isfinite(known), known, simple)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnsembleForecaster:
+    """Members joined into one signal, which is calibrated by its own out-of-sample past.
+
+    Nothing of it is stored: weights and calibration of every bar are learned anew, see `SimpleEnsemble`. The
+    first of ``members`` sets the scale; ``stacked`` speaks in the place of the weights. Unless
+    ``distrusted_after`` is None, no row has skill, and forecasts after this session are the drift.
+    """
+
+    members: Mapping[str, Member]
+    weights: SimpleEnsemble = field(default_factory=SimpleEnsemble)
+    stacked: Stacked | None = None
+    distrusted_after: pd.Timestamp | None = None
+
+    def __post_init__(self) -> None:
+        if len({member.horizon_bars for member in self.members.values()}) != 1:
+            told = ", ".join(f"{name} {member.horizon_bars}" for name, member in self.members.items())
+            raise ModelIncompatibleError(
+                f"the members look ahead different numbers of bars ({told}): train them with the same horizon"
+            )
+
+    @property
+    def horizon_bars(self) -> int:
+        """Number of bars that a forecast looks ahead."""
+        return next(iter(self.members.values())).horizon_bars
+
+    def forecast(self, bars: pd.DataFrame) -> pd.DataFrame:
+        """Forecast every bar; beside `FORECAST_COLUMNS` a ``model_`` and a ``weight_`` column per member."""
+        return with_bands(self.centre(bars), bars, self.horizon_bars)
+
+    def centre(self, bars: pd.DataFrame) -> pd.DataFrame:
+        """Return centre, scale and skill of every bar's forecast, see `Member`."""
+        frames = {name: member.centre(bars) for name, member in self.members.items()}
+        first, *others = frames.values()
+        frame = first.copy()
+        for other in others:
+            frame["baseline_log"] = frame["baseline_log"].fillna(other["baseline_log"])
+            frame["is_of_other_prices"] |= other["is_of_other_prices"]
+            frame = frame.join(other[other.columns.difference(frame.columns, sort=False)])
+        rows = self._rows(bars, frame, [first, *others])
+        signals = dict(zip(frames, rows.signals.T, strict=True))
+        weights, raw_scaled = self.weights.weigh(rows, list(frames))
+        if self.stacked is not None:
+            raw_scaled = self.stacked.signal(bars, signals, raw_scaled)
+        slope, raw_mean, skill_lower = self.weights.calibrate(rows, raw_scaled)
+        if self.distrusted_after is not None:
+            slope = np.where(np.asarray(bars.index > self.distrusted_after), 0.0, slope)
+            skill_lower = np.zeros_like(skill_lower)
+        frame["raw_scaled"], frame["skill_lower"] = raw_scaled, skill_lower
+        frame["expected_log"] = frame["baseline_log"] + slope * (raw_scaled - raw_mean) * frame["sigma_log"]
+        frame["is_out_of_sample"] = rows.is_out_of_sample
+        for name, weight in zip(frames, weights.T, strict=True):
+            frame[f"model_{name}"], frame[f"weight_{name}"] = signals[name], weight
+        return frame
+
+    def _rows(self, bars: pd.DataFrame, frame: pd.DataFrame, parts: list[pd.DataFrame]) -> SignalRows:
+        """Return what the members said, and what came; a row is out of sample where all are that said it."""
+        said = np.column_stack([one["raw_scaled"].to_numpy(dtype=np.float64) for one in parts])
+        seen = np.column_stack([~one["is_out_of_sample"].to_numpy(dtype=bool) for one in parts])
+        heard, other_prices = np.isfinite(said), frame["is_of_other_prices"].to_numpy(dtype=bool)
+        h, close_log = self.horizon_bars, np.log(bars["Close"])
+        return SignalRows(
+            signals=said,
+            outcome=np.asarray((close_log.shift(-h) - close_log) / frame["sigma_log"], dtype=np.float64),
+            is_out_of_sample=heard.any(axis=1) & ~(heard & seen).any(axis=1) & ~other_prices,
+            known_from=np.arange(len(bars), dtype=np.intp) + h + EMBARGO_BARS,
+            horizon_bars=h,
+        )
+
+
+class EnsembleManifest(artifact.Manifest):
+    """What a saved ensemble promises; its golden inputs are of the meta-learner's columns, if it has one."""
+
+    SCHEMA: ClassVar[int] = 1
+    FILES: ClassVar[tuple[str, ...]] = (ENSEMBLE_FILE, METADATA, RECORD)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of its members."""
+        return MEMBERS
+
+
+class Linear(BaseModel):
+    """What ``ensemble.json`` tells of a meta-learner; trees lie in a file of their own."""
+
+    centre: tuple[FiniteFloat, ...]
+    scale: tuple[Annotated[FiniteFloat, Field(gt=0)], ...]
+    coefficients: tuple[Annotated[FiniteFloat, Field(ge=0)], ...] = ()
+
+
+class EnsembleDocument(BaseModel):
+    """Content of ``ensemble.json``."""
+
+    method: Method
+    members: Mapping[str, str]
+    weights: SimpleEnsemble
+    meta: Linear | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "EnsembleDocument":
+        if set(self.members) != set(MEMBERS):
+            raise ValueError(f"members are {' and '.join(MEMBERS)}")
+        if (self.meta is None) != (self.method == "simple"):
+            raise ValueError("a meta-learner belongs to every method but the simple one")
+        if self.meta is None:
+            return self
+        wanted = len(META_COLUMNS[self.method])
+        lengths = {len(self.meta.centre), len(self.meta.scale)}
+        if lengths != {wanted} or len(self.meta.coefficients) != wanted * (self.method == "stacking"):
+            raise ValueError(f"the meta-learner does not have {wanted} columns")
+        return self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnsembleBundle(Saved):
+    """A judged ensemble: how two saved models are joined, see `EnsembleForecaster`; and their versions."""
+
+    method: Method
+    members: Mapping[str, str]
+    weights: SimpleEnsemble
+    stacked: Stacked | None = None
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names of its members."""
+        return tuple(self.members)
+
+    @property
+    def model_version(self) -> str:
+        """Identifier of the saved version, and of those of its members."""
+        parts = "+".join(f"{name}:{version}" for name, version in self.members.items())
+        return f"{self.metadata['model_version']}+{parts}"
+
+    def join(
+        self, gbm: Bundle, lstm: Bundle, *, include_in_sample: bool = False, as_lived: bool = False
+    ) -> EnsembleForecaster:
+        """Return the forecaster of the members; the flags are those of `BundleForecaster`."""
+        trusted = as_lived or self.metadata["verdict"]["label"] == "edge"
+        members: dict[str, Member] = {
+            name: BundleForecaster(bundle=bundle, include_in_sample=include_in_sample, as_lived=as_lived)
+            for name, bundle in zip(MEMBERS, (gbm, lstm), strict=True)
+        }
+        return EnsembleForecaster(
+            members=members,
+            weights=self.weights,
+            stacked=self.stacked,
+            distrusted_after=None if trusted else self.record["date"].iloc[-1],
+        )
+
+
+def save_ensemble(bundle: EnsembleBundle, models_dir: Path) -> Path:
+    """Save an ensemble, see `artifact.Format.save`."""
+    meta, contents = bundle.stacked.meta if bundle.stacked else None, dict[str, bytes]()
+    promised: dict[str, object] = {"libraries": artifact.library_versions(LIBRARIES)}
+    if meta is not None:
+        # Rows one spread around the middle, each column moved alone.
+        golden = np.array(meta.centre) + np.diag(meta.scale)
+        promised["golden_inputs"] = golden.tolist()
+        promised["golden_outputs"] = _golden_outputs(meta, golden).tolist()
+        if meta.booster is not None:
+            contents[META_BOOSTER] = bytes(meta.booster.save_raw("ubj"))
+    linear = meta and Linear(centre=meta.centre, scale=meta.scale, coefficients=meta.coefficients)
+    told = EnsembleDocument(method=bundle.method, members=bundle.members, weights=bundle.weights, meta=linear)
+    contents[ENSEMBLE_FILE] = told.model_dump_json(indent=1).encode()
+    return FORMAT.save(bundle, models_dir, contents, promised)
+
+
+def _golden_outputs(meta: MetaModel, inputs: FloatArray) -> FloatArray:
+    return meta.predict(pd.DataFrame(inputs, columns=list(META_COLUMNS[meta.method])))
+
+
+def _build(version: Version[EnsembleManifest], metadata: Mapping[str, Any]) -> EnsembleBundle:
+    told, stacked = artifact.document(version, ENSEMBLE_FILE, EnsembleDocument), None
+    record = read_record(version, *RECORD_COLUMNS, *(["stacked_scaled"] if told.meta else []))
+    if told.meta is not None:
+        booster = None
+        if told.method == "xgb-meta":
+            with artifact.unusable(version.folder, META_BOOSTER):
+                booster = xgboost.Booster(model_file=bytearray(version.contents[META_BOOSTER]))
+        meta = MetaModel(method=told.method, booster=booster, **told.meta.model_dump())
+        check_golden(version, lambda rows: _golden_outputs(meta, rows), version.manifest.golden_outputs)
+        stacked = Stacked(said=record.set_index("date")["stacked_scaled"], meta=meta)
+    return EnsembleBundle(
+        symbol=metadata["symbol"],
+        horizon_bars=metadata["horizon_bars"],
+        method=told.method,
+        members=told.members,
+        weights=told.weights,
+        record=record,
+        metadata=metadata,
+        stacked=stacked,
+    )
+
+
+FORMAT = artifact.Format(kind=ENSEMBLE, manifest=EnsembleManifest, module="inference.ensemble", build=_build)
+load_ensemble, load_linked, load_folder = FORMAT.load, FORMAT.load_linked, FORMAT.load_folder
+describe_linked = FORMAT.describe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What is saved of one symbol; where the ensemble needs a part that cannot be had, ``amiss`` says why."""
+
+    symbol: str
+    gbm: Bundle | None = None
+    lstm: Bundle | None = None
+    ensemble: EnsembleBundle | None = None
+    amiss: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """A forecaster, the model that it is, the mode that serves in fact, and what one must know of it."""
+
+    forecaster: Member
+    symbol: str
+    model_version: str
+    metadata: Mapping[str, Any]
+    mode: Mode
+    notes: tuple[str, ...] = ()
+
+
+def forecaster_for(mode: str, parts: Parts, *, include_in_sample: bool = False) -> Chosen:
+    """Turn a mode into a forecaster; where the ensemble cannot be had, the boosters forecast alone.
+
+    ``mode`` is a name that `mode_of` knows; ``include_in_sample`` is that of `BundleForecaster`.
+    """
+    wanted, notes = mode_of(mode), tuple[str, ...]()
+    if wanted == "ensemble":
+        joined = _joined(parts, include_in_sample=include_in_sample)
+        if isinstance(joined, Chosen):
+            return joined
+        wanted, notes = "gbm_only", (f"{joined}; the boosters forecast alone",)
+    bundle = parts.lstm if wanted == "lstm_only" else parts.gbm
+    if bundle is None:
+        raise ModelMissingError(f"{wanted} needs a model of {parts.symbol} that was not loaded: train one")
+    return Chosen(
+        forecaster=BundleForecaster(bundle=bundle, include_in_sample=include_in_sample),
+        symbol=parts.symbol,
+        model_version=bundle.model_version,
+        metadata=bundle.metadata,
+        mode=wanted,
+        notes=notes,
+    )
+
+
+def _joined(parts: Parts, *, include_in_sample: bool) -> Chosen | str:
+    """Return the ensemble, or why it cannot serve, in words with the remedy."""
+    whole, gbm, lstm = parts.ensemble, parts.gbm, parts.lstm
+    if whole is None or gbm is None or lstm is None:
+        return f"{parts.symbol} has no ensemble that can be used ({parts.amiss})"
+    now = {GBM.name: gbm.model_version, LSTM.name: lstm.model_version}
+    if changed := [name for name, version in whole.members.items() if version != now[name]]:
+        return (
+            f"the ensemble of {parts.symbol} was judged with another version of {' and '.join(changed)}: run "
+            f"{ENSEMBLE.train(parts.symbol, anew=True)}"
+        )
+    return Chosen(
+        forecaster=whole.join(gbm, lstm, include_in_sample=include_in_sample),
+        symbol=parts.symbol,
+        model_version=whole.model_version,
+        metadata=whole.metadata,
+        mode="ensemble",
+        notes=tuple(whole.metadata["parts"]["notes"]),
+    )

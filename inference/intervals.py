@@ -1,4 +1,4 @@
-"""How far off a forecast may be: conformal deciles of the outcome, and the path of a forecast.
+"""How far a signal may be believed, and how far off a forecast may be: its deciles, and its path.
 
 The scale is a volatility known at t. The shape is that of the standardised residuals resolved by t: a band
 needs no assumption about returns. Three things keep it honest where residuals are few or the times change:
@@ -27,9 +27,80 @@ from scipy.special import stdtrit
 
 from data.indicators import MIN_SIGMA_LOG, bar_moves
 from evaluation.accounting import CostModel
+from evaluation.metrics import overlap_error
 from inference.position_sizing import win_record
 
 FloatArray = npt.NDArray[np.float64]
+FloatMatrix = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.intp]
+
+# Fewer independent rows than this say nothing about a slope; a signal is at most doubled.
+MIN_INDEPENDENT, MAX_SLOPE = 30, 2.0
+# Normal quantile of a one-sided lower bound, 95 %.
+CONFIDENCE_Z = 1.645
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """What earlier out-of-sample rows say about the raw signal.
+
+    In units of the h-day volatility, the calibrated forecast is ``drift + slope * (raw - raw_mean)``. The
+    drift, the mean target of the training rows, is the forecast of a model without skill. The slope of
+    realised on raw is shrunk towards zero by its own standard error, within [0, `MAX_SLOPE`]; ``skill_lower``
+    is its lower confidence bound over itself, within [0, 1]: at 0 the ``n_rows`` behind it do not rule out no
+    skill at all.
+    """
+
+    drift: float
+    raw_mean: float
+    slope: float
+    skill_lower: float
+    n_rows: int
+
+    def apply(self, raw_scaled: FloatArray) -> FloatArray:
+        """Return the calibrated forecast, in units of the h-day volatility, shape (n,)."""
+        return self.drift + self.slope * (raw_scaled - self.raw_mean)
+
+
+def calibrate(
+    raw_scaled: FloatArray,
+    realised_scaled: FloatArray,
+    *,
+    drift: float,
+    horizon_bars: int,
+    session_code: IntArray | None = None,
+    prior_slope: float = 0.0,
+    prior_std: float = 1.0,
+) -> Calibration:
+    """Estimate how far the raw signal may be believed, from out-of-sample rows, (n,), known by then.
+
+    The least-squares slope of realised on raw is a normal posterior with prior N(`prior_slope`, `prior_std`),
+    clipped into [0, `MAX_SLOPE`]: a few small trees may be too humble. Its standard error sums over the
+    symbols of a session (`session_code`, from 0; None where every row is a session of its own), which move
+    together, and allows for labels that overlap, see `overlap_error`. ``drift`` is the mean of the scaled
+    target over the training rows.
+    """
+    n_rows, slope, lower = len(raw_scaled), prior_slope, 0.0
+    code = np.arange(n_rows) if session_code is None else session_code
+    n_sessions = int(code.max()) + 1 if n_rows else 0
+    raw_mean, spread = (float(np.mean(raw_scaled)), float(np.var(raw_scaled))) if n_rows else (0.0, 0.0)
+    if n_sessions / horizon_bars >= MIN_INDEPENDENT and spread > 1e-12:
+        centred = raw_scaled - raw_mean
+        outcome = realised_scaled - np.mean(realised_scaled)
+        own = float(np.mean(centred * outcome)) / spread
+        by_session = np.bincount(code, weights=centred * (outcome - own * centred)).astype(np.float64)
+        error = overlap_error(by_session, horizon_bars) / (spread * n_rows)
+        trust = prior_std**2 / (prior_std**2 + error**2)
+        slope = prior_slope + trust * (own - prior_slope)
+        lower = (slope - CONFIDENCE_Z * error * np.sqrt(trust)) / slope if slope > 0 else 0.0
+    return Calibration(
+        drift=drift,
+        raw_mean=raw_mean,
+        slope=float(np.clip(slope, 0.0, MAX_SLOPE)),
+        skill_lower=float(np.clip(lower, 0.0, 1.0)),
+        n_rows=n_rows,
+    )
+
 
 DEGREES_OF_FREEDOM = 5.0
 ANCHORS_BARS = (1, 5, 20, 126)

@@ -31,7 +31,7 @@ from inference.artifact import (
     RECORD_COLUMNS,
     Version,
 )
-from inference.ensemble import Calibration, FloatArray, FloatMatrix, IntArray
+from inference.intervals import Calibration, FloatArray, FloatMatrix, IntArray
 from inference.pipeline import Bundle, check_golden, read_record
 from utils.errors import ModelIncompatibleError
 from utils.model_paths import GBM, ArtifactKind

@@ -27,7 +27,7 @@ from inference.artifact import (
     corrupt,
     unusable,
 )
-from inference.ensemble import Calibration, FloatArray, FloatMatrix, IntArray
+from inference.intervals import Calibration, FloatArray, FloatMatrix, IntArray
 from inference.pipeline import Bundle, check_golden, read_record
 from utils.model_paths import LSTM, ArtifactKind
 

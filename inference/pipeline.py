@@ -21,8 +21,17 @@ from evaluation.accounting import DEFAULT_CAPITAL, CostModel
 from evaluation.advanced_backtester import AdvancedBacktester, BacktestReport
 from inference import artifact
 from inference.artifact import GOLDEN_TOLERANCE, RECORD, Saved, Version, corrupt, unusable
-from inference.ensemble import Calibration, FloatArray, FloatMatrix, IntArray
-from inference.intervals import ANCHORS_BARS, ForecastPath, columns_of, forecast_path, with_bands
+from inference.intervals import (
+    ANCHORS_BARS,
+    Calibration,
+    FloatArray,
+    FloatMatrix,
+    ForecastPath,
+    IntArray,
+    columns_of,
+    forecast_path,
+    with_bands,
+)
 from inference.position_sizing import Sizer, SizingInputs
 from utils.errors import DataError, ModelIncompatibleError
 from utils.model_paths import ArtifactKind

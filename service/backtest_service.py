@@ -22,7 +22,7 @@ from evaluation.forward_simulator import Book, Evidence, ForwardSimulator, IntAr
 from evaluation.metrics import Measured, calibration_metrics, values
 from evaluation.report import backtest_report, luck_section, provenance_of
 from inference import position_sizing as sizes
-from inference.load_ensemble_model import Chosen
+from inference.ensemble import Chosen
 from inference.pipeline import Decisions, backtest_decisions, decide
 from service import schemas as wire
 from service.prediction_chart import wire_metrics

@@ -1,14 +1,8 @@
 """Every forecast that was served, written once and never changed, and what became of it.
 
-::
-
-    python -m service.ledger score [SYMBOL]
-    python -m service.ledger verify [--head HASH]
-    python -m service.ledger show [SYMBOL]
-
-A row is committed before its answer goes out. Each row carries the sha256 of its content and of the row
-before it, and the head of that chain is kept beside: a row that is changed, removed or moved is found by
-`verify`. Who may write the database can forge the whole chain; who notes the head elsewhere finds that too.
+A row is committed before its answer goes out. It carries the sha256 of its content and of the row before it,
+and the head of that chain is kept beside: `verify` finds a row that is changed, removed or moved. Who may
+write the database can forge the whole chain; who notes the head elsewhere finds that too.
 
 A forecast is scored when its target session has closed, by returns over the bars of its source: a split does
 no harm. Of forecasts that differ only in the limits that were asked for, the first one served counts.
@@ -21,16 +15,19 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import sqlalchemy as sql
 from rich.console import Console
-from sqlalchemy import exc
+from sqlalchemy import exc, schema
 
 from data.cache_manager import BarCache
 from data.data_fetcher import BarSource, fetch_stock_data, make_source
@@ -38,7 +35,6 @@ from data.schema import NO_DATE, NO_MOMENT, Bars, calendar_for, holds, normalise
 from evaluation.accounting import CostModel
 from evaluation.forward_simulator import forecast_outcome
 from service import schemas as wire
-from service.database import Database
 from utils.errors import DataError, StorageError, UpstreamError, UsageError
 from utils.settings import Settings, print_rows, run_command
 
@@ -46,20 +42,23 @@ logger = logging.getLogger(__name__)
 TableRows = list[dict[str, Any]]
 
 # Nobody waits longer for a forecast because another process holds the database.
-LOCK_WAIT_S, ATTEMPTS = 0.25, 50
-GENESIS = "0" * 64
+LOCK_WAIT_S, ATTEMPTS, GENESIS = 0.25, 50, "0" * 64
 FIRST_NAMES = {"model_id": "fusion_mode"}
 # Nearer than this, two closes are one price.
 SAME_CLOSE = 1e-6
 OVERLAP = "forecasts of overlapping windows count one by one; they hold a sample only n / horizon strong"
+COMMANDS = {
+    "score": "set forecasts whose target session has closed beside what came",
+    "verify": "look for rows that were changed, removed or moved",
+    "show": "print the rows as they were served",
+}
 # What a terminal of 80 columns has room for; JSON has everything.
 SHOWN = {
+    "score": "symbol model_id source horizon_bars scored direction_accuracy band_coverage status",
     "verify": "status rows head",
     "show": "symbol model_id as_of target_session forecast_return position",
-    "score": "symbol model_id source horizon_bars scored direction_accuracy band_coverage status",
 }
 SAID_BY_ROW = re.compile("_(return|accuracy|coverage|session|bars|id)$")
-CHANGED = "changed after it was written: does not count"
 AFTER_BREAK = "what follows a break of the chain does not count"
 MEANS = {
     "direction_accuracy": "direction_hit",
@@ -69,11 +68,91 @@ MEANS = {
     "mean_position_return": "position_return",
     "mean_hold_return": "hold_return",
 }
-COMMANDS = {
-    "score": "set forecasts whose target session has closed beside what came",
-    "verify": "look for rows that were changed, removed or moved",
-    "show": "print the rows as they were served",
-}
+
+
+class Database:
+    """A database of the service, safe to use from many threads; its tables come with the first row.
+
+    Its errors are `StorageError`, which call it by ``name``, and `UsageError` for a ``url`` that makes no
+    sense; it waits for other processes ``wait_s`` at most.
+    """
+
+    def __init__(self, url: str, tables: sql.MetaData, name: str, wait_s: float) -> None:
+        try:
+            address = sql.make_url(url)
+            is_file = address.get_backend_name() == "sqlite"
+            wait = {"timeout": wait_s} if is_file else {}
+            # As many connections as there are threads; a few stay open.
+            self._engine = sql.create_engine(
+                address, connect_args=wait, poolclass=sql.QueuePool, max_overflow=-1, pool_pre_ping=True
+            )
+        except (exc.ArgumentError, ModuleNotFoundError, ValueError) as error:
+            # Not its own words: they may hold the address, and with it a password.
+            raise UsageError(
+                f"AI_STOCKS_DATABASE_URL cannot be used ({type(error).__name__}): write "
+                "sqlite:////FOLDER/FILE.sqlite, or postgresql+psycopg://HOST/NAME with psycopg installed"
+            ) from error
+        self.file = Path(str(address.database)) if is_file and address.database else None
+        # `create_all` looks first and creates then: two at a time would both create.
+        every = tables.sorted_tables
+        self._creation: list[sql.Executable] = [schema.CreateTable(t, if_not_exists=True) for t in every]
+        self._creation += [schema.CreateIndex(i, if_not_exists=True) for t in every for i in t.indexes]
+        self._name, self._is_ready, self._inode = name, False, 0
+
+    @contextmanager
+    def begin(self) -> Iterator[sql.Connection]:
+        """Yield a connection; what is done with it is written at the end, as a whole."""
+        with self._errors("written"):
+            if not self._is_there() and self.file is not None:
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self._engine.begin() as connection:
+                for statement in () if self._is_ready else self._creation:
+                    connection.execute(statement)
+                yield connection
+            self._is_ready = True
+
+    def read(self, query: sql.Select[Any]) -> Sequence[sql.RowMapping]:
+        """Return the rows of a table, none where there is no such table or no database yet."""
+        with self._errors("read"):
+            try:
+                # SQLite would make an empty file of a missing one.
+                return self._rows(query) if self._is_there() else []
+            except (exc.OperationalError, exc.ProgrammingError):
+                names = [table.name for table in query.get_final_froms() if isinstance(table, sql.Table)]
+                # Where there is one now, somebody has just made it.
+                is_made = all(map(sql.inspect(self._engine).has_table, names))
+                return self._rows(query) if is_made else []
+
+    def _rows(self, query: sql.Select[Any]) -> Sequence[sql.RowMapping]:
+        with self._engine.connect() as connection:
+            if self.file is not None:
+                # Bytes that are no text are for `data.schema.holds` to find.
+                driver: Any = connection.connection.dbapi_connection
+                driver.text_factory = lambda text: str(text, "utf-8", "replace")
+            return connection.execute(query).mappings().all()
+
+    def _is_there(self) -> bool:
+        """Whether there is a database; what was open of one that was removed or replaced is closed."""
+        inode = self.file.stat().st_ino if self.file is not None and self.file.exists() else 0
+        if inode != self._inode:
+            self._engine.dispose()
+            self._inode, self._is_ready = inode, False
+        return self.file is None or inode != 0
+
+    @contextmanager
+    def _errors(self, done: str) -> Iterator[None]:
+        try:
+            yield
+        except exc.IntegrityError:
+            # What that means is for the caller to say.
+            raise
+        except (exc.SQLAlchemyError, OSError) as error:
+            # The tables may be gone, and a connection broken.
+            self._is_ready = False
+            self._engine.dispose()
+            # What the database said, without the statement and its values.
+            words = str(getattr(error, "orig", None) or type(error).__name__).splitlines()[0][:200]
+            raise StorageError(f"{self._name} cannot be {done} ({words})") from error
 
 
 class ServedForecast(wire.ForecastContent):
@@ -102,6 +181,10 @@ class Entry:
     forecast: ServedForecast
 
     @property
+    def _cells(self) -> dict[str, Any]:
+        return {**dict(self.forecast), "served_at": self.served_at}
+
+    @property
     def unreadable(self) -> list[str]:
         """Names of the cells that hold no value of their kind."""
         return [name for name, value in self._cells.items() if not holds(value, BLANKS[name])]
@@ -109,11 +192,7 @@ class Entry:
     @property
     def shown(self) -> dict[str, Any]:
         """What was served, with blanks where the cells hold no value of their kind."""
-        return {n: value if holds(value, BLANKS[n]) else BLANKS[n] for n, value in self._cells.items()}
-
-    @property
-    def _cells(self) -> dict[str, Any]:
-        return {**dict(self.forecast), "served_at": self.served_at}
+        return self._cells | {name: BLANKS[name] for name in self.unreadable}
 
     @property
     def is_intact(self) -> bool:
@@ -126,11 +205,7 @@ class Entry:
 
 _METADATA = sql.MetaData()
 # By the kind of a field: the column, and what is shown where a cell holds no such value.
-_KINDS: dict[Any, tuple[Any, Any]] = {
-    str: (sql.String(128), "?"),
-    int: (sql.Integer(), 0),
-    float: (sql.Double(), 0.0),
-}
+_KINDS: Mapping[Any, Any] = {str: (sql.String(128), "?"), int: (sql.Integer(), 0), float: (sql.Double(), 0.0)}
 _CONTENT = {name: _KINDS[field.annotation] for name, field in ServedForecast.model_fields.items()}
 _CELLS = {name: FIRST_NAMES.get(name, name) for name in _CONTENT}
 _CHAIN = ("served_at", "previous_hash", "row_hash", "digest")
@@ -149,11 +224,8 @@ _HEAD = sql.Table(
     sql.Column("rows", sql.Integer, nullable=False),
     sql.Column("row_hash", sql.String(64), nullable=False),
 )
-BLANKS: Mapping[str, Any] = {name: blank for name, (_, blank) in _CONTENT.items()} | {
-    "as_of": NO_DATE,
-    "target_session": NO_DATE,
-    "served_at": NO_MOMENT,
-}
+_DATES = {"as_of": NO_DATE, "target_session": NO_DATE, "served_at": NO_MOMENT}
+BLANKS: Mapping[str, Any] = {name: blank for name, (_, blank) in _CONTENT.items()} | _DATES
 
 
 def _sha256(content: Mapping[str, object]) -> str:
@@ -186,17 +258,12 @@ class ForecastLedger:
         self._audited = START
 
     def record(self, forecast: ServedForecast, now: datetime | None = None) -> bool:
-        """Append a row and commit it; return False when the same forecast is there already.
-
-        ``now`` (UTC) is by default the present. Raises `StorageError` when the database cannot be written.
-        """
+        """Append a row as of ``now`` (UTC), or raise `StorageError`; return False if it is there already."""
         for _ in range(ATTEMPTS):
             try:
-                with self._database.begin() as connection:
+                # Another process may be faster: its row comes before ours.
+                with suppress(exc.IntegrityError), self._database.begin() as connection:
                     return self._append(connection, forecast, now or datetime.now(UTC))
-            except exc.IntegrityError:
-                # Another process was faster; its row comes before ours.
-                continue
             except (TypeError, OverflowError) as error:
                 raise StorageError("the ledger cannot be written (its head is no head)") from error
         raise StorageError("the ledger takes no row: run `python -m service.ledger verify`")
@@ -248,11 +315,8 @@ class ForecastLedger:
         return Audit(good, previous, rows, fault)
 
     def audit_new(self, own: Iterable[Entry]) -> Audit:
-        """Return what `audit` finds in the rows that came since this process asked for the last time.
-
-        All are audited again where one is gone, one of ``own`` was changed, or the new ones do not fit. What
-        was done since to a row of others in its place is found by `verify`.
-        """
+        """Audit what came since the last call; all where a row is gone, or one of ``own`` was changed."""
+        # What was done since to a row of others in its place is found by `verify`.
         known = self._audited
         before = sql.select(sql.func.count().label("rows")).select_from(_ROWS)
         left = self._database.read(before.where(_ROWS.c.sequence.between(1, known.good)))
@@ -265,11 +329,7 @@ class ForecastLedger:
         return found
 
     def verify(self, noted_head: str | None = None) -> tuple[int, str]:
-        """Return the number of rows and the hash of the last one.
-
-        ``noted_head`` is a hash that an earlier call returned: it must still be in the chain. Raises
-        `DataError` when a row was changed, removed, added or moved.
-        """
+        """Return the number of rows and the last hash; `DataError` if ``noted_head`` is gone, or a row."""
         found = self.audit()
         fault, noted = found.fault, sql.select(_ROWS).where(_ROWS.c.row_hash == noted_head)
         if fault is None and noted_head not in {None, GENESIS} and not self._database.read(noted):
@@ -284,25 +344,23 @@ class ForecastLedger:
 
 
 def score(entries: Iterable[Entry], bars: Bars, good: float = math.inf) -> list[wire.TrackRecordForecast]:
-    """Score the rows of one symbol, in the order of writing, by its bars.
+    """Score the rows of one symbol, in the order of writing; only of the ledger's first ``good`` any counts.
 
     A position is entered from cash at the close of the as-of session and held until the target session, after
-    costs and financing; so is the whole capital in shares, beside it. Only of the first ``good`` rows of the
-    ledger any counts.
+    costs and financing; so is the whole capital in shares, beside it.
     """
     calendar = calendar_for(bars.symbol)
     costs, scored = CostModel(periods_per_year=calendar.sessions_per_year), []
     seen: set[tuple[str, ...]] = set()
     for entry in entries:
-        told = entry.forecast
-        found = _outcome(entry, bars, costs)
+        told, found = entry.forecast, _outcome(entry, bars, costs)
         if found["status"] != "unscored":
-            doubt = (
-                AFTER_BREAK
-                if not 1 <= entry.sequence <= good
-                else calendar.hindsight(told.as_of, entry.served_at)
+            why = (
+                calendar.hindsight(told.as_of, entry.served_at)
+                if 1 <= entry.sequence <= good
+                else AFTER_BREAK
             )
-            found |= {} if doubt is None else {"counts": False, "note": doubt}
+            found |= {} if why is None else {"counts": False, "note": why}
         key = (told.source, told.model_version, told.as_of, told.target_session)
         found = {"counts": found["status"] != "unscored" and key not in seen, **found}
         seen.update({key} if found["counts"] else ())
@@ -311,11 +369,10 @@ def score(entries: Iterable[Entry], bars: Bars, good: float = math.inf) -> list[
 
 
 def _outcome(entry: Entry, bars: Bars, costs: CostModel) -> dict[str, Any]:
-    """Return the fields of `TrackRecordForecast` that tell what came."""
     told, index, source = entry.forecast, pd.DatetimeIndex(bars.frame.index), bars.provenance.source
     if not entry.is_intact:
         unreadable = f" (unreadable: {', '.join(entry.unreadable)})" if entry.unreadable else ""
-        return {"status": "unscored", "note": CHANGED + unreadable}
+        return {"status": "unscored", "note": f"changed after it was written: does not count{unreadable}"}
     if told.source != source:
         return {"status": "unscored", "note": f"made from prices of {told.source}, these are of {source}"}
     if pd.Timestamp(told.target_session) > index[-1]:
@@ -335,23 +392,19 @@ def _outcome(entry: Entry, bars: Bars, costs: CostModel) -> dict[str, Any]:
 
 def summarise(scored: Iterable[wire.TrackRecordForecast]) -> list[wire.TrackRecordSummary]:
     """Return one summary for each horizon and model; rows that do not count are left out."""
-    groups: dict[tuple[int, str], list[wire.TrackRecordForecast]] = {}
+    groups = defaultdict(list)
     for row in scored:
         if row.counts:
-            groups.setdefault((row.horizon_bars, row.model_id), []).append(row)
-    return [_summary(rows) for _, rows in sorted(groups.items())]
-
-
-def _summary(rows: Sequence[wire.TrackRecordForecast]) -> wire.TrackRecordSummary:
-    done = [row for row in rows if row.status == "scored"]
-    figures = {name: [v for row in done if (v := getattr(row, of)) is not None] for name, of in MEANS.items()}
-    return wire.TrackRecordSummary(
-        horizon_bars=rows[0].horizon_bars,
-        model_id=rows[0].model_id,
-        served=len(rows),
-        scored=len(done),
-        **{name: float(np.mean(values)) for name, values in figures.items() if values},
-    )
+            groups[row.horizon_bars, row.model_id].append(row)
+    found = []
+    for (horizon, model), rows in sorted(groups.items()):
+        done = [row for row in rows if row.status == "scored"]
+        of = {"horizon_bars": horizon, "model_id": model, "served": len(rows), "scored": len(done)}
+        for name, figure in MEANS.items():
+            values = [value for row in done if (value := getattr(row, figure)) is not None]
+            of |= {name: float(np.mean(values))} if values else {}
+        found.append(wire.TrackRecordSummary.model_validate(of))
+    return found
 
 
 def track_record(
@@ -378,39 +431,25 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--json", action="store_true", help="print JSON on stdout")
         if name == "verify":
             command.add_argument("--head", metavar="HASH", help="hash that an earlier run printed")
-            continue
-        command.add_argument("symbol", nargs="?", help="default: every symbol of the ledger")
+        else:
+            command.add_argument("symbol", nargs="?", help="default: every symbol of the ledger")
         if name == "score":
             command.add_argument("--source", help="yahoo, sample or csv:DIR (default: that of each row)")
     return parser
 
 
-def told_of(args: argparse.Namespace, settings: Settings) -> TableRows:
-    """Return the rows of the table that was asked for."""
-    ledger = ForecastLedger(settings.database)
-    if args.command == "verify":
-        rows, head = ledger.verify(args.head)
-        return [{"status": "ok", "rows": rows, "head": head}]
-    if args.command == "score":
-        return scored_rows(ledger, args, settings)
-    entries = ledger.entries(None if args.symbol is None else normalise_symbol(args.symbol))
-    return [{"sequence": e.sequence, **e.shown} for e in entries]
-
-
-def scored_rows(ledger: ForecastLedger, wanted: argparse.Namespace, settings: Settings) -> TableRows:
-    """Return what became of the forecasts of each symbol, by prices of the source that each was made from."""
-    entries, audit = ledger.entries(), ledger.audit()
+def scored_rows(entries: list[Entry], audit: Audit, wanted: str | None, settings: Settings) -> TableRows:
+    """Return what became of forecasts, by prices of the ``wanted`` source, or of that of each row."""
     if audit.fault is not None:
         logger.warning("the ledger is broken: %s; %s", audit.fault, AFTER_BREAK)
-    groups: dict[tuple[str, str], list[Entry]] = {}
+    groups = defaultdict(list)
     for entry in entries:
-        if wanted.symbol is None or entry.shown["symbol"] == normalise_symbol(wanted.symbol):
-            groups.setdefault((entry.shown["symbol"], entry.shown["source"]), []).append(entry)
+        groups[entry.shown["symbol"], entry.shown["source"]].append(entry)
     told, failed = [], []
     for (symbol, name), own in sorted(groups.items()):
         of = {"symbol": symbol, "source": name, "served": len(own)}
         try:
-            source = _source_of(name, wanted.source, settings)
+            source = _source_of(name, wanted, settings)
             bars = fetch_stock_data(symbol, source=source, cache=BarCache(settings.cache_dir))
         except (UpstreamError, DataError, UsageError) as error:
             failed.append(f"{symbol} of {name}: {error}")
@@ -426,9 +465,8 @@ def scored_rows(ledger: ForecastLedger, wanted: argparse.Namespace, settings: Se
 
 
 def _source_of(name: str, wanted: str | None, settings: Settings) -> BarSource:
-    if wanted is None and name in {"yahoo", "sample"}:
-        return make_source(name, cache_dir=settings.cache_dir)
-    source = make_source(wanted or settings.source, cache_dir=settings.cache_dir)
+    known = name if name in {"yahoo", "sample"} else settings.source
+    source = make_source(wanted or known, cache_dir=settings.cache_dir)
     if wanted is None and source.name != name:
         raise UsageError(f"a row does not say where {name} lies: give --source")
     return source
@@ -439,7 +477,15 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
 
     def run(settings: Settings) -> None:
-        rows = told_of(args, settings)
+        ledger = ForecastLedger(settings.database)
+        if args.command == "verify":
+            count, head = ledger.verify(args.head)
+            rows: TableRows = [{"status": "ok", "rows": count, "head": head}]
+        else:
+            entries = ledger.entries(None if args.symbol is None else normalise_symbol(args.symbol))
+            rows = [{"sequence": entry.sequence, **entry.shown} for entry in entries]
+            if args.command == "score":
+                rows = scored_rows(entries, ledger.audit(), args.source, settings)
         if args.json:
             sys.stdout.write(json.dumps(rows, allow_nan=False) + "\n")
         else:

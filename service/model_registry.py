@@ -26,11 +26,11 @@ from typing import Any, NamedTuple
 
 from data.schema import normalise_symbol
 from inference import artifact
-from inference import load_ensemble_model as joint
+from inference import ensemble as joint
 from inference import load_gbm_models as gbm
 from inference import load_lstm_model as lstm
 from inference.artifact import MANIFEST, Description, Manifest
-from inference.load_ensemble_model import PARTS, Mode, Parts, forecaster_for
+from inference.ensemble import Parts, forecaster_for
 from inference.pipeline import Forecaster
 from service.prediction_chart import model_meta
 from service.schemas import ModelMeta, ModelVersion
@@ -46,9 +46,11 @@ from utils.model_paths import (
     ENSEMBLE,
     GBM,
     LSTM,
+    PARTS,
     READS,
     ArtifactKind,
     Linked,
+    Mode,
     VersionPrunedError,
     discard,
     linked_version,
@@ -83,7 +85,7 @@ class ModelKind(NamedTuple):
 
     @property
     def mode(self) -> Mode:
-        """The fusion mode that it serves; its parts are `inference.load_ensemble_model.PARTS`."""
+        """The fusion mode that it serves; its parts are `utils.model_paths.PARTS`."""
         return next(mode for mode, parts in PARTS.items() if parts[-1].name == self.paths.name)
 
 

@@ -16,14 +16,12 @@ from pydantic import ValidationError
 
 from data.feature_engineer import FEATURE_WORDS
 from data.schema import BAR_COLUMNS, Bars, Provenance, calendar_for
-from inference.ensemble import MODEL_NAMES
 from inference.intervals import ForecastPath
-from inference.load_ensemble_model import PARTS, mode_of
 from inference.pipeline import Decisions, Explains
 from service import schemas as wire
 from service.schemas import BacktestMetrics, ModelMeta, PredictionRequest
 from utils.errors import InsufficientDataError, ModelCorruptError
-from utils.model_paths import GBM, LSTM
+from utils.model_paths import GBM, LSTM, PARTS, mode_of
 
 if TYPE_CHECKING:
     from service.model_registry import ServedModel
@@ -365,9 +363,7 @@ def std_ratio(record: pd.DataFrame) -> float | None:
     return float(np.std(predicted[known])) / spread if spread > 0.0 else None
 
 
-def model_meta(
-    metadata: Mapping[str, Any], *, ensemble_size: int = len(MODEL_NAMES), warnings: Sequence[str] = ()
-) -> ModelMeta:
+def model_meta(metadata: Mapping[str, Any], *, ensemble_size: int, warnings: Sequence[str] = ()) -> ModelMeta:
     """Translate ``training_metadata.json``; `ModelCorruptError` if a field is missing or of another type."""
     try:
         metrics, undefined = wire_metrics(metadata.get("metrics") or {})

@@ -21,7 +21,6 @@ from pydantic import ValidationError
 from data.data_fetcher import BarSource, Held, ReadsThrough, RevisionedSource, fetch_stock_data
 from data.schema import bars_hash, calendar_for, check_enough, normalise_symbol
 from evaluation.metrics import Z_90
-from inference.load_ensemble_model import PARTS, mode_of
 from inference.pipeline import Decisions, decide, path_ahead
 from inference.position_sizing import RuleSizer, make_sizer
 from service import prediction_chart as page
@@ -30,7 +29,7 @@ from service.ledger import ServedForecast
 from service.model_registry import ModelRegistry, ServedModel
 from service.schemas import PredictionRequest, PredictionResult
 from utils.errors import AIStocksError, DataError, StorageError, UpstreamError, UsageError
-from utils.model_paths import GBM
+from utils.model_paths import GBM, PARTS, mode_of
 
 logger = logging.getLogger(__name__)
 

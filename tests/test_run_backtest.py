@@ -276,7 +276,8 @@ def test_an_ensemble_without_a_network_is_the_boosters_and_says_so(places: Path,
     alone, joined = (run(capsys, "--symbol", "SIGNAL", "--mode", mode) for mode in ("gbm_only", "ensemble"))
     assert joined["strategy_return"] == alone["strategy_return"]
     assert joined["mode"] == "gbm_only"
-    assert [note for note in joined["notes"] if "the boosters forecast alone" in note]
+    (note,) = (note for note in joined["notes"] if "the boosters forecast alone" in note)
+    assert "python -m training.train_lstm SIGNAL" in note
     assert "the boosters forecast alone" in Path(joined["report"]).read_text()
 
 

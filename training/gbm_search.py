@@ -22,7 +22,8 @@ import optuna
 import xgboost
 
 from data.data_splitter import PurgedTimeSeriesSplit
-from inference.ensemble import FloatArray, FloatMatrix, overlap_error
+from evaluation.metrics import overlap_error
+from inference.intervals import FloatArray, FloatMatrix
 from inference.load_gbm_models import Booster, predict_booster
 from utils.errors import UsageError
 

@@ -18,15 +18,8 @@ import xgboost
 from sklearn.preprocessing import RobustScaler
 
 from data.target_engineering import Dataset
-from inference.ensemble import (
-    Calibration,
-    FloatArray,
-    FloatMatrix,
-    IntArray,
-    calibrate,
-    calibrate_symbols,
-    overlap_error,
-)
+from evaluation.metrics import overlap_error
+from inference.intervals import MIN_INDEPENDENT, Calibration, FloatArray, FloatMatrix, IntArray, calibrate
 from inference.load_gbm_models import Booster, BoosterEnsemble, select_scaled, shap_values, shrunk_weights
 from inference.load_lstm_model import windows_of
 from training.gbm_search import DateArray, Rows, SearchConfig, Tuned, all_columns, fit_boosters, tune
@@ -41,6 +34,8 @@ Loss = Literal["huber", "mae", "balanced", "quantile"]
 # A symbol with so many rows trusts its own mean half, and that of the panel half: means of symbols differ by
 # some .01 volatilities a bar (.16 a year), and n rows know a mean within 1 / sqrt(n).
 HALF_TRUST_ROWS = 10_000
+# How far the slopes of symbols are thought to lie from the pooled one.
+SYMBOL_SLOPE_STD = 0.25
 # Scaled features beyond this count as this much when they are screened.
 SCREEN_LIMIT = 3.0
 
@@ -338,11 +333,19 @@ def evidence(
     session = pd.factorize(resolved["date"], sort=True)[0]
     pooled = calibrate(raw, realised, drift=drift, horizon_bars=horizon_bars, session_code=session)
     own = dict.fromkeys(drifts, pooled)
-    if len(drifts) > 1:
-        symbol = resolved["symbol"].to_numpy(dtype=object)
-        own = calibrate_symbols(
-            pooled, raw, realised, session, symbol, drifts=drifts, horizon_bars=horizon_bars
+    # Of a panel, each symbol by its own rows, shrunk towards the pooled slope; with few, as the panel.
+    for name, mean in drifts.items() if len(drifts) > 1 else ():
+        rows = np.flatnonzero(resolved["symbol"] == name)
+        one = calibrate(
+            raw[rows],
+            realised[rows],
+            drift=mean,
+            horizon_bars=horizon_bars,
+            session_code=np.unique(session[rows], return_inverse=True)[1],
+            prior_slope=pooled.slope,
+            prior_std=SYMBOL_SLOPE_STD,
         )
+        own[name] = one if len(rows) / horizon_bars >= MIN_INDEPENDENT else replace(pooled, drift=mean)
     return shrunk_weights(per_model, realised), pooled, own
 
 

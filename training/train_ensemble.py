@@ -32,19 +32,19 @@ from evaluation.metrics import spearman
 from evaluation.report import ensemble_report
 from inference.artifact import library_versions
 from inference.ensemble import (
-    GBM_NAME,
-    LSTM_NAME,
+    MEMBERS,
     META_COLUMNS,
     OUTCOME_LIMIT_SIGMA,
-    FloatArray,
-    IntArray,
+    EnsembleBundle,
+    EnsembleForecaster,
     MetaModel,
     Method,
     SimpleEnsemble,
     Stacked,
     meta_features,
+    save_ensemble,
 )
-from inference.load_ensemble_model import EnsembleBundle, EnsembleForecaster, save_ensemble
+from inference.intervals import FloatArray, IntArray
 from inference.load_gbm_models import load_bundle
 from inference.load_lstm_model import load_bundle as load_lstm
 from inference.pipeline import Bundle, BundleForecaster, Decisions, backtest_decisions, decide
@@ -67,7 +67,6 @@ from utils.settings import Settings, read_settings
 from validation.gates import ranks_better_p_value
 from validation.wfe_metrics import Run
 
-MEMBERS = (GBM_NAME, LSTM_NAME)
 # A year of rows that both members forecast, below which joining them teaches nothing.
 LEAST_COMMON_ROWS = 252
 # Few trees, flat and slow: there is little to learn, and nearly all of it is linear.
@@ -184,7 +183,7 @@ class EnsembleTrainer:
         method: Method = "stacking",
         config: MetaConfig | None = None,
     ) -> None:
-        self.members = {GBM_NAME: gbm, LSTM_NAME: lstm}
+        self.members = dict(zip(MEMBERS, (gbm, lstm), strict=True))
         self.method = method
         self.config = config or MetaConfig()
         self.costs = CostModel()
@@ -240,14 +239,14 @@ class EnsembleTrainer:
         return judged
 
     def _join(self, bundle: EnsembleBundle, *, as_lived: bool = True) -> EnsembleForecaster:
-        return bundle.join(self.members[GBM_NAME], self.members[LSTM_NAME], as_lived=as_lived)
+        return bundle.join(*self.members.values(), as_lived=as_lived)
 
     def _decide(self, forecaster: EnsembleForecaster, bars: Bars) -> Decisions:
         return decide(bars.symbol, bars.frame, forecaster, make_sizer(), costs=self.costs)
 
     def _bundle(self, bars: Bars) -> EnsembleBundle:
         """Return the simple ensemble of the members, not judged yet."""
-        weights, gbm = SimpleEnsemble(), self.members[GBM_NAME]
+        weights, (gbm, _lstm) = SimpleEnsemble(), self.members.values()
         versions = {name: one.model_version for name, one in self.members.items()}
         return EnsembleBundle(
             symbol=bars.symbol,
@@ -271,7 +270,7 @@ class EnsembleTrainer:
         self, bars: Bars, frame: pd.DataFrame, record: pd.DataFrame, compared: dict[str, Any] | None
     ) -> dict[str, Any]:
         """Return the parts beside the whole, all on the rows that both members forecast."""
-        h, signals = self.members[GBM_NAME].horizon_bars, frame[[f"model_{name}" for name in MEMBERS]]
+        h, signals = self.members[MEMBERS[0]].horizon_bars, frame[[f"model_{name}" for name in MEMBERS]]
         sessions = frame.index[signals.notna().all(axis=1) & frame["is_out_of_sample"]]
         own = record[record["date"].isin(sessions)].reset_index(drop=True)
         records, errors = {"ensemble": own}, {}

@@ -26,7 +26,7 @@ from sklearn.preprocessing import RobustScaler
 from data.data_splitter import split_latest
 from data.target_engineering import DEFAULT_HORIZON_BARS, Dataset, check_horizon
 from inference.artifact import GOLDEN_ROWS, library_versions
-from inference.ensemble import Calibration, FloatArray, FloatMatrix, IntArray
+from inference.intervals import Calibration, FloatArray, FloatMatrix, IntArray
 from inference.load_lstm_model import (
     ARRAYS,
     LIBRARIES,

@@ -19,7 +19,7 @@ from evaluation.accounting import CostModel
 from evaluation.advanced_backtester import BacktestReport
 from evaluation.metrics import values
 from inference.artifact import GOLDEN_ROWS, new_version_id
-from inference.ensemble import FloatArray, FloatMatrix
+from inference.intervals import FloatArray, FloatMatrix
 from inference.pipeline import Bundle, BundleForecaster, Decisions, backtest_decisions, decide
 from inference.position_sizing import make_sizer
 from utils.errors import InsufficientDataError

@@ -11,12 +11,12 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -28,6 +28,7 @@ from utils.errors import (
     ModelExistsError,
     ModelMissingError,
     StorageError,
+    UsageError,
 )
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,26 @@ class ArtifactKind:
 GBM = ArtifactKind(name="gbm", versions="versions", trainer="training.train_gbm")
 LSTM = ArtifactKind(name="lstm", versions="lstm_versions", trainer="training.train_lstm")
 ENSEMBLE = ArtifactKind(name="ensemble", versions="ensemble_versions", trainer="training.train_ensemble")
+Mode = Literal["gbm_only", "lstm_only", "ensemble"]
+# What each mode is made from: never without the first, and named after the last.
+PARTS: Mapping[Mode, tuple[ArtifactKind, ...]] = {
+    "gbm_only": (GBM,),
+    "lstm_only": (LSTM,),
+    "ensemble": (GBM, LSTM, ENSEMBLE),
+}
+MODES = tuple(PARTS)
+# Names of an earlier release, each the best ensemble that there is.
+OLDER_MODES = ("classifier", "weighted", "hybrid", "regressor")
+
+
+def mode_of(name: str) -> Mode:
+    """Return the mode that a name stands for; `UsageError` where it stands for none."""
+    if name in OLDER_MODES:
+        return "ensemble"
+    for mode in MODES:
+        if mode == name:
+            return mode
+    raise UsageError(f"unknown mode {name[:40]!r}: write {', '.join(MODES)}")
 
 
 class VersionPrunedError(ModelCorruptError):

@@ -224,3 +224,13 @@ def test_the_crps_of_a_band_is_the_integral(came: float, band: tuple[float, floa
 def test_the_crps_of_a_symmetric_band_is_the_normals() -> None:
     # Gneiting and Raftery's equation 21 with sigma 1 at the centre: sqrt(2/pi) - 1/sqrt(pi).
     assert m.band_crps(0.0, 0.0, -m.Z_90, m.Z_90) == pytest.approx(0.2336949772551, abs=1e-12)
+
+
+def test_overlapping_sums_of_a_slow_signal_count_once_per_horizon_and_those_of_a_quick_one_each():
+    rng = np.random.default_rng(0)
+    moves = rng.normal(size=20_000)
+    overlapping = np.convolve(moves, np.ones(5), mode="valid")
+    slow = m.overlap_error(overlapping, 5) / m.overlap_error(overlapping, 1)
+    assert slow == pytest.approx(np.sqrt(5), rel=0.1)
+    quick = overlapping * rng.normal(size=len(overlapping))
+    assert m.overlap_error(quick, 5) / m.overlap_error(quick, 1) == pytest.approx(1.0, rel=0.1)

@@ -1,123 +1,40 @@
-from dataclasses import replace
+"""Two models as one forecaster: what it knows at t, what it does without a member, what is saved of it."""
 
-import lightgbm
+import json
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
 import numpy as np
+import pandas as pd
 import pytest
-import xgboost
-from sklearn.preprocessing import RobustScaler
 
-from inference.ensemble import EMBARGO_BARS, SignalRows, SimpleEnsemble, calibrate, overlap_error
-from inference.load_gbm_models import (
-    BoosterEnsemble,
-    predict_booster,
-    select_scaled,
-    shap_values,
-    shrunk_weights,
+from data.target_engineering import make_target
+from inference import artifact
+from inference.artifact import new_version_id
+from inference.ensemble import (
+    EMBARGO_BARS,
+    EnsembleBundle,
+    EnsembleForecaster,
+    MetaModel,
+    Parts,
+    SignalRows,
+    SimpleEnsemble,
+    Stacked,
+    forecaster_for,
+    load_ensemble,
+    load_folder,
+    meta_features,
+    save_ensemble,
 )
+from inference.intervals import calibrate
+from inference.pipeline import FORECAST_COLUMNS, Bundle, BundleForecaster, Member, decide
+from inference.position_sizing import make_sizer
+from tests.test_service.conftest import bundle_of
+from utils.errors import ModelCorruptError, ModelIncompatibleError, ModelMissingError, UsageError
+from utils.model_paths import MODES, OLDER_MODES, mode_of
 
-
-@pytest.fixture(scope="module")
-def boosters():
-    rng = np.random.default_rng(3)
-    features = rng.normal(size=(400, 6)).astype(np.float32)
-    target = features[:, 0] - 0.5 * features[:, 3] + rng.normal(size=400)
-    xgb = xgboost.train({"max_depth": 3, "nthread": 1}, xgboost.DMatrix(features, target), num_boost_round=20)
-    data = lightgbm.Dataset(features, target, params={"verbosity": -1})
-    lgb = lightgbm.train({"num_leaves": 7, "num_threads": 1, "verbosity": -1}, data, num_boost_round=20)
-    return features, {"xgb": xgb, "lgb": lgb}
-
-
-@pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")  # shap's own use of matplotlib
-def test_own_contributions_equal_the_shap_package(boosters):
-    import shap
-
-    features, models = boosters
-    for model in models.values():
-        expected = shap.TreeExplainer(model).shap_values(features[:50])
-        np.testing.assert_allclose(shap_values(model, features[:50]), expected, atol=1e-6)
-
-
-def test_contributions_sum_to_the_prediction_up_to_a_constant(boosters):
-    features, models = boosters
-    for model in models.values():
-        rest = predict_booster(model, features) - shap_values(model, features).sum(axis=1)
-        assert np.ptp(rest) < 1e-4
-
-
-def test_selected_columns_are_scaled_like_the_scaler_would(boosters):
-    features, _ = boosters
-    scaler = RobustScaler().fit(features)
-    np.testing.assert_allclose(
-        select_scaled(scaler, features, (1, 4)), scaler.transform(features)[:, [1, 4]], rtol=1e-5, atol=1e-6
-    )
-
-
-def test_another_number_of_features_is_refused(boosters):
-    features, models = boosters
-    ensemble = BoosterEnsemble(
-        columns=tuple("abcdef"),
-        selected=(0, 1, 2, 3, 4, 5),
-        scaler=RobustScaler().fit(features),
-        models=models,
-        weights={"xgb": 0.5, "lgb": 0.5},
-        calibration=calibrate(np.empty(0), np.empty(0), drift=0.0, horizon_bars=5),
-    )
-    with pytest.raises(ValueError, match="got 5 features, the model knows 6"):
-        ensemble.per_model(features[:, :5])
-
-
-def test_a_signal_without_skill_is_not_believed():
-    rng = np.random.default_rng(0)
-    lows = [
-        calibrate(rng.normal(size=2000), rng.normal(size=2000), drift=0.1, horizon_bars=1).skill_lower
-        for _ in range(200)
-    ]
-    # One-sided 95 %: about one in twenty lower bounds of pure noise lies above zero.
-    assert np.mean(np.asarray(lows) > 0) < 0.1
-
-
-def test_an_overconfident_signal_is_shrunk_to_its_slope():
-    rng = np.random.default_rng(1)
-    truth = rng.normal(size=20_000)
-    realised = 0.3 * truth + rng.normal(size=20_000)
-    found = calibrate(truth, realised, drift=0.05, horizon_bars=1)
-    assert found.slope == pytest.approx(0.3, abs=0.03)
-    assert 0.9 < found.skill_lower < 1.0
-    assert np.mean(found.apply(truth)) == pytest.approx(0.05, abs=1e-9)
-
-
-def test_a_signal_that_is_wrong_is_dropped_not_inverted():
-    rng = np.random.default_rng(2)
-    truth = rng.normal(size=5_000)
-    found = calibrate(truth, -0.5 * truth + rng.normal(size=5_000), drift=0.0, horizon_bars=1)
-    assert found.slope == 0.0
-    assert found.skill_lower == 0.0
-
-
-def test_too_few_independent_rows_give_no_slope():
-    signal = np.linspace(-1, 1, 100)
-    assert calibrate(signal, signal, drift=0.0, horizon_bars=5).slope == 0.0
-
-
-def test_weights_are_equal_without_evidence_and_lean_towards_skill():
-    rng = np.random.default_rng(4)
-    truth = rng.normal(size=8_000)
-    signals = {"good": truth + rng.normal(size=8_000), "noise": rng.normal(size=8_000)}
-    assert shrunk_weights({k: v[:0] for k, v in signals.items()}, truth[:0]) == {"good": 0.5, "noise": 0.5}
-    weights = shrunk_weights(signals, truth)
-    assert sum(weights.values()) == pytest.approx(1.0)
-    assert 0.8 < weights["good"] < 1.0
-    assert weights["noise"] > 0.0
-
-
-def test_overlapping_sums_of_a_slow_signal_count_once_per_horizon_and_those_of_a_quick_one_each():
-    rng = np.random.default_rng(0)
-    moves = rng.normal(size=20_000)
-    overlapping = np.convolve(moves, np.ones(5), mode="valid")
-    slow = overlap_error(overlapping, 5) / overlap_error(overlapping, 1)
-    assert slow == pytest.approx(np.sqrt(5), rel=0.1)
-    quick = overlapping * rng.normal(size=len(overlapping))
-    assert overlap_error(quick, 5) / overlap_error(quick, 1) == pytest.approx(1.0, rel=0.1)
+# Who is listened to.
 
 
 def rows_of(*skills: float, n: int = 4_000, horizon_bars: int = 1, seed: int = 0, spread=(0.05, 0.2)):
@@ -221,3 +138,358 @@ def test_the_joined_signal_is_calibrated_as_any_other():
     assert (slope[-1], mean[-1], lower[-1]) == pytest.approx(
         (alone.slope, alone.raw_mean, alone.skill_lower), rel=1e-2
     )
+
+
+# What is forecast together.
+
+HORIZON = 5
+N = 1_500
+
+
+@dataclass(frozen=True)
+class Told:
+    """A member whose signals were written down by session."""
+
+    signal: "pd.Series[float]"
+    horizon_bars: int = HORIZON
+
+    def centre(self, bars: pd.DataFrame) -> pd.DataFrame:
+        sigma_log = make_target(bars, self.horizon_bars)["sigma_log"]
+        raw = self.signal.reindex(bars.index)
+        return pd.DataFrame(
+            {
+                "expected_log": 0.001,
+                "baseline_log": np.where(raw.notna(), 0.001, np.nan),
+                "sigma_log": sigma_log,
+                "skill_lower": 0.0,
+                "raw_scaled": raw,
+                "is_out_of_sample": raw.notna(),
+                "is_of_other_prices": False,
+            },
+            index=bars.index,
+        )
+
+    def forecast(self, bars: pd.DataFrame) -> pd.DataFrame:
+        raise NotImplementedError
+
+
+def told(bars: pd.DataFrame, *, skill: float, seed: int, start: int = 260, spread: float = 0.1) -> Told:
+    """Return a member whose signal correlates so much with what came."""
+    rng = np.random.default_rng(seed)
+    came = make_target(bars, HORIZON)["target_scaled"].fillna(0.0)
+    signal = skill * came + np.sqrt(1 - skill**2) * rng.normal(size=len(bars))
+    return Told(spread * signal.iloc[start:])
+
+
+@pytest.fixture(scope="module")
+def bars(make_bars) -> pd.DataFrame:
+    return make_bars(n=N, seed=11)
+
+
+@pytest.fixture(scope="module")
+def members(bars) -> dict[str, Member]:
+    return {
+        "gbm": told(bars, skill=0.15, seed=1),
+        "lstm": told(bars, skill=0.10, seed=2, start=500, spread=0.4),
+    }
+
+
+ROWS = (3, 270, 520, 700, 1_000, 1_499)
+
+
+def changed_by_the_future(forecaster, bars: pd.DataFrame) -> list[str]:
+    """Return the columns whose value at t differs between `bars[:t + 1]` and all bars."""
+    full = decide("AAPL", bars, forecaster, make_sizer()).frame
+    changed = set()
+    for t in ROWS:
+        cut = decide("AAPL", bars.iloc[: t + 1], forecaster, make_sizer()).frame
+        pair = pd.concat([cut.iloc[[-1]], full.iloc[[t]]])
+        changed |= {
+            name for name in pair if pair[name].iloc[0] != pair[name].iloc[1] and pair[name].notna().any()
+        }
+    return sorted(changed)
+
+
+def test_a_decision_does_not_change_when_later_bars_arrive(members, bars):
+    forecaster = EnsembleForecaster(members=members)
+    assert changed_by_the_future(forecaster, bars) == []
+    frame = forecaster.forecast(bars)
+    assert set(FORECAST_COLUMNS) <= set(frame)
+    assert frame["weight_lstm"].nunique() > 5
+    assert frame["skill_lower"].iloc[-1] > 0
+
+
+class Hindsight(SimpleEnsemble):
+    """A planted fault: the weights and the calibration of every row come from all rows."""
+
+    def weigh(self, rows, members):
+        return super().weigh(replace(rows, known_from=np.zeros_like(rows.known_from)), members)
+
+
+class HindsightInCalibration(SimpleEnsemble):
+    def calibrate(self, rows, raw_scaled):
+        return super().calibrate(replace(rows, known_from=np.zeros_like(rows.known_from)), raw_scaled)
+
+
+@pytest.mark.parametrize("fault", [Hindsight, HindsightInCalibration])
+def test_weights_and_calibrations_that_peek_are_caught(members, bars, fault):
+    changed = changed_by_the_future(EnsembleForecaster(members=members, weights=fault()), bars)
+    assert {"expected_return", "target_weight"} <= set(changed)
+
+
+def test_a_label_is_used_only_after_it_ended(members, bars):
+    """What came at the last close moves nothing that was decided at it."""
+    forecaster = EnsembleForecaster(members=members, weights=SimpleEnsemble(refresh_rows=1))
+    whole = forecaster.centre(bars)
+    later = bars.copy()
+    later.iloc[-1, :4] *= 1.2
+    moved = forecaster.centre(later)
+    same = ["weight_gbm", "weight_lstm", "skill_lower", "raw_scaled"]
+    pd.testing.assert_frame_equal(whole[same], moved[same])
+
+
+def test_alone_where_the_other_has_nothing_to_say(members, bars):
+    frame = EnsembleForecaster(members=members).centre(bars)
+    only = frame.iloc[260:500]
+    np.testing.assert_array_equal(only["weight_gbm"], 1.0)
+    np.testing.assert_array_equal(only["raw_scaled"], only["model_gbm"])
+    assert frame["raw_scaled"].iloc[:260].isna().all()
+    assert not frame["is_out_of_sample"].iloc[:260].any()
+
+
+def test_a_row_that_one_member_was_fitted_on_is_in_sample_and_teaches_nothing(members, bars):
+    @dataclass(frozen=True)
+    class Fitted(Told):
+        def centre(self, bars: pd.DataFrame) -> pd.DataFrame:
+            return super().centre(bars).assign(is_out_of_sample=bars.index >= bars.index[900])
+
+    mixed = {**members, "lstm": Fitted(members["lstm"].signal)}
+    frame = EnsembleForecaster(members=mixed).centre(bars)
+    assert frame["is_out_of_sample"].iloc[260:500].all()
+    assert not frame["is_out_of_sample"].iloc[500:900].any()
+    assert frame["is_out_of_sample"].iloc[900:].all()
+    assert frame["weight_lstm"].iloc[500:1_000].unique() == pytest.approx(0.3)
+
+
+def test_without_an_edge_nothing_has_skill_and_later_forecasts_are_the_drift(members, bars):
+    last = bars.index[1_200]
+    frame = EnsembleForecaster(members=members, distrusted_after=last).forecast(bars)
+    assert (frame["skill_lower"] == 0).all()
+    later = frame.loc[frame.index > last]
+    np.testing.assert_array_equal(later["expected_log"], later["baseline_log"])
+    decided = decide("AAPL", bars, EnsembleForecaster(members=members, distrusted_after=last), make_sizer())
+    np.testing.assert_array_equal(decided.frame["target_weight"], 1.0)
+
+
+def test_members_of_different_horizons_are_refused(members):
+    with pytest.raises(ModelIncompatibleError, match="gbm 5, lstm 1"):
+        EnsembleForecaster(members={**members, "lstm": Told(members["lstm"].signal, horizon_bars=1)})
+
+
+META = MetaModel(
+    method="stacking", centre=(0.0,) * 5, scale=(0.1,) * 5, coefficients=(0.02, 0.01, 0.0, 0.03, 0.01)
+)
+
+
+@pytest.fixture
+def stacked(members) -> Stacked:
+    return Stacked(said=0.5 * members["gbm"].signal.iloc[500:900], meta=META)
+
+
+def test_a_meta_learner_speaks_where_it_has_a_record_and_after_it(members, bars, stacked):
+    forecaster = EnsembleForecaster(members=members, stacked=stacked)
+    assert changed_by_the_future(forecaster, bars) == []
+    frame, simple = forecaster.centre(bars), EnsembleForecaster(members=members).centre(bars)
+    before, inside = frame.index < stacked.said.index[0], frame.index.isin(stacked.said.index)
+    np.testing.assert_array_equal(frame["raw_scaled"][before], simple["raw_scaled"][before])
+    np.testing.assert_array_equal(frame["raw_scaled"][inside], stacked.said)
+    after = frame.index > stacked.said.index[-1]
+    signals = {name: frame[f"model_{name}"].to_numpy() for name in members}
+    np.testing.assert_allclose(
+        frame["raw_scaled"][after], stacked.meta.predict(meta_features(bars, signals)[after])
+    )
+
+
+def test_regimes_are_known_at_the_bar(members, bars):
+    signals = {name: member.centre(bars)["raw_scaled"].to_numpy() for name, member in members.items()}
+    whole = meta_features(bars, signals)
+    for cut in (300, 800, 1_300):
+        part = meta_features(bars.iloc[:cut], {name: values[:cut] for name, values in signals.items()})
+        pd.testing.assert_frame_equal(part, whole.iloc[:cut])
+    assert whole["storm"].between(0, 1).all()
+    both = whole.dropna()
+    assert (both["agreed"].abs() <= both[["gbm", "lstm"]].abs().min(axis=1)).all()
+    assert (both["agreed"] != 0).equals(both["gbm"] * both["lstm"] > 0)
+
+
+# What is saved.
+
+
+@pytest.fixture
+def bundle() -> EnsembleBundle:
+    n = 40
+    names = ("raw_scaled", "predicted_log", "realised_log", "sigma_log", "stacked_scaled")
+    record = pd.DataFrame({name: np.linspace(0.1, 0.2, n) for name in names})
+    record.insert(0, "date", pd.bdate_range("2020-01-01", periods=n).as_unit("us"))
+    return EnsembleBundle(
+        symbol="AAPL",
+        horizon_bars=HORIZON,
+        method="stacking",
+        members={"gbm": "g1", "lstm": "l1"},
+        weights=SimpleEnsemble(),
+        record=record,
+        metadata={
+            "symbol": "AAPL",
+            "horizon_bars": HORIZON,
+            "model_version": new_version_id(datetime.now(UTC)),
+            "data_hash": "0" * 64,
+            "feature_set_hash": "0" * 64,
+            "verdict": {"label": "no-edge"},
+        },
+        stacked=Stacked(said=record.set_index("date")["stacked_scaled"], meta=META),
+    )
+
+
+def test_a_fresh_process_loads_what_was_saved(bundle, tmp_path: Path):
+    save_ensemble(bundle, tmp_path)
+    loaded = load_ensemble(tmp_path, "AAPL")
+    assert loaded.stacked is not None
+    assert loaded.stacked.meta == bundle.stacked.meta
+    pd.testing.assert_frame_equal(loaded.record, bundle.record)
+    assert loaded.model_version.endswith("+gbm:g1+lstm:l1")
+
+
+@pytest.fixture
+def saved(bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(artifact, "verify_in_fresh_process", lambda *_: None)
+    first = replace(bundle, metadata={**bundle.metadata, "model_version": "20200101T000000-a"})
+    save_ensemble(first, tmp_path)
+    return save_ensemble(bundle, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["ensemble.json", "training_metadata.json", "oos_predictions.parquet"])
+def test_a_damaged_version_does_not_serve_and_the_one_before_does(saved: Path, tmp_path: Path, name: str):
+    content = bytearray((saved / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (saved / name).write_bytes(content)
+    with pytest.raises(ModelCorruptError, match=f"{name} is not the file that was saved"):
+        load_folder(saved)
+    loaded = load_ensemble(tmp_path, "AAPL")
+    assert loaded.metadata["model_version"] == "20200101T000000-a"
+    assert "serves instead" in loaded.warnings[0]
+
+
+def test_a_symbol_whose_models_were_not_joined_names_the_command(tmp_path: Path):
+    with pytest.raises(ModelMissingError, match=r"python -m training\.train_ensemble MSFT"):
+        load_ensemble(tmp_path, "MSFT")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"method": "simple"}, "belongs to every method but the simple one"),
+        ({"members": {"gbm": "g1"}}, "members are gbm and lstm"),
+        ({"meta": {"centre": [0.0], "scale": [1.0], "coefficients": [0.1]}}, "does not have 5 columns"),
+        ({"meta": {"centre": [0.0] * 5, "scale": [0.0] * 5, "coefficients": [0.1] * 5}}, "greater than 0"),
+        ({"meta": {"centre": [0.0] * 5, "scale": [1.0] * 5, "coefficients": [-0.1] * 5}}, "greater than or"),
+    ],
+)
+def test_a_document_that_makes_no_sense_is_refused(bundle, tmp_path: Path, monkeypatch, changes, words: str):
+    monkeypatch.setattr(artifact, "verify_in_fresh_process", lambda *_: None)
+    real = artifact.sha256_of
+
+    def planted(contents: dict[str, bytes]) -> dict[str, str]:
+        told = json.loads(contents["ensemble.json"])
+        contents["ensemble.json"] = json.dumps({**told, **changes}).encode()
+        return real(contents)
+
+    monkeypatch.setattr(artifact, "sha256_of", planted)
+    folder = save_ensemble(bundle, tmp_path)
+    with pytest.raises(ModelCorruptError, match=words):
+        load_folder(folder)
+
+
+def test_a_meta_learner_that_says_something_else_here_is_refused(bundle, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(artifact, "verify_in_fresh_process", lambda *_: None)
+    folder = save_ensemble(bundle, tmp_path)
+    monkeypatch.setattr(MetaModel, "predict", lambda _self, features: np.ones(len(features)))
+    with pytest.raises(ModelIncompatibleError, match="forecasts differently here"):
+        load_folder(folder)
+
+
+# Which forecaster a mode is
+
+
+@pytest.fixture
+def pair() -> tuple[Bundle, Bundle]:
+    return bundle_of("AAPL", "g1"), bundle_of("AAPL", "l1")
+
+
+@pytest.fixture
+def whole(pair) -> Parts:
+    gbm, lstm = pair
+    ensemble = EnsembleBundle(
+        symbol="AAPL",
+        horizon_bars=gbm.horizon_bars,
+        method="simple",
+        members={"gbm": "g1", "lstm": "l1"},
+        weights=SimpleEnsemble(),
+        record=pd.DataFrame({"date": pd.bdate_range("2020-01-01", periods=3), "raw_scaled": np.zeros(3)}),
+        metadata={
+            "model_version": "e1",
+            "verdict": {"label": "edge"},
+            "parts": {"notes": ["the weight of lstm is zero"]},
+        },
+    )
+    return Parts(symbol="AAPL", gbm=gbm, lstm=lstm, ensemble=ensemble)
+
+
+@pytest.mark.parametrize("mode", ["ensemble", *OLDER_MODES])
+def test_the_ensemble_serves_where_its_members_are_those_it_was_judged_with(whole: Parts, mode: str):
+    chosen = forecaster_for(mode, whole)
+    assert isinstance(chosen.forecaster, EnsembleForecaster)
+    assert chosen.mode == "ensemble"
+    assert chosen.notes == ("the weight of lstm is zero",)
+    assert chosen.model_version == "e1+gbm:g1+lstm:l1"
+    assert (chosen.symbol, chosen.metadata["verdict"]["label"]) == ("AAPL", "edge")
+    assert chosen.forecaster.distrusted_after is None
+
+
+def test_an_ensemble_without_an_edge_is_not_trusted_after_its_record(whole: Parts):
+    ensemble = whole.ensemble
+    assert ensemble is not None
+    no_edge = replace(ensemble, metadata={**ensemble.metadata, "verdict": {"label": "no-edge"}})
+    forecaster = forecaster_for("ensemble", replace(whole, ensemble=no_edge)).forecaster
+    assert isinstance(forecaster, EnsembleForecaster)
+    assert forecaster.distrusted_after == pd.Timestamp("2020-01-03")
+
+
+def test_each_member_alone(whole: Parts):
+    for mode, bundle in (("gbm_only", whole.gbm), ("lstm_only", whole.lstm)):
+        chosen = forecaster_for(mode, whole)
+        assert isinstance(chosen.forecaster, BundleForecaster)
+        assert chosen.forecaster.bundle is bundle
+        assert (chosen.mode, chosen.notes) == (mode, ())
+
+
+def test_with_another_version_of_a_member_the_boosters_forecast_alone(whole: Parts):
+    newer = replace(whole, lstm=bundle_of("AAPL", "l2"))
+    chosen = forecaster_for("ensemble", newer)
+    assert isinstance(chosen.forecaster, BundleForecaster)
+    assert chosen.forecaster.bundle is whole.gbm
+    assert chosen.mode == "gbm_only"
+    (note,) = chosen.notes
+    assert "judged with another version of lstm" in note
+    assert "python -m training.train_ensemble AAPL --overwrite" in note
+    assert note.endswith("the boosters forecast alone")
+
+
+def test_a_network_that_is_wanted_alone_is_never_replaced(whole: Parts):
+    with pytest.raises(ModelMissingError, match="lstm"):
+        forecaster_for("lstm_only", replace(whole, lstm=None))
+
+
+def test_a_name_that_is_no_mode_is_refused():
+    assert [mode_of(name) for name in MODES] == list(MODES)
+    with pytest.raises(UsageError, match="write gbm_only, lstm_only, ensemble"):
+        mode_of("oracle")

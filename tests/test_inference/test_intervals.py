@@ -11,6 +11,7 @@ from inference.intervals import (
     PRIOR_RESIDUALS,
     WINDOW_ROWS,
     Calibrated,
+    calibrate,
     calibrate_band,
     centre_log,
     forecast_path,
@@ -28,15 +29,15 @@ def outcomes(n: int = 3_000, horizon_bars: int = 5, seed: int = 0):
     return np.zeros(n), np.full(n, 0.01 * np.sqrt(horizon_bars)), realised
 
 
-def changed_by_the_future(calibrate, n: int = 400, horizon_bars: int = 5, rows=(3, 80, 150, 399)) -> set[int]:
+def changed_by_the_future(follow, n: int = 400, horizon_bars: int = 5, rows=(3, 80, 150, 399)) -> set[int]:
     """Return the rows whose band or probability differs between the past alone and all rows."""
     mean, scale, realised = outcomes(n, horizon_bars)
-    full: Calibrated = calibrate(mean, scale, realised, horizon_bars=horizon_bars)
+    full: Calibrated = follow(mean, scale, realised, horizon_bars=horizon_bars)
     changed = set()
     for t in rows:
         known = realised[: t + 1].copy()
         known[max(t + 1 - horizon_bars, 0) :] = np.nan
-        cut = calibrate(mean[: t + 1], scale[: t + 1], known, horizon_bars=horizon_bars)
+        cut = follow(mean[: t + 1], scale[: t + 1], known, horizon_bars=horizon_bars)
         same = np.array_equal(cut.deciles_z[t], full.deciles_z[t])
         if not same or cut.probability_above[t] != full.probability_above[t]:
             changed.add(t)
@@ -239,3 +240,39 @@ def test_three_classes_are_monotone_and_calibrated_out_of_sample():
     assert reliability_error(loss[scored], came[scored] < -0.0016) < 0.04
     overconfident = np.clip(0.5 + 1.6 * (gain - 0.5), 0.0, 1.0)
     assert reliability_error(overconfident[scored], came[scored] > 0.0016) > 0.04, "the check can fail"
+
+
+# How far a signal may be believed.
+
+
+def test_a_signal_without_skill_is_not_believed():
+    rng = np.random.default_rng(0)
+    lows = [
+        calibrate(rng.normal(size=2000), rng.normal(size=2000), drift=0.1, horizon_bars=1).skill_lower
+        for _ in range(200)
+    ]
+    # One-sided 95 %: about one in twenty lower bounds of pure noise lies above zero.
+    assert np.mean(np.asarray(lows) > 0) < 0.1
+
+
+def test_an_overconfident_signal_is_shrunk_to_its_slope():
+    rng = np.random.default_rng(1)
+    truth = rng.normal(size=20_000)
+    realised = 0.3 * truth + rng.normal(size=20_000)
+    found = calibrate(truth, realised, drift=0.05, horizon_bars=1)
+    assert found.slope == pytest.approx(0.3, abs=0.03)
+    assert 0.9 < found.skill_lower < 1.0
+    assert np.mean(found.apply(truth)) == pytest.approx(0.05, abs=1e-9)
+
+
+def test_a_signal_that_is_wrong_is_dropped_not_inverted():
+    rng = np.random.default_rng(2)
+    truth = rng.normal(size=5_000)
+    found = calibrate(truth, -0.5 * truth + rng.normal(size=5_000), drift=0.0, horizon_bars=1)
+    assert found.slope == 0.0
+    assert found.skill_lower == 0.0
+
+
+def test_too_few_independent_rows_give_no_slope():
+    signal = np.linspace(-1, 1, 100)
+    assert calibrate(signal, signal, drift=0.0, horizon_bars=5).slope == 0.0

@@ -28,13 +28,17 @@ from data.feature_engineer import feature_set_hash, get_feature_columns
 from inference import artifact
 from inference import load_gbm_models as store
 from inference.artifact import new_version_id
-from inference.ensemble import calibrate
+from inference.intervals import calibrate
 from inference.load_gbm_models import (
     BoosterEnsemble,
     GBMBundle,
     PathModel,
     load_bundle,
+    predict_booster,
     save_bundle,
+    select_scaled,
+    shap_values,
+    shrunk_weights,
 )
 from tests.test_inference.conftest import plant, reseal
 from utils.errors import (
@@ -707,3 +711,67 @@ def test_versions_of_one_second_keep_their_order():
 def test_every_error_belongs_to_the_tree():
     for kind in (ModelCorruptError, ModelIncompatibleError, ModelMissingError, StorageError):
         assert issubclass(kind, AIStocksError)
+
+
+# What boosters say.
+
+
+@pytest.fixture(scope="module")
+def boosters():
+    rng = np.random.default_rng(3)
+    features = rng.normal(size=(400, 6)).astype(np.float32)
+    target = features[:, 0] - 0.5 * features[:, 3] + rng.normal(size=400)
+    xgb = xgboost.train({"max_depth": 3, "nthread": 1}, xgboost.DMatrix(features, target), num_boost_round=20)
+    data = lightgbm.Dataset(features, target, params={"verbosity": -1})
+    lgb = lightgbm.train({"num_leaves": 7, "num_threads": 1, "verbosity": -1}, data, num_boost_round=20)
+    return features, {"xgb": xgb, "lgb": lgb}
+
+
+@pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")  # shap's own use of matplotlib
+def test_own_contributions_equal_the_shap_package(boosters):
+    import shap
+
+    features, models = boosters
+    for model in models.values():
+        expected = shap.TreeExplainer(model).shap_values(features[:50])
+        np.testing.assert_allclose(shap_values(model, features[:50]), expected, atol=1e-6)
+
+
+def test_contributions_sum_to_the_prediction_up_to_a_constant(boosters):
+    features, models = boosters
+    for model in models.values():
+        rest = predict_booster(model, features) - shap_values(model, features).sum(axis=1)
+        assert np.ptp(rest) < 1e-4
+
+
+def test_selected_columns_are_scaled_like_the_scaler_would(boosters):
+    features, _ = boosters
+    scaler = RobustScaler().fit(features)
+    np.testing.assert_allclose(
+        select_scaled(scaler, features, (1, 4)), scaler.transform(features)[:, [1, 4]], rtol=1e-5, atol=1e-6
+    )
+
+
+def test_another_number_of_features_is_refused(boosters):
+    features, models = boosters
+    ensemble = BoosterEnsemble(
+        columns=tuple("abcdef"),
+        selected=(0, 1, 2, 3, 4, 5),
+        scaler=RobustScaler().fit(features),
+        models=models,
+        weights={"xgb": 0.5, "lgb": 0.5},
+        calibration=calibrate(np.empty(0), np.empty(0), drift=0.0, horizon_bars=5),
+    )
+    with pytest.raises(ValueError, match="got 5 features, the model knows 6"):
+        ensemble.per_model(features[:, :5])
+
+
+def test_weights_are_equal_without_evidence_and_lean_towards_skill():
+    rng = np.random.default_rng(4)
+    truth = rng.normal(size=8_000)
+    signals = {"good": truth + rng.normal(size=8_000), "noise": rng.normal(size=8_000)}
+    assert shrunk_weights({k: v[:0] for k, v in signals.items()}, truth[:0]) == {"good": 0.5, "noise": 0.5}
+    weights = shrunk_weights(signals, truth)
+    assert sum(weights.values()) == pytest.approx(1.0)
+    assert 0.8 < weights["good"] < 1.0
+    assert weights["noise"] > 0.0

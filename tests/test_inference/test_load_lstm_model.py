@@ -18,7 +18,7 @@ from data.feature_engineer import engineer_features, feature_set_hash, get_featu
 from inference import artifact
 from inference import load_lstm_model as store
 from inference.artifact import new_version_id
-from inference.ensemble import Calibration
+from inference.intervals import Calibration
 from inference.load_lstm_model import (
     ARRAYS,
     LSTMBundle,

@@ -107,7 +107,7 @@ def served(
 ) -> ServedModel:
     bundle = bundle_of(symbol, **changes)
     return ServedModel(
-        meta=model_meta(bundle.metadata),
+        meta=model_meta(bundle.metadata, ensemble_size=2),
         bundle=bundle,
         forecaster=forecaster or FakeForecaster(),
         place=Place(Path("v1"), 0),

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import sqlalchemy as sql
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
@@ -835,3 +836,20 @@ def test_each_row_is_scored_by_its_own_source(
     assert (found["status"], found["scored"]) == ("scored", 1)
     assert main(["verify"]) == 0
     assert "ok" in capsys.readouterr().out
+
+
+def test_a_connection_serves_many_calls_and_a_replaced_file_none(
+    ledger: ForecastLedger, tmp_path: Path
+) -> None:
+    opened: list[object] = []
+    sql.event.listen(ledger._database._engine, "connect", lambda *args: opened.append(args))
+    filled(ledger)
+    for _ in range(3):
+        assert ledger.verify()[0] == 5
+    # The first one has made the file.
+    assert len(opened) == 2
+    other = filled(ForecastLedger(f"sqlite:///{tmp_path / 'other.sqlite'}"), 2)
+    path_of(other).replace(path_of(ledger))
+    assert ledger.verify()[0] == 2
+    assert ledger.record(told(position=9.0))
+    assert ForecastLedger(url_of(ledger)).verify()[0] == 3

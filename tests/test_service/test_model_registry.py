@@ -18,8 +18,7 @@ import pytest
 import inference.load_gbm_models
 from data.feature_engineer import feature_set_hash, get_feature_columns
 from inference.artifact import publish, sha256_of
-from inference.ensemble import SimpleEnsemble
-from inference.load_ensemble_model import EnsembleBundle, EnsembleForecaster
+from inference.ensemble import EnsembleBundle, EnsembleForecaster, SimpleEnsemble
 from inference.load_gbm_models import SCHEMA_VERSION, GBMBundle, GBMManifest, load_linked
 from service.model_registry import (
     KINDS,
@@ -216,7 +215,7 @@ def test_metadata_of_another_shape_are_corrupt(registry: ModelRegistry, save_ver
     assert registry.list() == ()
     for changes in ({"verdict": None}, {"horizon_bars": "five"}, {"metrics": [1]}):
         with pytest.raises(ModelCorruptError, match="AAPL"):
-            model_meta(metadata_of(**changes))
+            model_meta(metadata_of(**changes), ensemble_size=2)
 
 
 def test_loads_once_and_again_when_the_link_moves(
@@ -313,7 +312,7 @@ def test_undefined_metrics_are_zero_and_named(bad: object) -> None:
     assert metrics.sharpe_ratio == 0.0
     assert metrics.calmar_ratio is None
     assert undefined == ("sharpeRatio",)
-    meta = model_meta(metadata_of(metrics=stored))
+    meta = model_meta(metadata_of(metrics=stored), ensemble_size=2)
     assert meta.notes == "undefined, sent as 0: sharpeRatio"
     assert b"null" not in meta.wire_bytes()
 
@@ -325,8 +324,8 @@ def test_without_any_metrics_all_eight_are_named() -> None:
 
 
 def test_the_verdict_becomes_the_gate() -> None:
-    edge = model_meta(metadata_of(verdict={"label": "edge", "reasons": [], "evidence": {}}))
-    none = model_meta(metadata_of())
+    edge = model_meta(metadata_of(verdict={"label": "edge", "reasons": [], "evidence": {}}), ensemble_size=2)
+    none = model_meta(metadata_of(), ensemble_size=2)
     assert (edge.quality_gate_passed, edge.quality_score) == (True, 1.0)
     assert (none.quality_gate_passed, none.quality_score) == (False, 0.0)
     assert none.quality_reasons == ["the IC may be luck"]

@@ -15,10 +15,11 @@ from fastapi.testclient import TestClient
 from app import create_app
 from data.data_fetcher import CsvSource, fetch_stock_data
 from data.schema import calendar_for
-from inference.load_ensemble_model import forecaster_for, load_parts
+from inference.ensemble import forecaster_for
 from inference.load_gbm_models import load_bundle
 from inference.pipeline import BundleForecaster, decide
 from inference.position_sizing import make_sizer
+from run_backtest import load_parts
 from service.backtest_service import BacktestRequest, backtest
 from utils.settings import Settings
 

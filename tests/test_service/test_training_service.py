@@ -26,9 +26,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import app
-from service import database, training_service
+from service import training_service
 from service.api import Services, create_api
-from service.database import birth
 from service.edge import OverloadError
 from service.model_registry import ModelRegistry
 from service.schemas import ModelType, TrainingEvent, TrainingJob, TrainingParams
@@ -37,6 +36,7 @@ from service.training_service import (
     Told,
     TrainingService,
     asked_for,
+    birth,
     lines_of,
     trainer_command,
 )
@@ -325,7 +325,7 @@ def test_the_queue_is_bounded(make: MakeService, monkeypatch: pytest.MonkeyPatch
 def test_old_jobs_are_forgotten_and_active_ones_never(
     make: MakeService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "KEPT_JOBS", 3)
+    monkeypatch.setattr(training_service, "KEPT_JOBS", 3)
     service = make()
     waits = service.start(params("WAITS")).id
     ids = []
@@ -645,18 +645,18 @@ def test_a_flood_of_lines_is_counted_and_not_kept(make: MakeService, monkeypatch
     job_id = service.start(params()).id
     assert ended(service, job_id).status == "completed"
     told = events_of(service, job_id)
-    assert len(told) <= database.KEPT_LOGS + 100
+    assert len(told) <= training_service.KEPT_LOGS + 100
     assert any("more lines are left out" in event.get("message", "") for event in told)
     assert "after" in [event.get("stage") for event in told]
 
 
 def test_old_log_lines_go_and_epochs_stay(make: MakeService, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database, "KEPT_LOGS", 5)
+    monkeypatch.setattr(training_service, "KEPT_LOGS", 5)
     store = make()._store
     state = make().start(params())
     for i in range(10):
-        logs = [database.event_of(state, "log", message=f"{i} {j}") for j in range(4)]
-        assert store.change(state, [database.event_of(state, "epoch"), *logs], was="queued")
+        logs = [training_service.event_of(state, "log", message=f"{i} {j}") for j in range(4)]
+        assert store.change(state, [training_service.event_of(state, "epoch"), *logs], was="queued")
     kinds = [kind for _, kind, _ in store.history(state.id, 0)]
     assert kinds.count("epoch") == 10
     assert kinds.count("log") <= 9
@@ -753,7 +753,7 @@ def test_the_end_of_a_job_waits_for_a_locked_database(
 
     # Another one, which waits for the database as long as one does.
     reader = make()
-    monkeypatch.setattr(database, "DATABASE_WAIT_S", 0.05)
+    monkeypatch.setattr(training_service, "DATABASE_WAIT_S", 0.05)
     monkeypatch.setattr(training_service, "RETRY_S", 0.05)
     service = make("time.sleep(0.3)")
     job_id = reader.start(params()).id
@@ -772,7 +772,7 @@ def test_the_tables_hold_one_active_job_of_a_symbol_in_postgresql_too() -> None:
     from sqlalchemy.dialects import postgresql
     from sqlalchemy.schema import CreateIndex, CreateTable
 
-    tables = database.METADATA.sorted_tables
+    tables = training_service.METADATA.sorted_tables
     text = " ".join(
         str(ddl.compile(dialect=postgresql.dialect()))
         for table in tables

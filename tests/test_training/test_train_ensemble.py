@@ -12,7 +12,7 @@ import pytest
 from data.data_fetcher import CsvSource, fetch_stock_data
 from data.data_splitter import WalkForwardSplit
 from data.schema import Bars
-from inference.load_ensemble_model import EnsembleBundle, load_ensemble, save_ensemble
+from inference.ensemble import EnsembleBundle, load_ensemble, save_ensemble
 from inference.load_gbm_models import GBMBundle, load_bundle
 from inference.pipeline import decide
 from inference.position_sizing import make_sizer
