@@ -15,12 +15,13 @@ import pandas as pd
 from data.data_splitter import Fold, WalkForwardSplit
 from data.target_engineering import Dataset
 from evaluation.advanced_backtester import BacktestReport
-from evaluation.metrics import sharpe, spearman
+from evaluation.metrics import sharpe
 from utils.errors import ModelError, UsageError
 from validation.wfe_metrics import (
     MAX_ONE_SIDED,
     MIN_SIGNAL_STD,
     FloatArray,
+    Past,
     ResolvedRows,
     block_bootstrap_means,
     block_length,
@@ -102,9 +103,11 @@ class WalkForwardConfig(WalkForwardSplit):
 class FoldMeasures:
     """The measures of one fold that the summary across folds reads; None where undefined.
 
-    IC: rank correlation of signal and outcome (both in volatilities) over time, mean over symbols. ``test_``
-    and bare names are of test rows, ``fit_`` of the last rows that the model was fitted on; hits are those of
-    the uncalibrated forecast, base those of "always up". ``share_positive``: signals above the drift.
+    IC: rank correlation of signal and outcome (both in volatilities) over time, mean over symbols; see
+    `ResolvedRows.causal_ic_by_session`. ``test_`` and bare names are of test rows, ranked among those of
+    earlier folds and of the fold so far; ``fit_`` of the last rows that the model was fitted on, ranked among
+    themselves so far, since no fit has forecast the rows before them. Hits are those of the uncalibrated
+    forecast, base those of "always up". ``share_positive``: signals above the drift.
     """
 
     ic: float | None
@@ -225,13 +228,16 @@ class WalkForwardValidator:
         """
         frames: list[pd.DataFrame] = []
         results: list[FoldResult] = []
+        past: Past = {}
         for fold in self.folds(dataset):
             fitted = recipe.fit(
                 dataset.take(fold.train_idx), fold=fold.number, earlier=_resolved(frames, fold.train_end)
             )
             frames.append(_predict(fitted, dataset.take(fold.test_idx), fold))
-            tail = self._tail(dataset, fold)
-            results.append(self._judge(fold, frames[-1], _predict(fitted, tail, fold), fitted, dataset))
+            rows = ResolvedRows(frames[-1])
+            scores = rows.causal_ic_by_session(past)
+            known = ResolvedRows(_predict(fitted, self._tail(dataset, fold), fold))
+            results.append(self._judge(fold, rows, scores, known, fitted, horizon_bars=dataset.horizon_bars))
             if on_fold is not None:
                 on_fold(results[-1])
         record = pd.concat(frames, ignore_index=True)
@@ -244,11 +250,16 @@ class WalkForwardValidator:
         return dataset.take(fold.train_idx[dataset.date[fold.train_idx] >= first])
 
     def _judge(
-        self, fold: Fold, test: pd.DataFrame, tail: pd.DataFrame, fitted: FittedRecipe, dataset: Dataset
+        self,
+        fold: Fold,
+        rows: ResolvedRows,
+        scores: FloatArray,
+        known: ResolvedRows,
+        fitted: FittedRecipe,
+        *,
+        horizon_bars: int,
     ) -> FoldResult:
-        rows, known = ResolvedRows(test), ResolvedRows(tail)
-        scores = rows.ic_by_session()
-        low, high = self._interval(scores, dataset.horizon_bars, fold.number)
+        low, high = self._interval(scores, horizon_bars, fold.number)
         return FoldResult(
             number=fold.number,
             test_start=pd.Timestamp(fold.test_start),
@@ -258,7 +269,7 @@ class WalkForwardValidator:
             ic=known_mean(scores),
             ic_low=low,
             ic_high=high,
-            fit_ic=known_mean(known.ic_by_session()),
+            fit_ic=known_mean(known.causal_ic_by_session({})),
             test_hits=hit_rate(rows.baseline + rows.signal, rows.outcome),
             test_base=share_up(rows.outcome),
             fit_hits=hit_rate(known.baseline + known.signal, known.outcome),
@@ -291,16 +302,17 @@ def fold_table(
     """Return `FoldResult.as_dict` of each fold, with what the symbol's own rows and positions did in it.
 
     ``record`` holds the symbol's rows, ``backtest`` the positions decided on them. Added are ``sharpe`` and
-    ``sharpe_buy_hold`` after costs, annualised, and ``symbol_ic``, the symbol's own information coefficient;
-    None where undefined. The other measures of a panel are those of all symbols together.
+    ``sharpe_buy_hold`` after costs, annualised, and ``symbol_ic``, the symbol's own information coefficient,
+    ranked as that of the fold is; None where undefined. The other measures of a panel are those of all
+    symbols together.
     """
     per_year = backtest.costs.periods_per_year
     held, passive = (report.daily["net_return"] for report in (backtest, backtest.benchmarks["buy_hold"]))
-    table = []
+    table: list[dict[str, Any]] = []
+    past: Past = {}
     for fold in result.folds:
-        own = record[(record["fold"] == fold.number) & record["realised_log"].notna()]
-        outcome = np.asarray(own["realised_log"] / own["sigma_log"], dtype=np.float64)
-        ic = spearman(np.asarray(own["raw_scaled"], dtype=np.float64), outcome).value
+        own = ResolvedRows(record[record["fold"] == fold.number])
+        ic = known_mean(own.causal_ic_by_session(past))
         sharpes = {
             name: sharpe(np.asarray(daily.loc[fold.test_start : fold.test_end]), per_year).value
             for name, daily in (("sharpe", held), ("sharpe_buy_hold", passive))

@@ -29,6 +29,8 @@ from utils.errors import InsufficientDataError, StorageError, UsageError
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.intp]
+# By symbol: the signals of all rows so far, and how far outcomes lay off the drift; both sorted.
+Past = dict[str, tuple[list[float], list[float]]]
 
 # Fewer rows of a symbol than this say nothing about a rank correlation.
 MIN_ROWS_FOR_IC = 20
@@ -53,7 +55,8 @@ class ResolvedRows:
         self.outcome, self.forecast, self.baseline = scaled
         self.signal = np.asarray(rows["raw_scaled"], dtype=np.float64)
         self.session_code = cast("IntArray", pd.factorize(rows["date"])[0])
-        self.symbol_code = cast("IntArray", pd.factorize(rows["symbol"])[0])
+        codes, symbols = pd.factorize(rows["symbol"])
+        self.symbol_code, self.symbols = cast("IntArray", codes), tuple(symbols)
         self.n_sessions = int(self.session_code.max()) + 1 if len(rows) else 0
 
     def by_symbol(self) -> list[IntArray]:
@@ -74,6 +77,29 @@ class ResolvedRows:
             if len(rows) >= MIN_ROWS_FOR_IC and np.ptp(signal) > 0 and np.ptp(outcome) > 0:
                 products[rows] = _standard_ranks(signal) * _standard_ranks(outcome) / len(rows)
                 n_symbols += 1
+        return self._spread(products, n_symbols)
+
+    def causal_ic_by_session(self, past: Past) -> FloatArray:
+        """Estimate what `ic_by_session` measures for a part of a record, from ranks as known at each row.
+
+        The signal is ranked by `rank_among_past`; so is how far the outcome lies off the drift, which keeps
+        its sign. Rows in ``past`` come before these, which then join them. The products are scaled to 1 for a
+        perfect signal, by no mean nor deviation of the part itself: to rank the rows of a year among
+        themselves is to know its end, and "far below its mean" shows an IC of .16 on random walks.
+        """
+        products, n_symbols = np.zeros(len(self.signal)), 0
+        for rows in self.by_symbol():
+            signals, sizes = past.setdefault(self.symbols[self.symbol_code[rows[0]]], ([], []))
+            signal, excess = self.signal[rows], self.outcome[rows] - self.baseline[rows]
+            signal_rank = rank_among_past(signal, signals)
+            excess_rank = np.sign(excess) * (rank_among_past(np.abs(excess), sizes) + 0.5)
+            if len(rows) >= MIN_ROWS_FOR_IC and np.ptp(signal) > 0 and np.ptp(self.outcome[rows]) > 0:
+                # Of uniform variables on [-1/2, 1/2] and [-1, 1], 6 is one over the product of deviations.
+                products[rows] = 6.0 * signal_rank * excess_rank / len(rows)
+                n_symbols += 1
+        return self._spread(products, n_symbols)
+
+    def _spread(self, products: FloatArray, n_symbols: int) -> FloatArray:
         if not n_symbols:
             return np.empty(0)
         return self.sum_by_session(products) * (self.n_sessions / n_symbols)
@@ -153,14 +179,16 @@ def block_bootstrap_p_value(
     return floor if reached else min(floor, float(stdtr(len(whole) - 1, -found)))
 
 
-def rank_among_past(values: FloatArray) -> FloatArray:
-    """Return the rank of each value among itself and those before it, from -1/2 to 1/2, (n,)."""
-    ranks = np.empty(len(values))
-    past: list[float] = []
+def rank_among_past(values: FloatArray, past: list[float] | None = None) -> FloatArray:
+    """Return the rank of each value among itself and those before it, from -1/2 to 1/2, (n,).
+
+    ``past`` are values before them all, sorted; these are sorted into it.
+    """
+    ranks, known = np.empty(len(values)), [] if past is None else past
     for position, value in enumerate(values.tolist()):
-        low, high = bisect_left(past, value), bisect_right(past, value)
-        ranks[position] = ((low + high) / 2 + 0.5) / (position + 1) - 0.5
-        past.insert(high, value)
+        low, high = bisect_left(known, value), bisect_right(known, value)
+        ranks[position] = ((low + high) / 2 + 0.5) / (len(known) + 1) - 0.5
+        known.insert(high, value)
     return ranks
 
 

@@ -93,8 +93,67 @@ def test_the_ic_by_session_is_the_mean_spearman(seed, n_symbols):
     assert by_session.mean() == pytest.approx(np.mean(expected), abs=1e-12)
 
 
+FOLD, N_FOLDS, HORIZON, MEMORY = 252, 10, 5, 200
+
+
+def walk_and_signal(kind: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return a signal and the outcomes, in volatilities, of ten years of a random walk."""
+    rng = np.random.default_rng([seed, 3])
+    n = FOLD * N_FOLDS
+    price = np.cumsum(rng.standard_t(5, n + MEMORY + HORIZON) / np.sqrt(5 / 3))
+    now = np.arange(MEMORY, MEMORY + n)
+    total = np.cumsum(price)
+    ahead = price[now] - (total[now] - total[now - MEMORY]) / MEMORY
+    outcome = (price[now + HORIZON] - price[now]) / np.sqrt(HORIZON)
+    planted = 0.1 * outcome + np.sqrt(0.99) * rng.normal(size=n)
+    return {"buys low": -ahead, "follows": ahead, "planted": planted}[kind], outcome
+
+
+def fold_ics(signal, outcome, *, causal: bool) -> list[float]:
+    past: wfe_metrics.Past = {}
+    parts = []
+    for first in range(0, len(signal), FOLD):
+        own = slice(first, first + FOLD)
+        rows = rows_of(signal[own], outcome[own], np.arange(first, first + FOLD), "A")
+        parts.append(rows.causal_ic_by_session(past) if causal else rows.ic_by_session())
+    return [float(part.mean()) for part in parts]
+
+
+@pytest.mark.parametrize("kind", ["buys low", "follows"])
+def test_the_folds_of_a_random_walk_have_no_ic_as_known_at_the_time(kind):
+    ics = np.array([fold_ics(*walk_and_signal(kind, seed), causal=True) for seed in range(40)])
+    assert abs(ics.mean()) < 0.03
+    assert abs(ics[:, 0].mean()) < 0.06, "nor has the first fold, which has no past but its own"
+    assert 0.35 < np.mean(ics > 0) < 0.65
+
+
+def test_the_folds_of_a_random_walk_have_an_ic_in_hindsight():
+    """The planted fault: ranked among themselves, the rows of a fold flatter what buys low."""
+    ics = np.array([fold_ics(*walk_and_signal("buys low", seed), causal=False) for seed in range(20)])
+    assert ics.mean() > 0.12
+    assert np.mean(ics > 0) > 0.85
+
+
+def test_a_planted_signal_is_found_in_the_folds():
+    signals = [walk_and_signal("planted", seed) for seed in range(20)]
+    ics = np.array([fold_ics(*each, causal=True) for each in signals])
+    assert ics.mean() == pytest.approx(0.10, abs=0.02)
+    assert np.mean(ics > 0) > 0.85
+    # A perfect signal has an IC of about 1.
+    outcome = np.random.default_rng(4).normal(size=FOLD * N_FOLDS)
+    assert np.mean(fold_ics(outcome, outcome, causal=True)) == pytest.approx(1.0, abs=0.05)
+
+
+def test_the_ic_of_a_fold_is_what_its_rows_and_those_before_say():
+    signal, outcome = walk_and_signal("planted", 1)
+    whole = rows_of(signal, outcome, np.arange(len(signal)), "A").causal_ic_by_session({})
+    parts = fold_ics(signal, outcome, causal=True)
+    assert parts == pytest.approx(whole.reshape(N_FOLDS, FOLD).mean(axis=1), abs=1e-12)
+
+
 def test_a_constant_signal_has_no_ic():
     outcome = np.random.default_rng(0).normal(size=100)
+    assert not len(rows_of(np.ones(100), outcome, np.arange(100), "A").causal_ic_by_session({}))
     assert not len(rows_of(np.ones(100), outcome, np.arange(100), "A").ic_by_session())
     assert not len(rows_of(outcome[:10], outcome[:10], np.arange(10), "A").ic_by_session())
     assert wfe_metrics.known_mean(np.empty(0)) is None
