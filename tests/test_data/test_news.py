@@ -480,9 +480,10 @@ def test_the_flag_trains_with_headlines_and_what_is_served_reads_them(
         forecasts.append(decisions.frame["raw_scaled"])
         answer = PredictionService(
             registry=ModelRegistry(place / "models"), source=source, cache=None
-        ).predict(PredictionRequest(symbol="AAPL"))
+        ).answer(PredictionRequest(symbol="AAPL"))
         says_so = [
-            any(TOLD in text for text in texts) for texts in (decisions.findings, answer.metadata.notes)
+            any(TOLD in text for text in texts)
+            for texts in (decisions.findings, json.loads(answer)["metadata"]["notes"])
         ]
         assert says_so == [news_of.name != "csv:news"] * 2
         before = decide("AAPL", frame.iloc[:-3], BundleForecaster(bundle=bundle, as_lived=True), make_sizer())
