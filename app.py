@@ -79,8 +79,7 @@ def create_app(settings: Settings, listening: socket.socket | None = None) -> Ap
     """
     # These rooms import every learner of the project: `--help` and the import of `app` need none of them.
     from data.cache_manager import BarCache  # noqa: PLC0415
-    from data.data_fetcher import fetch_stock_data, make_source  # noqa: PLC0415
-    from data.news import make_news  # noqa: PLC0415
+    from data.data_fetcher import fetch_stock_data, make_news, make_source  # noqa: PLC0415
     from service.api import Services, create_api  # noqa: PLC0415
     from service.edge import EdgeRules  # noqa: PLC0415
     from service.ledger import ForecastLedger, track_record  # noqa: PLC0415

@@ -29,8 +29,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from data.cache_manager import BarCache
-from data.data_fetcher import make_source
-from data.news import make_news
+from data.data_fetcher import make_news, make_source
 from data.schema import bars_hash, normalise_symbol
 from evaluation import charts
 from evaluation.accounting import DEFAULT_CAPITAL, CostModel

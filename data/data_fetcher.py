@@ -1,29 +1,35 @@
 """Where bars come from: Yahoo Finance, a folder of CSV files, or the prices embedded in ``bokeh_sampledata``.
 
 A source answers with a raw table in Yahoo's convention; :func:`fetch_stock_data` is the one door through
-which the product reads prices, whatever the source. Nothing falls back from one source to another.
+which the product reads prices, whatever the source. Nothing falls back from one source to another. Where
+headlines are asked for, what they say is put beside the prices: a folder of CSV files, or Finnhub's.
 """
 
 import hashlib
 import importlib.util
 import io
 import logging
+import os
 import re
+import tempfile
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
+import requests
+from filelock import FileLock
+from pydantic import BaseModel, Field, SecretStr, TypeAdapter, ValidationError
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from data.news import NewsSource, with_headlines
+from data.feature_engineer import SENTIMENT_COLUMNS, sentiment_features
 from data.schema import (
     MAX_MISSING_SESSIONS,
     MAX_OFF_CALENDAR,
@@ -37,7 +43,7 @@ from data.schema import (
     normalise_symbol,
     refuse_above,
 )
-from utils.errors import AIStocksError, DataError, UnknownSymbolError, UpstreamError, UsageError
+from utils.errors import AIStocksError, DataError, StorageError, UnknownSymbolError, UpstreamError, UsageError
 from utils.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -50,6 +56,173 @@ _NOT_A_CHART = (ValueError, LookupError, TypeError, AttributeError)
 DEFAULT_MAX_BYTES = 1 << 30
 # Who has had no bar for more sessions will have none any more.
 DELISTED_AFTER_SESSIONS = 10
+HEADLINE_COLUMNS = ("date", "headline", "source")
+# The least that training learns from. Two years (short of holidays): fewer sessions know the correlation with
+# a 5-day return to within 0.1 at best, more than any headline is worth. And two rows of five: else most folds
+# would train, and most of the verdict would be earned, on rows that know nothing of the news.
+LEAST_SESSIONS, LEAST_SHARE = 480, 0.4
+# How far back Finnhub tells; what is asked for at a time, what again (articles come late), and how often.
+FINNHUB_KNOWS, PAGE, OVERLAP = timedelta(days=365), timedelta(days=14), timedelta(days=3)
+ASK_EVERY_S = 3600.0
+
+
+def make_news(settings: Settings) -> "NewsSource | None":
+    """Return the source that the settings name, None where they name none; `UsageError` if it is unknown."""
+    kind, _, directory = settings.news.partition(":")
+    if not settings.news:
+        return None
+    if settings.news == "finnhub":
+        return FinnhubNews(settings.finnhub_key, settings.cache_dir)
+    if kind == "csv" and directory:
+        return CsvNews(Path(directory).expanduser())
+    raise UsageError(f"AI_STOCKS_NEWS={settings.news!r} is no source of headlines: use csv:DIR or finnhub")
+
+
+class CsvNews:
+    """A folder that holds ``<SYMBOL>.csv`` with the columns ``date,headline,source``."""
+
+    def __init__(self, directory: Path) -> None:
+        if not directory.is_dir():
+            raise UsageError(f"AI_STOCKS_NEWS=csv:{directory}: there is no such folder")
+        self._directory = directory
+        self.name = f"csv:{directory.resolve().name}"
+
+    def read(self, symbol: str) -> pd.DataFrame:
+        """Return a normalised symbol's headlines by date; raises `UpstreamError` or `DataError`."""
+        try:
+            return _headlines_of(self._directory / f"{symbol}.csv")
+        except FileNotFoundError:
+            raise UpstreamError(f"{self.name} has no headlines of {symbol}: add {symbol}.csv") from None
+        except OSError as error:
+            raise UpstreamError(f"{symbol}.csv of {self.name} cannot be read: {error.strerror}") from error
+
+
+class _Item(BaseModel):
+    """What Finnhub says of an article, as far as it is used."""
+
+    datetime: int = Field(ge=0, le=2**33)
+    headline: str
+    source: str = ""
+
+
+_ITEMS = TypeAdapter(list[_Item])
+
+
+@dataclass(frozen=True, slots=True)
+class FinnhubNews:
+    """Finnhub's company news, kept in ``cache_dir/news``: it knows the last year, and what was read stays.
+
+    The key travels in a header, so that no address, message or log holds it.
+    """
+
+    key: SecretStr | None
+    cache_dir: Path
+    address: str = "https://finnhub.io/api/v1/company-news"
+    timeout_s: float = 10.0
+    name: str = "finnhub"
+
+    def read(self, symbol: str) -> pd.DataFrame:
+        """Return what was kept and what is new; what was kept alone, with a warning, where asking fails."""
+        path = self.cache_dir / "news" / f"{symbol}.csv"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(path.with_suffix(".lock"), timeout=60.0):
+                return self._refreshed(symbol, path)
+        except OSError as error:
+            raise StorageError(f"headlines of {symbol} cannot be kept: {error.strerror or error}") from error
+
+    def _refreshed(self, symbol: str, path: Path) -> pd.DataFrame:
+        now, kept = datetime.now(UTC), _kept_headlines(path)
+        first = now.date() - FINNHUB_KNOWS
+        if kept is not None and 0.0 <= now.timestamp() - path.stat().st_mtime < ASK_EVERY_S:
+            return kept
+        if kept is not None and len(kept):
+            first = max(first, kept["date"].max().date() - OVERLAP)
+        try:
+            new = self._ask(symbol, first, now.date())
+        except UpstreamError as error:
+            if kept is None:
+                raise
+            logger.warning("%s: headlines are those that were kept: %s", symbol, error)
+            return kept
+        frame = _by_date(new if kept is None else pd.concat([kept, new]))
+        _keep(path, frame)
+        return frame
+
+    def _ask(self, symbol: str, first: date, last: date) -> pd.DataFrame:
+        if self.key is None:
+            raise UpstreamError("Finnhub needs a key: set AI_STOCKS_FINNHUB_KEY")
+        found: list[_Item] = []
+        while first <= last:
+            # A long span would be answered with its newest articles only.
+            found += self._page(symbol, self.key, first, min(last, first + PAGE))
+            first += PAGE + timedelta(days=1)
+        # The day in UTC: the first session after it ends later than the day, whatever the exchange.
+        rows = [(datetime.fromtimestamp(one.datetime, UTC).date(), one.headline, one.source) for one in found]
+        frame = pd.DataFrame(rows, columns=list(HEADLINE_COLUMNS))
+        return frame.assign(date=pd.to_datetime(frame["date"]))
+
+    def _page(self, symbol: str, key: SecretStr, first: date, last: date) -> list[_Item]:
+        try:
+            answer = requests.get(
+                self.address,
+                params={"symbol": symbol, "from": first.isoformat(), "to": last.isoformat()},
+                headers={"X-Finnhub-Token": key.get_secret_value()},
+                timeout=self.timeout_s,
+                allow_redirects=False,
+            )
+        except (requests.RequestException, ValueError) as error:
+            # The message of a header that cannot be sent holds the key.
+            raise UpstreamError(f"Finnhub cannot be asked ({type(error).__name__}): try later") from None
+        if answer.status_code != requests.codes.ok:
+            why = {401: "the key is wrong", 403: "the key may not", 429: "too many requests"}
+            said = why.get(answer.status_code, "no answer")
+            raise UpstreamError(f"Finnhub has no news of {symbol} for us ({answer.status_code}: {said})")
+        try:
+            return _ITEMS.validate_json(answer.content)
+        except ValidationError as error:
+            raise UpstreamError(f"Finnhub's answer for {symbol} is no list of articles") from error
+
+
+NewsSource = CsvNews | FinnhubNews
+
+
+def _headlines_of(path: Path) -> pd.DataFrame:
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
+        if absent := sorted(set(HEADLINE_COLUMNS) - set(table.columns)):
+            raise DataError(
+                f"{path.name} has no column {', '.join(absent)}: headlines need {','.join(HEADLINE_COLUMNS)}"
+            )
+        table["date"] = pd.to_datetime(table["date"].str[:10], format="%Y-%m-%d")
+    except (ValueError, pd.errors.ParserError) as error:
+        raise DataError(f"{path.name} cannot be read as headlines: {error}") from error
+    return _by_date(table.loc[:, list(HEADLINE_COLUMNS)])
+
+
+def _by_date(table: pd.DataFrame) -> pd.DataFrame:
+    """Return headlines by date; what several sources printed on one day counts once."""
+    table = table.loc[np.asarray(table["headline"].str.strip() != "")].sort_values("date", kind="stable")
+    return table.drop_duplicates(["date", "headline"], ignore_index=True)
+
+
+def _kept_headlines(path: Path) -> pd.DataFrame | None:
+    try:
+        return _headlines_of(path)
+    except FileNotFoundError:
+        return None
+    except DataError as error:
+        logger.warning("kept headlines are read anew: %s", error)
+        path.replace(path.with_suffix(".damaged"))
+        return None
+
+
+def _keep(path: Path, frame: pd.DataFrame) -> None:
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+        frame.to_csv(file, index=False, date_format="%Y-%m-%d")
+        file.flush()
+        os.fsync(file.fileno())
+    Path(file.name).replace(path)
 
 
 class BarSource(ABC):
@@ -127,7 +300,7 @@ def fetch_stock_data(
 
     Raises
     ------
-    InvalidSymbolError, UnknownSymbolError, UpstreamError, DataError
+    InvalidSymbolError, StorageError, UnknownSymbolError, UpstreamError, DataError
     """
     symbol = normalise_symbol(symbol)
     now = now or datetime.now(UTC)
@@ -447,3 +620,35 @@ def _listed(names: Sequence[str], most: int = 12) -> str:
         return "no symbol"
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def with_headlines(bars: Bars, news: NewsSource | None) -> Bars:
+    """Return bars with `SENTIMENT_COLUMNS` beside the prices; without, and with the reason, on failure."""
+    if news is None:
+        return bars
+    try:
+        headlines = news.read(bars.symbol)
+    except AIStocksError as error:
+        logger.warning("%s: no headlines: %s", bars.symbol, error)
+        return replace(bars, sentiment={"used": False, "reason": str(error)})
+    facts = {"used": True, "source": news.name, "headlines": len(headlines)}
+    return replace(bars, frame=bars.frame.join(sentiment_features(bars.frame, headlines)), sentiment=facts)
+
+
+def with_enough_headlines(bars: Bars, warmup_bars: int) -> Bars:
+    """Return bars to train on, without the columns and with the reason where too few rows have them."""
+    if bars.sentiment and not bars.sentiment["used"]:
+        return bars
+    reason = "AI_STOCKS_NEWS names no source of headlines"
+    if bars.sentiment:
+        covered = bars.frame["sentiment_5d"].iloc[warmup_bars:].notna()
+        if covered.sum() >= max(LEAST_SESSIONS, LEAST_SHARE * len(covered)):
+            return bars
+        reason = (
+            f"{bars.sentiment['source']} has headlines for {covered.sum():,} of {len(covered):,} training "
+            f"sessions, and {LEAST_SESSIONS} and {LEAST_SHARE:.0%} are the least: add some, or leave earlier "
+            "prices out"
+        )
+    logger.warning("%s: trains without headlines: %s", bars.symbol, reason)
+    frame = bars.frame.drop(columns=list(SENTIMENT_COLUMNS), errors="ignore")
+    return replace(bars, frame=frame, sentiment={**bars.sentiment, "used": False, "reason": reason})

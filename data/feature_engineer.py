@@ -10,7 +10,9 @@ import hashlib
 import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
+from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +23,15 @@ from data import indicators as ind
 from data.indicators import NO_MOVE, BarArrays, FloatArray
 from data.schema import ALWAYS, BAR_COLUMNS, WEEKDAYS, bar_dates, calendar_name
 from utils.errors import DataError, UsageError
+
+SENTIMENT_COLUMNS = ("sentiment_1d", "sentiment_5d", "sentiment_20d", "news_volume_5d")
+# After so many sessions without a headline nothing is known, however many there were before.
+MAX_GAP_SESSIONS = 5
+# The lexicon is that of everyday speech: what names things in headlines of markets, and what moves there.
+_UP = "beat beats bullish climb climbs jump jumps rallies rally rise rises soar soars surge surges upgrade"
+_DOWN = "bearish downgrade fall falls miss misses plunge plunges sink sinks slide slump slumps tumble tumbles"
+_THINGS = "amazon credit demand gross interest security share shares vision"
+MARKET_WORDS = {word: v for v, words in ((2.0, _UP), (0.0, _THINGS), (-2.0, _DOWN)) for word in words.split()}
 
 # Raised whenever values change while the words of a formula stay the same; part of the hash.
 FEATURE_SET_VERSION = 1
@@ -334,8 +345,8 @@ def engineer_features(
     Parameters
     ----------
     bars
-        Adjusted OHLCV bars of one symbol, ascending; prices positive, nothing missing. Where `data.news` has
-        put what headlines say beside them, that family is appended, too.
+        Adjusted OHLCV bars of one symbol, ascending; prices positive, nothing missing. What headlines
+        say is appended, too, where `data.data_fetcher` has put it beside them.
     vix, market
         Bars of ^VIX and of the market (only ``Close`` is read); each appends its optional family. They must
         have closed by the close of the bars: see `refuse_earlier_closes`.
@@ -432,6 +443,50 @@ def features_table() -> str:
         _table(CROSS_ASSET + MARKET_CONTEXT + SENTIMENT),
     ]
     return "\n\n".join(parts)
+
+
+@cache
+def _analyser() -> Any:  # noqa: ANN401 - the module has no types
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer  # noqa: PLC0415 - reads its lexicon
+
+    analyser = SentimentIntensityAnalyzer()
+    analyser.lexicon.update(MARKET_WORDS)
+    return analyser
+
+
+@lru_cache(maxsize=1 << 16)
+def score(headline: str) -> float:
+    """Return how a headline sounds, from -1 to 1; 0 where no word of it is in the lexicon.
+
+    References
+    ----------
+    Hutto, Gilbert (2014), VADER: a parsimonious rule-based model for sentiment analysis, ICWSM-14.
+    """
+    return float(_analyser().polarity_scores(headline)["compound"])
+
+
+def sentiment_features(bars: pd.DataFrame, headlines: pd.DataFrame) -> pd.DataFrame:
+    """Return what each session knows of the headlines dated before it, `SENTIMENT_COLUMNS` by bar.
+
+    ``sentiment_<k>d`` is the mean score of the headlines that became known in the last k sessions;
+    ``news_volume_5d`` compares their number in 5 sessions with that in 60, as a logarithm. NaN where none
+    became known within `MAX_GAP_SESSIONS`, or (the number) not in all 60.
+    """
+    sessions = np.asarray(bar_dates(bars), dtype="datetime64[D]")
+    # The first session after the date. What is dated before the first bar became known we know not when.
+    place = np.searchsorted(sessions, np.asarray(headlines["date"], dtype="datetime64[D]"), side="right")
+    known = (place > 0) & (place < len(sessions))
+    scores = np.fromiter(map(score, headlines["headline"][known]), dtype=np.float64)
+    n, total = (
+        pd.Series(np.bincount(place[known], weights=weights, minlength=len(sessions)), dtype=np.float64)
+        for weights in (None, scores)
+    )
+    count, said = ({w: each.rolling(w, min_periods=1).sum() for w in (1, 5, 20, 60)} for each in (n, total))
+    recent = n.rolling(MAX_GAP_SESSIONS, min_periods=1).sum() > 0
+    always = recent.astype(np.float64).rolling(60).min() > 0
+    made = {f"sentiment_{w}d": (said[w] / count[w]).where(recent) for w in (1, 5, 20)}
+    made["news_volume_5d"] = ((1.0 + count[5]) / (1.0 + count[60] / 12.0)).map(np.log).where(always)
+    return pd.DataFrame(made).set_axis(bars.index)
 
 
 def build_parser() -> argparse.ArgumentParser:

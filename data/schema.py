@@ -311,7 +311,7 @@ class Bars:
     ``frame`` holds ``BAR_COLUMNS`` as float64, adjusted for splits and dividends, over an ascending unique
     tz-naive index ``date``. A row is known at the close of its session.
     ``sentiment`` says what became of the headlines: ``used``, and the ``source`` or the ``reason`` why not;
-    empty where nobody asked. Where they are used the frame has `data.news.SENTIMENT_COLUMNS`, too.
+    empty where nobody asked. Where they are used the frame has the `SENTIMENT_COLUMNS`, too.
     """
 
     symbol: str

@@ -14,8 +14,13 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from data.feature_engineer import MAX_WARMUP_BARS, engineer_features, has_sentiment, usable_rows
-from data.news import SENTIMENT_COLUMNS
+from data.feature_engineer import (
+    MAX_WARMUP_BARS,
+    SENTIMENT_COLUMNS,
+    engineer_features,
+    has_sentiment,
+    usable_rows,
+)
 from data.target_engineering import make_target, rescale_sigma
 from evaluation.accounting import DEFAULT_CAPITAL, CostModel
 from evaluation.advanced_backtester import AdvancedBacktester, BacktestReport

@@ -15,12 +15,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("data", "training", "inference", "evaluation", "validation", "service", "utils")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-# Meant were 45 files: jobs, ledger, network and ensemble took the house six above. Not one more.
-MAX_FILES, MAX_MODULE_LINES, MAX_FUNCTION_LINES = 51, 500, 60
+MAX_FILES, MAX_MODULE_LINES, MAX_FUNCTION_LINES = 45, 500, 60
 # Declarations of the wire, as long as the contract itself; a test sees to it that they stay declarations.
 WIRE = ROOT / "service" / "schemas.py"
-# A queue, the command of a job and the table of jobs are one thing, and one module holds them.
-LONGER = {"training_service.py": 590}
+# Where two modules made one: sources of prices and of headlines; a queue, its jobs and their table.
+LONGER = {"data_fetcher.py": 660, "training_service.py": 590, "feature_engineer.py": 510}
 MODULES_WITH_PARSERS = {
     "run_backtest.py": "run_backtest",
     "app.py": "app",

@@ -27,9 +27,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from data.cache_manager import BarCache
-from data.data_fetcher import BarSource, fetch_stock_data, make_source
+from data.data_fetcher import BarSource, NewsSource, fetch_stock_data, make_news, make_source
 from data.feature_engineer import feature_set_hash, get_feature_columns
-from data.news import NewsSource, make_news
 from inference.artifact import library_versions, read_manifest
 from inference.load_gbm_models import GBMBundle, GBMManifest, golden_outputs, load_folder
 from training.recipe import TrainerConfig

@@ -27,10 +27,16 @@ from joblib import Parallel, delayed
 from rich.console import Console
 
 from data.cache_manager import BarCache
-from data.data_fetcher import fetch_stock_data, load_panel, make_source, refuse_delisted
+from data.data_fetcher import (
+    fetch_stock_data,
+    load_panel,
+    make_news,
+    make_source,
+    refuse_delisted,
+    with_enough_headlines,
+)
 from data.data_validator import findings
 from data.feature_engineer import MAX_WARMUP_BARS, get_feature_columns
-from data.news import make_news, with_enough_headlines
 from data.schema import Bars, check_enough, normalise_symbol
 from data.target_engineering import DEFAULT_HORIZON_BARS, Dataset, check_horizon, resolve_universe
 from inference.load_gbm_models import GBMBundle, PathModel, load_folder, save_bundle, versions_of

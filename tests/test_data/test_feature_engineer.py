@@ -13,6 +13,7 @@ from data import feature_engineer
 from data.feature_engineer import (
     FEATURES,
     MAX_WARMUP_BARS,
+    SENTIMENT_COLUMNS,
     engineer_features,
     feature_set_hash,
     features_table,
@@ -20,7 +21,6 @@ from data.feature_engineer import (
     main,
     usable_rows,
 )
-from data.news import SENTIMENT_COLUMNS
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -16,20 +16,19 @@ import pandas as pd
 import pytest
 from pydantic import SecretStr
 
-from data import news
-from data.data_fetcher import fetch_stock_data, make_source
-from data.news import (
+from data import data_fetcher, feature_engineer
+from data.data_fetcher import (
     LEAST_SESSIONS,
     LEAST_SHARE,
-    SENTIMENT_COLUMNS,
     CsvNews,
     FinnhubNews,
+    fetch_stock_data,
     make_news,
-    score,
-    sentiment_features,
+    make_source,
     with_enough_headlines,
     with_headlines,
 )
+from data.feature_engineer import SENTIMENT_COLUMNS, score, sentiment_features
 from data.schema import Bars, BarsReport, Provenance
 from inference.load_gbm_models import load_bundle
 from inference.pipeline import BundleForecaster, decide
@@ -259,7 +258,7 @@ def asking(finnhub: Finnhub, cache: Path, key: str = KEY) -> FinnhubNews:
 
 def an_hour_later(cache: Path) -> None:
     path = cache / "news" / "AAPL.csv"
-    long_ago = path.stat().st_mtime - news.ASK_EVERY_S
+    long_ago = path.stat().st_mtime - data_fetcher.ASK_EVERY_S
     os.utime(path, (long_ago, long_ago))
 
 
@@ -419,7 +418,7 @@ def test_every_error_of_a_source_is_said_and_none_is_raised(make_bars: MakeBars,
 
 
 def test_the_lexicon_is_loaded_once() -> None:
-    assert news._analyser() is news._analyser()
+    assert feature_engineer._analyser() is feature_engineer._analyser()
 
 
 # --- from the flag to the answer ------------------------------------------------------------------
@@ -481,9 +480,10 @@ def test_the_flag_trains_with_headlines_and_what_is_served_reads_them(
         forecasts.append(decisions.frame["raw_scaled"])
         answer = PredictionService(
             registry=ModelRegistry(place / "models"), source=source, cache=None
-        ).predict(PredictionRequest(symbol="AAPL"))
+        ).answer(PredictionRequest(symbol="AAPL"))
         says_so = [
-            any(TOLD in text for text in texts) for texts in (decisions.findings, answer.metadata.notes)
+            any(TOLD in text for text in texts)
+            for texts in (decisions.findings, json.loads(answer)["metadata"]["notes"])
         ]
         assert says_so == [news_of.name != "csv:news"] * 2
         before = decide("AAPL", frame.iloc[:-3], BundleForecaster(bundle=bundle, as_lived=True), make_sizer())
