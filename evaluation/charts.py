@@ -143,7 +143,7 @@ class Report:
 def cell(value: object, form: str = "any", reason: str = "") -> Cell:
     """Show a value in one of `FORMS`, as pass or fail, or as words; None and NaN are a dash and why."""
     if value is None or (isinstance(value, float) and not np.isfinite(value)):
-        return Cell("\N{EN DASH}", "faint", reason)
+        return Cell("not computed" if form == "pass" else "\N{EN DASH}", "faint", reason)
     if form in {"pass", "flag"}:
         text = {"pass": ("fail", "pass"), "flag": ("no", "raised")}[form][bool(value)]
         return Cell(text, "pass" if bool(value) == (form == "pass") else "fail")

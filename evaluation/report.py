@@ -379,7 +379,9 @@ class _Trained:
         before = self.metadata.get("tries")
         tries = [words.records("tries", before)] if before else []
         tables = words.records("gates", rows), _evidence(words, self.evidence), *tries
-        return words.section("gates", *tables, bullets=verdict["reasons"])
+        failed = ", ".join(verdict["bypassed_gates"])
+        bypassed = [words.table["bypassed"].format(gates=failed)] if failed else []
+        return words.section("gates", *tables, bullets=(*verdict["reasons"], *bypassed))
 
     def origin(self, findings: Sequence[str]) -> tuple[Section, Section]:
         words = self.words

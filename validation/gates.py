@@ -87,12 +87,12 @@ UNIVERSE_EVIDENCE = ("ic", "p_ic", "p_return", "active_return_annual", "skill_ov
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gate:
-    """A classic gate: its value (None is undefined, and fails), its threshold in words, whether it passed."""
+    """A classic gate: its value, its threshold in words, whether it passed; None where not computed."""
 
     name: str
     value: float | None
     threshold: str
-    passed: bool
+    passed: bool | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +104,11 @@ class Verdict:
     evidence: Mapping[str, EvidenceValue]
     gates: tuple[Gate, ...]
 
+    @property
+    def bypassed_gates(self) -> tuple[str, ...]:
+        """Names of the classic gates that were computed and failed: what is saved bypasses them."""
+        return tuple(gate.name for gate in self.gates if gate.passed is False)
+
     def as_dict(self) -> dict[str, object]:
         """Return plain data for JSON."""
         return {
@@ -111,6 +116,7 @@ class Verdict:
             "reasons": list(self.reasons),
             "evidence": dict(self.evidence),
             "gates": [asdict(gate) for gate in self.gates],
+            "bypassed_gates": list(self.bypassed_gates),
         }
 
 
@@ -310,11 +316,11 @@ def _edge_reasons(
 
 
 def classic_gates(evidence: Mapping[str, EvidenceValue]) -> tuple[Gate, ...]:
-    """Return the classic gates, which are shown and decide nothing; an undefined value fails."""
+    """Return the classic gates, which decide nothing; an undefined value neither passes nor fails."""
     gates = []
     for name, key, above, below, threshold in CLASSIC:
         value = evidence[key]
-        passed = value is not None and above < value < below
+        passed = None if value is None else above < value < below
         gates.append(Gate(name=name, value=value, threshold=threshold, passed=passed))
     return tuple(gates)
 

@@ -240,7 +240,7 @@ def walk_forward_efficiency(
     """Return the share of the skill shown on known rows that is left on unknown ones (Pardo 2008).
 
     ``(test_hits - test_base) / (fit_hits - fit_base)``, each a hit rate over that of "always up". None when
-    the model had no skill on the rows that it knew: undefined, which a gate counts as failed.
+    the model had no skill on the rows that it knew.
     """
     return ratio(less(test_hits, test_base), less(fit_hits, fit_base))
 

@@ -32,9 +32,11 @@ VERDICT = {
                  "skill_over_drift": -0.001, "skill_over_zero": 0.004, "skill_over_average": 0.001,
                  "hits_over_always_up": -0.006, "calibration_slope": 0.62, "something_new": 1.5},
     "gates": [
-        {"name": "walk-forward efficiency", "value": None, "threshold": "> 40%", "passed": False},
+        {"name": "walk-forward efficiency", "value": None, "threshold": "> 40%", "passed": None},
         {"name": "direction accuracy", "value": 0.548, "threshold": "> 51%", "passed": True},
+        {"name": "signal std", "value": 0.001, "threshold": "> 0.005", "passed": False},
     ],
+    "bypassed_gates": ["signal std"],
 }  # fmt: skip
 
 
@@ -469,10 +471,11 @@ def test_the_training_report_shows_what_a_sceptic_asks_for(training_page: str) -
     text = "".join(Page(training_page).text)
     wanted = (
         "Fold by fold", "Always up", "The best 12 of 30 trials", "6 trials were stopped early", "> 40%",
-        "fail", "pass", "walk-forward efficiency", "Importance and stability", "of 7", "Hash of prices",
-        "nothing to remark",
+        "fail", "pass", "not computed", "walk-forward efficiency", "Importance and stability", "of 7",
+        "Hash of prices", "nothing to remark",
     )  # fmt: skip
     assert [words for words in wanted if words not in text] == []
+    assert "These classic gates fail, and keep no bundle from being saved: signal std." in text
     assert "Stopped early" not in text  # the twelve best were run to their end
 
 

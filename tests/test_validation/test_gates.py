@@ -241,7 +241,9 @@ def test_always_up_is_refused_though_it_is_often_right(drift):
     assert gates["direction accuracy"] == (drift > 0)
     assert not gates["share positive"]
     assert not gates["signal std"]
-    assert not gates["walk-forward efficiency"]
+    assert gates["walk-forward efficiency"] is None, "not computed is neither passed nor failed"
+    assert "walk-forward efficiency" not in verdict.bypassed_gates
+    assert {"share positive", "signal std"} <= set(verdict.as_dict()["bypassed_gates"])
 
 
 def test_a_passive_position_has_no_edge():
@@ -273,7 +275,7 @@ def test_a_one_sided_signal_fails_its_gate(shift, passes):
     assert gates_of(judged(history, signal))["share positive"] is passes
 
 
-@pytest.mark.parametrize(("fit_hits", "passes"), [(0.55, True), (0.95, False), (0.50, False)])
+@pytest.mark.parametrize(("fit_hits", "passes"), [(0.55, True), (0.95, False), (0.50, None)])
 def test_an_overfitted_model_fails_the_efficiency_gate(fit_hits, passes):
     rng = np.random.default_rng(17)
     history = make_history(rng)
