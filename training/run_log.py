@@ -122,16 +122,18 @@ def refuse(wrong: Mapping[str, object]) -> None:
         raise UsageError(said[0])
 
 
-class RunLog:
-    """The log of one run for one symbol; a folder that cannot be written makes it silent after one warning.
+class RunLog(logging.Handler):
+    """The log of one run for one symbol; warnings of the libraries go into it, too.
 
-    ``config`` is everything that decides the run, nested; it is written flat.
+    ``config`` is everything that decides the run, nested; it is written flat. A folder that cannot be written
+    makes it silent after one warning.
     """
 
     def __init__(self, folder: Path, symbol: str, config: Mapping[str, Any], kind: str) -> None:
+        super().__init__(logging.WARNING)
         self.path: Path | None = folder / f"{symbol}_{kind}_{datetime.now(UTC):%Y%m%dT%H%M%S%f}.log"
         self.status: Status | None = None
-        self._is_closed = False
+        self._has_ended = False
         self._folds: list[Mapping[str, Any]] = []
         self._sections: dict[str, list[str]] = {name: [] for name in SECTIONS}
         self._sections["TRAINING CONFIG"] = _lines(config)
@@ -143,6 +145,10 @@ class RunLog:
             self._folds.append(event)
             self._sections["FOLD METRICS"] = fold_lines(self._folds)
             self._write()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take down a warning."""
+        self.warn(f"{record.name}: {record.getMessage()}")
 
     def warn(self, text: str) -> None:
         """Take down what should make a reader wary, once."""
@@ -159,22 +165,18 @@ class RunLog:
             "across folds": asdict(trained.walk_forward.summary),
             "duration_s": metadata["duration_s"],
         }
-        self._sections["FOLD METRICS"] = fold_lines(metadata["folds"])
-        self._sections["FINAL METRICS"] = [
-            *_lines(found),
-            *(
-                f"gate {gate.name}: {_text(gate.value)} (threshold {gate.threshold}) "
-                f"{'passed' if gate.passed else 'failed'}"
-                for gate in verdict.gates
-            ),
-        ]
+        lines = _lines(found)
+        for gate in verdict.gates:
+            ending = "passed" if gate.passed else "failed"
+            lines.append(f"gate {gate.name}: {_text(gate.value)} (threshold {gate.threshold}) {ending}")
+        self._sections |= {"FOLD METRICS": fold_lines(metadata["folds"]), "FINAL METRICS": lines}
         for problem in metadata["data"]["problems"]:
             self.warn(str(problem))
         self._finish(status_of(trained), verdict.reasons)
 
     def fail(self, error: BaseException) -> None:
         """Take down how the run ended; a refused verdict keeps its status."""
-        if self._is_closed:
+        if self._has_ended:
             return
         said = str(error) or "interrupted"
         if isinstance(error, GateRefusedError) and self.status is not None:
@@ -183,9 +185,9 @@ class RunLog:
             word: Status = "COLLAPSED" if isinstance(error, CollapsedError) else "FAILED"
             self._finish(word, (f"{type(error).__name__}: {said}",))
 
-    def close(self) -> None:
-        """Take down nothing more: what goes wrong later befalls another symbol of the run."""
-        self._is_closed = True
+    def end(self) -> None:
+        """Take down no error any more: what goes wrong later befalls another symbol of the run."""
+        self._has_ended = True
 
     def _finish(self, status: Status, reasons: Sequence[str]) -> None:
         self.status = status
@@ -249,8 +251,8 @@ def interruptible() -> Iterator[None]:
 
     def end() -> None:
         for handler in logging.getLogger().handlers:
-            if isinstance(handler, _IntoLog):
-                handler.kept.fail(KeyboardInterrupt())
+            if isinstance(handler, RunLog):
+                handler.fail(KeyboardInterrupt())
         sys.stderr.write(INTERRUPTED_LINE)
         sys.stderr.flush()
         os._exit(INTERRUPTED)
@@ -261,9 +263,6 @@ def interruptible() -> Iterator[None]:
         timer.start()
         signal.default_int_handler(number, frame)
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     before = signal.signal(signal.SIGINT, on_signal)
     try:
         yield
@@ -273,26 +272,16 @@ def interruptible() -> Iterator[None]:
 
 @contextmanager
 def logged_run(folder: Path, symbol: str, config: Mapping[str, Any], kind: str) -> Iterator[RunLog]:
-    """Keep the log of a run; warnings of the libraries go into it, and an error ends it as FAILED."""
+    """Keep the log of a run; an error ends it as FAILED."""
     log = RunLog(folder, symbol, config, kind)
-    handler = _IntoLog(log)
-    logging.getLogger().addHandler(handler)
+    logging.getLogger().addHandler(log)
     try:
         yield log
     except BaseException as error:
         log.fail(error)
         raise
     finally:
-        logging.getLogger().removeHandler(handler)
-
-
-class _IntoLog(logging.Handler):
-    def __init__(self, log: RunLog) -> None:
-        super().__init__(logging.WARNING)
-        self.kept = log
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.kept.warn(f"{record.name}: {record.getMessage()}")
+        logging.getLogger().removeHandler(log)
 
 
 def publish(page: Report, folder: Path, metadata: Mapping[str, Any]) -> Path | None:
@@ -307,18 +296,18 @@ def publish(page: Report, folder: Path, metadata: Mapping[str, Any]) -> Path | N
 
 def publish_report(trained: Trained[Any], folder: Path) -> Path | None:
     """Write the HTML report of a training, see `publish`."""
-    bundle = trained.bundle
+    bundle, metadata = trained.bundle, trained.bundle.metadata
     page = training_report(
         symbol=bundle.symbol,
-        metadata=bundle.metadata,
+        metadata=metadata,
         record=bundle.record,
         importance=bundle.importance,
         trials=trained.trials,
         summary=asdict(trained.walk_forward.summary),
-        findings=bundle.metadata["data"]["problems"],
+        findings=metadata["data"]["problems"],
         epochs=bundle.hyperparameters.get("epochs", ()),
     )
-    return publish(page, folder, bundle.metadata)
+    return publish(page, folder, metadata)
 
 
 def _text(value: object) -> str:
@@ -354,7 +343,7 @@ def deliver(
         on_event({"type": "stage", "stage": "saving", "progress": 0.97})
         args.program.save(bundle, settings.models_dir, golden_inputs=trained.golden_inputs)
         saved = artifact_link(settings.models_dir, bundle.symbol, args.kind)
-    log.close()
+    log.end()
     names = ("metrics", "path_models", "seed", "device", "device_reason", "duration_s")
     outcome = outcome_of(bundle.metadata, names, {"bundle": saved, "report": report, "log": log.path})
     return {**outcome, "status": log.status}
@@ -452,8 +441,7 @@ def progress_line(console: Console, symbol: str, tell: OnEvent) -> Iterator[OnEv
 
         def on_event(event: Mapping[str, Any]) -> None:
             if event["type"] == "stage":
-                words = f"{symbol}: {event['stage']}"
-                bar.update(task, completed=event["progress"], description=words)
+                bar.update(task, completed=event["progress"], description=f"{symbol}: {event['stage']}")
 
         yield together(on_event, tell)
 

@@ -7,11 +7,9 @@
 """
 
 import argparse
-import json
 import logging
 import signal
 import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -19,10 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import lightgbm
-import numpy as np
 import pandas as pd
-import xgboost
 from joblib import Parallel, delayed
 from rich.console import Console
 
@@ -40,7 +35,7 @@ from data.feature_engineer import MAX_WARMUP_BARS, get_feature_columns
 from data.schema import Bars, check_enough, normalise_symbol
 from data.target_engineering import DEFAULT_HORIZON_BARS, Dataset, check_horizon, resolve_universe
 from inference.load_gbm_models import GBMBundle, PathModel, load_folder, save_bundle, versions_of
-from training.gbm_search import SearchConfig, catboost
+from training.gbm_search import SearchConfig, catboost, probe_cuda, probe_lightgbm_opencl
 from training.recipe import FittedGBM, GBMRecipe, RecipeConfig, TrainerConfig
 from training.run_log import (
     Outcome,
@@ -124,45 +119,6 @@ def choose_device(
             "--device cuda --allow-cpu-fallback where either will do"
         )
     return DeviceChoice(device="cpu", reason=f"no GPU: {missing}")
-
-
-def probe_cuda() -> str | None:
-    """Train one round of XGBoost on CUDA and read the device back; say what is missing, None where it works.
-
-    XGBoost asked for CUDA where there is none trains on the CPU, at ``verbosity=0`` without a word.
-    """
-    rows = np.linspace(0.0, 1.0, 64, dtype=np.float32).reshape(32, 2)
-    params = {"device": "cuda", "tree_method": "hist", "max_depth": 1, "nthread": 1, "verbosity": 0}
-    version = xgboost.__version__
-    try:
-        with warnings.catch_warnings():
-            # The warning about the fallback is what the answer says.
-            warnings.simplefilter("ignore")
-            booster = xgboost.train(params, xgboost.DMatrix(rows, rows[:, 0]), num_boost_round=1)
-    except xgboost.core.XGBoostError as error:
-        return f"XGBoost {version} says: {str(error).strip().partition(chr(10))[0]}"
-    used = device_of(booster)
-    if used.startswith("cuda"):
-        return None
-    if not xgboost.build_info().get("USE_CUDA"):
-        return f"this build of XGBoost {version} has no CUDA"
-    return f"XGBoost {version} finds no CUDA device and trained on {used!r}"
-
-
-def device_of(booster: xgboost.Booster) -> str:
-    """Return the device that a booster was last used on, as its own configuration tells."""
-    return str(json.loads(booster.save_config())["learner"]["generic_param"]["device"])
-
-
-def probe_lightgbm_opencl() -> str | None:
-    """Train one round of LightGBM on OpenCL; say what is missing. It informs only: its sums change order."""
-    rows = np.linspace(0.0, 1.0, 64, dtype=np.float64).reshape(32, 2)
-    params = {"device_type": "gpu", "min_data_in_leaf": 1, "num_threads": 1, "verbosity": -1}
-    try:
-        lightgbm.train(params, lightgbm.Dataset(rows, rows[:, 0]), num_boost_round=1)
-    except lightgbm.basic.LightGBMError as error:
-        return f"LightGBM {lightgbm.__version__} says: {str(error).strip().partition(chr(10))[0]}"
-    return None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -278,11 +234,9 @@ class GBMTrainer(Trainer[FittedGBM, GBMBundle]):
         fitted, ensemble = walked.fitted, walked.fitted.for_symbol(symbol)
         paths = (
             PathModel(
-                horizon_bars=path.horizon_bars,
-                ensemble=path.fitted.for_symbol(symbol),
-                hyperparameters=path.fitted.hyperparameters,
+                horizon_bars=ahead, ensemble=own.for_symbol(symbol), hyperparameters=own.hyperparameters
             )
-            for path in walked.paths
+            for ahead, (_record, own) in walked.paths.items()
         )
         return GBMBundle(
             symbol=symbol,

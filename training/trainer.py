@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -42,7 +42,6 @@ PATH_EVIDENCE = ("ic", "p_ic", "calibration_slope", "skill_over_drift", "n_rows"
 WALKED_AT = 0.9
 OnEvent = Callable[[Mapping[str, Any]], None]
 FittedT = TypeVar("FittedT", bound=FittedRecipe)
-FittedT_co = TypeVar("FittedT_co", bound=FittedRecipe, covariant=True)
 BundleT = TypeVar("BundleT", bound=Bundle)
 
 
@@ -52,9 +51,8 @@ class RowsConfig:
 
     ``common_move_share`` of the session's mean target over the panel is taken off the training targets: what
     all symbols do together is mostly noise to a model of each. A row counts half at the age of
-    ``weight_half_life_sessions``. Training targets beyond ``target_limit_sigma`` volatilities are winsorised;
-    outcomes never are. Rows of the symbols in ``leave_out`` train and calibrate nothing: their forecasts
-    prove that the model generalises. ``seed`` is that of everything that draws.
+    ``weight_half_life_sessions``. Training targets, never outcomes, are winsorised at ``target_limit_sigma``
+    volatilities. Rows of ``leave_out`` train and calibrate nothing: that the model generalises is proved there.
     """
 
     common_move_share: float = 0.5
@@ -68,7 +66,7 @@ class RowsConfig:
 class WalkConfig:
     """Everything that a training run of any kind of model is decided by; recorded in the bundle.
 
-    Forecasts that are judged and decide look ``horizon_bars`` ahead; the forecast path also passes through
+    What is judged and decides looks ``horizon_bars`` ahead; the forecast path also passes through
     ``path_horizons_bars``, each with a model of its own. ``costs`` are what the verdict's positions pay.
     """
 
@@ -79,21 +77,22 @@ class WalkConfig:
     costs: CostModel = field(default_factory=CostModel)
 
 
-class FinalRecipe(Protocol[FittedT_co]):
+class FinalRecipe(ABC, Generic[FittedT]):
     """A recipe that is validated, and then fitted on everything; see `validation.walk_forward.Recipe`."""
 
     @property
     def trials(self) -> tuple[Mapping[str, object], ...]:
         """Every trial of every search so far."""
-        ...
+        return ()
 
-    def fit(self, train: Dataset, *, fold: int, earlier: pd.DataFrame) -> FittedT_co:
-        """Fit on rows before a fold."""
-        ...
+    @abstractmethod
+    def fit(self, train: Dataset, *, fold: int, earlier: pd.DataFrame) -> FittedT:
+        """Fit on rows before a fold; see `validation.walk_forward.Recipe.fit`."""
 
-    def fit_all(self, dataset: Dataset, record: pd.DataFrame) -> FittedT_co:
+    def fit_all(self, dataset: Dataset, record: pd.DataFrame) -> FittedT:
         """Fit on every labelled row, calibrated on the whole walk-forward record."""
-        ...
+        labelled = dataset.take(np.flatnonzero(dataset.labelled))
+        return self.fit(labelled, fold=0, earlier=record)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,24 +108,12 @@ class Trained(Generic[BundleT]):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WalkedPath(Generic[FittedT]):
-    """A further horizon on its own target: the record of all symbols, not saved, and the final fit."""
-
-    horizon_bars: int
-    record: pd.DataFrame
-    fitted: FittedT
-
-    def figures(self, symbol: str) -> dict[str, Any]:
-        """Return what the symbol's own out-of-sample rows say."""
-        return figures_of(of_symbol(self.record, symbol), self.horizon_bars)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Walked(Generic[FittedT]):
     """What all symbols of a run share: the rows, hashes of the prices, the walk-forward, the final fit.
 
-    ``returns`` of a panel are net returns per session of the decided positions of all symbols, in equal
-    parts, and of their benchmarks of equal exposure, (m, 2).
+    ``paths`` are the record, not saved, and the final fit of each further horizon. ``returns`` of a panel are
+    net returns per session of the decided positions of all symbols, in equal parts, and of their benchmarks
+    of equal exposure, (m, 2).
     """
 
     dataset: Dataset
@@ -136,7 +123,7 @@ class Walked(Generic[FittedT]):
     trials: tuple[Mapping[str, object], ...]
     started: float
     universe: str = ""
-    paths: tuple[WalkedPath[FittedT], ...] = ()
+    paths: Mapping[int, tuple[pd.DataFrame, FittedT]] = field(default_factory=dict)
     returns: FloatArray | None = None
 
 
@@ -154,7 +141,7 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
     def __init__(self, config: WalkConfig, on_event: OnEvent | None = None) -> None:
         self.config = config
         self._tell: OnEvent = on_event or (lambda _event: None)
-        self._begun = 0.0
+        self._place = 0
 
     @abstractmethod
     def recipe(self, dataset: Dataset) -> FinalRecipe[FittedT]:
@@ -202,17 +189,16 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
         return MAX_WARMUP_BARS + self.config.walk_forward.min_train_bars + longest + MINIMUM_TEST_BARS
 
     def walk(self, panel: Mapping[str, Bars], *, universe: str = "") -> Walked[FittedT]:
-        """Walk the recipe forward over the panel, split by date, and fit it on all labelled rows.
-
-        Too few bars of a symbol that stands alone are an `InsufficientDataError`.
-        """
+        """Walk the recipe forward over the panel, split by date, and fit it on all labelled rows."""
         started = time.monotonic()
         if len(panel) == 1:
             ((symbol, bars),) = panel.items()
             check_enough(bars.frame, self.needed_bars, f"training {symbol} alone with one year out of sample")
         # Further horizons come first, each on its own: the rows of one are in memory at a time.
-        paths = tuple(self._walk_path(panel, bars_ahead) for bars_ahead in self.config.path_horizons_bars)
-        self._begun = len(paths) / (len(paths) + 1)
+        paths: dict[int, tuple[pd.DataFrame, FittedT]] = {}
+        for self._place, ahead in enumerate(self.config.path_horizons_bars):
+            paths[ahead] = self._walk_path(panel, ahead)
+        self._place = len(paths)
         dataset, recipe, result, fitted = self.fit(panel)
         walked = Walked(
             dataset=dataset,
@@ -247,19 +233,16 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
         self._stage("final fit", WALKED_AT)
         return dataset, recipe, result, recipe.fit_all(dataset, result.record)
 
-    def _walk_path(self, panel: Mapping[str, Bars], horizon_bars: int) -> WalkedPath[FittedT]:
+    def _walk_path(self, panel: Mapping[str, Bars], horizon_bars: int) -> tuple[pd.DataFrame, FittedT]:
         """Walk a further horizon, which nobody judges: its folds are told to nobody."""
-        ahead = self.config.path_horizons_bars
-        place, share = ahead.index(horizon_bars), 1 / (len(ahead) + 1)
 
         def tell(event: Mapping[str, Any]) -> None:
             if event["type"] == "stage":
-                progress = round(share * (place * WALKED_AT + event["progress"]), 3)
-                self._tell({**event, "stage": f"{horizon_bars} bars, {event['stage']}", "progress": progress})
+                self._stage(f"{horizon_bars} bars, {event['stage']}", event["progress"])
 
         config = replace(self.config, horizon_bars=horizon_bars, path_horizons_bars=())
         _dataset, _recipe, result, fitted = type(self)(config, tell).fit(panel)
-        return WalkedPath(horizon_bars=horizon_bars, record=result.record, fitted=fitted)
+        return result.record, fitted
 
     def _book_together(self, walked: Walked[FittedT], panel: Mapping[str, Bars]) -> FloatArray:
         """Book the decided positions of every symbol with two forecasts or more; see `Walked.returns`."""
@@ -286,10 +269,7 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
         earlier: Sequence[Run] = (),
         problems: Sequence[str] = (),
     ) -> Trained[BundleT]:
-        """Judge one symbol of the panel on its own rows; ``earlier`` looks at its prices count.
-
-        Less than a year of forecasts with a known outcome is an `InsufficientDataError`.
-        """
+        """Judge one symbol of the panel on its own rows; ``earlier`` looks at its prices count."""
         self._stage("verdict", 0.95)
         n_verdicts = 1 + sum(run.n_trials for run in earlier)
         record, dataset = walked.result.record, walked.dataset
@@ -324,7 +304,10 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
             "data": {**bundle.metadata["data"], "problems": [*bars.report.problems(), *problems]},
             "metrics": {**headline_metrics(served), "correlation": verdict.evidence["ic"]},
             "folds": fold_table(walked.result, bundle.record, backtest),
-            "path_models": {str(one.horizon_bars): one.figures(bars.symbol) for one in walked.paths},
+            "path_models": {
+                str(ahead): figures_of(of_symbol(theirs, bars.symbol), ahead)
+                for ahead, (theirs, _fitted) in walked.paths.items()
+            },
             "tries": as_told(earlier),
             "duration_s": round(time.monotonic() - walked.started, 1),
         }
@@ -357,8 +340,10 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
         return self.bundle_of(walked, bars.symbol, own, metadata)
 
     def _stage(self, stage: str, progress: float) -> None:
+        """Tell of a stage; until `WALKED_AT`, ``progress`` is that of one of several walks."""
         if progress <= WALKED_AT:
-            progress = WALKED_AT * self._begun + (1.0 - self._begun) * progress
+            n_walks = 1 + len(self.config.path_horizons_bars)
+            progress = (self._place * WALKED_AT + progress) / n_walks
         self._tell({"type": "stage", "stage": stage, "progress": round(progress, 3)})
 
 

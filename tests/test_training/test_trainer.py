@@ -26,15 +26,6 @@ def as_bars(frame: pd.DataFrame, symbol: str = "TEST") -> Bars:
     return Bars(symbol=symbol, frame=frame, provenance=seen, report=BarsReport())
 
 
-@pytest.mark.parametrize("drift", [0.0, 0.0008], ids=["driftless", "drifting"])
-def test_noise_is_seldom_an_edge(make_bars, drift: float):
-    """At the stated 5 %, two or more false edges of five come in 1 of 44 such tests; the seed is fixed."""
-    trainer = GBMTrainer(QUICK)
-    noise = [as_bars(make_bars(n=1_700, seed=seed, drift=drift)) for seed in range(5)]
-    labels = [trainer.train(bars).verdict.label for bars in noise]
-    assert labels.count("edge") <= 1, labels
-
-
 @pytest.fixture(scope="module")
 def events() -> list[dict]:
     return []
