@@ -3,10 +3,9 @@
 Everything here sees training rows only. Inner blocks come after their inner training rows and are purged by
 label end, so the search judges a setting the way the outer walk-forward judges the recipe.
 
-Each library has a *careful* setting, few small trees with large leaves, which grows with the rows: a panel
-can carry more leaves than one symbol. The best of many trials is the luckiest of many trials, so a tuned
-setting is used only where it beats the careful one on the inner blocks by more than `EARNED_T` standard
-errors; both are scored as they would be used, for a fixed number of rounds.
+Each library has a *careful* setting, few small trees with large leaves, which grow with the rows. The best of
+many trials is the luckiest of many trials: a tuned setting is used only where it beats the careful one on the
+inner blocks by more than `EARNED_T` standard errors; both are scored as they would be used.
 """
 
 import json
@@ -129,10 +128,9 @@ def _depth(leaves: int) -> int:
 class _XGBoost:
     """What every library is asked.
 
-    It draws parameters (``suggest``), has a setting of trees with so many leaves of so many rows at least
-    (``careful``), bins rows in its own form, with the bins of ``like`` (``bin``), fits for so many rounds, or
-    until ``score`` has not improved for `STOP_AFTER_ROUNDS` (``fit``), and tells the best error on the rows
-    that stopped a fit, and after how many rounds it had it (``stopped``).
+    To draw parameters (``suggest``); a setting of trees of so many leaves of so many rows (``careful``); rows
+    in its own form, with the bins of ``like`` (``bin``); a fit of so many rounds, or until ``score`` stops it
+    (``fit``); the best error on the rows that stopped it, and after how many rounds (``stopped``).
     """
 
     def suggest(self, trial: optuna.Trial, n_rows: int) -> Params:
@@ -243,9 +241,13 @@ class _CatBoost:
         return catboost().Pool(rows.features, rows.target_scaled, weight=rows.weight)
 
     def fit(self, params: Params, binned: Any, rounds: int, how: Fitting, score: Any = None) -> Booster:  # noqa: ANN401
-        asked = {"iterations": rounds, "loss_function": "RMSE", "bootstrap_type": "Bernoulli"}
+        asked: dict[str, object] = {
+            "iterations": rounds,
+            "loss_function": "RMSE",
+            "bootstrap_type": "Bernoulli",
+        }
         asked |= {"boost_from_average": False, "border_count": MAX_BIN}
-        run = {"random_seed": how.seed, "thread_count": how.threads}
+        run: dict[str, object] = {"random_seed": how.seed, "thread_count": how.threads}
         run |= {"allow_writing_files": False, "logging_level": "Silent"}
         if score is not None:
             run |= {"od_type": "Iter", "od_wait": STOP_AFTER_ROUNDS, "use_best_model": True}
