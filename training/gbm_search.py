@@ -163,14 +163,14 @@ class _XGBoost:
             "base_score": 0.0,
             "verbosity": 0,
         }
-        scored = [] if score is None else [(score, "score")]
+        scored, stop = ([], None) if score is None else ([(score, "score")], STOP_AFTER_ROUNDS)
         return xgboost.train(
             {**params, **asked, **run},
             binned,
-            num_boost_round=rounds,
+            rounds,
             verbose_eval=False,
             evals=scored,
-            early_stopping_rounds=STOP_AFTER_ROUNDS if scored else None,
+            early_stopping_rounds=stop,
         )
 
     def stopped(self, model: Any) -> tuple[float, int]:  # noqa: ANN401
@@ -198,15 +198,9 @@ class _LightGBM:
         return {"learning_rate": CAREFUL_RATE, **trees, **shares}
 
     def bin(self, rows: Rows, like: Any = None) -> Any:  # noqa: ANN401
-        dataset = lightgbm.Dataset(
-            rows.features,
-            rows.target_scaled,
-            weight=rows.weight,
-            reference=like,
-            params={"max_bin": MAX_BIN - 1, "verbosity": -1, "num_threads": 1, "feature_pre_filter": False},
-            free_raw_data=True,
-        )
-        return dataset.construct()
+        how = {"max_bin": MAX_BIN - 1, "verbosity": -1, "num_threads": 1, "feature_pre_filter": False}
+        data = lightgbm.Dataset(rows.features, rows.target_scaled, like, weight=rows.weight, params=how)
+        return data.construct()
 
     def fit(self, params: Params, binned: Any, rounds: int, how: Fitting, score: Any = None) -> Booster:  # noqa: ANN401
         asked = {"objective": "regression", "boost_from_average": False, "bagging_freq": 1}

@@ -54,8 +54,7 @@ FOLD_COLUMNS = (
 class Program:
     """What one kind of model adds to the common command line; it travels as ``args.program``.
 
-    ``check`` refuses, before anything is fetched, what the flags cannot mean together. ``config`` and
-    ``trainer``, for about so many rows, are what they ask for.
+    ``check`` refuses what the flags cannot mean together; ``trainer`` is told for about how many rows it is.
     """
 
     check: Callable[[argparse.Namespace], None]
@@ -114,17 +113,13 @@ def refuse(wrong: Mapping[str, object]) -> None:
 
 
 class RunLog(logging.Handler):
-    """The log of one run for one symbol, warnings of the libraries, too; nested ``config`` is written flat.
-
-    A folder that cannot be written makes it silent after one warning.
-    """
+    """The log of one run for one symbol; a folder that cannot be written makes it silent after one warning."""
 
     def __init__(self, folder: Path, symbol: str, config: Mapping[str, Any], kind: str) -> None:
         super().__init__(logging.WARNING)
         self.path: Path | None = folder / f"{symbol}_{kind}_{datetime.now(UTC):%Y%m%dT%H%M%S%f}.log"
         self.status: Status | None = None
-        # What goes wrong later befalls another symbol of the run.
-        self.has_ended = False
+        self.has_ended = False  # once it is delivered: what goes wrong later befalls another symbol
         self._folds: list[Mapping[str, Any]] = []
         self._sections: dict[str, list[str]] = {name: [] for name in SECTIONS}
         self._sections["TRAINING CONFIG"] = _lines(config)
@@ -138,7 +133,7 @@ class RunLog(logging.Handler):
             self._write()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Take down a warning."""
+        """Take down a warning of a library."""
         self.warn(f"{record.name}: {record.getMessage()}")
 
     def warn(self, text: str) -> None:

@@ -135,8 +135,7 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
     """
 
     kind: ClassVar[ArtifactKind]
-    # Rows of features that the golden outputs are made from.
-    golden_rows: int = GOLDEN_ROWS
+    golden_rows: int = GOLDEN_ROWS  # whose features the golden outputs are made from
 
     def __init__(self, config: WalkConfig, on_event: OnEvent | None = None) -> None:
         self.config = config
@@ -326,18 +325,14 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
     def _stage(self, stage: str, progress: float) -> None:
         """Tell of a stage; until `WALKED_AT`, ``progress`` is that of one of several walks."""
         if progress <= WALKED_AT:
-            n_walks = 1 + len(self.config.path_horizons_bars)
-            progress = (self._place * WALKED_AT + progress) / n_walks
+            progress = (self._place * WALKED_AT + progress) / (1 + len(self.config.path_horizons_bars))
         self._tell({"type": "stage", "stage": stage, "progress": round(progress, 3)})
 
 
 def judge_lived(
     record: pd.DataFrame, decisions: Decisions, costs: CostModel, weigh: Callable[..., Verdict]
 ) -> tuple[Verdict, BacktestReport]:
-    """Book positions as they would have been lived, and `weigh` the evidence of one symbol.
-
-    Also says what the same positions earn when they are taken a session later: no close decides on itself.
-    """
+    """Book positions as they would have been lived, and taken a session later; `weigh` the evidence."""
     backtest = backtest_decisions(decisions, costs)
     strategy, benchmark = (np.asarray(found, dtype=np.float64) for found in both_returns(backtest))
     verdict = weigh(record, strategy_return=strategy, benchmark_return=benchmark)
@@ -379,11 +374,10 @@ def leaves(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 def run_of(bars: Bars, content: object, kind: ArtifactKind, settings: str, n_trials: int = 1) -> Run:
     """Return what identifies a run, whose outcome is decided by ``content``, among the looks at a symbol."""
-    text = json.dumps(content, sort_keys=True)
     return Run(
         symbol=bars.symbol,
         **window(bars),
-        fingerprint=hashlib.sha256(text.encode()).hexdigest()[:16],
+        fingerprint=hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16],
         n_trials=n_trials,
         at=datetime.now(UTC).isoformat(timespec="seconds"),
         kind=kind.name,
