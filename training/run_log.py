@@ -113,7 +113,7 @@ def refuse(wrong: Mapping[str, object]) -> None:
 
 
 class RunLog(logging.Handler):
-    """The log of one run for one symbol; a folder that cannot be written makes it silent after one warning."""
+    """The log of one run for one symbol; where it cannot be written, it is silent after one warning."""
 
     def __init__(self, folder: Path, symbol: str, config: Mapping[str, Any], kind: str) -> None:
         super().__init__(logging.WARNING)
