@@ -94,8 +94,7 @@ def train_again(
 
 def device_as_then(config: TrainerConfig) -> DeviceChoice:
     """Return the recorded device, or the CPU where this machine has no GPU."""
-    recorded = config.recipe.search.device
-    if recorded == "cpu":
+    if config.recipe.search.device == "cpu":
         return DeviceChoice(device="cpu", reason="as recorded")
     return choose_device("cuda", 0, len(get_feature_columns()), allow_cpu_fallback=True)
 

@@ -149,7 +149,9 @@ def test_numbers_that_make_no_sense_are_usage_errors(capsys, flag: str):
 def places(tmp_path: Path, csv_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("models", "logs", "cache"):
         monkeypatch.setenv(f"AI_STOCKS_{name.upper()}_DIR", str(tmp_path / name))
-    monkeypatch.setenv("AI_STOCKS_SOURCE", f"csv:{csv_dir}")
+    (tmp_path / "prices").mkdir()
+    pd.read_csv(csv_dir / "NOISE.csv").iloc[-1_520:].to_csv(tmp_path / "prices" / "NOISE.csv", index=False)
+    monkeypatch.setenv("AI_STOCKS_SOURCE", f"csv:{tmp_path / 'prices'}")
     # What it checks is tested with the store.
     monkeypatch.setattr("inference.artifact.verify_in_fresh_process", lambda *_: None)
     return tmp_path
@@ -233,7 +235,7 @@ def test_the_arrays_say_what_keras_says_and_keras_needs_nothing_else(trained, tm
 
 
 def short_walk(bars: pd.DataFrame) -> pd.DataFrame:
-    split = WalkForwardConfig(test_bars=150, min_train_bars=600)
+    split = WalkForwardConfig(test_bars=150, min_train_bars=680)
     config = replace(QUICK, recipe=replace(SMALL, epochs=3), walk_forward=split)
     walked = LSTMTrainer(config).walk({"TEST": as_bars(bars)})
     return walked.result.record.assign(weight=walked.fitted.network.weights[ARRAYS[0]].sum())
@@ -241,7 +243,7 @@ def short_walk(bars: pd.DataFrame) -> pd.DataFrame:
 
 @pytest.fixture(scope="module")
 def walked_bars(make_planted) -> tuple[pd.DataFrame, pd.DataFrame]:
-    bars = make_planted(n=1_160, seed=1, ic=0.4)
+    bars = make_planted(n=1_240, seed=1, ic=0.4)
     return bars, short_walk(bars)
 
 
