@@ -156,21 +156,11 @@ class _XGBoost:
 
     def fit(self, params: Params, binned: Any, rounds: int, how: Fitting, score: Any = None) -> Booster:  # noqa: ANN401
         asked = {"objective": "reg:squarederror", "tree_method": "hist", "max_bin": MAX_BIN}
-        run = {
-            "device": how.device,
-            "nthread": how.threads,
-            "seed": how.seed,
-            "base_score": 0.0,
-            "verbosity": 0,
-        }
+        run = {"device": how.device, "nthread": how.threads, "seed": how.seed, "verbosity": 0}
         scored, stop = ([], None) if score is None else ([(score, "score")], STOP_AFTER_ROUNDS)
+        settings = {**params, **asked, **run, "base_score": 0.0}
         return xgboost.train(
-            {**params, **asked, **run},
-            binned,
-            rounds,
-            verbose_eval=False,
-            evals=scored,
-            early_stopping_rounds=stop,
+            settings, binned, rounds, evals=scored, early_stopping_rounds=stop, verbose_eval=False
         )
 
     def stopped(self, model: Any) -> tuple[float, int]:  # noqa: ANN401
@@ -235,12 +225,8 @@ class _CatBoost:
         return catboost().Pool(rows.features, rows.target_scaled, weight=rows.weight)
 
     def fit(self, params: Params, binned: Any, rounds: int, how: Fitting, score: Any = None) -> Booster:  # noqa: ANN401
-        asked: dict[str, object] = {
-            "iterations": rounds,
-            "loss_function": "RMSE",
-            "bootstrap_type": "Bernoulli",
-        }
-        asked |= {"boost_from_average": False, "border_count": MAX_BIN}
+        asked: dict[str, object] = {"iterations": rounds, "loss_function": "RMSE", "border_count": MAX_BIN}
+        asked |= {"bootstrap_type": "Bernoulli", "boost_from_average": False}
         run: dict[str, object] = {"random_seed": how.seed, "thread_count": how.threads}
         run |= {"allow_writing_files": False, "logging_level": "Silent"}
         if score is not None:

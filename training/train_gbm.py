@@ -369,7 +369,7 @@ def deliver(
     settings: Settings,
     on_event: OnEvent,
 ) -> run_log.Outcome:
-    """Save what was trained unless the flags forbid it, and report it; see `outcome_of`."""
+    """Save what was trained unless the flags forbid it, and report it; see `run_log.outcome_of`."""
     log.conclude(trained)
     bundle, saved = trained.bundle, None
     report = run_log.publish_report(trained, settings.logs_dir)

@@ -188,7 +188,7 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
         return MAX_WARMUP_BARS + self.config.walk_forward.min_train_bars + longest + MINIMUM_TEST_BARS
 
     def walk(self, panel: Mapping[str, Bars], *, universe: str = "") -> Walked[FittedT]:
-        """Walk the recipe forward over the panel, split by date, and fit it on all labelled rows."""
+        """Walk the recipe forward, split by date, and fit it on all labelled rows; refuse too few bars."""
         started = time.monotonic()
         if len(panel) == 1:
             ((symbol, bars),) = panel.items()
@@ -216,8 +216,8 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
         """Do `walk` for the one horizon that decides; nothing is booked."""
         self._stage("features", 0.0)
         frames = {symbol: bars.frame for symbol, bars in panel.items()}
-        every = build_dataset(frames, self.config.horizon_bars)
-        dataset = begin_with_others(every, self.config.recipe.leave_out)
+        dataset = build_dataset(frames, self.config.horizon_bars)
+        dataset = begin_with_others(dataset, self.config.recipe.leave_out)
         recipe = self.recipe(dataset)
         validator = WalkForwardValidator(self.config.walk_forward)
         n_folds = validator.n_folds(dataset)
@@ -263,7 +263,7 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
     def conclude(
         self, walked: Walked[FittedT], bars: Bars, earlier: Sequence[Run] = (), problems: Sequence[str] = ()
     ) -> Trained[BundleT]:
-        """Judge one symbol of the panel on its own rows; ``earlier`` looks at its prices count."""
+        """Judge one symbol on its own rows, a year at least; ``earlier`` looks at its prices count."""
         self._stage("verdict", 0.95)
         record, dataset = walked.result.record, walked.dataset
         n_known = int(of_symbol(record, bars.symbol)["realised_log"].notna().sum())
