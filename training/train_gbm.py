@@ -363,11 +363,7 @@ def train_group(
 
 
 def deliver(
-    trained: Trained[Any],
-    log: run_log.RunLog,
-    args: argparse.Namespace,
-    settings: Settings,
-    on_event: OnEvent,
+    trained: Trained[Any], log: run_log.RunLog, args: argparse.Namespace, settings: Settings, tell: OnEvent
 ) -> run_log.Outcome:
     """Save what was trained unless the flags forbid it, and report it; see `run_log.outcome_of`."""
     log.conclude(trained)
@@ -376,7 +372,7 @@ def deliver(
     if args.strict:
         run_log.refuse_without_edge(bundle.symbol, trained.verdict.as_dict())
     if not args.validate_only:
-        on_event({"type": "stage", "stage": "saving", "progress": 0.97})
+        tell({"type": "stage", "stage": "saving", "progress": 0.97})
         args.program.save(bundle, settings.models_dir, golden_inputs=trained.golden_inputs)
         saved = artifact_link(settings.models_dir, bundle.symbol, args.kind)
     log.has_ended = True
