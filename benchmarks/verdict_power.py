@@ -58,6 +58,7 @@ class Simulated:
 
     name = "simulated"
     is_live = False
+    news = None
 
     def __init__(self, bars: Mapping[str, pd.DataFrame]) -> None:
         self._bars = bars

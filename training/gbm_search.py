@@ -3,17 +3,18 @@
 Everything here sees training rows only. Inner blocks come after their inner training rows and are purged by
 label end, so the search judges a setting the way the outer walk-forward judges the recipe.
 
-Each library has a *careful* setting, few small trees with large leaves, which grows with the rows: a panel
-can carry more leaves than one symbol. The best of many trials is the luckiest of many trials, so a tuned
-setting is used only where it beats the careful one on the inner blocks by more than `EARNED_T` standard
-errors; both are scored as they would be used, for a fixed number of rounds.
+Each library has a *careful* setting, few small trees with large leaves, which grow with the rows. The best of
+many trials is the luckiest of many trials: a tuned setting is used only where it beats the careful one on the
+inner blocks by more than `EARNED_T` standard errors; both are scored as they would be used.
 """
 
+import json
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import lightgbm
 import numpy as np
@@ -23,12 +24,11 @@ import xgboost
 
 from data.data_splitter import PurgedTimeSeriesSplit
 from evaluation.metrics import overlap_error
-from inference.intervals import FloatArray, FloatMatrix
+from inference.intervals import FloatArray, FloatMatrix, IntArray
 from inference.load_gbm_models import Booster, predict_booster
 from utils.errors import UsageError
 
 Params = Mapping[str, float | int]
-IntArray = npt.NDArray[np.intp]
 DateArray = npt.NDArray[np.datetime64]
 T = TypeVar("T")
 
@@ -110,30 +110,6 @@ class Fitting(NamedTuple):
     device: str
 
 
-class Library(Protocol):
-    """A boosting library: what to draw, how to bin, how to train."""
-
-    def suggest(self, trial: optuna.Trial, n_rows: int) -> Params:
-        """Draw parameters."""
-        ...
-
-    def careful(self, leaves: int, leaf_rows: int) -> Params:
-        """Return the setting of trees with so many leaves of so many rows at least."""
-        ...
-
-    def bin(self, rows: Rows, like: Any = None) -> Any:  # noqa: ANN401
-        """Return the rows in the library's own binned form; ``like`` shares its bins."""
-        ...
-
-    def fit(self, params: Params, binned: Any, rounds: int, how: Fitting, score: Any = None) -> Booster:  # noqa: ANN401
-        """Fit for so many rounds, or until ``score`` (binned) has not improved for `STOP_AFTER_ROUNDS`."""
-        ...
-
-    def stopped(self, model: Any) -> tuple[float, int]:  # noqa: ANN401
-        """Return the best error on the rows that stopped a fit, and after how many rounds it had it."""
-        ...
-
-
 def _shared(trial: optuna.Trial) -> dict[str, float]:
     return {
         "learning_rate": trial.suggest_float("learning_rate", 0.01, 0.3, log=True),
@@ -150,6 +126,13 @@ def _depth(leaves: int) -> int:
 
 
 class _XGBoost:
+    """What every library is asked.
+
+    To draw parameters (``suggest``); a setting of trees of so many leaves of so many rows (``careful``); rows
+    in its own form, with the bins of ``like`` (``bin``); a fit of so many rounds, or until ``score`` stops it
+    (``fit``); the best error on the rows that stopped it, and after how many rounds (``stopped``).
+    """
+
     def suggest(self, trial: optuna.Trial, n_rows: int) -> Params:
         shared = _shared(trial)
         return {
@@ -172,21 +155,13 @@ class _XGBoost:
         )
 
     def fit(self, params: Params, binned: Any, rounds: int, how: Fitting, score: Any = None) -> Booster:  # noqa: ANN401
-        settings = {
-            **params,
-            "objective": "reg:squarederror",
-            "tree_method": "hist",
-            "max_bin": MAX_BIN,
-            "device": how.device,
-            "nthread": how.threads,
-            "seed": how.seed,
-            "base_score": 0.0,
-            "verbosity": 0,
-        }
-        stop = (
-            {} if score is None else {"evals": [(score, "score")], "early_stopping_rounds": STOP_AFTER_ROUNDS}
+        asked = {"objective": "reg:squarederror", "tree_method": "hist", "max_bin": MAX_BIN}
+        run = {"device": how.device, "nthread": how.threads, "seed": how.seed, "verbosity": 0}
+        scored, stop = ([], None) if score is None else ([(score, "score")], STOP_AFTER_ROUNDS)
+        settings = {**params, **asked, **run, "base_score": 0.0}
+        return xgboost.train(
+            settings, binned, rounds, evals=scored, early_stopping_rounds=stop, verbose_eval=False
         )
-        return xgboost.train(settings, binned, num_boost_round=rounds, verbose_eval=False, **stop)
 
     def stopped(self, model: Any) -> tuple[float, int]:  # noqa: ANN401
         return float(model.best_score), int(model.best_iteration) + 1
@@ -213,38 +188,19 @@ class _LightGBM:
         return {"learning_rate": CAREFUL_RATE, **trees, **shares}
 
     def bin(self, rows: Rows, like: Any = None) -> Any:  # noqa: ANN401
-        dataset = lightgbm.Dataset(
-            rows.features,
-            rows.target_scaled,
-            weight=rows.weight,
-            reference=like,
-            params={"max_bin": MAX_BIN - 1, "verbosity": -1, "num_threads": 1, "feature_pre_filter": False},
-            free_raw_data=True,
-        )
-        return dataset.construct()
+        how = {"max_bin": MAX_BIN - 1, "verbosity": -1, "num_threads": 1, "feature_pre_filter": False}
+        data = lightgbm.Dataset(rows.features, rows.target_scaled, like, weight=rows.weight, params=how)
+        return data.construct()
 
     def fit(self, params: Params, binned: Any, rounds: int, how: Fitting, score: Any = None) -> Booster:  # noqa: ANN401
-        settings = {
-            **params,
-            "objective": "regression",
-            "boost_from_average": False,
-            "bagging_freq": 1,
-            "num_threads": how.threads,
-            "seed": how.seed,
-            "deterministic": True,
-            "force_col_wise": True,
-            "verbosity": -1,
-        }
+        asked = {"objective": "regression", "boost_from_average": False, "bagging_freq": 1}
+        run = {"num_threads": how.threads, "seed": how.seed, "deterministic": True, "force_col_wise": True}
+        settings = {**params, **asked, **run, "verbosity": -1}
         if score is None:
-            return lightgbm.train(settings, binned, num_boost_round=rounds)
-        return lightgbm.train(
-            {**settings, "metric": "rmse"},
-            binned,
-            num_boost_round=rounds,
-            valid_sets=[score],
-            valid_names=["score"],
-            callbacks=[lightgbm.early_stopping(STOP_AFTER_ROUNDS, verbose=False)],
-        )
+            return lightgbm.train(settings, binned, rounds)
+        stop = lightgbm.early_stopping(STOP_AFTER_ROUNDS, verbose=False)
+        settings["metric"] = "rmse"
+        return lightgbm.train(settings, binned, rounds, [score], ["score"], callbacks=[stop])
 
     def stopped(self, model: Any) -> tuple[float, int]:  # noqa: ANN401
         return float(model.best_score["score"]["rmse"]), int(model.best_iteration)
@@ -269,21 +225,13 @@ class _CatBoost:
         return catboost().Pool(rows.features, rows.target_scaled, weight=rows.weight)
 
     def fit(self, params: Params, binned: Any, rounds: int, how: Fitting, score: Any = None) -> Booster:  # noqa: ANN401
-        settings = {
-            **params,
-            "iterations": rounds,
-            "loss_function": "RMSE",
-            "bootstrap_type": "Bernoulli",
-            "boost_from_average": False,
-            "border_count": MAX_BIN,
-            "random_seed": how.seed,
-            "thread_count": how.threads,
-            "allow_writing_files": False,
-            "logging_level": "Silent",
-        }
+        asked: dict[str, object] = {"iterations": rounds, "loss_function": "RMSE", "border_count": MAX_BIN}
+        asked |= {"bootstrap_type": "Bernoulli", "boost_from_average": False}
+        run: dict[str, object] = {"random_seed": how.seed, "thread_count": how.threads}
+        run |= {"allow_writing_files": False, "logging_level": "Silent"}
         if score is not None:
-            settings |= {"od_type": "Iter", "od_wait": STOP_AFTER_ROUNDS, "use_best_model": True}
-        model: Booster = catboost().train(binned, settings, eval_set=score)
+            run |= {"od_type": "Iter", "od_wait": STOP_AFTER_ROUNDS, "use_best_model": True}
+        model: Booster = catboost().train(binned, {**params, **asked, **run}, eval_set=score)
         return model
 
     def stopped(self, model: Any) -> tuple[float, int]:  # noqa: ANN401
@@ -301,22 +249,16 @@ def catboost() -> Any:  # noqa: ANN401
     return library
 
 
+Library = _XGBoost | _LightGBM | _CatBoost
 LIBRARIES: Mapping[str, Library] = {"xgb": _XGBoost(), "lgb": _LightGBM(), "cat": _CatBoost()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuned:
-    """Outcome of one library's search: the setting to fit with.
+    """The setting to fit with, careful where nothing was searched, or nothing better was found.
 
-    Attributes
-    ----------
-    params, rounds
-        The setting; ``is_careful`` where nothing was searched, or nothing better was found.
-    inner_rmse, gain_t
-        The best trial's error on the inner blocks, and by how many standard errors it beats the careful
-        setting; None where nothing was searched.
-    trials
-        Every trial as plain data.
+    ``inner_rmse`` is the best trial's error on the inner blocks, and ``gain_t`` by how many standard errors
+    it beats the careful setting; None where nothing was searched. ``trials`` are plain data.
     """
 
     params: Params
@@ -448,3 +390,42 @@ def tune(rows: Rows, config: SearchConfig, seed: int, choose: Chooser = all_colu
     # Optuna announces each trial at INFO on its own handler; the trials are recorded in the bundle instead.
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return _side_by_side({name: partial(search, name, rows, config, seed, choose) for name in config.models})
+
+
+def probe_cuda() -> str | None:
+    """Train one round of XGBoost on CUDA and read the device back; say what is missing, None where it works.
+
+    XGBoost asked for CUDA where there is none trains on the CPU, at ``verbosity=0`` without a word.
+    """
+    rows = np.linspace(0.0, 1.0, 64, dtype=np.float32).reshape(32, 2)
+    params = {"device": "cuda", "tree_method": "hist", "max_depth": 1, "nthread": 1, "verbosity": 0}
+    version = xgboost.__version__
+    try:
+        with warnings.catch_warnings():
+            # The warning about the fallback is what the answer says.
+            warnings.simplefilter("ignore")
+            booster = xgboost.train(params, xgboost.DMatrix(rows, rows[:, 0]), num_boost_round=1)
+    except xgboost.core.XGBoostError as error:
+        return f"XGBoost {version} says: {str(error).strip().partition(chr(10))[0]}"
+    used = device_of(booster)
+    if used.startswith("cuda"):
+        return None
+    if not xgboost.build_info().get("USE_CUDA"):
+        return f"this build of XGBoost {version} has no CUDA"
+    return f"XGBoost {version} finds no CUDA device and trained on {used!r}"
+
+
+def device_of(booster: xgboost.Booster) -> str:
+    """Return the device that a booster was last used on, as its own configuration tells."""
+    return str(json.loads(booster.save_config())["learner"]["generic_param"]["device"])
+
+
+def probe_lightgbm_opencl() -> str | None:
+    """Train one round of LightGBM on OpenCL; say what is missing. It informs only: its sums change order."""
+    rows = np.linspace(0.0, 1.0, 64, dtype=np.float64).reshape(32, 2)
+    params = {"device_type": "gpu", "min_data_in_leaf": 1, "num_threads": 1, "verbosity": -1}
+    try:
+        lightgbm.train(params, lightgbm.Dataset(rows, rows[:, 0]), num_boost_round=1)
+    except lightgbm.basic.LightGBMError as error:
+        return f"LightGBM {lightgbm.__version__} says: {str(error).strip().partition(chr(10))[0]}"
+    return None

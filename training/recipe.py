@@ -23,7 +23,7 @@ from inference.intervals import MIN_INDEPENDENT, Calibration, FloatArray, FloatM
 from inference.load_gbm_models import Booster, BoosterEnsemble, select_scaled, shap_values, shrunk_weights
 from inference.load_lstm_model import windows_of
 from training.gbm_search import DateArray, Rows, SearchConfig, Tuned, all_columns, fit_boosters, tune
-from training.trainer import RowsConfig, WalkConfig
+from training.trainer import FinalRecipe, RowsConfig, WalkConfig
 from utils.errors import DataError
 from validation.walk_forward import RecipePrediction
 
@@ -177,8 +177,8 @@ def calibrated(
     )
 
 
-class GBMRecipe:
-    """Fits the recipe fold after fold, in order of time."""
+class GBMRecipe(FinalRecipe[FittedGBM]):
+    """Fits the recipe fold after fold, in order of time; what fits fold 0 tunes and selects anew."""
 
     def __init__(self, config: RecipeConfig) -> None:
         self.config = config
@@ -222,11 +222,6 @@ class GBMRecipe:
             calibration=calibration,
         )
         return FittedGBM(ensemble=ensemble, calibrations=calibrations, tuned=tuned, selection=selection)
-
-    def fit_all(self, dataset: Dataset, record: pd.DataFrame) -> FittedGBM:
-        """Fit on every labelled row, tuned and selected anew, calibrated on the whole walk-forward record."""
-        labelled = dataset.take(np.flatnonzero(dataset.labelled))
-        return self.fit(labelled, fold=0, earlier=record)
 
     def _fit_selected(
         self, rows: Rows, screened: tuple[int, ...], tuned: Mapping[str, Tuned]

@@ -94,8 +94,7 @@ def train_again(
 
 def device_as_then(config: TrainerConfig) -> DeviceChoice:
     """Return the recorded device, or the CPU where this machine has no GPU."""
-    recorded = config.recipe.search.device
-    if recorded == "cpu":
+    if config.recipe.search.device == "cpu":
         return DeviceChoice(device="cpu", reason="as recorded")
     return choose_device("cuda", 0, len(get_feature_columns()), allow_cpu_fallback=True)
 
@@ -104,37 +103,35 @@ def compare(
     bundle: GBMBundle, again: Trained[GBMBundle], hashes: Mapping[str, str], folder: Path
 ) -> list[Finding]:
     """Compare a bundle with what training it again gave."""
-    then, now = bundle.metadata, again.bundle.metadata
-    recorded = (
-        then["universe"]["data"] if then.get("universe") else {bundle.symbol: {"hash": then["data_hash"]}}
-    )
-    findings = [
-        _equal(f"prices of {name}", recorded[name]["hash"][:12], hashes[name][:12]) for name in recorded
-    ]
-    findings.append(_equal("features", then["feature_set_hash"][:12], feature_set_hash()[:12]))
-    findings.append(_equal("device", then["device"], now["device"], counts=False))
+    both = bundle, again.bundle
+    then, now = (one.metadata for one in both)
+    alone = {bundle.symbol: {"hash": then["data_hash"]}}
+    prices = then["universe"]["data"] if then.get("universe") else alone
     here = library_versions(then["versions"])
-    for name, version in then["versions"].items():
-        findings.append(_equal(f"version of {name}", version, here[name], counts=False))
-    findings.append(_equal("verdict", then["verdict"]["label"], again.verdict.label, counts=False))
-    findings.append(_equal("selected features", *(_names(b) for b in (bundle, again.bundle))))
-    findings.append(
-        _equal("out-of-sample predictions", *(predictions_hash(b.record) for b in (bundle, again.bundle)))
-    )
-    findings += [
-        _close(f"largest difference of {name}", bundle.record, again.bundle.record, name)
-        for name in prediction_columns(bundle.record)
+    findings = [
+        *(_equal(f"prices of {name}", one["hash"][:12], hashes[name][:12]) for name, one in prices.items()),
+        _equal("features", then["feature_set_hash"][:12], feature_set_hash()[:12]),
+        _equal("device", then["device"], now["device"], counts=False),
+        *(
+            _equal(f"version of {name}", one, here[name], counts=False)
+            for name, one in then["versions"].items()
+        ),
+        _equal("verdict", then["verdict"]["label"], again.verdict.label, counts=False),
+        _equal("selected features", *(", ".join(one.ensemble.selected_features) for one in both)),
+        _equal("out-of-sample predictions", *(predictions_hash(one.record) for one in both)),
     ]
+    for name in prediction_columns(bundle.record):
+        said = pd.concat([one.record.set_index("date")[name] for one in both], axis=1)
+        findings.append(_within(f"largest difference of {name}", *said.to_numpy().T))
     manifest = read_manifest(folder, GBMManifest)
     golden = np.asarray(manifest.golden_inputs, dtype=np.float32)
-    outputs = np.asarray(manifest.golden_outputs)
-    findings.append(
-        _within("final model, golden rows", outputs, golden_outputs(again.bundle.ensemble, golden))
-    )
+    models = {"final model": (manifest.golden_outputs, again.bundle.ensemble)}
     for path in again.bundle.path_models:
-        outputs = np.asarray(manifest.path_golden_outputs[path.horizon_bars])
-        name = f"path model of {path.horizon_bars} bars, golden rows"
-        findings.append(_within(name, outputs, golden_outputs(path.ensemble, golden)))
+        outputs = manifest.path_golden_outputs[path.horizon_bars]
+        models[f"path model of {path.horizon_bars} bars"] = outputs, path.ensemble
+    for name, (outputs, ensemble) in models.items():
+        made = golden_outputs(ensemble, golden)
+        findings.append(_within(f"{name}, golden rows", np.asarray(outputs), made))
     return findings
 
 
@@ -152,19 +149,8 @@ def predictions_hash(record: pd.DataFrame) -> str:
     return content.hexdigest()[:12]
 
 
-def _names(bundle: GBMBundle) -> str:
-    return ", ".join(bundle.ensemble.selected_features)
-
-
 def _equal(what: str, then: str, now: str, *, counts: bool = True) -> Finding:
     return Finding(what=what, then=then, now=now, is_same=then == now, counts=counts)
-
-
-def _close(what: str, then: pd.DataFrame, now: pd.DataFrame, name: str) -> Finding:
-    if name not in now.columns:
-        return Finding(what=what, then="there", now="missing", is_same=False)
-    both = pd.concat([frame.set_index("date")[name] for frame in (then, now)], axis=1)
-    return _within(what, both.iloc[:, 0].to_numpy(), both.iloc[:, 1].to_numpy())
 
 
 def _within(what: str, then: np.ndarray[Any, Any], now: np.ndarray[Any, Any]) -> Finding:
@@ -205,7 +191,7 @@ def reproduce(args: argparse.Namespace, settings: Settings, console: Console) ->
     folder = args.bundle.resolve()
     if not folder.is_dir():
         raise ModelMissingError(f"there is no bundle at {args.bundle}: name saved_models/SYMBOL/gbm")
-    if folder.resolve().parent.name == LSTM.versions:
+    if folder.parent.name == LSTM.versions:
         raise UsageError("this is a network: boosters alone are trained again here, give a gbm folder")
     bundle = load_folder(folder)
     news = make_news(settings) if bundle.metadata.get("sentiment", {}).get("used") else None

@@ -1,8 +1,7 @@
 """How a command that trains is asked, and what it tells: a plain log per run, the report, the terminal.
 
-The log is written anew after every event, so a run that is killed leaves what it had come to; its last
-section, STATUS, is then missing: one word, see `status_of` and `RunLog.fail`, and why. Neither log nor report
-may fail a training: trouble with them is a warning.
+The log is written anew after every event: a run that is killed leaves what it had come to, without its last
+section, STATUS: one word, see `status_of`, and why. Trouble with log or report is a warning, no failure.
 """
 
 import argparse
@@ -28,14 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from evaluation.charts import Report
 from evaluation.report import training_report, write_report
 from training.trainer import OnEvent, RowsConfig, Trained, Trainer, WalkConfig, leaves
-from utils.errors import (
-    AIStocksError,
-    CollapsedError,
-    GateRefusedError,
-    ModelExistsError,
-    StorageError,
-    UsageError,
-)
+from utils import errors
 from utils.model_paths import ArtifactKind, artifact_link
 from utils.settings import Settings, at_least, configure_logging, json_lines, print_rows
 
@@ -47,8 +39,7 @@ COLLAPSED_SHARE = 0.5
 INTERRUPTED = 130
 INTERRUPTED_LINE = "interrupted: what was not saved yet is lost, what served before still serves\n"
 GRACE_S = 2.0
-# What every library takes as a seed.
-MAX_SEED = 2**31 - 1
+MAX_SEED = 2**31 - 1  # what every library takes
 Outcome = dict[str, Any]
 IN_EVERY_OUTCOME = (
     "model_version", "out_of_sample_from", "trained_through", "horizon_bars", "data_hash", "tries",
@@ -63,8 +54,7 @@ FOLD_COLUMNS = (
 class Program:
     """What one kind of model adds to the common command line; it travels as ``args.program``.
 
-    ``check`` refuses, before anything is fetched, what the flags cannot mean together. ``config`` and
-    ``trainer`` (for about so many rows) are what they ask for; ``save`` takes a bundle and golden inputs.
+    ``check`` refuses what the flags cannot mean together; ``trainer`` is told for about how many rows it is.
     """
 
     check: Callable[[argparse.Namespace], None]
@@ -119,19 +109,17 @@ def refuse_common(args: argparse.Namespace) -> None:
 def refuse(wrong: Mapping[str, object]) -> None:
     """Raise `UsageError` with the first words whose condition holds."""
     if said := [words for words, holds in wrong.items() if holds]:
-        raise UsageError(said[0])
+        raise errors.UsageError(said[0])
 
 
-class RunLog:
-    """The log of one run for one symbol; a folder that cannot be written makes it silent after one warning.
-
-    ``config`` is everything that decides the run, nested; it is written flat.
-    """
+class RunLog(logging.Handler):
+    """The log of one run for one symbol; where it cannot be written, it is silent after one warning."""
 
     def __init__(self, folder: Path, symbol: str, config: Mapping[str, Any], kind: str) -> None:
+        super().__init__(logging.WARNING)
         self.path: Path | None = folder / f"{symbol}_{kind}_{datetime.now(UTC):%Y%m%dT%H%M%S%f}.log"
         self.status: Status | None = None
-        self._is_closed = False
+        self.has_ended = False  # once it is delivered: what goes wrong later befalls another symbol
         self._folds: list[Mapping[str, Any]] = []
         self._sections: dict[str, list[str]] = {name: [] for name in SECTIONS}
         self._sections["TRAINING CONFIG"] = _lines(config)
@@ -143,6 +131,10 @@ class RunLog:
             self._folds.append(event)
             self._sections["FOLD METRICS"] = fold_lines(self._folds)
             self._write()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take down a warning of a library."""
+        self.warn(f"{record.name}: {record.getMessage()}")
 
     def warn(self, text: str) -> None:
         """Take down what should make a reader wary, once."""
@@ -159,33 +151,24 @@ class RunLog:
             "across folds": asdict(trained.walk_forward.summary),
             "duration_s": metadata["duration_s"],
         }
-        self._sections["FOLD METRICS"] = fold_lines(metadata["folds"])
-        self._sections["FINAL METRICS"] = [
-            *_lines(found),
-            *(
-                f"gate {gate.name}: {_text(gate.value)} (threshold {gate.threshold}) "
-                f"{'passed' if gate.passed else 'failed'}"
-                for gate in verdict.gates
-            ),
-        ]
+        lines = _lines(found)
+        for gate in verdict.gates:
+            told = f"{_text(gate.value)} (threshold {gate.threshold})"
+            lines.append(f"gate {gate.name}: {told} {'passed' if gate.passed else 'failed'}")
+        self._sections |= {"FOLD METRICS": fold_lines(metadata["folds"]), "FINAL METRICS": lines}
         for problem in metadata["data"]["problems"]:
             self.warn(str(problem))
         self._finish(status_of(trained), verdict.reasons)
 
     def fail(self, error: BaseException) -> None:
         """Take down how the run ended; a refused verdict keeps its status."""
-        if self._is_closed:
+        if self.has_ended:
             return
-        said = str(error) or "interrupted"
-        if isinstance(error, GateRefusedError) and self.status is not None:
-            self._finish(self.status, (*self._sections["STATUS"][1:], f"refused: {said}"))
+        if isinstance(error, errors.GateRefusedError) and self.status is not None:
+            self._finish(self.status, (*self._sections["STATUS"][1:], f"refused: {error}"))
         else:
-            word: Status = "COLLAPSED" if isinstance(error, CollapsedError) else "FAILED"
-            self._finish(word, (f"{type(error).__name__}: {said}",))
-
-    def close(self) -> None:
-        """Take down nothing more: what goes wrong later befalls another symbol of the run."""
-        self._is_closed = True
+            word: Status = "COLLAPSED" if isinstance(error, errors.CollapsedError) else "FAILED"
+            self._finish(word, (f"{type(error).__name__}: {str(error) or 'interrupted'}",))
 
     def _finish(self, status: Status, reasons: Sequence[str]) -> None:
         self.status = status
@@ -212,8 +195,7 @@ class RunLog:
 
 def status_of(trained: Trained[Any]) -> Status:
     """Return the one word for a training that ran to its end."""
-    collapsed = trained.walk_forward.summary.collapsed_folds
-    if collapsed is not None and collapsed >= COLLAPSED_SHARE:
+    if (trained.walk_forward.summary.collapsed_folds or 0.0) >= COLLAPSED_SHARE:
         return "COLLAPSED"
     return "SUCCESS" if trained.verdict.label == "edge" else "NO_EDGE"
 
@@ -242,15 +224,13 @@ def together(*listeners: OnEvent) -> OnEvent:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Let the first SIGINT end the run by a `KeyboardInterrupt`, so that what is half written is removed.
+    """Let the first SIGINT end the run by a `KeyboardInterrupt`, so that what is half written is removed."""
 
-    Nothing but the end of the process, after `GRACE_S`, stops the threads that a search waits for.
-    """
-
+    # Nothing but the end of the process stops the threads that a search waits for.
     def end() -> None:
         for handler in logging.getLogger().handlers:
-            if isinstance(handler, _IntoLog):
-                handler.kept.fail(KeyboardInterrupt())
+            if isinstance(handler, RunLog):
+                handler.fail(KeyboardInterrupt())
         sys.stderr.write(INTERRUPTED_LINE)
         sys.stderr.flush()
         os._exit(INTERRUPTED)
@@ -261,9 +241,6 @@ def interruptible() -> Iterator[None]:
         timer.start()
         signal.default_int_handler(number, frame)
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     before = signal.signal(signal.SIGINT, on_signal)
     try:
         yield
@@ -273,26 +250,16 @@ def interruptible() -> Iterator[None]:
 
 @contextmanager
 def logged_run(folder: Path, symbol: str, config: Mapping[str, Any], kind: str) -> Iterator[RunLog]:
-    """Keep the log of a run; warnings of the libraries go into it, and an error ends it as FAILED."""
+    """Keep the log of a run; an error ends it as FAILED."""
     log = RunLog(folder, symbol, config, kind)
-    handler = _IntoLog(log)
-    logging.getLogger().addHandler(handler)
+    logging.getLogger().addHandler(log)
     try:
         yield log
     except BaseException as error:
         log.fail(error)
         raise
     finally:
-        logging.getLogger().removeHandler(handler)
-
-
-class _IntoLog(logging.Handler):
-    def __init__(self, log: RunLog) -> None:
-        super().__init__(logging.WARNING)
-        self.kept = log
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.kept.warn(f"{record.name}: {record.getMessage()}")
+        logging.getLogger().removeHandler(log)
 
 
 def publish(page: Report, folder: Path, metadata: Mapping[str, Any]) -> Path | None:
@@ -300,25 +267,25 @@ def publish(page: Report, folder: Path, metadata: Mapping[str, Any]) -> Path | N
     kind = metadata["model_id"].rpartition("-")[2]
     try:
         return write_report(page, folder / f"{metadata['symbol']}_{kind}_{metadata['model_version']}.html")
-    except StorageError as error:
+    except errors.StorageError as error:
         logger.warning("no report of the training: %s", error)
         return None
 
 
 def publish_report(trained: Trained[Any], folder: Path) -> Path | None:
     """Write the HTML report of a training, see `publish`."""
-    bundle = trained.bundle
+    bundle, metadata = trained.bundle, trained.bundle.metadata
     page = training_report(
         symbol=bundle.symbol,
-        metadata=bundle.metadata,
+        metadata=metadata,
         record=bundle.record,
         importance=bundle.importance,
         trials=trained.trials,
         summary=asdict(trained.walk_forward.summary),
-        findings=bundle.metadata["data"]["problems"],
+        findings=metadata["data"]["problems"],
         epochs=bundle.hyperparameters.get("epochs", ()),
     )
-    return publish(page, folder, bundle.metadata)
+    return publish(page, folder, metadata)
 
 
 def _text(value: object) -> str:
@@ -341,31 +308,12 @@ def outcome_of(
     }
 
 
-def deliver(
-    trained: Trained[Any], log: RunLog, args: argparse.Namespace, settings: Settings, on_event: OnEvent
-) -> Outcome:
-    """Save what was trained unless the flags forbid it, and report it; see `outcome_of`."""
-    log.conclude(trained)
-    bundle, saved = trained.bundle, None
-    report = publish_report(trained, settings.logs_dir)
-    if args.strict:
-        refuse_without_edge(bundle.symbol, trained.verdict.as_dict())
-    if not args.validate_only:
-        on_event({"type": "stage", "stage": "saving", "progress": 0.97})
-        args.program.save(bundle, settings.models_dir, golden_inputs=trained.golden_inputs)
-        saved = artifact_link(settings.models_dir, bundle.symbol, args.kind)
-    log.close()
-    names = ("metrics", "path_models", "seed", "device", "device_reason", "duration_s")
-    outcome = outcome_of(bundle.metadata, names, {"bundle": saved, "report": report, "log": log.path})
-    return {**outcome, "status": log.status}
-
-
 def refuse_without_edge(symbol: str, verdict: Mapping[str, Any]) -> None:
     """Refuse, as ``--strict`` asks, to save a model without an edge, or with one that looks like a leak."""
     alarm = ", beside a leak alarm," if verdict["evidence"]["leak_alarm"] else ""
     if alarm or verdict["label"] != "edge":
         told = f"the verdict is {verdict['label']}{alarm} and --strict was given: nothing was saved"
-        raise GateRefusedError(f"{symbol}: {told}")
+        raise errors.GateRefusedError(f"{symbol}: {told}")
 
 
 def refuse_existing(symbol: str, args: argparse.Namespace, settings: Settings) -> None:
@@ -373,10 +321,10 @@ def refuse_existing(symbol: str, args: argparse.Namespace, settings: Settings) -
     exists = artifact_link(settings.models_dir, symbol, args.kind).exists()
     if exists and not (args.overwrite or args.validate_only):
         name = "an ensemble" if args.program is None else "a model"
-        raise ModelExistsError(f"{symbol} has {name} already: add --overwrite to train it anew")
+        raise errors.ModelExistsError(f"{symbol} has {name} already: add --overwrite to train it anew")
 
 
-def refused(symbol: str, error: AIStocksError) -> Outcome:
+def refused(symbol: str, error: errors.AIStocksError) -> Outcome:
     """Return the outcome of a symbol that could not be trained."""
     return {"symbol": symbol, "error": str(error), "exit_code": error.exit_code}
 
@@ -419,23 +367,22 @@ def tell_all(
     train: Callable[[Console, OnEvent], Iterable[Outcome]], args: argparse.Namespace, settings: Settings
 ) -> int:
     """Show every outcome as soon as it is there; return the exit code of the first failure."""
-    as_json = args.json
-    configure_logging("WARNING" if as_json else settings.log_level)
-    console = Console(stderr=as_json)
+    configure_logging("WARNING" if args.json else settings.log_level)
+    console = Console(stderr=args.json)
     results: list[Outcome] = []
     try:
         with interruptible(), event_lines(args.events) as tell:
             for outcome in train(console, tell):
                 results.append(outcome)
                 tell(ending(outcome))
-                show(outcome, console, in_full=not as_json)
-    except AIStocksError as error:
+                show(outcome, console, in_full=not args.json)
+    except errors.AIStocksError as error:
         results.append({"error": str(error), "exit_code": error.exit_code})
-        show(results[-1], console, in_full=not as_json)
+        show(results[-1], console, in_full=not args.json)
     except KeyboardInterrupt:
         sys.stderr.write(INTERRUPTED_LINE)
         return INTERRUPTED
-    if as_json:
+    if args.json:
         sys.stdout.write(json.dumps(results, allow_nan=False) + "\n")
     return next((outcome["exit_code"] for outcome in results if "error" in outcome), 0)
 
@@ -452,8 +399,7 @@ def progress_line(console: Console, symbol: str, tell: OnEvent) -> Iterator[OnEv
 
         def on_event(event: Mapping[str, Any]) -> None:
             if event["type"] == "stage":
-                words = f"{symbol}: {event['stage']}"
-                bar.update(task, completed=event["progress"], description=words)
+                bar.update(task, completed=event["progress"], description=f"{symbol}: {event['stage']}")
 
         yield together(on_event, tell)
 
@@ -472,8 +418,7 @@ def stage_lines(symbol: str) -> OnEvent:
 def event_lines(path: str | None) -> Iterator[OnEvent]:
     """Write events for a program that listens: one JSON object a line, in the names of the wire.
 
-    They are mappings with a ``type``: ``stage``, ``epoch``, ``log``, ``fold``, and what `ending` returns. A
-    file or pipe that cannot be written is a `UsageError`; None tells nobody.
+    Their types are ``stage``, ``epoch``, ``log``, ``fold``, and those of `ending`; None tells nobody.
     """
     if path is None:
         yield together()

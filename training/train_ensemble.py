@@ -15,6 +15,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, get_args
 
 import numpy as np
@@ -49,22 +50,13 @@ from inference.load_gbm_models import load_bundle
 from inference.load_lstm_model import load_bundle as load_lstm
 from inference.pipeline import Bundle, BundleForecaster, Decisions, backtest_decisions, decide
 from inference.position_sizing import make_sizer
-from training.run_log import (
-    Outcome,
-    common_parser,
-    outcome_of,
-    publish,
-    refuse_existing,
-    refuse_without_edge,
-    refused,
-    tell_all,
-)
+from training import run_log
 from training.train_gbm import fetch, look
 from training.trainer import OnEvent, as_told, facts_of, figures_of, headline_metrics, judge_lived, run_of
 from utils.errors import AIStocksError, InsufficientDataError
 from utils.model_paths import ENSEMBLE, artifact_link, training_lock
 from utils.settings import Settings, read_settings
-from validation.gates import ranks_better_p_value
+from validation.gates import judge, ranks_better_p_value
 from validation.wfe_metrics import Run
 
 # A year of rows that both members forecast, below which joining them teaches nothing.
@@ -176,12 +168,7 @@ class EnsembleTrainer:
     """
 
     def __init__(
-        self,
-        gbm: Bundle,
-        lstm: Bundle,
-        *,
-        method: Method = "stacking",
-        config: MetaConfig | None = None,
+        self, gbm: Bundle, lstm: Bundle, *, method: Method = "stacking", config: MetaConfig | None = None
     ) -> None:
         self.members = dict(zip(MEMBERS, (gbm, lstm), strict=True))
         self.method = method
@@ -218,13 +205,10 @@ class EnsembleTrainer:
                 bundle = replace(plain, method=self.method, stacked=Stacked(said=said, meta=meta))
                 frame = self._join(bundle).centre(bars.frame)
         record = record_of(frame, bars, plain.horizon_bars, bundle.stacked)
-        verdict, _ = judge_lived(
-            record,
-            self._decide(self._join(bundle), bars),
-            self.costs,
-            horizon_bars=bundle.horizon_bars,
-            n_verdicts=self.run(bars).n_trials + sum(run.n_trials for run in earlier),
-        )
+        lived = self._decide(self._join(bundle), bars)
+        n_verdicts = self.run(bars).n_trials + sum(run.n_trials for run in earlier)
+        weigh = partial(judge, horizon_bars=bundle.horizon_bars, n_verdicts=n_verdicts)
+        verdict, _ = judge_lived(record, lived, self.costs, weigh)
         metadata = {
             **plain.metadata,
             "method": bundle.method,
@@ -342,16 +326,16 @@ def weight_notes(weights: dict[str, float], n_rows: int) -> list[str]:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser, model = common_parser(ENSEMBLE, "Join boosters and network, and judge the whole.")
+    parser, model = run_log.common_parser(ENSEMBLE, "Join boosters and network, and judge the whole.")
     model.add_argument(
         "--method", choices=get_args(Method), default="stacking", help="what is tried (default: stacking)"
     )
     return parser
 
 
-def join_symbol(symbol: str, args: argparse.Namespace, settings: Settings) -> Outcome:
+def join_symbol(symbol: str, args: argparse.Namespace, settings: Settings) -> run_log.Outcome:
     """Load both members, join, judge, save and report; return the result as plain data."""
-    refuse_existing(symbol, args, settings)
+    run_log.refuse_existing(symbol, args, settings)
     gbm, lstm = load_bundle(settings.models_dir, symbol), load_lstm(settings.models_dir, symbol)
     bars = fetch(symbol, args, settings)
     with training_lock(settings.models_dir, symbol):
@@ -361,13 +345,13 @@ def join_symbol(symbol: str, args: argparse.Namespace, settings: Settings) -> Ou
         page = ensemble_report(
             symbol=symbol, metadata=metadata, record=bundle.record, findings=bars.report.problems()
         )
-        report = publish(page, settings.logs_dir, metadata)
+        report = run_log.publish(page, settings.logs_dir, metadata)
         if args.strict:
-            refuse_without_edge(symbol, metadata["verdict"])
+            run_log.refuse_without_edge(symbol, metadata["verdict"])
         if not args.validate_only:
             save_ensemble(bundle, settings.models_dir)
             saved = artifact_link(settings.models_dir, symbol, ENSEMBLE)
-    outcome = outcome_of(metadata, ("members", "parts"), {"bundle": saved, "report": report})
+    outcome = run_log.outcome_of(metadata, ("members", "parts"), {"bundle": saved, "report": report})
     return {**outcome, "asked": args.method, "method": bundle.method}
 
 
@@ -376,15 +360,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     settings = read_settings()
 
-    def join_all(_console: Console, tell: OnEvent) -> Iterator[Outcome]:
+    def join_all(_console: Console, tell: OnEvent) -> Iterator[run_log.Outcome]:
         for raw in dict.fromkeys(args.symbols):
             tell({"type": "stage", "stage": f"{raw}: joining boosters and LSTM", "progress": 0.0})
             try:
                 yield join_symbol(normalise_symbol(raw), args, settings)
             except AIStocksError as error:
-                yield refused(raw, error)
+                yield run_log.refused(raw, error)
 
-    return tell_all(join_all, args, settings)
+    return run_log.tell_all(join_all, args, settings)
 
 
 if __name__ == "__main__":

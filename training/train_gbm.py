@@ -7,11 +7,9 @@
 """
 
 import argparse
-import json
 import logging
 import signal
 import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -19,10 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import lightgbm
-import numpy as np
 import pandas as pd
-import xgboost
 from joblib import Parallel, delayed
 from rich.console import Console
 
@@ -40,27 +35,12 @@ from data.feature_engineer import MAX_WARMUP_BARS, get_feature_columns
 from data.schema import Bars, check_enough, normalise_symbol
 from data.target_engineering import DEFAULT_HORIZON_BARS, Dataset, check_horizon, resolve_universe
 from inference.load_gbm_models import GBMBundle, PathModel, load_folder, save_bundle, versions_of
-from training.gbm_search import SearchConfig, catboost
+from training import run_log
+from training.gbm_search import SearchConfig, catboost, probe_cuda, probe_lightgbm_opencl
 from training.recipe import FittedGBM, GBMRecipe, RecipeConfig, TrainerConfig
-from training.run_log import (
-    Outcome,
-    Program,
-    RunLog,
-    common_parser,
-    deliver,
-    logged_run,
-    progress_line,
-    refuse,
-    refuse_common,
-    refuse_existing,
-    refused,
-    stage_lines,
-    tell_all,
-    together,
-)  # fmt: skip
-from training.trainer import MINIMUM_TEST_BARS, OnEvent, Trainer, Walked
+from training.trainer import MINIMUM_TEST_BARS, OnEvent, Trained, Trainer, Walked
 from utils.errors import AIStocksError, DataError, DeviceError, LockedError, StorageError
-from utils.model_paths import GBM, current_version, roll_back, training_lock
+from utils.model_paths import GBM, artifact_link, current_version, roll_back, training_lock
 from utils.settings import Settings, at_least, configure_logging, read_settings
 from validation.wfe_metrics import Run, earlier_runs, record_run
 
@@ -95,7 +75,7 @@ def choose_device(
     ``auto`` is the GPU from `AUTO_CELLS` on, where there is one; ``require_gpu`` wants it whatever the size.
     A GPU that was asked for and is not there is a `DeviceError`, unless ``allow_cpu_fallback``.
     """
-    refuse(
+    run_log.refuse(
         {
             "--require-gpu and --device cpu contradict each other": require_gpu and requested == "cpu",
             "--require-gpu contradicts --allow-cpu-fallback": require_gpu and allow_cpu_fallback,
@@ -126,55 +106,16 @@ def choose_device(
     return DeviceChoice(device="cpu", reason=f"no GPU: {missing}")
 
 
-def probe_cuda() -> str | None:
-    """Train one round of XGBoost on CUDA and read the device back; say what is missing, None where it works.
-
-    XGBoost asked for CUDA where there is none trains on the CPU, at ``verbosity=0`` without a word.
-    """
-    rows = np.linspace(0.0, 1.0, 64, dtype=np.float32).reshape(32, 2)
-    params = {"device": "cuda", "tree_method": "hist", "max_depth": 1, "nthread": 1, "verbosity": 0}
-    version = xgboost.__version__
-    try:
-        with warnings.catch_warnings():
-            # The warning about the fallback is what the answer says.
-            warnings.simplefilter("ignore")
-            booster = xgboost.train(params, xgboost.DMatrix(rows, rows[:, 0]), num_boost_round=1)
-    except xgboost.core.XGBoostError as error:
-        return f"XGBoost {version} says: {str(error).strip().partition(chr(10))[0]}"
-    used = device_of(booster)
-    if used.startswith("cuda"):
-        return None
-    if not xgboost.build_info().get("USE_CUDA"):
-        return f"this build of XGBoost {version} has no CUDA"
-    return f"XGBoost {version} finds no CUDA device and trained on {used!r}"
-
-
-def device_of(booster: xgboost.Booster) -> str:
-    """Return the device that a booster was last used on, as its own configuration tells."""
-    return str(json.loads(booster.save_config())["learner"]["generic_param"]["device"])
-
-
-def probe_lightgbm_opencl() -> str | None:
-    """Train one round of LightGBM on OpenCL; say what is missing. It informs only: its sums change order."""
-    rows = np.linspace(0.0, 1.0, 64, dtype=np.float64).reshape(32, 2)
-    params = {"device_type": "gpu", "min_data_in_leaf": 1, "num_threads": 1, "verbosity": -1}
-    try:
-        lightgbm.train(params, lightgbm.Dataset(rows, rows[:, 0]), num_boost_round=1)
-    except lightgbm.basic.LightGBMError as error:
-        return f"LightGBM {lightgbm.__version__} says: {str(error).strip().partition(chr(10))[0]}"
-    return None
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    program = Program(
+    program = run_log.Program(
         check=refuse_contradictions,
         config=config_from,
         trainer=lambda config, args, n, tell: GBMTrainer(config, tell, device=device_for(args, n)),
         save=save_bundle,
         load_folder=load_folder,
     )
-    parser, model = common_parser(GBM, "Train, validate and save the boosters of symbols.", program)
+    parser, model = run_log.common_parser(GBM, "Train, validate and save the boosters of symbols.", program)
     add, flag = model.add_argument, "store_true"
     add("--start", type=pd.Timestamp, metavar="DATE", help="leave earlier prices out")
     add("--include-sentiment", action=flag, help="learn from headlines, too; see AI_STOCKS_NEWS")
@@ -208,9 +149,9 @@ def horizons(text: str) -> tuple[int, ...]:
 
 def refuse_contradictions(args: argparse.Namespace) -> None:
     """Refuse flags that cannot be meant together, and what is not there, before anything is fetched."""
-    refuse_common(args)
+    run_log.refuse_common(args)
     fallback = args.allow_cpu_fallback
-    refuse(
+    run_log.refuse(
         {
             "--models and --no-lgb: name the libraries once": args.models and args.no_lgb,
             "--tune --n-trials 0: a search needs trials": args.tune and args.n_trials == 0,
@@ -278,11 +219,9 @@ class GBMTrainer(Trainer[FittedGBM, GBMBundle]):
         fitted, ensemble = walked.fitted, walked.fitted.for_symbol(symbol)
         paths = (
             PathModel(
-                horizon_bars=path.horizon_bars,
-                ensemble=path.fitted.for_symbol(symbol),
-                hyperparameters=path.fitted.hyperparameters,
+                horizon_bars=ahead, ensemble=own.for_symbol(symbol), hyperparameters=own.hyperparameters
             )
-            for path in walked.paths
+            for ahead, (_record, own) in walked.paths.items()
         )
         return GBMBundle(
             symbol=symbol,
@@ -330,31 +269,31 @@ def look(settings: Settings, runs: Sequence[Run]) -> tuple[Run, ...]:
 
 def train_symbols(
     symbols: Sequence[str], args: argparse.Namespace, settings: Settings, on_event: OnEvent
-) -> list[Outcome]:
+) -> list[run_log.Outcome]:
     """Train one model over the named symbols and the universe; judge, save and report it for the named.
 
     One symbol without a universe stands alone. With ``--leave-symbol-out`` there is one model for each named
     symbol, which never sees its rows.
     """
-    outcomes: dict[str, Outcome] = {}
+    outcomes: dict[str, run_log.Outcome] = {}
     named: dict[str, Bars] = {}
     needed = MAX_WARMUP_BARS + max(args.target_horizon) + MINIMUM_TEST_BARS
     for symbol in symbols:
         try:
-            refuse_existing(symbol, args, settings)
+            run_log.refuse_existing(symbol, args, settings)
             bars = fetch(symbol, args, settings)
             if args.universe:
                 check_enough(bars.frame, needed, f"judging {symbol}")
             named[symbol] = bars
         except AIStocksError as error:
-            outcomes[symbol] = refused(symbol, error)
+            outcomes[symbol] = run_log.refused(symbol, error)
     panel = with_others(named, symbols, args, settings) if named and args.universe else named
     groups = [{name: bars} for name, bars in named.items()] if args.leave_symbol_out else [named]
     for group in filter(None, groups):
         try:
             outcomes |= train_group(group, panel, args, settings, on_event)
         except AIStocksError as error:
-            outcomes |= {symbol: refused(symbol, error) for symbol in group}
+            outcomes |= {symbol: run_log.refused(symbol, error) for symbol in group}
     return [outcomes[symbol] for symbol in symbols]
 
 
@@ -375,10 +314,8 @@ def with_others(
         logger.warning("%s is left out of the universe: %s", symbol, error)
     panel = dict(sorted({**others, **named}.items()))
     if len(panel) - args.leave_symbol_out < 2:
-        raise DataError(
-            f"--universe {args.universe}: fewer than 2 symbols are left to train on: name more, or train "
-            "without --universe"
-        )
+        few = "fewer than 2 symbols are left to train on: name more, or train without --universe"
+        raise DataError(f"--universe {args.universe}: {few}")
     return panel
 
 
@@ -388,27 +325,27 @@ def train_group(
     args: argparse.Namespace,
     settings: Settings,
     on_event: OnEvent,
-) -> dict[str, Outcome]:
+) -> dict[str, run_log.Outcome]:
     """Train one model on the panel; judge, save and report it for each symbol of the group."""
-    program: Program = args.program
+    program: run_log.Program = args.program
     config = program.config(args)
     left_out = tuple(group) if args.leave_symbol_out else ()
     config = replace(config, recipe=replace(config.recipe, leave_out=left_out))
     facts = {"universe": args.universe, "symbols": " ".join(panel), **asdict(config)}
-    outcomes: dict[str, Outcome] = {}
-    logs: dict[str, RunLog] = {}
+    outcomes: dict[str, run_log.Outcome] = {}
+    logs: dict[str, run_log.RunLog] = {}
     with ExitStack() as held:
         for symbol in group:
             try:
                 held.enter_context(training_lock(settings.models_dir, symbol))
-                run = logged_run(settings.logs_dir, symbol, facts, args.kind.name)
+                run = run_log.logged_run(settings.logs_dir, symbol, facts, args.kind.name)
                 logs[symbol] = held.enter_context(run)
             except (LockedError, StorageError) as error:
-                outcomes[symbol] = refused(symbol, error)
+                outcomes[symbol] = run_log.refused(symbol, error)
         if not logs:
             return outcomes
         n_rows = sum(len(bars.frame) - MAX_WARMUP_BARS for bars in panel.values())
-        tell = together(*(log.on_event for log in logs.values()), on_event)
+        tell = run_log.together(*(log.on_event for log in logs.values()), on_event)
         trainer = program.trainer(config, args, n_rows, tell)
         earlier = look(settings, trainer.runs(panel))
         walked = trainer.walk(panel, universe=Path(args.universe or "").name)
@@ -421,11 +358,30 @@ def train_group(
                 outcomes[symbol] = deliver(trained, log, args, settings, on_event)
             except AIStocksError as error:
                 log.fail(error)
-                outcomes[symbol] = refused(symbol, error)
+                outcomes[symbol] = run_log.refused(symbol, error)
     return outcomes
 
 
-def go_back(symbol: str, args: argparse.Namespace, settings: Settings) -> Outcome:
+def deliver(
+    trained: Trained[Any], log: run_log.RunLog, args: argparse.Namespace, settings: Settings, tell: OnEvent
+) -> run_log.Outcome:
+    """Save what was trained unless the flags forbid it, and report it; see `run_log.outcome_of`."""
+    log.conclude(trained)
+    bundle, saved = trained.bundle, None
+    report = run_log.publish_report(trained, settings.logs_dir)
+    if args.strict:
+        run_log.refuse_without_edge(bundle.symbol, trained.verdict.as_dict())
+    if not args.validate_only:
+        tell({"type": "stage", "stage": "saving", "progress": 0.97})
+        args.program.save(bundle, settings.models_dir, golden_inputs=trained.golden_inputs)
+        saved = artifact_link(settings.models_dir, bundle.symbol, args.kind)
+    log.has_ended = True
+    names = ("metrics", "path_models", "seed", "device", "device_reason", "duration_s")
+    outcome = run_log.outcome_of(bundle.metadata, names, {"bundle": saved, "report": report, "log": log.path})
+    return {**outcome, "status": log.status}
+
+
+def go_back(symbol: str, args: argparse.Namespace, settings: Settings) -> run_log.Outcome:
     """Let the version before serve again; return which."""
     folder = settings.models_dir
     with training_lock(folder, symbol):
@@ -434,7 +390,7 @@ def go_back(symbol: str, args: argparse.Namespace, settings: Settings) -> Outcom
     return {"symbol": symbol, "model_version": now, "rolled_back_from": before}
 
 
-def one(raw: str, args: argparse.Namespace, settings: Settings, on_event: OnEvent) -> Outcome:
+def one(raw: str, args: argparse.Namespace, settings: Settings, on_event: OnEvent) -> run_log.Outcome:
     """Train one symbol, or roll it back; whatever goes wrong is its outcome, for others are waiting."""
     try:
         symbol = normalise_symbol(raw)
@@ -442,30 +398,30 @@ def one(raw: str, args: argparse.Namespace, settings: Settings, on_event: OnEven
             return go_back(symbol, args, settings)
         return train_symbols([symbol], args, settings, on_event)[0]
     except AIStocksError as error:
-        return refused(raw, error)
+        return run_log.refused(raw, error)
     except Exception as error:
         logger.exception("%s: an error that nobody foresaw", raw)
-        return refused(raw, AIStocksError(f"{raw}: {type(error).__name__}: {error}"))
+        return run_log.refused(raw, AIStocksError(f"{raw}: {type(error).__name__}: {error}"))
 
 
-def in_worker(raw: str, args: argparse.Namespace, settings: Settings) -> Outcome:
+def in_worker(raw: str, args: argparse.Namespace, settings: Settings) -> run_log.Outcome:
     """Do `one` in a process of its own, which leaves it to its parent to be interrupted."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     configure_logging("WARNING" if args.json else settings.log_level)
-    return one(raw, args, settings, stage_lines(raw))
+    return one(raw, args, settings, run_log.stage_lines(raw))
 
 
 def run(args: argparse.Namespace) -> int:
     """Train the symbols; return the exit code that `utils.errors` lists, of the first failure."""
     settings = read_settings()
 
-    def train(console: Console, tell: OnEvent) -> Iterator[Outcome]:
+    def train(console: Console, tell: OnEvent) -> Iterator[run_log.Outcome]:
         """Yield the outcome of every symbol, in the order of the command line, as soon as it is there."""
         args.program.check(args)
         symbols = list(dict.fromkeys(args.symbols))
         if args.universe:
             symbols = list(dict.fromkeys(normalise_symbol(raw) for raw in symbols))
-            with progress_line(console, "pooled", tell) as on_event:
+            with run_log.progress_line(console, "pooled", tell) as on_event:
                 found = train_symbols(symbols, args, settings, on_event)
             yield from found
         elif args.jobs > 1 and len(symbols) > 1:
@@ -473,11 +429,11 @@ def run(args: argparse.Namespace) -> int:
             yield from Parallel(n_jobs=args.jobs, backend="loky", return_as="generator")(jobs)
         else:
             for raw in symbols:
-                with progress_line(console, raw, tell) as on_event:
+                with run_log.progress_line(console, raw, tell) as on_event:
                     outcome = one(raw, args, settings, on_event)
                 yield outcome
 
-    return tell_all(train, args, settings)
+    return run_log.tell_all(train, args, settings)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -53,7 +53,7 @@ from training.recipe import (
 )
 from training.run_log import Program, common_parser, refuse_common
 from training.train_gbm import run
-from training.trainer import OnEvent, Trainer, Walked
+from training.trainer import FinalRecipe, OnEvent, Trainer, Walked
 from utils.errors import CollapsedError, UsageError
 from utils.model_paths import LSTM
 from utils.settings import at_least, below, silent_stderr
@@ -241,13 +241,11 @@ class FittedLSTM:
         return calibrated(rows, {MODEL: raw_scaled}, raw_scaled, by_symbol)
 
 
-class LSTMRecipe:
+class LSTMRecipe(FinalRecipe[FittedLSTM]):
     """Fits the network every few folds, and its calibration in every fold, in order of time.
 
     ``sequences`` hold the features of all rows of the run; ``on_event`` is told of every epoch.
     """
-
-    trials: tuple[Mapping[str, object], ...] = ()
 
     def __init__(self, config: NetworkConfig, sequences: Sequences, on_event: OnEvent | None = None) -> None:
         self.config = config

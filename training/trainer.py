@@ -7,7 +7,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from functools import partial
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -30,7 +31,6 @@ from validation.walk_forward import (
     FoldResult,
     WalkForwardConfig,
     WalkForwardResult,
-    WalkForwardSummary,
     WalkForwardValidator,
     fold_table,
 )
@@ -41,8 +41,8 @@ NOT_JUDGED_YET = {"label": "no-edge", "reasons": [], "evidence": {}}
 PATH_EVIDENCE = ("ic", "p_ic", "calibration_slope", "skill_over_drift", "n_rows")
 WALKED_AT = 0.9
 OnEvent = Callable[[Mapping[str, Any]], None]
+Trials = tuple[Mapping[str, object], ...]
 FittedT = TypeVar("FittedT", bound=FittedRecipe)
-FittedT_co = TypeVar("FittedT_co", bound=FittedRecipe, covariant=True)
 BundleT = TypeVar("BundleT", bound=Bundle)
 
 
@@ -52,9 +52,8 @@ class RowsConfig:
 
     ``common_move_share`` of the session's mean target over the panel is taken off the training targets: what
     all symbols do together is mostly noise to a model of each. A row counts half at the age of
-    ``weight_half_life_sessions``. Training targets beyond ``target_limit_sigma`` volatilities are winsorised;
-    outcomes never are. Rows of the symbols in ``leave_out`` train and calibrate nothing: their forecasts
-    prove that the model generalises. ``seed`` is that of everything that draws.
+    ``weight_half_life_sessions``. Training targets, never outcomes, are winsorised at ``target_limit_sigma``
+    volatilities. Rows of ``leave_out`` train and calibrate nothing: they prove that the model generalises.
     """
 
     common_move_share: float = 0.5
@@ -68,7 +67,7 @@ class RowsConfig:
 class WalkConfig:
     """Everything that a training run of any kind of model is decided by; recorded in the bundle.
 
-    Forecasts that are judged and decide look ``horizon_bars`` ahead; the forecast path also passes through
+    What is judged and decides looks ``horizon_bars`` ahead; the forecast path also passes through
     ``path_horizons_bars``, each with a model of its own. ``costs`` are what the verdict's positions pay.
     """
 
@@ -79,21 +78,22 @@ class WalkConfig:
     costs: CostModel = field(default_factory=CostModel)
 
 
-class FinalRecipe(Protocol[FittedT_co]):
+class FinalRecipe(ABC, Generic[FittedT]):
     """A recipe that is validated, and then fitted on everything; see `validation.walk_forward.Recipe`."""
 
     @property
-    def trials(self) -> tuple[Mapping[str, object], ...]:
+    def trials(self) -> Trials:
         """Every trial of every search so far."""
-        ...
+        return ()
 
-    def fit(self, train: Dataset, *, fold: int, earlier: pd.DataFrame) -> FittedT_co:
-        """Fit on rows before a fold."""
-        ...
+    @abstractmethod
+    def fit(self, train: Dataset, *, fold: int, earlier: pd.DataFrame) -> FittedT:
+        """Fit on rows before a fold; see `validation.walk_forward.Recipe.fit`."""
 
-    def fit_all(self, dataset: Dataset, record: pd.DataFrame) -> FittedT_co:
+    def fit_all(self, dataset: Dataset, record: pd.DataFrame) -> FittedT:
         """Fit on every labelled row, calibrated on the whole walk-forward record."""
-        ...
+        labelled = dataset.take(np.flatnonzero(dataset.labelled))
+        return self.fit(labelled, fold=0, earlier=record)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,57 +104,43 @@ class Trained(Generic[BundleT]):
     walk_forward: WalkForwardResult
     verdict: Verdict
     backtest: BacktestReport
-    trials: tuple[Mapping[str, object], ...]
+    trials: Trials
     golden_inputs: FloatMatrix
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WalkedPath(Generic[FittedT]):
-    """A further horizon on its own target: the record of all symbols, not saved, and the final fit."""
-
-    horizon_bars: int
-    record: pd.DataFrame
-    fitted: FittedT
-
-    def figures(self, symbol: str) -> dict[str, Any]:
-        """Return what the symbol's own out-of-sample rows say."""
-        return figures_of(of_symbol(self.record, symbol), self.horizon_bars)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Walked(Generic[FittedT]):
     """What all symbols of a run share: the rows, hashes of the prices, the walk-forward, the final fit.
 
-    ``returns`` of a panel are net returns per session of the decided positions of all symbols, in equal
-    parts, and of their benchmarks of equal exposure, (m, 2).
+    ``paths`` are the record, not saved, and the final fit of each further horizon. ``returns`` of a panel are
+    the net returns per session of all symbols' positions in equal parts, and of their benchmarks, (m, 2).
     """
 
     dataset: Dataset
     hashes: Mapping[str, str]
     result: WalkForwardResult
     fitted: FittedT
-    trials: tuple[Mapping[str, object], ...]
+    trials: Trials
     started: float
     universe: str = ""
-    paths: tuple[WalkedPath[FittedT], ...] = ()
+    paths: Mapping[int, tuple[pd.DataFrame, FittedT]] = field(default_factory=dict)
     returns: FloatArray | None = None
 
 
 class Trainer(ABC, Generic[FittedT, BundleT]):
     """Runs the walk-forward, the final fit and the verdict: all that makes numbers honest, for every kind.
 
-    ``on_event`` is told plain mappings as the run proceeds: ``{"type": "stage", "stage": ..., "progress":
-    0..1}``, and ``{"type": "fold", ...}`` with the measures of each fold; a kind may add events of its own.
+    ``on_event`` is told of every stage, ``{"type": "stage", "stage": ..., "progress": 0..1}``, and of the
+    measures of every fold, ``{"type": "fold", ...}``; a kind may add events of its own.
     """
 
     kind: ClassVar[ArtifactKind]
-    # Rows of features that the golden outputs are made from.
-    golden_rows: int = GOLDEN_ROWS
+    golden_rows: int = GOLDEN_ROWS  # whose features the golden outputs are made from
 
     def __init__(self, config: WalkConfig, on_event: OnEvent | None = None) -> None:
         self.config = config
         self._tell: OnEvent = on_event or (lambda _event: None)
-        self._begun = 0.0
+        self._place = 0
 
     @abstractmethod
     def recipe(self, dataset: Dataset) -> FinalRecipe[FittedT]:
@@ -202,33 +188,31 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
         return MAX_WARMUP_BARS + self.config.walk_forward.min_train_bars + longest + MINIMUM_TEST_BARS
 
     def walk(self, panel: Mapping[str, Bars], *, universe: str = "") -> Walked[FittedT]:
-        """Walk the recipe forward over the panel, split by date, and fit it on all labelled rows.
-
-        Too few bars of a symbol that stands alone are an `InsufficientDataError`.
-        """
+        """Walk the recipe forward, split by date, and fit it on all labelled rows; refuse too few bars."""
         started = time.monotonic()
         if len(panel) == 1:
             ((symbol, bars),) = panel.items()
             check_enough(bars.frame, self.needed_bars, f"training {symbol} alone with one year out of sample")
         # Further horizons come first, each on its own: the rows of one are in memory at a time.
-        paths = tuple(self._walk_path(panel, bars_ahead) for bars_ahead in self.config.path_horizons_bars)
-        self._begun = len(paths) / (len(paths) + 1)
-        dataset, recipe, result, fitted = self.fit(panel)
+        paths: dict[int, tuple[pd.DataFrame, FittedT]] = {}
+        for ahead in self.config.path_horizons_bars:
+            self._place = len(paths)
+            paths[ahead] = self._walk_path(panel, ahead)
+        self._place = len(paths)
+        dataset, result, fitted, trials = self.fit(panel)
         walked = Walked(
             dataset=dataset,
             hashes={symbol: bars_hash(bars.frame) for symbol, bars in panel.items()},
             result=result,
             fitted=fitted,
-            trials=recipe.trials,
+            trials=trials,
             started=started,
             universe=universe,
             paths=paths,
         )
         return walked if len(panel) == 1 else replace(walked, returns=self._book_together(walked, panel))
 
-    def fit(
-        self, panel: Mapping[str, Bars]
-    ) -> tuple[Dataset, FinalRecipe[FittedT], WalkForwardResult, FittedT]:
+    def fit(self, panel: Mapping[str, Bars]) -> tuple[Dataset, WalkForwardResult, FittedT, Trials]:
         """Do `walk` for the one horizon that decides; nothing is booked."""
         self._stage("features", 0.0)
         frames = {symbol: bars.frame for symbol, bars in panel.items()}
@@ -245,21 +229,19 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
 
         result = validator.run(dataset, recipe, on_fold=on_fold)
         self._stage("final fit", WALKED_AT)
-        return dataset, recipe, result, recipe.fit_all(dataset, result.record)
+        fitted = recipe.fit_all(dataset, result.record)
+        return dataset, result, fitted, recipe.trials
 
-    def _walk_path(self, panel: Mapping[str, Bars], horizon_bars: int) -> WalkedPath[FittedT]:
+    def _walk_path(self, panel: Mapping[str, Bars], horizon_bars: int) -> tuple[pd.DataFrame, FittedT]:
         """Walk a further horizon, which nobody judges: its folds are told to nobody."""
-        ahead = self.config.path_horizons_bars
-        place, share = ahead.index(horizon_bars), 1 / (len(ahead) + 1)
 
         def tell(event: Mapping[str, Any]) -> None:
             if event["type"] == "stage":
-                progress = round(share * (place * WALKED_AT + event["progress"]), 3)
-                self._tell({**event, "stage": f"{horizon_bars} bars, {event['stage']}", "progress": progress})
+                self._stage(f"{horizon_bars} bars, {event['stage']}", event["progress"])
 
         config = replace(self.config, horizon_bars=horizon_bars, path_horizons_bars=())
-        _dataset, _recipe, result, fitted = type(self)(config, tell).fit(panel)
-        return WalkedPath(horizon_bars=horizon_bars, record=result.record, fitted=fitted)
+        _dataset, result, fitted, _trials = type(self)(config, tell).fit(panel)
+        return result.record, fitted
 
     def _book_together(self, walked: Walked[FittedT], panel: Mapping[str, Bars]) -> FloatArray:
         """Book the decided positions of every symbol with two forecasts or more; see `Walked.returns`."""
@@ -279,19 +261,10 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
         return decide(bars.symbol, bars.frame, forecaster, make_sizer(), costs=self.config.costs)
 
     def conclude(
-        self,
-        walked: Walked[FittedT],
-        bars: Bars,
-        *,
-        earlier: Sequence[Run] = (),
-        problems: Sequence[str] = (),
+        self, walked: Walked[FittedT], bars: Bars, earlier: Sequence[Run] = (), problems: Sequence[str] = ()
     ) -> Trained[BundleT]:
-        """Judge one symbol of the panel on its own rows; ``earlier`` looks at its prices count.
-
-        Less than a year of forecasts with a known outcome is an `InsufficientDataError`.
-        """
+        """Judge one symbol on its own rows, a year at least; ``earlier`` looks at its prices count."""
         self._stage("verdict", 0.95)
-        n_verdicts = 1 + sum(run.n_trials for run in earlier)
         record, dataset = walked.result.record, walked.dataset
         n_known = int(of_symbol(record, bars.symbol)["realised_log"].notna().sum())
         if n_known < MINIMUM_TEST_BARS:
@@ -300,23 +273,13 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
                 f"{MINIMUM_TEST_BARS} (a year) are needed: choose a symbol with later or more prices"
             )
         bundle = self._bundle(bars, walked)
-        verdict, backtest = judge_lived(
-            bundle.record,
-            self._decide(bars, bundle, as_lived=True),
-            self.config.costs,
-            horizon_bars=bundle.horizon_bars,
-            summary=walked.result.summary,
-            n_verdicts=n_verdicts,
-        )
+        n_verdicts, summary = 1 + sum(run.n_trials for run in earlier), walked.result.summary
+        weigh = partial(judge, horizon_bars=bundle.horizon_bars, summary=summary, n_verdicts=n_verdicts)
+        lived = self._decide(bars, bundle, as_lived=True)
+        verdict, backtest = judge_lived(bundle.record, lived, self.config.costs, weigh)
         if walked.returns is not None and bars.symbol not in self.config.recipe.leave_out:
-            pooled = judge(
-                record,
-                horizon_bars=bundle.horizon_bars,
-                strategy_return=walked.returns[:, 0],
-                benchmark_return=walked.returns[:, 1],
-                summary=walked.result.summary,
-                n_verdicts=n_verdicts,
-            )
+            own, equal = walked.returns.T
+            pooled = weigh(record, strategy_return=own, benchmark_return=equal)
             verdict = of_universe(pooled, verdict, bars.symbol, len(walked.hashes))
         bundle = replace(bundle, metadata={**bundle.metadata, "verdict": verdict.as_dict()})
         served = backtest_decisions(self._decide(bars, bundle, as_lived=False), self.config.costs)
@@ -324,18 +287,21 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
             "data": {**bundle.metadata["data"], "problems": [*bars.report.problems(), *problems]},
             "metrics": {**headline_metrics(served), "correlation": verdict.evidence["ic"]},
             "folds": fold_table(walked.result, bundle.record, backtest),
-            "path_models": {str(one.horizon_bars): one.figures(bars.symbol) for one in walked.paths},
+            "path_models": {
+                str(ahead): figures_of(of_symbol(theirs, bars.symbol), ahead)
+                for ahead, (theirs, _fitted) in walked.paths.items()
+            },
             "tries": as_told(earlier),
             "duration_s": round(time.monotonic() - walked.started, 1),
         }
-        own = dataset.features[dataset.symbol_code == dataset.symbols.index(bars.symbol)]
+        rows = dataset.features[dataset.symbol_code == dataset.symbols.index(bars.symbol)]
         return Trained(
             bundle=replace(bundle, metadata={**bundle.metadata, **judged}),
             walk_forward=walked.result,
             verdict=verdict,
             backtest=backtest,
             trials=walked.trials,
-            golden_inputs=own[np.isfinite(own).all(axis=1)][-self.golden_rows :],
+            golden_inputs=rows[np.isfinite(rows).all(axis=1)][-self.golden_rows :],
         )
 
     def _bundle(self, bars: Bars, walked: Walked[FittedT]) -> BundleT:
@@ -357,38 +323,23 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
         return self.bundle_of(walked, bars.symbol, own, metadata)
 
     def _stage(self, stage: str, progress: float) -> None:
+        """Tell of a stage; until `WALKED_AT`, ``progress`` is that of one of several walks."""
         if progress <= WALKED_AT:
-            progress = WALKED_AT * self._begun + (1.0 - self._begun) * progress
+            progress = (self._place * WALKED_AT + progress) / (1 + len(self.config.path_horizons_bars))
         self._tell({"type": "stage", "stage": stage, "progress": round(progress, 3)})
 
 
 def judge_lived(
-    record: pd.DataFrame,
-    decisions: Decisions,
-    costs: CostModel,
-    *,
-    horizon_bars: int,
-    n_verdicts: int,
-    summary: WalkForwardSummary | None = None,
+    record: pd.DataFrame, decisions: Decisions, costs: CostModel, weigh: Callable[..., Verdict]
 ) -> tuple[Verdict, BacktestReport]:
-    """Book positions as they would have been lived, and weigh the evidence of one symbol.
-
-    Also says what the same positions earn when they are taken a session later: no close decides on itself.
-    """
+    """Book positions as they would have been lived, and taken a session later; `weigh` the evidence."""
     backtest = backtest_decisions(decisions, costs)
-    strategy, benchmark = both_returns(backtest)
-    verdict = judge(
-        record,
-        horizon_bars=horizon_bars,
-        strategy_return=np.asarray(strategy, dtype=np.float64),
-        benchmark_return=np.asarray(benchmark, dtype=np.float64),
-        summary=summary,
-        n_verdicts=n_verdicts,
-    )
+    strategy, benchmark = (np.asarray(found, dtype=np.float64) for found in both_returns(backtest))
+    verdict = weigh(record, strategy_return=strategy, benchmark_return=benchmark)
     frame = decisions.frame
     late = replace(decisions, frame=frame.assign(target_weight=frame["target_weight"].shift(1).fillna(1.0)))
-    strategy, benchmark = both_returns(backtest_decisions(late, costs))
-    annual = float((strategy - benchmark).mean()) * costs.periods_per_year
+    late_strategy, late_benchmark = both_returns(backtest_decisions(late, costs))
+    annual = float((late_strategy - late_benchmark).mean()) * costs.periods_per_year
     text = f"taken one session later, the same positions earn {annual:+.2%} a year over equal exposure"
     reasons = verdict.reasons if verdict.evidence["p_return"] is None else (*verdict.reasons, text)
     found = {**verdict.evidence, "active_return_one_session_later_annual": annual}
@@ -423,17 +374,21 @@ def leaves(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 def run_of(bars: Bars, content: object, kind: ArtifactKind, settings: str, n_trials: int = 1) -> Run:
     """Return what identifies a run, whose outcome is decided by ``content``, among the looks at a symbol."""
-    text = json.dumps(content, sort_keys=True)
     return Run(
         symbol=bars.symbol,
-        first_session=f"{bars.frame.index[0]:%Y-%m-%d}",
-        last_session=f"{bars.frame.index[-1]:%Y-%m-%d}",
-        fingerprint=hashlib.sha256(text.encode()).hexdigest()[:16],
+        **window(bars),
+        fingerprint=hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16],
         n_trials=n_trials,
         at=datetime.now(UTC).isoformat(timespec="seconds"),
         kind=kind.name,
         settings=settings or "as they come",
     )
+
+
+def window(bars: Bars) -> dict[str, str]:
+    """Return between which sessions the prices lie."""
+    first, last = (f"{bars.frame.index[at]:%Y-%m-%d}" for at in (0, -1))
+    return {"first_session": first, "last_session": last}
 
 
 def as_told(earlier: Sequence[Run]) -> list[dict[str, Any]]:
@@ -454,12 +409,7 @@ def facts_of(bars: Bars, kind: ArtifactKind, horizon_bars: int, prices_hash: str
         "horizon_bars": horizon_bars,
         "source": bars.provenance.source,
         "data_hash": prices_hash,
-        "data": {
-            "hash": prices_hash,
-            "first_session": f"{bars.frame.index[0]:%Y-%m-%d}",
-            "last_session": f"{bars.frame.index[-1]:%Y-%m-%d}",
-            "n_bars": len(bars.frame),
-        },
+        "data": {"hash": prices_hash, **window(bars), "n_bars": len(bars.frame)},
     }
 
 

@@ -7,13 +7,8 @@ import pytest
 import xgboost
 
 from training import train_gbm
-from training.train_gbm import (
-    AUTO_CELLS,
-    choose_device,
-    device_of,
-    probe_cuda,
-    probe_lightgbm_opencl,
-)
+from training.gbm_search import device_of, probe_cuda, probe_lightgbm_opencl
+from training.train_gbm import AUTO_CELLS, choose_device
 from utils.errors import DeviceError, UsageError
 
 LARGE = AUTO_CELLS // 50, 50

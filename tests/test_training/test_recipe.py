@@ -11,7 +11,8 @@ from training.trainer import begin_with_others
 from utils.errors import DataError
 from validation.walk_forward import WalkForwardConfig, WalkForwardValidator
 
-CONFIG = RecipeConfig(search=SearchConfig(n_trials=3, max_rounds=40), max_features=5, tune_every_folds=2)
+CONFIG = RecipeConfig(search=SearchConfig(n_trials=1, max_rounds=40), max_features=5, tune_every_folds=2)
+UNTUNED = replace(CONFIG, search=SearchConfig(n_trials=0))
 
 
 def make_dataset(
@@ -180,9 +181,9 @@ def walk(panel: Dataset, config: RecipeConfig = CONFIG):
 
 def test_a_panel_is_walked_forward_and_each_symbol_gets_its_own_calibration():
     panel = make_panel()
-    result = walk(panel)
+    result = walk(panel, UNTUNED)
     assert set(result.record["symbol"]) == set(panel.symbols)
-    fitted = GBMRecipe(CONFIG).fit_all(panel, result.record)
+    fitted = GBMRecipe(UNTUNED).fit_all(panel, result.record)
     slopes = {name: fitted.for_symbol(name).calibration.slope for name in panel.symbols}
     pooled = fitted.ensemble.calibration.slope
     assert len(set(slopes.values())) == 3
@@ -227,7 +228,7 @@ def test_a_common_shock_disturbs_the_trees_less_when_it_is_taken_off():
     panel = make_panel(tuple("ABCDEFGH"), common=3.0, signal=0.2)
     found = {}
     for share in (0.0, 0.5, 1.0):
-        record = walk(panel, replace(CONFIG, common_move_share=share)).record.dropna()
+        record = walk(panel, replace(UNTUNED, common_move_share=share)).record.dropna()
         found[share] = np.corrcoef(record["raw_scaled"], record["realised_log"])[0, 1]
     assert found[1.0] > found[0.0]
     assert found[0.5] > found[0.0]

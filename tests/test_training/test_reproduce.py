@@ -2,28 +2,68 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from rich.console import Console
 
+from data.data_fetcher import make_source
+from inference.load_gbm_models import load_folder
 from training import reproduce
 from training.recipe import RecipeConfig, TrainerConfig
-from training.reproduce import DIFFERS, build_parser, config_of, main
+from training.reproduce import DIFFERS, build_parser, config_of, main, train_again
 from training.train_gbm import main as train
+from training.trainer import Trained
 from utils.errors import ModelIncompatibleError
+
+PATH = "path model of 2 bars, golden rows"
+
+
+def settle(patch: pytest.MonkeyPatch, folder: Path, prices: Path) -> None:
+    """Let models, logs and cache lie in ``folder``, and prices come from ``prices``."""
+    for name in ("models", "logs", "cache"):
+        patch.setenv(f"AI_STOCKS_{name.upper()}_DIR", str(folder / name))
+    patch.setenv("AI_STOCKS_SOURCE", f"csv:{prices}")
+    # What it checks is tested with the store.
+    patch.setattr("inference.artifact.verify_in_fresh_process", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory, make_planted) -> Path:
+    folder = tmp_path_factory.mktemp("short")
+    for name, seed in (("SIGNAL", 3), ("SECOND", 4), ("THIRD", 5)):
+        bars = make_planted(n=1_300, seed=seed)
+        bars.assign(**{"Adj Close": bars["Close"]}).to_csv(folder / f"{name}.csv", index_label="Date")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Path:
+    """SIGNAL's boosters for the next day, and for the day after it: on few bars, after a short search."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        settle(patch, folder, source)
+        argv = ["SIGNAL", "--n-trials", "1", "--max-features", "10", "--target-horizon", "1,2", "--json"]
+        assert train(argv) == 0
+    return folder / "models" / "SIGNAL" / "gbm"
 
 
 @pytest.fixture
-def prices(tmp_path: Path, csv_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The prices that `tiny_bundle` was trained from, free to be changed."""
-    folder = tmp_path / csv_dir.name
-    shutil.copytree(csv_dir, folder)
-    for name in ("models", "logs", "cache"):
-        monkeypatch.setenv(f"AI_STOCKS_{name.upper()}_DIR", str(tmp_path / name))
-    monkeypatch.setenv("AI_STOCKS_SOURCE", f"csv:{folder}")
+def prices(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The prices that `bundle` was trained from, free to be changed."""
+    folder = shutil.copytree(source, tmp_path / source.name)
+    settle(monkeypatch, tmp_path, folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def again(bundle: Path, source: Path) -> tuple[Trained, Mapping[str, str]]:
+    return train_again(
+        load_folder(bundle.resolve()), make_source(f"csv:{source}"), None, Console(stderr=True)
+    )
 
 
 def run(capsys, *argv: object) -> tuple[int, dict[str, dict]]:
@@ -36,52 +76,53 @@ def listing(folder: Path) -> list[tuple[Path, int]]:
     return sorted((path, path.lstat().st_mtime_ns) for path in folder.rglob("*"))
 
 
-def test_the_same_prices_and_recipe_give_the_same_bundle_and_nothing_is_saved(prices, tiny_bundle, capsys):
-    before = listing(tiny_bundle)
-    assert main([str(tiny_bundle / "SIGNAL" / "gbm")]) == 0
-    assert "the training came out the same" in capsys.readouterr().out
-    assert listing(tiny_bundle) == before
+def test_the_same_prices_and_recipe_give_the_same_bundle_and_nothing_is_saved(prices, bundle, capsys):
+    models = bundle.parents[1]
+    before = listing(models)
+    assert main([str(bundle)]) == 0
+    shown = capsys.readouterr().out
+    assert "the training came out the same" in shown
+    assert PATH in shown
+    assert listing(models) == before
     assert not (prices.parent / "models").exists()
 
 
-def test_later_sessions_are_cut_off(prices, tiny_bundle, capsys):
+def test_later_sessions_are_cut_off(prices, bundle, capsys):
     table = pd.read_csv(prices / "SIGNAL.csv")
-    later = table.iloc[-3:].assign(Date=["2003-01-06", "2003-01-07", "2003-01-08"])
-    assert table["Date"].max() < "2003-01-06"
+    sessions = pd.bdate_range(table["Date"].max(), periods=4)[1:].strftime("%Y-%m-%d")
+    later = table.iloc[-3:].assign(Date=list(sessions))
     pd.concat([table, later]).to_csv(prices / "SIGNAL.csv", index=False)
-    code, found = run(capsys, tiny_bundle / "SIGNAL" / "gbm")
+    code, found = run(capsys, bundle)
     assert code == 0
     assert found["prices of SIGNAL"]["is_same"]
 
 
-def test_other_prices_are_found(prices, tiny_bundle, capsys):
+def test_other_prices_are_found(prices, bundle, capsys):
     """Planted: one close of the past that was revised."""
     table = pd.read_csv(prices / "SIGNAL.csv")
     for name in ("High", "Close", "Adj Close"):
         table.loc[900, name] = table.loc[900, "High"] * 1.05
     table.to_csv(prices / "SIGNAL.csv", index=False)
-    code, found = run(capsys, tiny_bundle / "SIGNAL" / "gbm")
+    code, found = run(capsys, bundle)
     assert code == DIFFERS
     for name in ("prices of SIGNAL", "out-of-sample predictions", "largest difference of predicted_log"):
         assert not found[name]["is_same"], name
 
 
-def test_models_of_further_horizons_are_compared_too(prices, capsys, monkeypatch):
-    monkeypatch.setattr("inference.artifact.verify_in_fresh_process", lambda *_: None)
-    argv = ["SIGNAL", "--n-trials", "0", "--max-features", "10", "--target-horizon", "1,20", "--json"]
-    assert train(argv) == 0
-    saved = Path(json.loads(capsys.readouterr().out)[0]["bundle"])
-    name = "path model of 20 bars, golden rows"
-    code, found = run(capsys, saved)
-    assert (code, found[name]["is_same"]) == (0, True)
-    # Planted: boosters that came out otherwise.
+@pytest.mark.usefixtures("prices")
+def test_models_of_further_horizons_are_compared_too(bundle, again, capsys, monkeypatch):
+    """Planted: boosters that came out otherwise."""
+    monkeypatch.setattr(reproduce, "train_again", lambda *_: again)
+    code, found = run(capsys, bundle)
+    assert (code, found[PATH]["is_same"]) == (0, True)
     real = reproduce.golden_outputs
     monkeypatch.setattr(reproduce, "golden_outputs", lambda *given: real(*given) + 1e-6)
-    code, found = run(capsys, saved)
-    assert (code, found[name]["is_same"]) == (DIFFERS, False)
+    code, found = run(capsys, bundle)
+    assert (code, found[PATH]["is_same"]) == (DIFFERS, False)
 
 
-def test_another_seed_is_found(prices, tiny_bundle, capsys, monkeypatch):
+@pytest.mark.usefixtures("prices")
+def test_another_seed_is_found(bundle, capsys, monkeypatch):
     """Planted: a training that does not do what was recorded."""
     real = config_of
 
@@ -90,33 +131,30 @@ def test_another_seed_is_found(prices, tiny_bundle, capsys, monkeypatch):
         return replace(config, recipe=replace(config.recipe, seed=99))
 
     monkeypatch.setattr(reproduce, "config_of", reseeded)
-    assert main([str(tiny_bundle / "SIGNAL" / "gbm")]) == DIFFERS
+    assert main([str(bundle)]) == DIFFERS
     shown = capsys.readouterr().out
     assert "the training differs" in shown
     assert "out-of-sample" in shown
 
 
-def test_other_library_versions_are_told_and_do_not_count(prices, tiny_bundle, capsys, monkeypatch):
+@pytest.mark.usefixtures("prices")
+def test_other_library_versions_are_told_and_do_not_count(bundle, again, capsys, monkeypatch):
+    monkeypatch.setattr(reproduce, "train_again", lambda *_: again)
     monkeypatch.setattr(reproduce, "library_versions", lambda names: dict.fromkeys(names, "0.1"))
-    code, found = run(capsys, tiny_bundle / "SIGNAL" / "gbm")
+    code, found = run(capsys, bundle)
     assert code == 0
-    assert found["version of xgboost"] == {
-        **found["version of xgboost"],
-        "now": "0.1",
-        "is_same": False,
-        "counts": False,
-    }
+    told = found["version of xgboost"]
+    assert (told["now"], told["is_same"], told["counts"]) == ("0.1", False, False)
 
 
-def test_a_pooled_bundle_is_trained_again_on_its_panel(prices, make_planted, capsys):
-    bars = make_planted(seed=5, ic=0.2)
-    bars.assign(**{"Adj Close": bars["Close"]}).to_csv(prices / "THIRD.csv", index_label="Date")
-    argv = ["SIGNAL", "--universe", "NOISE,THIRD", "--leave-symbol-out", "--target-horizon", "1", "--json"]
+@pytest.mark.usefixtures("prices")
+def test_a_pooled_bundle_is_trained_again_on_its_panel(capsys):
+    argv = ["SIGNAL", "--universe", "SECOND,THIRD", "--leave-symbol-out", "--target-horizon", "1", "--json"]
     assert train(argv) == 0
     folder = Path(json.loads(capsys.readouterr().out)[0]["bundle"])
     code, found = run(capsys, folder)
     assert code == 0, [name for name, finding in found.items() if not finding["is_same"]]
-    assert {"prices of SIGNAL", "prices of NOISE", "prices of THIRD"} <= set(found)
+    assert {"prices of SIGNAL", "prices of SECOND", "prices of THIRD"} <= set(found)
 
 
 def test_the_recipe_survives_json():
@@ -138,11 +176,12 @@ def test_a_recipe_of_another_version_is_refused_by_name(change):
         config_of(recipe)
 
 
-def test_errors_name_the_remedy(prices, tiny_bundle, capsys, monkeypatch):
+@pytest.mark.usefixtures("prices")
+def test_errors_name_the_remedy(bundle, capsys, monkeypatch):
     assert main(["no/such/bundle"]) == 5
     assert "saved_models/SYMBOL/gbm" in capsys.readouterr().err.replace("\n", " ")
     monkeypatch.setenv("AI_STOCKS_SOURCE", "sample")
-    assert main([str(tiny_bundle / "SIGNAL" / "gbm")]) == 2
+    assert main([str(bundle)]) == 2
     assert "--source csv:DIR" in capsys.readouterr().err.replace("\n", " ")
 
 

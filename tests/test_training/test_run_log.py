@@ -110,7 +110,7 @@ def test_a_refused_verdict_keeps_its_word(tmp_path, trained):
 def test_a_closed_log_is_not_blamed_for_what_befalls_another(tmp_path, trained):
     def work(log: RunLog) -> None:
         log.conclude(with_collapsed(trained, 0.0))
-        log.close()
+        log.has_ended = True
         raise KeyboardInterrupt
 
     run_into(tmp_path, KeyboardInterrupt, work)

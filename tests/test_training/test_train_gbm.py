@@ -28,11 +28,20 @@ QUICK = ["--n-trials", "0"]
 DRY = [*QUICK, "--validate-only"]
 
 
+@pytest.fixture(scope="module")
+def short_dir(tmp_path_factory: pytest.TempPathFactory, csv_dir: Path) -> Path:
+    """The latest bars of `csv_dir`: two years out of sample."""
+    folder = tmp_path_factory.mktemp("short")
+    for path in csv_dir.glob("*.csv"):
+        pd.read_csv(path).iloc[-1_520:].to_csv(folder / path.name, index=False)
+    return folder
+
+
 @pytest.fixture
-def places(tmp_path: Path, csv_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def places(tmp_path: Path, short_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("models", "logs", "cache"):
         monkeypatch.setenv(f"AI_STOCKS_{name.upper()}_DIR", str(tmp_path / name))
-    monkeypatch.setenv("AI_STOCKS_SOURCE", f"csv:{csv_dir}")
+    monkeypatch.setenv("AI_STOCKS_SOURCE", f"csv:{short_dir}")
     # What it checks is tested with the store; it takes longer than the training.
     monkeypatch.setattr("inference.artifact.verify_in_fresh_process", lambda *_: None)
     return tmp_path
@@ -46,16 +55,16 @@ def test_a_planted_signal_is_an_edge_and_noise_is_not(tiny_bundle: Path):
 
 
 def test_the_command_leaves_a_bundle_a_report_and_one_json_on_stdout(places, capsys):
-    assert main(["noise", "--n-trials", "2", "--json"]) == 0
+    assert main(["noise", "--n-trials", "1", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)[0]
     assert result["symbol"] == "NOISE"
     assert result["verdict"] in {"edge", "no-edge", "insufficient"}
     assert "<html" in Path(result["report"]).read_text()[:500]
     assert load_bundle(places / "models", "NOISE").model_version == result["model_version"]
 
-    assert main(["NOISE", "--n-trials", "2"]) == 6
+    assert main(["NOISE", "--n-trials", "1"]) == 6
     assert "--overwrite" in capsys.readouterr().err
-    assert main(["NOISE", "--n-trials", "2", "--strict", "--overwrite"]) == (
+    assert main(["NOISE", "--n-trials", "1", "--strict", "--overwrite"]) == (
         0 if result["verdict"] == "edge" else 7
     )
     assert len(list_versions(places / "models", "NOISE")) == 1
@@ -72,7 +81,7 @@ def test_the_command_leaves_a_bundle_a_report_and_one_json_on_stdout(places, cap
     ],
 )
 def test_errors_name_the_remedy_and_leave_nothing(places, capsys, argv: list[str], code: int, words: str):
-    assert main([*argv, "--n-trials", "2"]) == code
+    assert main([*argv, "--n-trials", "1"]) == code
     shown = capsys.readouterr()
     assert words in shown.err
     assert "Traceback" not in shown.err
@@ -82,7 +91,7 @@ def test_errors_name_the_remedy_and_leave_nothing(places, capsys, argv: list[str
 
 
 def test_one_failing_symbol_loses_nothing_of_the_others(places, capsys):
-    assert main(["GONE", "NOISE", "--n-trials", "2", "--json"]) == 3
+    assert main(["GONE", "NOISE", "--n-trials", "1", "--json"]) == 3
     failed, trained = json.loads(capsys.readouterr().out)
     assert "GONE" in failed["error"]
     assert trained["symbol"] == "NOISE"
@@ -365,8 +374,8 @@ def many(places: Path, make_planted, monkeypatch) -> Path:
     """Three more symbols beside NOISE and SIGNAL; E is too short for a panel."""
     folder = places / "many"
     folder.mkdir()
-    for name, seed, n in (("A", 1, 1_700), ("B", 2, 1_700), ("C", 3, 1_700), ("D", 4, 1_000), ("E", 5, 200)):
-        bars = make_planted(seed=seed, n=1_700, ic=0.2).iloc[-n:]
+    for name, seed, n in (("A", 1, 1_400), ("B", 2, 1_400), ("C", 3, 1_400), ("D", 4, 1_000), ("E", 5, 200)):
+        bars = make_planted(seed=seed, n=1_400, ic=0.2).iloc[-n:]
         bars.assign(**{"Adj Close": bars["Close"]}).to_csv(folder / f"{name}.csv", index_label="Date")
     monkeypatch.setenv("AI_STOCKS_SOURCE", f"csv:{folder}")
     return places

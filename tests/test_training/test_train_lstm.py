@@ -149,7 +149,9 @@ def test_numbers_that_make_no_sense_are_usage_errors(capsys, flag: str):
 def places(tmp_path: Path, csv_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("models", "logs", "cache"):
         monkeypatch.setenv(f"AI_STOCKS_{name.upper()}_DIR", str(tmp_path / name))
-    monkeypatch.setenv("AI_STOCKS_SOURCE", f"csv:{csv_dir}")
+    (tmp_path / "prices").mkdir()
+    pd.read_csv(csv_dir / "NOISE.csv").iloc[-1_520:].to_csv(tmp_path / "prices" / "NOISE.csv", index=False)
+    monkeypatch.setenv("AI_STOCKS_SOURCE", f"csv:{tmp_path / 'prices'}")
     # What it checks is tested with the store.
     monkeypatch.setattr("inference.artifact.verify_in_fresh_process", lambda *_: None)
     return tmp_path
@@ -174,7 +176,7 @@ def events() -> list[dict]:
 
 @pytest.fixture(scope="module")
 def trained(make_planted, events) -> Trained:
-    return LSTMTrainer(QUICK, events.append).train(as_bars(make_planted(n=2_000, seed=1, ic=0.4)))
+    return LSTMTrainer(QUICK, events.append).train(as_bars(make_planted(n=1_600, seed=1, ic=0.4)))
 
 
 @with_tensorflow
@@ -233,15 +235,15 @@ def test_the_arrays_say_what_keras_says_and_keras_needs_nothing_else(trained, tm
 
 
 def short_walk(bars: pd.DataFrame) -> pd.DataFrame:
-    split = WalkForwardConfig(test_bars=150, min_train_bars=700)
-    config = replace(QUICK, recipe=replace(SMALL, epochs=4), walk_forward=split)
+    split = WalkForwardConfig(test_bars=150, min_train_bars=680)
+    config = replace(QUICK, recipe=replace(SMALL, epochs=3), walk_forward=split)
     walked = LSTMTrainer(config).walk({"TEST": as_bars(bars)})
     return walked.result.record.assign(weight=walked.fitted.network.weights[ARRAYS[0]].sum())
 
 
 @pytest.fixture(scope="module")
 def walked_bars(make_planted) -> tuple[pd.DataFrame, pd.DataFrame]:
-    bars = make_planted(n=1_300, seed=1, ic=0.4)
+    bars = make_planted(n=1_240, seed=1, ic=0.4)
     return bars, short_walk(bars)
 
 
@@ -320,7 +322,8 @@ def test_the_network_has_the_size_that_was_asked_for():
 
 @with_tensorflow
 def test_a_collapsed_run_says_so_and_keeps_the_bundle_before(places, capsys, monkeypatch):
-    monkeypatch.setattr(train_lstm, "config_from", lambda _args: QUICK)
+    brief = replace(QUICK, recipe=replace(SMALL, epochs=6))
+    monkeypatch.setattr(train_lstm, "config_from", lambda _args: brief)
     assert main(["NOISE", "--json"]) == 0
     outcome = json.loads(capsys.readouterr().out)[0]
     served = load_bundle(places / "models", "NOISE")
@@ -346,10 +349,10 @@ def test_a_collapsed_run_says_so_and_keeps_the_bundle_before(places, capsys, mon
 @with_tensorflow
 def test_a_panel_is_trained_together_and_judged_apart(make_planted):
     panel = {
-        name: as_bars(make_planted(n=1_400, seed=seed, ic=0.3), name) for name, seed in (("A", 1), ("B", 2))
+        name: as_bars(make_planted(n=1_280, seed=seed, ic=0.3), name) for name, seed in (("A", 1), ("B", 2))
     }
     panel["B"] = replace(panel["B"], frame=panel["B"].frame.iloc[200:])
-    trainer = LSTMTrainer(replace(QUICK, recipe=replace(SMALL, epochs=3)))
+    trainer = LSTMTrainer(replace(QUICK, recipe=replace(SMALL, epochs=2)))
     walked = trainer.walk(panel)
     bundles = {name: trainer.conclude(walked, bars).bundle for name, bars in panel.items()}
     assert {name: set(bundle.record["symbol"]) for name, bundle in bundles.items()} == {

@@ -20,6 +20,8 @@ def power() -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    # Nearly three years out of sample; the benchmark has nearly six.
+    module.N_BARS = 1_700
     return module
 
 
@@ -35,10 +37,11 @@ def test_the_planted_feature_has_the_stated_correlation(power: ModuleType, horiz
 
 
 def test_noise_is_called_an_edge_at_most_once_in_six(power: ModuleType):
-    labels = [power.verdict_of("null", seed, n_trials=2, horizon_bars=1)["label"] for seed in range(6)]
+    """Random walks, and such with drift and clusters of volatility, in turn."""
+    labels = [power.verdict_of("null", seed, n_trials=1, horizon_bars=1)["label"] for seed in range(6)]
     assert labels.count("edge") <= 1
 
 
 def test_a_signal_in_one_series_is_found(power: ModuleType):
-    labels = [power.verdict_of("single", seed, n_trials=2, horizon_bars=1)["label"] for seed in range(4)]
+    labels = [power.verdict_of("single", seed, n_trials=1, horizon_bars=1)["label"] for seed in range(4)]
     assert labels.count("edge") >= 3
