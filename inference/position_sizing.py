@@ -32,6 +32,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 from numba import njit
 
 from evaluation import accounting
@@ -378,6 +379,17 @@ def alternatives() -> list[RuleSizer]:
         for name, rules in PRESETS.items()
         for times in (BOLDNESS if rules.kelly_fraction else (1.0,))
     ]
+
+
+def alternative_returns(
+    decided: pd.DataFrame, horizon_bars: int, costs: CostModel, n_bars: int
+) -> FloatArray:
+    """Return what `alternatives` earn per bar, net, on the last bars of what was decided, (n_bars, k)."""
+    known = {name: np.asarray(decided[name], dtype=np.float64) for name in _Row._fields[:-1]}
+    moves = np.nan_to_num(np.asarray(decided["asset_return"], dtype=np.float64))
+    inputs = SizingInputs(**known, asset_return_simple=moves, horizon_bars=horizon_bars)
+    weights = (sizer.fold(inputs, costs)[-n_bars:] for sizer in alternatives())
+    return np.column_stack([accounting.account(w, moves[-n_bars:], costs).net_return for w in weights])
 
 
 def win_record(

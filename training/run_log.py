@@ -154,7 +154,8 @@ class RunLog(logging.Handler):
         lines = _lines(found)
         for gate in verdict.gates:
             told = f"{_text(gate.value)} (threshold {gate.threshold})"
-            lines.append(f"gate {gate.name}: {told} {'passed' if gate.passed else 'failed'}")
+            result = "not computed" if gate.passed is None else ("failed", "passed")[gate.passed]
+            lines.append(f"gate {gate.name}: {told} {result}")
         self._sections |= {"FOLD METRICS": fold_lines(metadata["folds"]), "FINAL METRICS": lines}
         for problem in metadata["data"]["problems"]:
             self.warn(str(problem))
@@ -302,18 +303,10 @@ def outcome_of(
     return {
         "symbol": metadata["symbol"],
         "verdict": verdict["label"],
-        **{name: verdict[name] for name in ("reasons", "evidence")},
+        **{name: verdict[name] for name in ("reasons", "evidence", "bypassed_gates")},
         **{name: metadata[name] for name in (*IN_EVERY_OUTCOME, *names)},
         **{name: None if path is None else str(path) for name, path in paths.items()},
     }
-
-
-def refuse_without_edge(symbol: str, verdict: Mapping[str, Any]) -> None:
-    """Refuse, as ``--strict`` asks, to save a model without an edge, or with one that looks like a leak."""
-    alarm = ", beside a leak alarm," if verdict["evidence"]["leak_alarm"] else ""
-    if alarm or verdict["label"] != "edge":
-        told = f"the verdict is {verdict['label']}{alarm} and --strict was given: nothing was saved"
-        raise errors.GateRefusedError(f"{symbol}: {told}")
 
 
 def refuse_existing(symbol: str, args: argparse.Namespace, settings: Settings) -> None:
@@ -326,7 +319,8 @@ def refuse_existing(symbol: str, args: argparse.Namespace, settings: Settings) -
 
 def refused(symbol: str, error: errors.AIStocksError) -> Outcome:
     """Return the outcome of a symbol that could not be trained."""
-    return {"symbol": symbol, "error": str(error), "exit_code": error.exit_code}
+    found = error.found if isinstance(error, errors.GateRefusedError) else {}
+    return {"symbol": symbol, "error": str(error), "exit_code": error.exit_code, **found}
 
 
 def show(outcome: Outcome, console: Console, *, in_full: bool) -> None:
@@ -340,7 +334,9 @@ def show(outcome: Outcome, console: Console, *, in_full: bool) -> None:
         parts = outcome.get("parts") or {"table": summary(outcome), "notes": []}
         console.print(f"{outcome['symbol']}: {outcome['verdict']}{joined}", style="italic")
         print_rows(console, parts["table"])
-        for text in (*parts["notes"], *outcome["reasons"]):
+        gates = ", ".join(outcome["bypassed_gates"] if outcome["bundle"] else ())
+        bypassed = [f"saved although these classic gates fail: {gates}"] if gates else []
+        for text in (*parts["notes"], *outcome["reasons"], *bypassed):
             console.print(f"  - {escape(text)}", soft_wrap=True)
         for name in (name for name in ("bundle", "report", "log") if name in outcome):
             console.print(f"{name}: {escape(str(outcome[name] or 'none'))}", soft_wrap=True)

@@ -56,7 +56,7 @@ from training.trainer import OnEvent, as_told, facts_of, figures_of, headline_me
 from utils.errors import AIStocksError, InsufficientDataError
 from utils.model_paths import ENSEMBLE, artifact_link, training_lock
 from utils.settings import Settings, read_settings
-from validation.gates import judge, ranks_better_p_value
+from validation.gates import judge, ranks_better_p_value, refuse_without_edge
 from validation.wfe_metrics import Run
 
 # A year of rows that both members forecast, below which joining them teaches nothing.
@@ -347,7 +347,7 @@ def join_symbol(symbol: str, args: argparse.Namespace, settings: Settings) -> ru
         )
         report = run_log.publish(page, settings.logs_dir, metadata)
         if args.strict:
-            run_log.refuse_without_edge(symbol, metadata["verdict"])
+            refuse_without_edge(symbol, metadata["verdict"], report)
         if not args.validate_only:
             save_ensemble(bundle, settings.models_dir)
             saved = artifact_link(settings.models_dir, symbol, ENSEMBLE)

@@ -42,6 +42,7 @@ from training.trainer import MINIMUM_TEST_BARS, OnEvent, Trained, Trainer, Walke
 from utils.errors import AIStocksError, DataError, DeviceError, LockedError, StorageError
 from utils.model_paths import GBM, artifact_link, current_version, roll_back, training_lock
 from utils.settings import Settings, at_least, configure_logging, read_settings
+from validation.gates import refuse_without_edge
 from validation.wfe_metrics import Run, earlier_runs, record_run
 
 logger = logging.getLogger(__name__)
@@ -370,7 +371,7 @@ def deliver(
     bundle, saved = trained.bundle, None
     report = run_log.publish_report(trained, settings.logs_dir)
     if args.strict:
-        run_log.refuse_without_edge(bundle.symbol, trained.verdict.as_dict())
+        refuse_without_edge(bundle.symbol, trained.verdict.as_dict(), report)
     if not args.validate_only:
         tell({"type": "stage", "stage": "saving", "progress": 0.97})
         args.program.save(bundle, settings.models_dir, golden_inputs=trained.golden_inputs)

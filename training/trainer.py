@@ -22,7 +22,7 @@ from evaluation.metrics import values
 from inference.artifact import GOLDEN_ROWS, new_version_id
 from inference.intervals import FloatArray, FloatMatrix
 from inference.pipeline import Bundle, BundleForecaster, Decisions, backtest_decisions, decide
-from inference.position_sizing import make_sizer
+from inference.position_sizing import alternative_returns, make_sizer
 from utils.errors import InsufficientDataError
 from utils.model_paths import ArtifactKind
 from validation.gates import Verdict, judge, of_universe
@@ -335,11 +335,12 @@ def judge_lived(
     """Book positions as they would have been lived, and taken a session later; `weigh` the evidence."""
     backtest = backtest_decisions(decisions, costs)
     strategy, benchmark = (np.asarray(found, dtype=np.float64) for found in both_returns(backtest))
-    verdict = weigh(record, strategy_return=strategy, benchmark_return=benchmark)
     frame = decisions.frame
+    tried = alternative_returns(frame, decisions.horizon_bars, costs, len(strategy))
+    verdict = weigh(record, strategy_return=strategy, benchmark_return=benchmark, tried_returns=tried)
     late = replace(decisions, frame=frame.assign(target_weight=frame["target_weight"].shift(1).fillna(1.0)))
-    late_strategy, late_benchmark = both_returns(backtest_decisions(late, costs))
-    annual = float((late_strategy - late_benchmark).mean()) * costs.periods_per_year
+    ahead = np.subtract(*both_returns(backtest_decisions(late, costs)))
+    annual = float(ahead.mean()) * costs.periods_per_year
     text = f"taken one session later, the same positions earn {annual:+.2%} a year over equal exposure"
     reasons = verdict.reasons if verdict.evidence["p_return"] is None else (*verdict.reasons, text)
     found = {**verdict.evidence, "active_return_one_session_later_annual": annual}

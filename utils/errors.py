@@ -5,6 +5,7 @@ Without one of its own it has that of its parent. Codes 10 (`training.reproduce`
 """
 
 import re
+from collections.abc import Mapping
 
 # Absolute paths of the server; routes of the API stay readable.
 _PATH = re.compile(r"(?<![\w:/.])/(?!api/)(?:[^/\s'\"`]+/)+([^/\s'\"`]*)")
@@ -85,7 +86,11 @@ class ModelExistsError(ConflictError):
 
 
 class GateRefusedError(AIStocksError, exit_code=7):
-    """The verdict refuses the model under ``--strict``."""
+    """The verdict refuses the model under ``--strict``; ``found`` is what a program should know of it."""
+
+    def __init__(self, message: str, found: Mapping[str, object] | None = None) -> None:
+        super().__init__(message)
+        self.found = dict(found or {})
 
 
 class CollapsedError(GateRefusedError):

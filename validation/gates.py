@@ -29,16 +29,18 @@ until a person has looked, and ``--strict`` saves none of it.
 The classic gates are computed and shown beside, and never change the label: a constant passes some of them.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Literal, cast
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import numpy as np
 import pandas as pd
 
 from evaluation.forward_simulator import MIN_BARS
 from evaluation.metrics import Measured
-from utils.errors import DataError
+from utils.errors import DataError, GateRefusedError
 from validation.walk_forward import WalkForwardSummary
 from validation.wfe_metrics import (
     MAX_ONE_SIDED,
@@ -82,6 +84,8 @@ CLASSIC = (
     ("signal std", "signal_std", MIN_SIGNAL_STD, float("inf"), f"> {MIN_SIGNAL_STD}"),
     ("share positive", "share_positive", 0.30, 0.70, "30% to 70%"),
 )
+# Reasons that do not speak against an edge.
+DECIDES_NOTHING = re.compile("(?<!not )met: |taken one session later")
 UNIVERSE_EVIDENCE = ("ic", "p_ic", "p_return", "active_return_annual", "skill_over_drift", "n_rows")
 
 
@@ -200,6 +204,19 @@ def of_universe(pooled: Verdict, own: Verdict, symbol: str, n_symbols: int) -> V
         ),
         evidence={**own.evidence, **shared},
     )
+
+
+def refuse_without_edge(symbol: str, verdict: Mapping[str, Any], report: Path | None) -> None:
+    """Refuse, as ``--strict`` asks, a `Verdict.as_dict` without an edge, or with one that looks like a leak.
+
+    The `GateRefusedError` names the reasons that decide, and the report.
+    """
+    alarm = ", beside a leak alarm," if verdict["evidence"]["leak_alarm"] else ""
+    if alarm or verdict["label"] != "edge":
+        against = "; ".join(text for text in verdict["reasons"] if not DECIDES_NOTHING.search(text))
+        told = f"the verdict is {verdict['label']}{alarm} and --strict was given: nothing was saved"
+        found = {"verdict": verdict["label"], "reasons": verdict["reasons"], "report": report and str(report)}
+        raise GateRefusedError(f"{symbol}: {told}; {against}; report: {report or 'none'}", found)
 
 
 def p_limits(n_verdicts: int) -> tuple[float, float]:

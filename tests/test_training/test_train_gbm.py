@@ -64,10 +64,30 @@ def test_the_command_leaves_a_bundle_a_report_and_one_json_on_stdout(places, cap
 
     assert main(["NOISE", "--n-trials", "1"]) == 6
     assert "--overwrite" in capsys.readouterr().err
-    assert main(["NOISE", "--n-trials", "1", "--strict", "--overwrite"]) == (
-        0 if result["verdict"] == "edge" else 7
-    )
+    strict = ["NOISE", "--n-trials", "1", "--strict", "--overwrite"]
+    assert main([*strict, "--json"]) == 7
+    refused = json.loads(capsys.readouterr().out)[0]
+    assert refused["verdict"] == result["verdict"] != "edge"
+    assert refused["report"] in refused["error"]
+    assert "<html" in Path(refused["report"]).read_text()[:500]
+    deciding = [reason for reason in refused["reasons"] if not reason.startswith("met: ")][:-1]
+    assert deciding
+    assert all(reason in refused["error"] for reason in deciding)
+    assert "; met: " not in refused["error"]
     assert len(list_versions(places / "models", "NOISE")) == 1
+
+
+def test_gates_that_a_saved_bundle_bypasses_are_stored_and_told(places, capsys):
+    assert main(["NOISE", "--n-trials", "0"]) == 0
+    verdict = load_bundle(places / "models", "NOISE").metadata["verdict"]
+    failed = [gate["name"] for gate in verdict["gates"] if gate["passed"] is False]
+    assert verdict["bypassed_gates"] == failed
+    assert failed, "noise passes all classic gates: choose other noise"
+    told = f"saved although these classic gates fail: {', '.join(failed)}"
+    assert told in " ".join(capsys.readouterr().out.split())
+    assert 0.0 <= verdict["evidence"]["pbo"] <= 1.0
+    assert main(["NOISE", "--n-trials", "0", "--validate-only"]) == 0
+    assert "saved although" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

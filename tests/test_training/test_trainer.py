@@ -10,11 +10,14 @@ import pytest
 
 from data.schema import Bars, BarsReport, Provenance
 from evaluation.metrics import sharpe
+from inference.pipeline import BundleForecaster, decide
+from inference.position_sizing import alternative_returns, alternatives, make_sizer
 from training.gbm_search import SearchConfig
 from training.recipe import RecipeConfig, TrainerConfig
 from training.train_gbm import DeviceChoice, GBMTrainer
 from training.trainer import Trained, Walked
 from utils.errors import InsufficientDataError
+from validation.wfe_metrics import probability_of_backtest_overfitting
 
 QUICK = TrainerConfig(
     horizon_bars=1, recipe=RecipeConfig(search=SearchConfig(n_trials=1), tune_every_folds=9)
@@ -50,6 +53,19 @@ def test_the_record_is_out_of_sample_on_every_row(trained):
     assert (record["trained_through"] < record["date"]).all()
     assert trained.backtest.daily["is_out_of_sample"].all()
     assert trained.bundle.metadata["out_of_sample_from"] == f"{record['date'].min():%Y-%m-%d}"
+
+
+def test_other_sizings_are_booked_on_the_same_rows_for_the_probability_of_overfitting(make_planted, trained):
+    bars = make_planted(n=1_500, seed=1)
+    forecaster = BundleForecaster(bundle=trained.bundle, as_lived=True)
+    decided = decide("TEST", bars, forecaster, make_sizer(), costs=QUICK.costs)
+    own = trained.backtest.daily["net_return"]
+    tried = alternative_returns(decided.frame, decided.horizon_bars, QUICK.costs, len(own))
+    names = [(sizer.name, sizer.rules) for sizer in alternatives()]
+    place = names.index((make_sizer().name, make_sizer().rules))
+    np.testing.assert_allclose(tried[:, place], own, rtol=0, atol=1e-12)
+    expected = probability_of_backtest_overfitting(tried)
+    assert trained.verdict.evidence["pbo"] == pytest.approx(expected, abs=1e-12)
 
 
 def test_too_short_a_history_says_need_and_have(make_bars):

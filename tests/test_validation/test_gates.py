@@ -2,7 +2,8 @@
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,8 +11,16 @@ import pytest
 from scipy.signal import lfilter
 from scipy.stats import rankdata
 
-from utils.errors import DataError
-from validation.gates import MAX_P_IC, UNIVERSE_EVIDENCE, Verdict, judge, of_universe, p_limits
+from utils.errors import DataError, GateRefusedError
+from validation.gates import (
+    MAX_P_IC,
+    UNIVERSE_EVIDENCE,
+    Verdict,
+    judge,
+    of_universe,
+    p_limits,
+    refuse_without_edge,
+)
 from validation.walk_forward import FoldMeasures, summarise_folds
 from validation.wfe_metrics import block_bootstrap_p_value
 
@@ -412,6 +421,22 @@ def test_trying_seeds_is_no_way_to_an_edge():
 def verdict_with(label: str, ic: float, *, leak_alarm: bool = False) -> Verdict:
     evidence = dict.fromkeys(UNIVERSE_EVIDENCE, 0.5) | {"ic": ic, "leak_alarm": leak_alarm}
     return Verdict(label=label, reasons=("because",), evidence=evidence, gates=())
+
+
+def test_a_refusal_names_what_decided_and_the_report():
+    reasons = (
+        "2 symbols together: not met: IC",
+        "A alone (edge): met: return",
+        "taken one session later, more",
+    )
+    verdict = replace(verdict_with("no-edge", 0.01), reasons=reasons).as_dict()
+    with pytest.raises(GateRefusedError, match="nothing was saved") as refused:
+        refuse_without_edge("A", verdict, Path("logs/A.html"))
+    assert "; 2 symbols together: not met: IC; report: logs/A.html" in str(refused.value)
+    assert refused.value.found == {"verdict": "no-edge", "reasons": list(reasons), "report": "logs/A.html"}
+    with pytest.raises(GateRefusedError, match="beside a leak alarm.*report: none"):
+        refuse_without_edge("A", verdict_with("edge", 0.3, leak_alarm=True).as_dict(), None)
+    refuse_without_edge("A", verdict_with("edge", 0.03).as_dict(), None)
 
 
 def test_a_symbol_that_the_signal_does_not_go_with_has_no_edge_whatever_its_universe_has():
