@@ -339,11 +339,10 @@ def judge_lived(
     tried = alternative_returns(frame, decisions.horizon_bars, costs, len(strategy))
     verdict = weigh(record, strategy_return=strategy, benchmark_return=benchmark, tried_returns=tried)
     late = replace(decisions, frame=frame.assign(target_weight=frame["target_weight"].shift(1).fillna(1.0)))
-    ahead = np.subtract(*both_returns(backtest_decisions(late, costs)))
-    annual = float(ahead.mean()) * costs.periods_per_year
+    annual = costs.periods_per_year * np.subtract(*both_returns(backtest_decisions(late, costs))).mean()
     text = f"taken one session later, the same positions earn {annual:+.2%} a year over equal exposure"
     reasons = verdict.reasons if verdict.evidence["p_return"] is None else (*verdict.reasons, text)
-    found = {**verdict.evidence, "active_return_one_session_later_annual": annual}
+    found = {**verdict.evidence, "active_return_one_session_later_annual": float(annual)}
     return replace(verdict, reasons=reasons, evidence=found), backtest
 
 

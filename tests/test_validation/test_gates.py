@@ -434,7 +434,7 @@ def test_a_refusal_names_what_decided_and_the_report():
         refuse_without_edge("A", verdict, Path("logs/A.html"))
     assert "; 2 symbols together: not met: IC; report: logs/A.html" in str(refused.value)
     assert refused.value.found == {"verdict": "no-edge", "reasons": list(reasons), "report": "logs/A.html"}
-    with pytest.raises(GateRefusedError, match="beside a leak alarm.*report: none"):
+    with pytest.raises(GateRefusedError, match=r"beside a leak alarm.*report: none"):
         refuse_without_edge("A", verdict_with("edge", 0.3, leak_alarm=True).as_dict(), None)
     refuse_without_edge("A", verdict_with("edge", 0.03).as_dict(), None)
 
