@@ -58,6 +58,7 @@ SUMMARY_FIGURES: tuple[str, ...] = (
     "sharpe_ratio",
     "max_drawdown",
     "win_rate",
+    "total_trades",
     "direction_accuracy",
     "turnover",
 )
