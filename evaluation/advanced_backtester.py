@@ -28,7 +28,7 @@ IN_SAMPLE_STAMP = "IN-SAMPLE"
 _BENCHMARK_BAND = 0.02
 _MONEY = ("commission", "slippage", "trade_cost", "financing_cost", "borrow_cost")
 _BOOKED = ("held_weight", "equity", "gross_return", "net_return", "turnover", *_MONEY)
-# So far must the target have moved since the last decision before an order is one itself, a fraction of equity.
+# An order is a decision when the target moved further than this since the last one; a fraction of equity.
 DECIDED = 0.02
 _NEVER = np.datetime64("NaT", "us")
 

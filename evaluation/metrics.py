@@ -157,7 +157,7 @@ def conditional_value_at_risk(returns: FloatArray, tail: float = 0.05) -> Measur
 
 
 def win_rate(closed_pnl: FloatArray) -> Measured:
-    """Share of closing orders that realised a profit after costs; a fraction."""
+    """Share of decided closings that realised a profit after costs; a fraction."""
     pnl = _finite(closed_pnl, "closed_pnl")
     if not len(pnl):
         return _none("no decision closed a trade")
@@ -372,7 +372,7 @@ def ledger_metrics(
 
 
 def trade_metrics(closed_pnl: FloatArray, n_orders: int) -> dict[str, Measured]:
-    """Judge the orders: ``closed_pnl`` (m,) is what each closing that was decided realised after costs, money."""
+    """Judge the orders: ``closed_pnl`` (m,) is what each decided closing realised after costs, money."""
     return {
         "win_rate": win_rate(closed_pnl),
         "profit_factor": profit_factor(closed_pnl),
