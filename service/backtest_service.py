@@ -45,11 +45,9 @@ UNBELIEVED = "annualizationFactor {:g} is not believed: daily bars are 252 to 36
 UNTRIED = "dates, prices and positions are those that were posted, and checked against no model and no source"
 NIL = "no skill was found ({}), and {} bets without asking for any: count the model's part as nil; what you "
 NIL += "see is leverage and the breaker"
-HELD = "the position was {:.1%} of equity on average: buy and hold at that exposure earned {:+.1%} after the same "
-HELD += (
-    "costs, the positions {:+.1%}, a difference of {:+.1%}; excessReturnPct, alpha and rollingAlpha stand "
-)
-HELD += "against an exposure of 100%, and hold what the other exposure makes"
+HELD = "the position was {:.1%} of equity on average: buy and hold at that exposure earned {:+.1%} after "
+HELD += "the same costs, the positions {:+.1%}, a difference of {:+.1%}; excessReturnPct, alpha and "
+HELD += "rollingAlpha stand against an exposure of 100%, and hold what the other exposure makes"
 # Where nothing is left these say nothing, or good of what was lost.
 OF_THE_LIVING = ("sharpe_ratio", "sortino_ratio", "calmar_ratio")
 # From here on, a commission is in basis points.

@@ -468,7 +468,8 @@ def test_the_evidence_explains_itself_and_unknown_figures_still_show(honest_page
 def test_the_training_report_shows_what_a_sceptic_asks_for(training_page: str) -> None:
     text = "".join(Page(training_page).text)
     wanted = (
-        "Fold by fold", "Always up", "The best 12 of 30 trials of all searches", "6 trials were stopped early", "> 40%",
+        "Fold by fold", "Always up", "The best 12 of 30 trials of all searches",
+        "6 trials were stopped early", "> 40%",
         "fail", "pass", "walk-forward efficiency", "Importance and stability", "of 7", "Hash of prices",
         "nothing to remark",
     )  # fmt: skip
