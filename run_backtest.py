@@ -49,6 +49,8 @@ from utils.model_paths import MODES, mode_of
 from utils.settings import Settings, configure_logging, read_settings
 
 DEFAULT_DAYS = 250
+# Times equity: no broker lends a private person more, and overnight gaps would ruin who had it.
+MOST_EXPOSURE = 5.0
 AHEAD_OF = (
     ("buy_hold", "over buy and hold", "strategy"),
     ("exposure_matched", "over equal exposure", "exposure"),
@@ -58,6 +60,7 @@ SUMMARY_FIGURES: tuple[str, ...] = (
     "sharpe_ratio",
     "max_drawdown",
     "win_rate",
+    "total_trades",
     "direction_accuracy",
     "turnover",
 )
@@ -69,6 +72,10 @@ SUMMARY_FIGURES += (
 )
 SUMMARY_FIGURES += ("exposure_mean", "hit_rate_down_days", "information_ratio")
 LIVED = {"close": ",.2f", "target_weight": ".1%", "held_weight": ".1%", "equity": ",.2f", "net_return": ".2%"}
+SPANS = {
+    "active_return": ("return a year over equal exposure", "+.2%"),
+    "sharpe_difference": ("Sharpe ratio over buy and hold", "+.3f"),
+}
 SHOWN = {
     "total return": ("total_return", ".1%"),
     "return a year": ("cagr", ".1%"),
@@ -128,7 +135,9 @@ def asked_symbols(args: argparse.Namespace) -> tuple[str, ...]:
     symbols = tuple(dict.fromkeys(map(normalise_symbol, named)))
     alone, dated = len(symbols) < 2, args.start is not None and args.end is not None
     several = args.report is not None and not alone and not args.compare
+    start, end = (str(day)[:10] for day in (args.start, args.end))
     refused = {
+        f"--capital must be above 0 and finite, got {args.capital:g}": not 0.0 < args.capital < float("inf"),
         "--symbols names no symbol: write --symbols AAPL,MSFT": not symbols,
         "--compare needs two symbols: write --symbols AAPL,MSFT --compare": args.compare and alone,
         "--report is one path for several reports: add --compare, or leave it out": several,
@@ -136,8 +145,13 @@ def asked_symbols(args: argparse.Namespace) -> tuple[str, ...]:
             args.days is not None and not args.forward_sim
         ),
         f"--days must be at least 1, got {args.days}": args.days is not None and args.days < 1,
-        f"--start {args.start} does not lie before --end {args.end}": dated and args.start >= args.end,
+        f"--start {start} does not lie before --end {end}": dated and args.start >= args.end,
     }
+    for name, asked in (("--max-long", args.max_long), ("--max-short", args.max_short)):
+        words = (
+            f"{name} {asked} is over {MOST_EXPOSURE:g} times equity, more than anybody lends: 1.5 means 150 %"
+        )
+        refused[words] = asked is not None and asked > MOST_EXPOSURE
     if wrong := [words for words, is_wrong in refused.items() if is_wrong]:
         raise UsageError(wrong[0])
     return symbols
@@ -203,6 +217,7 @@ def summary_of(outcome: Outcome) -> dict[str, object]:
         "pred_positive_pct": found["pred_positive_share"],
         **{name: found[name] for name in SUMMARY_FIGURES},
         "verdict_information_coefficient": verdict["evidence"]["ic"],
+        "verdict_direction_accuracy": verdict["evidence"]["direction_accuracy"],
         "forecast_rank_correlation": found["information_coefficient"],
         **{name: figure for name, figure in weighed.items() if name != "robustness"},
         "undefined": {**reasons(result.metrics), **reasons(outcome.evidence.figures)},
@@ -330,10 +345,12 @@ def print_outcome(console: Console, outcome: Outcome, lived: Lived | None, args:
     heads = ["after costs and financing", "strategy", *(name.replace("_", " ") for name in result.benchmarks)]
     rows = ([name, *(shown(c.get(key), form) for c in columns)] for name, (key, form) in SHOWN.items())
     print_table(console, title, heads, rows)
-    apart = outcome.evidence.intervals["sharpe_difference"]
-    if apart.value is not None:
-        told = f"Sharpe ratio over buy and hold {apart.value:+.3f}, {CONFIDENCE:.0%} of draws "
-        console.print(f"  - {told}from {apart.low:+.3f} to {apart.high:+.3f}", soft_wrap=True)
+    for name, (words, form) in SPANS.items():
+        apart = outcome.evidence.intervals[name]
+        if apart.value is not None:
+            ends = " to ".join(shown(end, form) for end in (apart.low, apart.high))
+            told = f"{words} {apart.value:{form}}, {CONFIDENCE:.0%} of draws from {ends}"
+            console.print(f"  - {told}", soft_wrap=True)
     for note in notes_of(outcome):
         console.print(f"  - {escape(note)}", soft_wrap=True)
     if args.robustness:

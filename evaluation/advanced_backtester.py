@@ -28,6 +28,8 @@ IN_SAMPLE_STAMP = "IN-SAMPLE"
 _BENCHMARK_BAND = 0.02
 _MONEY = ("commission", "slippage", "trade_cost", "financing_cost", "borrow_cost")
 _BOOKED = ("held_weight", "equity", "gross_return", "net_return", "turnover", *_MONEY)
+# An order is a decision when the target moved further than this since the last one; a fraction of equity.
+DECIDED = 0.02
 _NEVER = np.datetime64("NaT", "us")
 
 
@@ -79,7 +81,9 @@ class Trade(NamedTuple):
 
     ``entry_date`` is that of the order that opened the position, ``exit_date`` that of an order that reduces
     it (else NaT). ``shares`` is what was traded, >= 0; ``position`` the weight afterwards. ``pnl`` is what an
-    order that reduces realised against the mean cost of the shares, after trading costs on both sides.
+    order that reduces realised against the mean cost of the shares, after trading costs on both sides. An
+    order ``is_decided`` when the target has moved by more than `DECIDED` or the no-trade band since the last
+    that was, or changed its sign; others bring back what drifted.
     """
 
     date: np.datetime64
@@ -93,6 +97,7 @@ class Trade(NamedTuple):
     cumulative_pnl: float
     commission: float
     slippage: float
+    is_decided: bool
     reason: str
 
 
@@ -194,9 +199,10 @@ class AdvancedBacktester:
     def _judge(
         self, window: _Window, ledger: Ledger, horizon_bars: int | None, *, was_told: bool
     ) -> BacktestReport:
-        trades = pd.DataFrame(list(_trades(window, ledger)), columns=list(TRADE_COLUMNS))
+        trades = pd.DataFrame(list(_trades(window, ledger, self.no_trade_band)), columns=list(TRADE_COLUMNS))
         market = self._constant(1.0, window)
-        closed = trades.loc[trades["exit_date"].notna(), "pnl"].to_numpy(dtype=np.float64)
+        decided = trades["is_decided"].to_numpy(dtype=np.bool_) & trades["exit_date"].notna()
+        closed = trades.loc[decided, "pnl"].to_numpy(dtype=np.float64)
         metrics = ledger_metrics(ledger, market.net_return, self.costs.periods_per_year)
         metrics |= trade_metrics(closed, len(trades))
         if horizon_bars is not None:
@@ -327,13 +333,15 @@ class _Holding:
         return ("COVER" if shares > 0.0 else "SELL"), ("reduced" if self.shares else "closed"), pnl
 
 
-def _trades(window: _Window, ledger: Ledger) -> Iterator[Trade]:
+def _trades(window: _Window, ledger: Ledger, band: float) -> Iterator[Trade]:
     """Yield the orders behind the books; one that crosses zero is split, its costs by shares."""
     holding, held, dates = _Holding(), ledger.held_weight, window.dates.to_numpy()
-    shares_at_close = ledger.position_value / window.close
+    shares_at_close, meant = ledger.position_value / window.close, 0.0
     for row in map(int, np.flatnonzero(ledger.traded_value)):
         date, price, after = dates[row - 1], float(window.close[row - 1]), float(shares_at_close[row])
         crosses = holding.shares * after < 0.0
+        moved = abs(held[row] - meant) > max(band, DECIDED) or np.sign(held[row]) != np.sign(meant)
+        meant = held[row] if moved else meant
         parts = [-holding.shares, after] if crosses else [after - holding.shares]
         fees = np.array([ledger.commission[row], ledger.slippage[row]]) / sum(map(abs, parts))
         for shares in parts:
@@ -353,6 +361,7 @@ def _trades(window: _Window, ledger: Ledger) -> Iterator[Trade]:
                 holding.realised,
                 commission,
                 slippage,
+                bool(moved),
                 window.reason[row - 1] if window.reason else f"{words}, weight {held[row]:.2f}",
             )
 

@@ -157,10 +157,10 @@ def conditional_value_at_risk(returns: FloatArray, tail: float = 0.05) -> Measur
 
 
 def win_rate(closed_pnl: FloatArray) -> Measured:
-    """Share of closing orders that realised a profit after costs; a fraction."""
+    """Share of decided closings that realised a profit after costs; a fraction."""
     pnl = _finite(closed_pnl, "closed_pnl")
     if not len(pnl):
-        return _none("no trade was closed")
+        return _none("no decision closed a trade")
     return Measured(float(np.mean(pnl > 0.0)))
 
 
@@ -168,10 +168,10 @@ def profit_factor(closed_pnl: FloatArray) -> Measured:
     """Sum of realised profits over the size of the sum of realised losses."""
     pnl = _finite(closed_pnl, "closed_pnl")
     if not len(pnl):
-        return _none("no trade was closed")
+        return _none("no decision closed a trade")
     loss = -float(pnl[pnl < 0.0].sum())
     if loss <= _TINY:
-        return _none("no trade was closed at a loss")
+        return _none("no decision closed a trade at a loss")
     return Measured(float(pnl[pnl > 0.0].sum()) / loss)
 
 
@@ -372,11 +372,11 @@ def ledger_metrics(
 
 
 def trade_metrics(closed_pnl: FloatArray, n_orders: int) -> dict[str, Measured]:
-    """Judge the orders: ``closed_pnl`` (m,) is what each closing order realised after costs, money."""
+    """Judge the orders: ``closed_pnl`` (m,) is what each decided closing realised after costs, money."""
     return {
         "win_rate": win_rate(closed_pnl),
         "profit_factor": profit_factor(closed_pnl),
-        "average_trade_profit": _mean(closed_pnl, "no trade was closed"),
+        "average_trade_profit": _mean(closed_pnl, "no decision closed a trade"),
         "total_trades": Measured(float(len(closed_pnl))),
         "total_orders": Measured(float(n_orders)),
     }

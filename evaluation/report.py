@@ -130,14 +130,15 @@ def backtest_report(
     forecasts: pd.DataFrame,
     horizon_bars: int,
     notes: Sequence[str] = (),
+    asks_for_skill: bool = True,
     extra_sections: Sequence[Section] = (),
 ) -> Report:
     """Assemble the report of a backtest; a row that is not out of sample stamps all of it IN-SAMPLE.
 
     ``verdict`` is that of a bundle's metadata. ``forecasts`` have, by session, ``close``,
     ``is_out_of_sample`` and, of the simple return over the next ``horizon_bars``, ``expected_return``,
-    ``lower``, ``upper`` (80 % band), ``prob_up``. Raises `DataError` if one of the three benchmarks is
-    missing.
+    ``lower``, ``upper`` (80 % band), ``prob_up``. ``asks_for_skill`` is False for a sizing that bets without.
+    Raises `DataError` if one of the three benchmarks is missing.
     """
     if missing := [name for name in BENCHMARKS if name not in result.benchmarks]:
         raise DataError(f"the backtest of {symbol} lacks {missing}: a strategy is never shown alone")
@@ -159,7 +160,8 @@ def backtest_report(
         words.section("evidence", _evidence(words, verdict["evidence"])),
         words.section("origin", _facts(words, provenance), bullets=(*result.notes, *notes)),
     )
-    return _page(words, figures, verdict, sections)
+    label = "no-edge-sized" if verdict["label"] == "no-edge" and not asks_for_skill else verdict["label"]
+    return _page(words, figures, {**verdict, "label": label}, sections)
 
 
 def _money(words: Words, result: BacktestReport) -> tuple[Section, ...]:
@@ -243,8 +245,9 @@ def luck_section(evidence: Evidence) -> Section:
         )
         for label, form, span in ((label, form, found[name]) for name, (label, form) in labels)
     )
+    grid = "grid_drawn" if evidence.seeds else "grid"
     tables = words.grid("intervals", heads["intervals"], spans), words.grid("luck", heads["evidence"], rows)
-    return words.section("luck", *tables, words.grid("grid", *_grid_rows(evidence)))
+    return words.section("luck", *tables, words.grid(grid, *_grid_rows(evidence)))
 
 
 def _grid_rows(evidence: Evidence) -> tuple[list[str], list[list[Cell]]]:
@@ -305,7 +308,9 @@ def training_report(
     learned = [words.section("epochs", words.records("epochs", epochs))]
     if not epochs:
         looked = words.section("features", _importance(words, importance, folds))
-        learned = [looked, words.section("trials", words.records("trials", best))]
+        tried = words.section("trials", words.records("trials", best))
+        nothing = words.section("no_trials", bullets=words.table["no_trials"])
+        learned = [looked, tried if trials else nothing]
     sections = (
         words.section("network_folds" if epochs else "folds", ic, words.records("folds", periods)),
         page.naive(),
@@ -422,11 +427,11 @@ def _page(
 
 
 def _evidence(words: Words, evidence: Mapping[str, object]) -> Table:
-    known, why = words.table["evidence"], words.table["not_computed"]
+    known, why, judged = (words.table[name] for name in ("evidence", "not_computed", "judged"))
     # Two figures with the same words are one, told by two sides.
     specs = {tuple(known.get(key, (key.replace("_", " ").capitalize(), "any", ""))): key for key in evidence}
     shown = ((name, cell(evidence[at], form, why), hint) for (name, form, hint), at in specs.items())
-    rows = ((Cell(name), value, Cell(hint, "word")) for name, value, hint in shown)
+    rows = ((Cell(name + judged), value, Cell(hint, "word")) for name, value, hint in shown)
     return words.grid("evidence", ("Measure", "Value", "How to read it"), rows)
 
 

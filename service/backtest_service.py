@@ -43,6 +43,11 @@ BOUNDS |= {"predictedPrices": (0.0, 1e18), "actualReturns": (-1.0, 1e9)}
 LEAST_BARS, MOST_BARS, EVERY_DAY = 252, 366, 365
 UNBELIEVED = "annualizationFactor {:g} is not believed: daily bars are 252 to 366 a year"
 UNTRIED = "dates, prices and positions are those that were posted, and checked against no model and no source"
+NIL = "no skill was found ({}), and {} bets without asking for any: count the model's part as nil; what you "
+NIL += "see is leverage and the breaker"
+HELD = "the position was {:.1%} of equity on average: buy and hold at that exposure earned {:+.1%} after "
+HELD += "the same costs, the positions {:+.1%}, a difference of {:+.1%}; excessReturnPct, alpha and "
+HELD += "rollingAlpha stand against an exposure of 100%, and hold what the other exposure makes"
 # Where nothing is left these say nothing, or good of what was lost.
 OF_THE_LIVING = ("sharpe_ratio", "sortino_ratio", "calmar_ratio")
 # From here on, a commission is in basis points.
@@ -172,9 +177,12 @@ def weigh(result: BacktestReport, history: Decisions, request: BacktestRequest, 
         **_calibration(history.frame.iloc[first:], history.horizon_bars),
     }
     own = bookkeeper(history, request.sizer, request.capital)
+    over_hold, over_same = (
+        simulator.bootstrap_intervals(net, rival, costs.periods_per_year) for rival in (market, same)
+    )
     return Evidence(
         figures=figures,
-        intervals=simulator.bootstrap_intervals(net, market, costs.periods_per_year),
+        intervals={"active_return": over_same["cagr_difference"], **over_hold},
         scenarios=simulator.robustness_grid(own, dates, first, costs, seeds=request.seeds),
     )
 
@@ -219,6 +227,9 @@ def notes_of(outcome: Outcome) -> list[str]:
             f"the model was trained and judged on {trained['source']} prices through "
             f"{trained['trained_through']}; these are {judged} prices, on which no verdict was earned"
         )
+    label = trained["verdict"]["label"]
+    if label != "edge" and outcome.request.sizer.rules.uses_odds:
+        notes.append(NIL.format(label, outcome.request.sizing))
     exposure = values(outcome.result.metrics)
     if exposure["exposure_std"] == 0.0 and exposure["exposure_mean"] == 1.0:
         notes.append("the model's part of the position was nil: the strategy held what buy and hold holds")
@@ -242,6 +253,7 @@ def report_of(outcome: Outcome) -> Report:
         forecasts=outcome.forecasts,
         horizon_bars=outcome.history.horizon_bars,
         notes=notes_of(outcome)[len(outcome.result.notes) :],
+        asks_for_skill=not outcome.request.sizer.rules.uses_odds,
         extra_sections=(luck_section(outcome.evidence),),
     )
 
@@ -361,6 +373,12 @@ def judge_posted(request: wire.BacktestRequest, n_rows: int) -> Posted:
         f"{cut} positions were cut to {-short:g} to {params.max_long:g}": cut > 0,
         "flatAtDayEnd changes nothing: bars are daily": bool(params.flat_at_day_end),
     }
+    same, own = (
+        values(each.metrics)["total_return"] for each in (result.benchmarks["exposure_matched"], result)
+    )
+    held = values(result.metrics)["exposure_mean"]
+    if held is not None and own is not None and same is not None:
+        notes[HELD.format(held, same, own, own - same)] = True
     factors = [bars for bars in (params.annualization_factor, meta.annualization_factor) if bars is not None]
     notes |= {UNBELIEVED.format(n): not LEAST_BARS <= n <= MOST_BARS for n in factors}
     return Posted(rows, result, [*result.notes, *(text for text, holds in notes.items() if holds)])

@@ -120,6 +120,10 @@ def test_in_sample_rows_are_stamped_everywhere(places: Path, capsys):
         (["--symbol", "SIGNAL", "--commission", "-1"], 2, "commission"),
         (["--symbol", "SIGNAL", "--capital", "0"], 2, "capital"),
         (["--symbol", "SIGNAL", "--max-long", "nan"], 2, "max_long"),
+        (["--symbol", "MSFT", "--capital", "0"], 2, "--capital"),  # noticed before the model is looked for
+        (["--symbol", "MSFT", "--max-long", "50"], 2, "over 5 times equity"),
+        (["--symbol", "MSFT", "--max-short", "6"], 2, "over 5 times equity"),
+        (["--symbol", "A", "--start", "2012-01-01", "--end", "2011-01-01"], 2, "2012-01-01 does not lie"),
     ],
 )
 def test_errors_name_the_remedy_and_write_nothing(
@@ -152,6 +156,27 @@ def test_the_summary_holds_what_was_promised(places: Path, capsys):
         summary["intervals"]["sharpe_difference"]["low"] < summary["intervals"]["sharpe_difference"]["high"]
     )
     assert 0.0 <= summary["pbo"] <= 1.0
+
+
+def test_without_an_edge_the_banner_says_what_the_sizing_does(places: Path, capsys):
+    geared, passive = (run(capsys, "--symbol", "NOISE", "--sizing", s) for s in ("long-biased", "calibrated"))
+    pages = [Path(told["report"]).read_text() for told in (geared, passive)]
+    assert ["The position is the passive one" in page for page in pages] == [False, True]
+    assert "leverage and the breaker" in pages[0].split("<dl")[0]
+    assert ["leverage and the breaker" in str(told["notes"]) for told in (geared, passive)] == [True, False]
+
+
+def test_the_first_interval_is_over_equal_exposure(places: Path, capsys):
+    told = run(capsys, "--symbol", "SIGNAL")
+    name, span = next(iter(told["intervals"].items()))
+    assert name == "active_return"
+    rivals = json.loads((Path(told["files"]) / "metrics.json").read_text())
+    assert span["value"] == pytest.approx(rivals["strategy"]["cagr"] - rivals["exposure_matched"]["cagr"])
+    assert 0.0 < span["low"] < span["value"] < span["high"]
+    assert span["share_above_zero"] > 0.95
+    page = Path(told["report"]).read_text()
+    assert page.index("Return a year over equal exposure<") < page.index("Sharpe ratio over buy and hold<")
+    assert "resamples" not in page
 
 
 def test_the_evidence_tells_a_planted_edge_from_noise(places: Path, capsys):

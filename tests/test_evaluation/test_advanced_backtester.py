@@ -90,6 +90,21 @@ def test_log_separates_resizing_from_bringing_back() -> None:
     ]
 
 
+def test_orders_that_bring_back_what_drifted_are_logged_and_not_judged() -> None:
+    rising = np.cumprod(np.full(60, 1.01))
+    report = run(np.full(60, 0.5), rising)
+    assert report.trades["exit_date"].notna().sum() > 50
+    assert report.trades["is_decided"].sum() == 1
+    found = values(report.metrics)
+    assert (found["total_trades"], found["win_rate"], found["profit_factor"]) == (0.0, None, None)
+    assert found["total_orders"] == len(report.trades)
+    assert "no decision" in (report.metrics["win_rate"].reason or "")
+    # What creeps adds up: at 0.6 % a day every fourth order is a decision.
+    creeping = run(1.0 - 0.006 * np.arange(60), rising).trades
+    assert np.flatnonzero(creeping["is_decided"]).tolist() == list(range(0, 59, 4))
+    assert run(np.array([0.5, 0.5, 0.2, 0.0, 0.0]), rising[:5]).metrics["total_trades"].value == 2.0
+
+
 def test_given_reasons_are_kept() -> None:
     reason = [f"because {i}" for i in range(5)]
     trades = run(np.array([0, 1.0, 1.0, 0, 0]), np.full(5, 10.0), reason=reason).trades

@@ -90,8 +90,8 @@ def test_scipy_agrees_on_ranks_with_ties(rows: list[tuple[int, int]]) -> None:
         (m.calmar(np.linspace(1.0, 1.2, 99), 252), "no drawdown"),
         (m.value_at_risk(np.zeros(19)), "needs 20"),
         (m.conditional_value_at_risk(np.zeros(19)), "needs 20"),
-        (m.win_rate(np.empty(0)), "no trade was closed"),
-        (m.profit_factor(np.empty(0)), "no trade was closed"),
+        (m.win_rate(np.empty(0)), "no decision closed a trade"),
+        (m.profit_factor(np.empty(0)), "no decision closed a trade"),
         (m.profit_factor(np.ones(3)), "at a loss"),
         (m.information_ratio(np.ones(9), np.ones(9), 252), "do not differ"),
         (m.information_ratio(np.ones(1), np.ones(1), 252), "needs 2"),
@@ -99,7 +99,7 @@ def test_scipy_agrees_on_ranks_with_ties(rows: list[tuple[int, int]]) -> None:
         (m.market_line(np.arange(9.0), np.ones(9), 252)["beta_t"], "does not vary"),
         (m.market_line(np.arange(9.0), np.arange(9.0), 252)["beta_t"], "fits exactly"),
         (m.spearman(np.ones(2), np.ones(2)), "needs 3"),
-        (m.trade_metrics(np.empty(0), 0)["average_trade_profit"], "no trade"),
+        (m.trade_metrics(np.empty(0), 0)["average_trade_profit"], "no decision"),
     ],
 )
 def test_undefined_is_none_with_a_reason(measured: m.Measured, words: str) -> None:

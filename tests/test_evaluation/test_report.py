@@ -470,7 +470,8 @@ def test_the_evidence_explains_itself_and_unknown_figures_still_show(honest_page
 def test_the_training_report_shows_what_a_sceptic_asks_for(training_page: str) -> None:
     text = "".join(Page(training_page).text)
     wanted = (
-        "Fold by fold", "Always up", "The best 12 of 30 trials", "6 trials were stopped early", "> 40%",
+        "Fold by fold", "Always up", "The best 12 of 30 trials of all searches",
+        "6 trials were stopped early", "> 40%",
         "fail", "pass", "not computed", "walk-forward efficiency", "Importance and stability", "of 7",
         "Hash of prices", "nothing to remark",
     )  # fmt: skip
@@ -501,7 +502,7 @@ def test_trials_of_the_search_verdicts_and_results_are_named_apart(
     for page in (honest_page, training_page):
         text = "".join(Page(page).text)
         assert "tries" not in text.lower().replace("industries", "")
-    assert "Trials of the search" in training_page
+    assert "Trials of all searches" in training_page
 
 
 def test_a_panel_says_which_figures_are_the_symbols_own(bars: pd.DataFrame, training_page: str) -> None:
@@ -515,6 +516,29 @@ def test_a_panel_says_which_figures_are_the_symbols_own(bars: pd.DataFrame, trai
     notes = {stat.label: stat.note for stat in report.headline}
     assert all("of AAPL alone" in notes[name] for name in ("Information coefficient", "Calibration slope"))
     assert "AAPL alone" not in training_page.replace("Own IC: of AAPL alone", "")
+
+
+def test_as_judged_and_as_served_are_named_apart(bars: pd.DataFrame) -> None:
+    verdict = VERDICT | {"evidence": VERDICT["evidence"] | {"direction_accuracy": 0.519}}
+    page = render(
+        backtest_report(
+            backtest(bars),
+            symbol="X",
+            provenance={},
+            verdict=verdict,
+            forecasts=forecast_frame(bars),
+            horizon_bars=5,
+        )
+    )
+    assert "Direction right, as judged" in page
+    assert "Direction right, as served" in page
+    assert ">Direction right<" not in page
+
+
+def test_without_a_search_there_is_no_table_of_trials(bars: pd.DataFrame) -> None:
+    html = render(training_report(symbol="AAPL", **(training_inputs(bars) | {"trials": []})))
+    assert "of 0 trials" not in html
+    assert "there was no search" in html
 
 
 def test_a_figure_that_comes_from_two_sides_is_shown_once(bars: pd.DataFrame) -> None:

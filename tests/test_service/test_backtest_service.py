@@ -273,6 +273,17 @@ def test_a_case_worked_out_by_hand() -> None:
     assert "tailLossP95" in result["notes"][-1]
 
 
+def test_exposure_is_not_shown_as_excess() -> None:
+    result = posted_backtest(
+        asked(posted(60, fusedPositions=[1.8] * 60), maxLong=0.5, commission=0, slippage=0)
+    )
+    (note,) = (note for note in result.notes or [] if "on average" in note)
+    earned = f"{result.metrics.cumulative_return:+.1%}"
+    for words in ("50.0% of equity", f"that exposure earned {earned}", f"the positions {earned}", "+0.0%"):
+        assert words in note
+    assert abs(result.metrics.excess_return_pct or 0.0) > 1.0
+
+
 PRICES = st.lists(st.floats(1.0, 1_000.0), min_size=10, max_size=40)
 
 
