@@ -382,14 +382,21 @@ def alternatives() -> list[RuleSizer]:
 
 
 def alternative_returns(
-    decided: pd.DataFrame, horizon_bars: int, costs: CostModel, n_bars: int
+    decided: pd.DataFrame,
+    horizon_bars: int,
+    costs: CostModel,
+    n_bars: int,
+    *,
+    initial_capital: float = DEFAULT_CAPITAL,
 ) -> FloatArray:
     """Return what `alternatives` earn per bar, net, on the last bars of what was decided, (n_bars, k)."""
     known = {name: np.asarray(decided[name], dtype=np.float64) for name in _Row._fields[:-1]}
     moves = np.nan_to_num(np.asarray(decided["asset_return"], dtype=np.float64))
     inputs = SizingInputs(**known, asset_return_simple=moves, horizon_bars=horizon_bars)
     weights = (sizer.fold(inputs, costs)[-n_bars:] for sizer in alternatives())
-    return np.column_stack([accounting.account(w, moves[-n_bars:], costs).net_return for w in weights])
+    own = moves[-n_bars:]
+    books = (accounting.account(each, own, costs, initial_capital=initial_capital) for each in weights)
+    return np.column_stack([book.net_return for book in books])
 
 
 def win_record(

@@ -165,14 +165,16 @@ def weigh(result: BacktestReport, history: Decisions, request: BacktestRequest, 
     net, market, same = (
         np.asarray(daily["net_return"], dtype=np.float64)[1:] for daily in (result.daily, *rivals)
     )
-    books = (bookkeeper(history, other, request.capital) for other in sizes.alternatives())
-    tried = [book(np.arange(len(dates)), first, costs)[0].net_return[1:] for book in books]
+    n_bars, capital = len(result.daily), request.capital
+    tried = sizes.alternative_returns(
+        history.frame, history.horizon_bars, costs, n_bars, initial_capital=capital
+    )
     figures = {
         "n_tries": Measured(float(n_tries)),
         "deflated_sharpe": gates.measured_deflated_sharpe(net, n_tries),
         "deflated_sharpe_active": gates.measured_deflated_sharpe(net - same, n_tries),
         "minimum_track_record_bars": gates.measured_track_record(net),
-        "pbo": gates.measured_overfitting(np.column_stack([net, *tried])),
+        "pbo": gates.measured_overfitting(np.column_stack([net, tried[1:]])),
         "out_of_sample_share": Measured(float(result.daily["is_out_of_sample"].mean())),
         **_calibration(history.frame.iloc[first:], history.horizon_bars),
     }
