@@ -195,7 +195,7 @@ def make(args: argparse.Namespace, settings: Settings) -> list[Outcome]:
     cache = None if args.no_cache else BarCache(settings.cache_dir)
     news = make_news(settings)
     source = make_source(args.source or settings.source, cache_dir=settings.cache_dir, news=news)
-    return [service.backtest(one, source, cache, request) for one in chosen]
+    return [service.backtest(one, source, cache, request, settings.models_dir) for one in chosen]
 
 
 def summary_of(outcome: Outcome) -> dict[str, object]:

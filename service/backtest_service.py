@@ -4,8 +4,10 @@ The command line calls `backtest`. The page sends a prediction back, which `post
 `posted_forward_sim` check row by row and book like any other. Nothing in here prints or writes.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -27,7 +29,9 @@ from inference.pipeline import Decisions, backtest_decisions, decide
 from service import schemas as wire
 from service.prediction_chart import wire_metrics
 from utils.errors import AIStocksError, DataError, UsageError
+from utils.model_paths import TRIALS
 from validation import gates
+from validation.wfe_metrics import Run, earlier_runs
 
 AnyWire = TypeVar("AnyWire", bound=wire.Wire)
 MODE = "gbm_only"
@@ -108,9 +112,16 @@ class Lived(NamedTuple):
     gap: float
 
 
-def backtest(bundle: Chosen, source: BarSource, cache: BarCache | None, request: BacktestRequest) -> Outcome:
+def backtest(
+    bundle: Chosen,
+    source: BarSource,
+    cache: BarCache | None,
+    request: BacktestRequest,
+    models_dir: Path | None = None,
+) -> Outcome:
     """Decide on every bar, book the window that was asked for, and weigh what came.
 
+    The log of verdicts lies in ``models_dir``; without it the verdicts known when the model was judged count.
     Raises `DataError` when no row of the window is out of sample, and in-sample ones were not asked for.
     """
     symbol, sizer, costs = bundle.symbol, request.sizer, request.costs
@@ -128,11 +139,26 @@ def backtest(bundle: Chosen, source: BarSource, cache: BarCache | None, request:
     result = backtest_decisions(
         window, costs, initial_capital=request.capital, include_in_sample=request.include_in_sample
     )
-    verdicts = int(bundle.metadata["verdict"]["evidence"].get("n_trials") or 1)
+    verdicts = verdicts_on(bundle.metadata, models_dir)
     evidence = weigh(result, history, request, n_tries=verdicts * len(sizes.PRESETS))
     return Outcome(
         request=request, result=result, history=history, bundle=bundle, bars=bars, evidence=evidence
     )
+
+
+def verdicts_on(metadata: Mapping[str, Any], models_dir: Path | None) -> int:
+    """Return how many verdicts on a model's prices are recorded by now, its own and later ones included."""
+    judged_with = int(metadata["verdict"]["evidence"].get("n_trials") or 1)
+    if models_dir is None:
+        return judged_with
+    last = {metadata["symbol"]: metadata["data"]["last_session"]}
+    if universe := metadata.get("universe"):
+        last |= {name: data["last_session"] for name, data in universe["data"].items()}
+    first = metadata["data"]["first_session"]
+    # A run without fingerprint is like no other: the model's own is counted where the log has it.
+    seen = [Run(symbol=s, first_session=first, last_session=day, fingerprint="") for s, day in last.items()]
+    # A model that came from elsewhere brings more verdicts than this log has.
+    return max(judged_with, sum(run.n_trials for run in earlier_runs(models_dir / TRIALS, *seen)))
 
 
 def bookkeeper(history: Decisions, sizer: sizes.RuleSizer, capital: float) -> Book:
@@ -168,7 +194,7 @@ def weigh(result: BacktestReport, history: Decisions, request: BacktestRequest, 
     books = (bookkeeper(history, other, request.capital) for other in sizes.alternatives())
     tried = [book(np.arange(len(dates)), first, costs)[0].net_return[1:] for book in books]
     figures = {
-        "n_tries": Measured(float(n_tries)),
+        "n_tries": Measured(n_tries),
         "deflated_sharpe": gates.measured_deflated_sharpe(net, n_tries),
         "deflated_sharpe_active": gates.measured_deflated_sharpe(net - same, n_tries),
         "minimum_track_record_bars": gates.measured_track_record(net),

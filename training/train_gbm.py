@@ -40,7 +40,7 @@ from training.gbm_search import SearchConfig, catboost, probe_cuda, probe_lightg
 from training.recipe import FittedGBM, GBMRecipe, RecipeConfig, TrainerConfig
 from training.trainer import MINIMUM_TEST_BARS, OnEvent, Trained, Trainer, Walked
 from utils.errors import AIStocksError, DataError, DeviceError, LockedError, StorageError
-from utils.model_paths import GBM, artifact_link, current_version, roll_back, training_lock
+from utils.model_paths import GBM, TRIALS, artifact_link, current_version, roll_back, training_lock
 from utils.settings import Settings, at_least, configure_logging, read_settings
 from validation.wfe_metrics import Run, earlier_runs, record_run
 
@@ -261,7 +261,7 @@ def fetch(symbol: str, args: argparse.Namespace, settings: Settings) -> Bars:
 
 def look(settings: Settings, runs: Sequence[Run]) -> tuple[Run, ...]:
     """Record a look at prices, as each symbol sees it, before it shows anything; return those before."""
-    log = settings.models_dir / "trials.jsonl"
+    log = settings.models_dir / TRIALS
     earlier = earlier_runs(log, *runs)
     record_run(log, *runs)
     return earlier

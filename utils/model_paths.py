@@ -42,6 +42,8 @@ ASIDE, GONE = ".aside-", ".gone-"
 TRAINING_LOCK, TRAINER = ".training.lock", ".training.pid"
 # No symbol begins with a dot. Of what was deleted the latest is kept, for whoever wants it back.
 TRASH, KEEP_TRASHED = ".trash", 20
+# Every verdict on prices, whoever serves: see `validation.wfe_metrics.Run`.
+TRIALS = "trials.jsonl"
 
 T = TypeVar("T")
 
