@@ -486,10 +486,11 @@ class ModelMeta(Described):
 
 
 class ModelVersion(Wire):
-    """One kept version of a saved model; ``damage`` says why it cannot serve."""
+    """One kept version of a saved model, ``newer`` than the one that serves; ``damage``: why it cannot."""
 
     model_version: str
     serving: bool
+    newer: bool
     created_at: str | None = None
     trained_through: WireDate | None = None
     verdict: VerdictLabel | None = None

@@ -387,7 +387,8 @@ def go_back(symbol: str, args: argparse.Namespace, settings: Settings) -> run_lo
     with training_lock(folder, symbol):
         before = current_version(folder, symbol, args.kind).name
         now = roll_back(folder, symbol, args.kind, args.program.load_folder).name
-    return {"symbol": symbol, "model_version": now, "rolled_back_from": before}
+    told = f"{symbol}: {now} serves, instead of {before}; undo: {args.kind.serve_again(symbol, before)}"
+    return {"symbol": symbol, "model_version": now, "rolled_back_from": before, "message": told}
 
 
 def one(raw: str, args: argparse.Namespace, settings: Settings, on_event: OnEvent) -> run_log.Outcome:
