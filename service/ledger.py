@@ -1,8 +1,7 @@
 """Every forecast that was served, written once and never changed, and what became of it.
 
 A row is committed before its answer goes out. It carries the sha256 of its content and of the row before it,
-and the head of that chain is kept beside: `verify` finds a row that is changed, removed or moved. Who may
-write the database can forge the whole chain; who notes the head elsewhere finds that too.
+and the head of that chain is kept beside: `verify` finds a row that is changed, removed or moved.
 
 A forecast is scored when its target session has closed, by returns over the bars of its source: a split does
 no harm. Of forecasts that differ only in the limits that were asked for, the first one served counts.
@@ -61,7 +60,6 @@ OF_SHOW = {
     "counts": "{counts}",
 }
 AFTER_BREAK = "what follows a break of the chain does not count"
-AFTER_OTHERS = "served before with other limits: does not count again"
 MEANS = {"direction_accuracy": "direction_hit", "always_up_accuracy": "always_up_hit"}
 MEANS |= {"band_coverage": "band_hit", "mean_crps": "crps"}
 MEANS |= {"mean_position_return": "position_return", "mean_hold_return": "hold_return"}
@@ -70,8 +68,7 @@ MEANS |= {"mean_position_return": "position_return", "mean_hold_return": "hold_r
 class Database:
     """A database of the service, safe to use from many threads; its tables come with the first row.
 
-    Its errors are `StorageError`, which call it by ``name``, and `UsageError` for a ``url`` that makes no
-    sense; it waits for other processes ``wait_s`` at most.
+    Errors are `StorageError`, by ``name``; a bad ``url`` is a `UsageError`. It waits ``wait_s`` for others.
     """
 
     def __init__(self, url: str, tables: sql.MetaData, name: str, wait_s: float) -> None:
@@ -341,8 +338,7 @@ class ForecastLedger:
 def score(entries: Iterable[Entry], bars: Bars, good: int = sys.maxsize) -> list[wire.TrackRecordForecast]:
     """Score the rows of one symbol, in the order of writing; only of the ledger's first ``good`` any counts.
 
-    A position is entered from cash at the close of the as-of session and held until the target session, after
-    costs and financing; so is the whole capital in shares, beside it.
+    Position, and beside it the whole capital in shares, run from cash at the as-of close, after all costs.
     """
     costs, scored = CostModel(periods_per_year=calendar_for(bars.symbol).sessions_per_year), []
     for entry, why in against(entries, good):
@@ -361,7 +357,7 @@ def against(entries: Iterable[Entry], good: int = sys.maxsize) -> Iterator[tuple
         why = entry.damage or (None if is_good else AFTER_BREAK)
         why = why or calendar_for(told.symbol).hindsight(told.as_of, entry.served_at)
         key = (told.symbol, told.source, told.model_version, told.as_of, told.target_session)
-        why = why or (AFTER_OTHERS if key in seen else None)
+        why = why or ("served before with other limits: does not count again" if key in seen else None)
         seen |= {key} if why is None else set()
         yield entry, why
 
