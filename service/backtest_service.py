@@ -4,10 +4,9 @@ The command line calls `backtest`. The page sends a prediction back, which `post
 `posted_forward_sim` check row by row and book like any other. Nothing in here prints or writes.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -29,9 +28,8 @@ from inference.pipeline import Decisions, backtest_decisions, decide
 from service import schemas as wire
 from service.prediction_chart import wire_metrics
 from utils.errors import AIStocksError, DataError, UsageError
-from utils.model_paths import TRIALS
 from validation import gates
-from validation.wfe_metrics import Run, earlier_runs
+from validation.wfe_metrics import verdicts_on
 
 AnyWire = TypeVar("AnyWire", bound=wire.Wire)
 MODE = "gbm_only"
@@ -117,11 +115,11 @@ def backtest(
     source: BarSource,
     cache: BarCache | None,
     request: BacktestRequest,
-    models_dir: Path | None = None,
+    trials: Path | None = None,
 ) -> Outcome:
     """Decide on every bar, book the window that was asked for, and weigh what came.
 
-    The log of verdicts lies in ``models_dir``; without it the verdicts known when the model was judged count.
+    ``trials`` is the log of verdicts; without it those count that were known when the model was judged.
     Raises `DataError` when no row of the window is out of sample, and in-sample ones were not asked for.
     """
     symbol, sizer, costs = bundle.symbol, request.sizer, request.costs
@@ -139,26 +137,11 @@ def backtest(
     result = backtest_decisions(
         window, costs, initial_capital=request.capital, include_in_sample=request.include_in_sample
     )
-    verdicts = verdicts_on(bundle.metadata, models_dir)
+    verdicts = verdicts_on(bundle.metadata, trials)
     evidence = weigh(result, history, request, n_tries=verdicts * len(sizes.PRESETS))
     return Outcome(
         request=request, result=result, history=history, bundle=bundle, bars=bars, evidence=evidence
     )
-
-
-def verdicts_on(metadata: Mapping[str, Any], models_dir: Path | None) -> int:
-    """Return how many verdicts on a model's prices are recorded by now, its own and later ones included."""
-    judged_with = int(metadata["verdict"]["evidence"].get("n_trials") or 1)
-    if models_dir is None:
-        return judged_with
-    last = {metadata["symbol"]: metadata["data"]["last_session"]}
-    if universe := metadata.get("universe"):
-        last |= {name: data["last_session"] for name, data in universe["data"].items()}
-    first = metadata["data"]["first_session"]
-    # A run without fingerprint is like no other: the model's own is counted where the log has it.
-    seen = [Run(symbol=s, first_session=first, last_session=day, fingerprint="") for s, day in last.items()]
-    # A model that came from elsewhere brings more verdicts than this log has.
-    return max(judged_with, sum(run.n_trials for run in earlier_runs(models_dir / TRIALS, *seen)))
 
 
 def bookkeeper(history: Decisions, sizer: sizes.RuleSizer, capital: float) -> Book:
