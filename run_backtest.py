@@ -45,7 +45,7 @@ from inference.position_sizing import DEFAULT_SIZING, PRESETS
 from service import backtest_service as service
 from service.backtest_service import BacktestRequest, Lived, Outcome, notes_of
 from utils.errors import AIStocksError, ModelError, StorageError, UsageError
-from utils.model_paths import MODES, mode_of
+from utils.model_paths import MODES, TRIALS, mode_of
 from utils.settings import Settings, configure_logging, read_settings
 
 DEFAULT_DAYS = 250
@@ -195,7 +195,7 @@ def make(args: argparse.Namespace, settings: Settings) -> list[Outcome]:
     cache = None if args.no_cache else BarCache(settings.cache_dir)
     news = make_news(settings)
     source = make_source(args.source or settings.source, cache_dir=settings.cache_dir, news=news)
-    return [service.backtest(one, source, cache, request) for one in chosen]
+    return [service.backtest(one, source, cache, request, settings.models_dir / TRIALS) for one in chosen]
 
 
 def summary_of(outcome: Outcome) -> dict[str, object]:

@@ -574,6 +574,7 @@ class SampleSource(RevisionedSource):
     """
 
     name = "sample"
+    SYMBOLS = ("AAPL", "FB", "GOOG", "IBM", "MSFT")
     ENDS = pd.Timestamp("2013-03-01")
     # A factor jumps by 11 % at the largest special dividend (MSFT 2004), by 50 % at the smallest usual split.
     _SMALLEST_SPLIT = 1.25

@@ -31,6 +31,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from data.data_fetcher import SampleSource
 from service import edge
 from service import schemas as wire
 from service.backtest_service import posted_backtest, posted_forward_sim
@@ -416,9 +417,17 @@ def _on_our_error(request: Request, error: AIStocksError) -> Response:
     logger.info("%s %s: %s", status, request.url.path.encode("unicode_escape").decode(), error)
     waits = [str(wait_s) for cls, wait_s in RETRY_AFTER_S.items() if isinstance(error, cls) and status == 503]
     headers = {"Retry-After": waits[0]} if waits else None
-    hint = f" --source {request.app.state.source}`"
-    said = re.sub(TRAINING, lambda found: found[1] + hint, without_paths(str(error)))
+    source = request.app.state.source
+    said = re.sub(TRAINING, lambda found: _training(found[1], source), without_paths(str(error)))
     return problem(request.scope, status, said, headers)
+
+
+def _training(command: str, source: str) -> str:
+    """Complete a command that trains by the source that is served, or by one that may have the symbol."""
+    if source != SampleSource.name or command.split()[3] in {"SYMBOL", *SampleSource.SYMBOLS}:
+        return f"{command} --source {source}`"
+    known = ", ".join(SampleSource.SYMBOLS)
+    return f"{command} --source yahoo` and serve that source: sample has {known} alone"
 
 
 def _on_http_error(request: Request, error: StarletteHTTPException) -> Response:

@@ -5,6 +5,7 @@ The command line calls `backtest`. The page sends a prediction back, which `post
 """
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -28,6 +29,7 @@ from service import schemas as wire
 from service.prediction_chart import wire_metrics
 from utils.errors import AIStocksError, DataError, UsageError
 from validation import gates
+from validation.wfe_metrics import verdicts_on
 
 AnyWire = TypeVar("AnyWire", bound=wire.Wire)
 MODE = "gbm_only"
@@ -108,9 +110,16 @@ class Lived(NamedTuple):
     gap: float
 
 
-def backtest(bundle: Chosen, source: BarSource, cache: BarCache | None, request: BacktestRequest) -> Outcome:
+def backtest(
+    bundle: Chosen,
+    source: BarSource,
+    cache: BarCache | None,
+    request: BacktestRequest,
+    trials: Path | None = None,
+) -> Outcome:
     """Decide on every bar, book the window that was asked for, and weigh what came.
 
+    ``trials`` is the log of verdicts; without it those count that were known when the model was judged.
     Raises `DataError` when no row of the window is out of sample, and in-sample ones were not asked for.
     """
     symbol, sizer, costs = bundle.symbol, request.sizer, request.costs
@@ -128,7 +137,7 @@ def backtest(bundle: Chosen, source: BarSource, cache: BarCache | None, request:
     result = backtest_decisions(
         window, costs, initial_capital=request.capital, include_in_sample=request.include_in_sample
     )
-    verdicts = int(bundle.metadata["verdict"]["evidence"].get("n_trials") or 1)
+    verdicts = verdicts_on(bundle.metadata, trials)
     evidence = weigh(result, history, request, n_tries=verdicts * len(sizes.PRESETS))
     return Outcome(
         request=request, result=result, history=history, bundle=bundle, bars=bars, evidence=evidence
@@ -170,7 +179,7 @@ def weigh(result: BacktestReport, history: Decisions, request: BacktestRequest, 
         history.frame, history.horizon_bars, costs, n_bars, initial_capital=capital
     )
     figures = {
-        "n_tries": Measured(float(n_tries)),
+        "n_tries": Measured(n_tries),
         "deflated_sharpe": gates.measured_deflated_sharpe(net, n_tries),
         "deflated_sharpe_active": gates.measured_deflated_sharpe(net - same, n_tries),
         "minimum_track_record_bars": gates.measured_track_record(net),

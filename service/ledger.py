@@ -1,8 +1,7 @@
 """Every forecast that was served, written once and never changed, and what became of it.
 
 A row is committed before its answer goes out. It carries the sha256 of its content and of the row before it,
-and the head of that chain is kept beside: `verify` finds a row that is changed, removed or moved. Who may
-write the database can forge the whole chain; who notes the head elsewhere finds that too.
+and the head of that chain is kept beside: `verify` finds a row that is changed, removed or moved.
 
 A forecast is scored when its target session has closed, by returns over the bars of its source: a split does
 no harm. Of forecasts that differ only in the limits that were asked for, the first one served counts.
@@ -12,8 +11,6 @@ import argparse
 import hashlib
 import json
 import logging
-import math
-import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -52,29 +49,26 @@ COMMANDS = {
     "verify": "look for rows that were changed, removed or moved",
     "show": "print the rows as they were served",
 }
-# What a terminal of 80 columns has room for; JSON has everything.
-SHOWN = {
-    "score": "symbol model_id source horizon_bars scored direction_accuracy band_coverage status",
-    "verify": "status rows head",
-    "show": "symbol model_id as_of target_session forecast_return position",
+# What a terminal of 80 columns has room for, of a forecast in words; JSON has everything.
+OF_SCORE = "symbol model_id source horizon_bars scored direction_accuracy band_coverage status"
+OF_SHOW = {
+    "model": "{model_id}",
+    "sessions": "{as_of} to {target_session}",
+    "forecast": "{forecast_return:+.2%} ({lower_return:+.2%} to {upper_return:+.2%})",
+    "position": "{position:.4g}",
+    "served": "{served_at:.10}",
+    "counts": "{counts}",
 }
-SAID_BY_ROW = re.compile("_(return|accuracy|coverage|session|bars|id)$")
 AFTER_BREAK = "what follows a break of the chain does not count"
-MEANS = {
-    "direction_accuracy": "direction_hit",
-    "always_up_accuracy": "always_up_hit",
-    "band_coverage": "band_hit",
-    "mean_crps": "crps",
-    "mean_position_return": "position_return",
-    "mean_hold_return": "hold_return",
-}
+MEANS = {"direction_accuracy": "direction_hit", "always_up_accuracy": "always_up_hit"}
+MEANS |= {"band_coverage": "band_hit", "mean_crps": "crps"}
+MEANS |= {"mean_position_return": "position_return", "mean_hold_return": "hold_return"}
 
 
 class Database:
     """A database of the service, safe to use from many threads; its tables come with the first row.
 
-    Its errors are `StorageError`, which call it by ``name``, and `UsageError` for a ``url`` that makes no
-    sense; it waits for other processes ``wait_s`` at most.
+    Errors are `StorageError`, by ``name``; a bad ``url`` is a `UsageError`. It waits ``wait_s`` for others.
     """
 
     def __init__(self, url: str, tables: sql.MetaData, name: str, wait_s: float) -> None:
@@ -185,22 +179,21 @@ class Entry:
         return {**dict(self.forecast), "served_at": self.served_at}
 
     @property
-    def unreadable(self) -> list[str]:
-        """Names of the cells that hold no value of their kind."""
-        return [name for name, value in self._cells.items() if not holds(value, BLANKS[name])]
-
-    @property
     def shown(self) -> dict[str, Any]:
         """What was served, with blanks where the cells hold no value of their kind."""
-        return self._cells | {name: BLANKS[name] for name in self.unreadable}
+        return {n: value if holds(value, BLANKS[n]) else BLANKS[n] for n, value in self._cells.items()}
 
     @property
-    def is_intact(self) -> bool:
-        """Whether the row is what was written."""
-        if self.unreadable or not isinstance(self.previous_hash, str):
-            return False
-        row_hash = _chained(self.sequence, self.served_at, self.previous_hash, self.forecast)
-        return (self.row_hash, self.digest) == (row_hash, self.forecast.digest)
+    def damage(self) -> str | None:
+        """What is wrong with a row that is not what was written; such a row does not count."""
+        unreadable = ", ".join(n for n, value in self._cells.items() if not holds(value, BLANKS[n]))
+        if not unreadable and isinstance(self.previous_hash, str):
+            row_hash = _chained(self.sequence, self.served_at, self.previous_hash, self.forecast)
+            if (self.row_hash, self.digest) == (row_hash, self.forecast.digest):
+                return None
+        return "changed after it was written: does not count" + f" (unreadable: {unreadable})" * bool(
+            unreadable
+        )
 
 
 _METADATA = sql.MetaData()
@@ -305,7 +298,7 @@ class ForecastLedger:
             at = f"row {entry.sequence} ({entry.forecast.symbol}, {entry.forecast.as_of})"
             wrong = {
                 f"row {good + 1} is missing, {at} stands in its place": entry.sequence != good + 1,
-                f"{at} is not what was written": not entry.is_intact,
+                f"{at} is not what was written": entry.damage is not None,
                 f"{at} does not follow the row before it": entry.previous_hash != previous,
             }
             if any(wrong.values()):
@@ -321,7 +314,7 @@ class ForecastLedger:
         before = sql.select(sql.func.count().label("rows")).select_from(_ROWS)
         left = self._database.read(before.where(_ROWS.c.sequence.between(1, known.good)))
         is_whole = sum(row["rows"] for row in left) == known.good
-        is_whole = is_whole and all(entry.is_intact for entry in own if entry.sequence <= known.good)
+        is_whole = is_whole and all(entry.damage is None for entry in own if entry.sequence <= known.good)
         found = self.audit(known if is_whole else START)
         if found.fault is not None and is_whole and known.good:
             found = self.audit()
@@ -331,10 +324,9 @@ class ForecastLedger:
     def verify(self, noted_head: str | None = None) -> tuple[int, str]:
         """Return the number of rows and the last hash; `DataError` if ``noted_head`` is gone, or a row."""
         found = self.audit()
-        fault, noted = found.fault, sql.select(_ROWS).where(_ROWS.c.row_hash == noted_head)
-        if fault is None and noted_head not in {None, GENESIS} and not self._database.read(noted):
-            fault = "the chain does not hold the head that was noted"
-        if fault is not None:
+        noted = sql.select(_ROWS).where(_ROWS.c.row_hash == noted_head)
+        is_gone = noted_head not in {None, GENESIS} and not self._database.read(noted)
+        if fault := found.fault or ("the chain does not hold the head that was noted" if is_gone else None):
             raise DataError(f"the ledger is broken: {fault}")
         return found.good, found.row_hash
 
@@ -343,36 +335,37 @@ class ForecastLedger:
         return (found[0]["rows"], found[0]["row_hash"]) if found else (0, GENESIS)
 
 
-def score(entries: Iterable[Entry], bars: Bars, good: float = math.inf) -> list[wire.TrackRecordForecast]:
+def score(entries: Iterable[Entry], bars: Bars, good: int = sys.maxsize) -> list[wire.TrackRecordForecast]:
     """Score the rows of one symbol, in the order of writing; only of the ledger's first ``good`` any counts.
 
-    A position is entered from cash at the close of the as-of session and held until the target session, after
-    costs and financing; so is the whole capital in shares, beside it.
+    Position, and beside it the whole capital in shares, run from cash at the as-of close, after all costs.
     """
-    calendar = calendar_for(bars.symbol)
-    costs, scored = CostModel(periods_per_year=calendar.sessions_per_year), []
+    costs, scored = CostModel(periods_per_year=calendar_for(bars.symbol).sessions_per_year), []
+    for entry, why in against(entries, good):
+        found = _outcome(entry, bars, costs)
+        is_told = found["status"] != "unscored"
+        found |= {"note": why} if is_told and why is not None else {}
+        scored.append(wire.TrackRecordForecast(**entry.shown, counts=is_told and why is None, **found))
+    return scored
+
+
+def against(entries: Iterable[Entry], good: int = sys.maxsize) -> Iterator[tuple[Entry, str | None]]:
+    """Yield rows, in the order of writing, with what is against counting them; None where nothing is."""
     seen: set[tuple[str, ...]] = set()
     for entry in entries:
-        told, found = entry.forecast, _outcome(entry, bars, costs)
-        if found["status"] != "unscored":
-            why = (
-                calendar.hindsight(told.as_of, entry.served_at)
-                if 1 <= entry.sequence <= good
-                else AFTER_BREAK
-            )
-            found |= {} if why is None else {"counts": False, "note": why}
-        key = (told.source, told.model_version, told.as_of, told.target_session)
-        found = {"counts": found["status"] != "unscored" and key not in seen, **found}
-        seen.update({key} if found["counts"] else ())
-        scored.append(wire.TrackRecordForecast(**entry.shown, **found))
-    return scored
+        told, is_good = entry.forecast, 1 <= entry.sequence <= good
+        why = entry.damage or (None if is_good else AFTER_BREAK)
+        why = why or calendar_for(told.symbol).hindsight(told.as_of, entry.served_at)
+        key = (told.symbol, told.source, told.model_version, told.as_of, told.target_session)
+        why = why or ("served before with other limits: does not count again" if key in seen else None)
+        seen |= {key} if why is None else set()
+        yield entry, why
 
 
 def _outcome(entry: Entry, bars: Bars, costs: CostModel) -> dict[str, Any]:
     told, index, source = entry.forecast, pd.DatetimeIndex(bars.frame.index), bars.provenance.source
-    if not entry.is_intact:
-        unreadable = f" (unreadable: {', '.join(entry.unreadable)})" if entry.unreadable else ""
-        return {"status": "unscored", "note": f"changed after it was written: does not count{unreadable}"}
+    if entry.damage is not None:
+        return {"status": "unscored", "note": entry.damage}
     if told.source != source:
         return {"status": "unscored", "note": f"made from prices of {told.source}, these are of {source}"}
     if pd.Timestamp(told.target_session) > index[-1]:
@@ -399,11 +392,10 @@ def summarise(scored: Iterable[wire.TrackRecordForecast]) -> list[wire.TrackReco
     found = []
     for (horizon, model), rows in sorted(groups.items()):
         done = [row for row in rows if row.status == "scored"]
+        values = {n: [v for row in done if (v := getattr(row, f)) is not None] for n, f in MEANS.items()}
+        means = {name: float(np.mean(known)) for name, known in values.items() if known}
         of = {"horizon_bars": horizon, "model_id": model, "served": len(rows), "scored": len(done)}
-        for name, figure in MEANS.items():
-            values = [value for row in done if (value := getattr(row, figure)) is not None]
-            of |= {name: float(np.mean(values))} if values else {}
-        found.append(wire.TrackRecordSummary.model_validate(of))
+        found.append(wire.TrackRecordSummary.model_validate(of | means))
     return found
 
 
@@ -418,8 +410,9 @@ def track_record(
     notes = [OVERLAP] if own else [f"nothing of {symbol} was served yet"]
     if found.fault is not None:
         notes.append(f"the ledger is broken: {found.fault}" + f"; {AFTER_BREAK}" * (found.good < found.rows))
-    means = summarise(scored)
-    return wire.TrackRecord(symbol=symbol, summaries=means, forecasts=scored[-limit:], notes=notes)
+    return wire.TrackRecord(
+        symbol=symbol, summaries=summarise(scored), forecasts=scored[-limit:], notes=notes
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -481,17 +474,24 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "verify":
             count, head = ledger.verify(args.head)
             rows: TableRows = [{"status": "ok", "rows": count, "head": head}]
+            shown = rows
         else:
             entries = ledger.entries(None if args.symbol is None else normalise_symbol(args.symbol))
-            rows = [{"sequence": entry.sequence, **entry.shown} for entry in entries]
+            audit = ledger.audit()
             if args.command == "score":
-                rows = scored_rows(entries, ledger.audit(), args.source, settings)
+                rows = scored_rows(entries, audit, args.source, settings)
+                shown = [{name.partition("_")[0]: row.get(name) for name in OF_SCORE.split()} for row in rows]
+            else:
+                said = against(entries, audit.good)
+                rows = [
+                    {"sequence": e.sequence, **e.shown, "counts": not why, "note": why} for e, why in said
+                ]
+                told = [row | {"counts": row["note"] or "yes"} for row in rows]
+                shown = [{name: words.format(**row) for name, words in OF_SHOW.items()} for row in told]
         if args.json:
             sys.stdout.write(json.dumps(rows, allow_nan=False) + "\n")
         else:
-            shown = [(name, SAID_BY_ROW.sub("", name)) for name in SHOWN[args.command].split()]
-            table = [{told: row.get(name) for name, told in shown} for row in rows]
-            print_rows(Console(), table or [{"forecasts": "none"}])
+            print_rows(Console(), shown or [{"forecasts": "none"}])
 
     return run_command(run, quiet=args.json)
 

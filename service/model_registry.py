@@ -4,6 +4,7 @@
 
     python -m service.model_registry list
     python -m service.model_registry versions|rollback|delete|restore AAPL [--kind gbm]
+    python -m service.model_registry rollback AAPL --to VERSION
 
 Listing checks the files that would serve and unpickles nothing. Loading happens at the first question for a
 symbol and again when its link moves or its manifest changes; what was loaded before serves on until the new
@@ -235,16 +236,16 @@ class ModelRegistry:
         return name, content
 
     def versions(self, model_id: str) -> tuple[ModelVersion, ...]:
-        """Return the kept versions of a model, the newest first, and which of them serves."""
+        """Return the kept versions of a model, the newest first; which serves, and which came after that."""
         symbol, kind = self.parse(model_id)
-        serving = linked_version(self._models_dir, symbol, kind.paths).folder
+        serving = linked_version(self._models_dir, symbol, kind.paths).folder.name
         folders = reversed(list_versions(self._models_dir, symbol, kind.paths))
-        return tuple(_version_of(folder, kind, is_serving=folder == serving) for folder in folders)
+        return tuple(_version_of(folder, kind, serving) for folder in folders)
 
-    def roll_back(self, model_id: str) -> ModelMeta:
-        """Let the newest earlier version that loads serve again; raises as `utils.model_paths.roll_back`."""
+    def roll_back(self, model_id: str, to: str | None = None) -> ModelMeta:
+        """Let an earlier version serve again, or the one that is named; see `utils.model_paths.roll_back`."""
         symbol, kind = self.parse(model_id)
-        roll_back(self._models_dir, symbol, kind.paths, kind.check)
+        roll_back(self._models_dir, symbol, kind.paths, kind.check, to)
         return self._meta(symbol, kind)
 
     def delete(self, model_id: str) -> None:
@@ -385,7 +386,7 @@ def _joined(
     )
 
 
-def _version_of(folder: Path, kind: ModelKind, *, is_serving: bool) -> ModelVersion:
+def _version_of(folder: Path, kind: ModelKind, serving: str) -> ModelVersion:
     try:
         told = kind.describe(Linked(folder=folder))
         says, damage = {} if told.warnings else told.metadata, "; ".join(told.warnings) or None
@@ -393,7 +394,8 @@ def _version_of(folder: Path, kind: ModelKind, *, is_serving: bool) -> ModelVers
         says, damage = {}, str(error)
     return ModelVersion(
         model_version=folder.name,
-        serving=is_serving,
+        serving=folder.name == serving,
+        newer=folder.name > serving,
         created_at=says.get("created_at"),
         trained_through=says.get("trained_through"),
         verdict=(says.get("verdict") or {}).get("label"),
@@ -420,6 +422,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("command", choices=("list", "versions", "rollback", "delete", "restore"))
     parser.add_argument("symbol", nargs="?", metavar="SYMBOL", help="whose model; not for list")
     parser.add_argument("--kind", choices=[kind.paths.name for kind in KINDS], default=GBM.name)
+    parser.add_argument("--to", metavar="VERSION", help="rollback: a version that `versions` lists")
     parser.add_argument("--models-dir", type=Path, help="default: AI_STOCKS_MODELS_DIR, or saved_models")
     return parser
 
@@ -431,13 +434,16 @@ def run(args: argparse.Namespace, models_dir: Path) -> Sequence[Mapping[str, Any
         return [meta.model_dump(include=LISTED) for meta in registry.list()]
     if args.symbol is None:
         raise UsageError(f"{args.command} needs a SYMBOL")
+    if args.to is not None and args.command != "rollback":
+        raise UsageError(f"--to belongs to rollback: leave it out of {args.command}")
     model_id = _id(normalise_symbol(args.symbol), args.kind)
     if args.command == "versions":
         return [version.model_dump(exclude_none=True) for version in registry.versions(model_id)]
     if args.command == "delete":
         registry.delete(model_id)
         return [{"id": model_id, "status": "deleted"}]
-    meta = registry.roll_back(model_id) if args.command == "rollback" else registry.restore(model_id)
+    is_back = args.command == "rollback"
+    meta = registry.roll_back(model_id, args.to) if is_back else registry.restore(model_id)
     return [meta.model_dump(include=LISTED)]
 
 

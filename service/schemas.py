@@ -486,10 +486,11 @@ class ModelMeta(Described):
 
 
 class ModelVersion(Wire):
-    """One kept version of a saved model; ``damage`` says why it cannot serve."""
+    """One kept version of a saved model, ``newer`` than the one that serves; ``damage``: why it cannot."""
 
     model_version: str
     serving: bool
+    newer: bool
     created_at: str | None = None
     trained_through: WireDate | None = None
     verdict: VerdictLabel | None = None
@@ -497,19 +498,21 @@ class ModelVersion(Wire):
 
 
 class TrainingParams(Wire):
+    """What to train; what is left out is the trainer's own default, which these are."""
+
     symbol: Symbol
-    epochs: Annotated[int, Field(ge=1, le=10_000), WHOLE] = 100
-    batch_size: Annotated[int, Field(ge=1, le=65_536), WHOLE] = 32
+    epochs: Annotated[int, Field(ge=1, le=10_000), WHOLE] = 50
+    batch_size: Annotated[int, Field(ge=1, le=65_536), WHOLE] = 512
     loss: Loss = "huber"
-    sequence_length: Annotated[int, Field(ge=1, le=1_000), WHOLE] = 60
+    sequence_length: Annotated[int, Field(ge=1, le=1_000), WHOLE] = 30
     feature_toggles: dict[str, Flag] = {}
     ensemble_size: Annotated[int, Field(ge=1, le=100), WHOLE] = 1
-    base_seed: Annotated[int, Field(ge=0, le=2**31 - 1), WHOLE] = 42
+    base_seed: Annotated[int, Field(ge=0, le=2**31 - 1), WHOLE] = 7
     overwrite_existing: Flag | None = None
     overwrite: Flag | None = None
     model_type: ModelType | None = None
-    dropout: Fraction | None = None
-    learning_rate: Annotated[Number, Field(gt=0, le=1)] | None = None
+    dropout: Annotated[Number, Field(ge=0, lt=0.9)] | None = None
+    learning_rate: Annotated[Number, Field(gt=0, lt=1)] | None = None
     n_trials: Annotated[int, Field(ge=0, le=10_000), WHOLE] | None = None
     max_features: Annotated[int, Field(ge=1, le=1_000), WHOLE] | None = None
     target_horizons: list[Annotated[int, Field(ge=1, le=MAX_HORIZON_BARS), WHOLE]] | None = None

@@ -1,12 +1,16 @@
 """The backtest as a person meets it."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from inference.position_sizing import PRESETS
 from run_backtest import main
+from validation.wfe_metrics import Run, record_run
 
 
 @pytest.fixture
@@ -177,6 +181,23 @@ def test_the_first_interval_is_over_equal_exposure(places: Path, capsys):
     page = Path(told["report"]).read_text()
     assert page.index("Return a year over equal exposure<") < page.index("Sharpe ratio over buy and hold<")
     assert "resamples" not in page
+
+
+def test_verdicts_recorded_since_the_training_count(
+    places: Path, capsys, tiny_bundle: Path, tmp_path, monkeypatch
+):
+    models = tmp_path / "models"
+    shutil.copytree(tiny_bundle, models, symlinks=True)
+    monkeypatch.setenv("AI_STOCKS_MODELS_DIR", str(models))
+    own = run(capsys, "--symbol", "SIGNAL")["n_tries"]
+    log = models / "trials.jsonl"
+    later = Run(symbol="SIGNAL", first_session="1995-01-03", last_session="2030-01-01", fingerprint="x")
+    record_run(log, later, replace(later, fingerprint="y", n_trials=2), replace(later, symbol="NOISE"))
+    counted = run(capsys, "--symbol", "SIGNAL")["n_tries"]
+    assert counted == own + 3 * len(PRESETS)
+    assert isinstance(counted, int)
+    log.unlink()
+    assert run(capsys, "--symbol", "SIGNAL")["n_tries"] == own
 
 
 def test_the_evidence_tells_a_planted_edge_from_noise(places: Path, capsys):

@@ -36,7 +36,7 @@ from training.run_log import progress_line, together
 from training.train_gbm import DeviceChoice, GBMTrainer, choose_device
 from training.trainer import Trained, leaves
 from utils.errors import AIStocksError, ModelIncompatibleError, ModelMissingError, UsageError
-from utils.model_paths import LSTM
+from utils.model_paths import ENSEMBLE, LSTM
 from utils.settings import Settings, configure_logging, read_settings
 
 logger = logging.getLogger(__name__)
@@ -191,8 +191,12 @@ def reproduce(args: argparse.Namespace, settings: Settings, console: Console) ->
     folder = args.bundle.resolve()
     if not folder.is_dir():
         raise ModelMissingError(f"there is no bundle at {args.bundle}: name saved_models/SYMBOL/gbm")
-    if folder.parent.name == LSTM.versions:
-        raise UsageError("this is a network: boosters alone are trained again here, give a gbm folder")
+    for kind in (LSTM, ENSEMBLE):
+        if kind.versions in {folder.name, folder.parent.name}:
+            raise UsageError(
+                f"{args.bundle} is a bundle of {kind.name}: boosters alone are trained again here, "
+                "give a gbm folder"
+            )
     bundle = load_folder(folder)
     news = make_news(settings) if bundle.metadata.get("sentiment", {}).get("used") else None
     source = source_of(args.source, settings, str(bundle.metadata["source"]), news)

@@ -328,7 +328,7 @@ def show(outcome: Outcome, console: Console, *, in_full: bool) -> None:
     if "error" in outcome:
         Console(stderr=True).print(f"[red]error:[/red] {escape(outcome['error'])}", soft_wrap=True)
     elif in_full and "rolled_back_from" in outcome:
-        console.print("{symbol}: {model_version} serves, instead of {rolled_back_from}".format(**outcome))
+        console.print(outcome["message"], soft_wrap=True)
     elif in_full:
         joined = f", models joined by {outcome['method']}" if "parts" in outcome else ""
         parts = outcome.get("parts") or {"table": summary(outcome), "notes": []}
@@ -440,5 +440,5 @@ def ending(outcome: Outcome) -> dict[str, Any]:
     """Return the event that ends the training of a symbol."""
     if "error" in outcome:
         return {"type": "failed", "status": "failed", "message": outcome["error"]}
-    words = f"{outcome['symbol']}: {outcome.get('verdict') or outcome['model_version'] + ' serves'}"
+    words = outcome.get("message") or f"{outcome['symbol']}: {outcome['verdict']}"
     return {"type": "completed", "status": "completed", "progress": 1.0, "message": words}

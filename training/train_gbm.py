@@ -40,7 +40,7 @@ from training.gbm_search import SearchConfig, catboost, probe_cuda, probe_lightg
 from training.recipe import FittedGBM, GBMRecipe, RecipeConfig, TrainerConfig
 from training.trainer import MINIMUM_TEST_BARS, OnEvent, Trained, Trainer, Walked
 from utils.errors import AIStocksError, DataError, DeviceError, LockedError, StorageError
-from utils.model_paths import GBM, artifact_link, current_version, roll_back, training_lock
+from utils.model_paths import GBM, TRIALS, artifact_link, current_version, roll_back, training_lock
 from utils.settings import Settings, at_least, configure_logging, read_settings
 from validation.gates import refuse_without_edge
 from validation.wfe_metrics import Run, earlier_runs, record_run
@@ -262,7 +262,7 @@ def fetch(symbol: str, args: argparse.Namespace, settings: Settings) -> Bars:
 
 def look(settings: Settings, runs: Sequence[Run]) -> tuple[Run, ...]:
     """Record a look at prices, as each symbol sees it, before it shows anything; return those before."""
-    log = settings.models_dir / "trials.jsonl"
+    log = settings.models_dir / TRIALS
     earlier = earlier_runs(log, *runs)
     record_run(log, *runs)
     return earlier
@@ -388,7 +388,8 @@ def go_back(symbol: str, args: argparse.Namespace, settings: Settings) -> run_lo
     with training_lock(folder, symbol):
         before = current_version(folder, symbol, args.kind).name
         now = roll_back(folder, symbol, args.kind, args.program.load_folder).name
-    return {"symbol": symbol, "model_version": now, "rolled_back_from": before}
+    told = f"{symbol}: {now} serves, instead of {before}; undo: {args.kind.serve_again(symbol, before)}"
+    return {"symbol": symbol, "model_version": now, "rolled_back_from": before, "message": told}
 
 
 def one(raw: str, args: argparse.Namespace, settings: Settings, on_event: OnEvent) -> run_log.Outcome:

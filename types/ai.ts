@@ -422,6 +422,7 @@ export interface ModelMeta {
 export interface ModelVersion {
   modelVersion: string;
   serving: boolean;
+  newer: boolean;
   createdAt?: string;
   trainedThrough?: string;
   verdict?: Verdict;

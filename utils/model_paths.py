@@ -42,6 +42,8 @@ ASIDE, GONE = ".aside-", ".gone-"
 TRAINING_LOCK, TRAINER = ".training.lock", ".training.pid"
 # No symbol begins with a dot. Of what was deleted the latest is kept, for whoever wants it back.
 TRASH, KEEP_TRASHED = ".trash", 20
+# Every verdict on prices, whoever serves: see `validation.wfe_metrics.Run`.
+TRIALS = "trials.jsonl"
 
 T = TypeVar("T")
 
@@ -57,6 +59,15 @@ class ArtifactKind:
     def train(self, symbol: str, *, anew: bool = False) -> str:
         """Return the command that makes an artifact of ``symbol``, for messages."""
         return f"`python -m {self.trainer} {symbol}{' --overwrite' if anew else ''}`"
+
+    def manage(self, command: str, symbol: str, options: str = "") -> str:
+        """Return the command that shows or changes what is saved of ``symbol``, for messages."""
+        of_kind = "" if self.name == "gbm" else f" --kind {self.name}"
+        return f"`python -m service.model_registry {command} {symbol}{of_kind}{options}`"
+
+    def serve_again(self, symbol: str, version: str = "VERSION") -> str:
+        """Return the command that lets a kept version serve, also a newer one, for messages."""
+        return self.manage("rollback", symbol, f" --to {version}")
 
 
 GBM = ArtifactKind(name="gbm", versions="versions", trainer="training.train_gbm")
@@ -370,14 +381,38 @@ def _swap(link: Path, target: Path) -> None:
         fresh.unlink(missing_ok=True)
 
 
-def roll_back(models_dir: Path, symbol: str, kind: ArtifactKind, load: Callable[[Path], object]) -> Path:
-    """Let the newest earlier version that loads serve again; `ModelMissingError` if there is none."""
+def roll_back(
+    models_dir: Path,
+    symbol: str,
+    kind: ArtifactKind,
+    load: Callable[[Path], object],
+    to: str | None = None,
+) -> Path:
+    """Let the newest earlier version that loads serve again, or ``to``, which may be a newer one.
+
+    `ModelMissingError` if there is none; what ``load`` raises of the version that was named.
+    """
     with storage_errors(symbol), saving(models_dir, symbol, kind):
         linked = linked_version(models_dir, symbol, kind)
+        if to is not None:
+            return _serve_kept(models_dir, symbol, kind, load, to)
         for version, _ in _that_load(linked, load):
             point(artifact_link(models_dir, symbol, kind), version)
             return version
     raise ModelMissingError(f"{symbol} has no version before {linked.folder.name} that loads")
+
+
+def _serve_kept(
+    models_dir: Path, symbol: str, kind: ArtifactKind, load: Callable[[Path], object], name: str
+) -> Path:
+    for version in list_versions(models_dir, symbol, kind):
+        if version.name == name:
+            load(version)
+            point(artifact_link(models_dir, symbol, kind), version)
+            return version
+    raise ModelMissingError(
+        f"no version {name[:40]!a} of {symbol} is kept: {kind.manage('versions', symbol)} lists what there is"
+    )
 
 
 def discard(models_dir: Path, symbol: str, kind: ArtifactKind) -> None:
@@ -409,7 +444,10 @@ def restore(models_dir: Path, symbol: str, kind: ArtifactKind) -> None:
     link, versions = artifact_link(models_dir, symbol, kind), versions_dir(models_dir, symbol, kind)
     entries = sorted((models_dir.resolve() / TRASH).glob(f"{symbol}~{kind.name}~*"))
     if not entries:
-        raise ModelMissingError(f"no deleted {kind.name} model of {symbol} is kept: run {kind.train(symbol)}")
+        remedy = f"run {kind.train(symbol)}"
+        if os.path.lexists(link):
+            remedy = f"another kept version serves by {kind.serve_again(symbol)}"
+        raise ModelMissingError(f"no deleted {kind.name} model of {symbol} is kept: {remedy}")
     with storage_errors(symbol), training_lock(models_dir, symbol), saving(models_dir, symbol, kind):
         if os.path.lexists(link):
             raise ModelExistsError(f"{symbol} has a {kind.name} model: delete it first")

@@ -13,12 +13,12 @@ the same prices; *results* are what one could choose a headline from, verdicts t
 import json
 import os
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from math import comb
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -432,6 +432,21 @@ def earlier_runs(path: Path, *runs: Run) -> tuple[Run, ...]:
         and past.fingerprint != run.fingerprint
     }
     return tuple(others.values())
+
+
+def verdicts_on(metadata: Mapping[str, Any], log: Path | None) -> int:
+    """Return how many verdicts on a model's prices are recorded by now, its own and later ones included."""
+    judged_with = int(metadata["verdict"]["evidence"].get("n_trials") or 1)
+    if log is None:
+        return judged_with
+    data, universe = metadata["data"], metadata.get("universe") or {"data": {}}
+    last = {name: seen["last_session"] for name, seen in universe["data"].items()}
+    last |= {metadata["symbol"]: data["last_session"]}
+    first = data["first_session"]
+    # A run without fingerprint is like no other: the model's own is counted where the log has it.
+    runs = [Run(symbol=s, first_session=first, last_session=day, fingerprint="") for s, day in last.items()]
+    # A model that came from elsewhere brings more verdicts than this log has.
+    return max(judged_with, sum(run.n_trials for run in earlier_runs(log, *runs)))
 
 
 def _read_runs(path: Path) -> Iterator[Run]:

@@ -19,6 +19,7 @@ from httpx2 import Response
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data.data_fetcher import SampleSource
 from service.api import STATUS_OF, Services, create_api
 from service.edge import LINGER_BYTES, EdgeRules
 from service.prediction_service import PredictionService
@@ -116,6 +117,18 @@ def test_the_smallest_real_caller(client: TestClient) -> None:
 def test_a_symbol_without_a_model_names_the_command(client: TestClient) -> None:
     said = check_problem(post(client, '{"symbol": "MSFT"}'), 404)
     assert "`python -m training.train_gbm MSFT --source fake`" in said
+
+
+def test_sample_is_suggested_only_for_what_it_has(services: Services) -> None:
+    assert set(SampleSource.SYMBOLS) == set(SampleSource()._everything[0]["Ticker"])
+    with TestClient(create_api(replace(services, source_name="sample"))) as client:
+        had = check_problem(post(client, '{"symbol": "MSFT"}'), 404)
+        other = check_problem(post(client, '{"symbol": "ZZZZ"}'), 404)
+        none = check_problem(client.get("/api/models/none"), 404)
+    assert "`python -m training.train_gbm MSFT --source sample`" in had
+    assert "`python -m training.train_gbm SYMBOL --source sample`" in none
+    assert "`python -m training.train_gbm ZZZZ --source yahoo`" in other
+    assert "sample has AAPL, FB, GOOG, IBM, MSFT alone" in other
 
 
 @pytest.mark.parametrize("headers", [{}, {"Content-Type": "text/plain"}])

@@ -441,7 +441,7 @@ def test_a_row_of_the_first_ledgers_stays_good(ledger: ForecastLedger) -> None:
     digest = sha256_of({**hashed, "fusion_mode": "hybrid"})
     ledger.record(told(model_id="hybrid"))
     (entry,) = ledger.entries()
-    assert (entry.digest, entry.is_intact) == (digest, True)
+    assert (entry.digest, entry.damage) == (digest, None)
 
 
 def sha256_of(content: dict[str, object]) -> str:
@@ -787,6 +787,28 @@ def test_the_command_line(shell: ForecastLedger, csv_dir: Path, capsys: pytest.C
     for command, shown in (("score", "NOISE"), ("show", "1996-06-10"), ("verify", found["head"])):
         assert main([command]) == 0
         assert shown in capsys.readouterr().out
+
+
+def test_rows_are_shown_in_percent_with_what_is_against_them(
+    shell: ForecastLedger, capsys: pytest.CaptureFixture[str]
+) -> None:
+    days = {"as_of": "1996-06-03", "target_session": "1996-06-10", "forecast_return": 0.007631}
+    in_time = datetime(1996, 6, 3, 23, tzinfo=UTC)
+    shell.record(told(**days), now=in_time)
+    shell.record(told(**days, position=0.1), now=in_time)
+    shell.record(told(**days, model_version="v2"), now=datetime(1996, 6, 20, tzinfo=UTC))
+    shell.record(told(**days, symbol="IBM", model_id="IBM-ensemble"), now=in_time)
+    change(shell, "UPDATE served_forecasts SET position = 3.0 WHERE sequence = 4")
+    assert main(["show"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for words in ("+0.76%", "(-3.00%", "1996-06-20", "yes", "hindsight", "other limits", "changed"):
+        assert words in shown, words
+    assert main(["show", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["counts"] for row in rows] == [True, False, False, False]
+    assert rows[0]["forecast_return"] == 0.007631
+    assert (rows[0]["note"], rows[0]["served_at"][:10]) == (None, "1996-06-03")
+    assert "12 sessions late" in rows[2]["note"]
 
 
 def test_a_broken_chain_ends_with_4(shell: ForecastLedger, capsys: pytest.CaptureFixture[str]) -> None:

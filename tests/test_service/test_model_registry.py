@@ -548,6 +548,30 @@ def test_versions_and_rollback(registry: ModelRegistry, save_version: Save) -> N
         registry.roll_back("AAPL-gbm")
 
 
+def test_a_rollback_is_taken_back_by_naming_the_newer_version(
+    tmp_path: Path, registry: ModelRegistry, save_version: Save, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for version in ("v1", "v2", "v3"):
+        save_version("AAPL", version)
+    for _ in range(2):
+        registry.roll_back("AAPL-gbm")
+    found = {one.model_version: (one.serving, one.newer) for one in registry.versions("AAPL-gbm")}
+    assert found == {"v3": (False, True), "v2": (False, True), "v1": (True, False)}
+    with pytest.raises(
+        ModelMissingError, match=r"`python -m service\.model_registry rollback AAPL --to VERSION`"
+    ):
+        registry.restore("AAPL-gbm")
+    with pytest.raises(ModelMissingError, match=r"'v9' of AAPL is kept: .*model_registry versions AAPL`"):
+        registry.roll_back("AAPL-gbm", "v9")
+    assert registry.roll_back("AAPL-gbm", "v3").model_version == "v3"
+    assert registry.get("AAPL").bundle.model_version == "v3"
+    models = ["--models-dir", str(tmp_path / "models")]
+    assert main(["rollback", "AAPL", "--to", "v1", *models]) == 5, "its boosters are junk: it would not serve"
+    assert main(["delete", "AAPL", "--to", "v1", *models]) == 2
+    assert "--to belongs to rollback" in capsys.readouterr().err
+    assert registry.find("AAPL-gbm").model_version == "v3"
+
+
 def test_another_kind_of_model_needs_one_entry(tmp_path: Path, loader: Loader, save_version: Save) -> None:
     save_version("AAPL")
     other = KINDS[1]._replace(paths=ArtifactKind(name="lstm", versions="versions", trainer="training.other"))

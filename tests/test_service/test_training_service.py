@@ -41,6 +41,7 @@ from service.training_service import (
     trainer_command,
 )
 from tests.test_service.test_api import check_problem
+from training import train_gbm, train_lstm
 from utils.errors import ConflictError, JobMissingError, ModelExistsError, StorageError, UsageError
 from utils.model_paths import training_lock
 from utils.settings import Settings
@@ -409,6 +410,25 @@ def test_horizons_that_a_trainer_cannot_take_are_named_and_not_guessed_at() -> N
     assert "--target-horizon" not in trainer_command(several, "e", source="sample")
     assert asked_for(several)[1] == ["dataPeriod", "targetHorizons"]
     assert trainer_command(params(targetHorizons=[5, 1]), "e", source="sample")[-1] == "5,1"
+
+
+def test_what_a_job_says_of_its_training_is_what_runs(make: MakeService) -> None:
+    """Defaults of the wire are those of the trainers, and what the wire accepts their commands take."""
+    service = make()
+    for number, (told, epochs) in enumerate([({}, 50), ({"epochs": 100}, 100)]):
+        wanted = params(symbol=f"A{number}", modelType="lstm", **told)
+        command = trainer_command(wanted, "e", source="sample")
+        args = train_lstm.build_parser().parse_args(command[3:])
+        assert service.start(wanted).total_epochs == args.epochs == epochs
+        for name in ("batch_size", "sequence_length", "loss"):
+            assert getattr(wanted, name) == getattr(args, name), name
+        assert wanted.base_seed == args.seed
+    assert params().base_seed == train_gbm.build_parser().parse_args(["AAPL"]).seed
+    largest = {"epochs": 10_000, "batchSize": 65_536, "sequenceLength": 1_000, "baseSeed": 2**31 - 1}
+    largest |= {"dropout": 0.89, "learningRate": 0.99}
+    command = trainer_command(params(modelType="lstm", **largest), "e", source="sample")
+    args = train_lstm.build_parser().parse_args(command[3:])
+    assert (args.dropout, args.learning_rate, args.sequence_length) == (0.89, 0.99, 1_000)
 
 
 # ---------------------------------------------------------------- faults 24 and 25
@@ -891,7 +911,15 @@ def test_fault_6_an_unknown_job_is_404(client: TestClient, method: str, path: st
 
 @pytest.mark.parametrize(
     "body",
-    [{}, {"symbol": "../x"}, {"symbol": "AAPL", "epochs": 0}, {"symbol": "AAPL", "modelType": "svm"}, []],
+    [
+        {},
+        {"symbol": "../x"},
+        {"symbol": "AAPL", "epochs": 0},
+        {"symbol": "AAPL", "modelType": "svm"},
+        {"symbol": "AAPL", "modelType": "lstm", "dropout": 0.9},
+        {"symbol": "AAPL", "modelType": "lstm", "learningRate": 1.0},
+        [],
+    ],
 )
 def test_a_start_that_makes_no_sense_is_422(
     client: TestClient, training: TrainingService, body: object

@@ -190,8 +190,12 @@ def test_the_parser_knows_its_flags():
     assert args.bundle == Path("saved_models/AAPL/gbm")
 
 
-def test_a_network_is_not_what_it_trains_again(tmp_path, capsys):
-    (tmp_path / "AAPL" / "lstm_versions" / "one").mkdir(parents=True)
-    (tmp_path / "AAPL" / "lstm").symlink_to("lstm_versions/one")
-    assert main([str(tmp_path / "AAPL" / "lstm")]) == 2
-    assert "boosters alone" in capsys.readouterr().err
+@pytest.mark.parametrize("kind", ["lstm", "ensemble"])
+def test_boosters_alone_are_trained_again(tmp_path, capsys, kind):
+    (tmp_path / "AAPL" / f"{kind}_versions" / "one").mkdir(parents=True)
+    (tmp_path / "AAPL" / kind).symlink_to(f"{kind}_versions/one")
+    for given in (kind, f"{kind}_versions/one"):
+        assert main([str(tmp_path / "AAPL" / given)]) == 2
+        said = capsys.readouterr().err
+        assert "boosters alone are trained again here, give a gbm folder" in said.replace("\n", " ")
+        assert "overwrite" not in said

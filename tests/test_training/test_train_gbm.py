@@ -324,7 +324,8 @@ def test_rollback_lets_the_version_before_serve_and_says_which(places, capsys):
         versions.append(json.loads(capsys.readouterr().out)[0]["model_version"])
     assert main(["NOISE", "--rollback"]) == 0
     shown = capsys.readouterr().out.replace("\n", "")
-    assert f"{versions[0]} serves, instead of {versions[1]}" in shown
+    undo = f"python -m service.model_registry rollback NOISE --to {versions[1]}"
+    assert f"{versions[0]} serves, instead of {versions[1]}; undo: `{undo}`" in shown
     assert load_bundle(places / "models", "NOISE").model_version == versions[0]
     assert main(["NOISE", "--rollback", "--json"]) == 5
     assert "error" in json.loads(capsys.readouterr().out)[0]
