@@ -21,12 +21,14 @@ import functools
 import gc
 import logging
 import math
+import multiprocessing
 import os
 import resource
 import signal
 import socket
 import struct
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
@@ -34,6 +36,7 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from uvicorn.config import STARTUP_FAILURE
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.supervisors import Multiprocess
 
@@ -57,6 +60,8 @@ ONLY_OPEN_CONNECTIONS = ((0x30, 0, 0, 13), (0x45, 0, 1, 0x10), (0x06, 0, 0, 0xFF
 MAX_HEAD_BYTES, HEAD_S = 64 << 10, 10.0
 # Who is refused may still be sending; so long it is read, and thrown away, so that the answer arrives.
 LINGER_S = 2.0
+# Who takes no piece of an answer for so long gets no more of it: what is written and not read lies in memory.
+WRITE_S = 30.0
 FED_AT_ONCE, MOST_FILES = 16 << 10, 40_000
 UNBOUNDED = (
     "headers are bounded neither in size nor in time, nor connections in number: "
@@ -219,6 +224,29 @@ def build(settings: Settings) -> Application:
     return create_app(settings)
 
 
+def check(settings: Settings) -> None:
+    """Raise what `create_app` would because of the settings; a worker could only say it in its log."""
+    from data.data_fetcher import make_news, make_source  # noqa: PLC0415
+    from service.ledger import ForecastLedger  # noqa: PLC0415
+
+    make_source(settings.source, cache_dir=settings.cache_dir, news=make_news(settings))
+    ForecastLedger(settings.database)
+
+
+def build_for_worker(settings: Settings) -> Application:
+    """Return the application of one of several processes, which ends when their parent does."""
+    threading.Thread(target=end_with_parent, name="parent", daemon=True).start()
+    return build(settings)
+
+
+def end_with_parent() -> None:
+    """Wait for the end of the process that started this one, be it killed, then end in order."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def build_for_another_server() -> Application:
     """Return the application for ``uvicorn app:app``, and say what is missing there."""
     application = build(read_settings())
@@ -273,9 +301,11 @@ def serve(settings: Settings, host: str, port: int, workers: int) -> int:
     configure_logging(settings.log_level, settings.log_format)
     with listen(host, port) as listening:
         if workers > 1:
-            lazy = LazyApplication(functools.partial(build, settings))
-            Workers(_config(lazy, settings, workers), listening, settings.drain_s).run()
-            return 0
+            check(settings)
+            lazy = LazyApplication(functools.partial(build_for_worker, settings))
+            processes = Workers(_config(lazy, settings, workers), listening, settings.drain_s)
+            processes.run()
+            return 1 if any(each.exitcode == STARTUP_FAILURE for each in processes.processes) else 0
         # A fifth of the start went into looking for garbage among modules; `settle_memory` turns it on again.
         gc.disable()
         server = uvicorn.Server(_config(create_app(settings, listening), settings, workers))
@@ -299,38 +329,63 @@ def most_connections() -> int:
 class BoundedHttp(HttpToolsProtocol):
     """One connection, whose headers are bounded in size and in time, and which errors leave as problems.
 
-    Where there are more connections than `most_connections`, the one that has waited longest for a request
-    is closed: callers that open many and say nothing keep nobody else out.
+    Where there are more connections than `most_connections`, the one whose caller has let us wait longest, for
+    a request or for an answer to be read, is closed: callers that open many keep nobody else out.
     """
 
     _awaits_head, _refused, _fed = True, False, 0
     waits_since = 0.0
     _head_timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin; make room first where there is none."""
         super().connection_made(transport)
+        # Writing is paused, and timed, as soon as the system takes no more.
+        transport.set_write_buffer_limits(high=0)
         self.waits_since = time.monotonic()
         self._time_head()
         if len(self.connections) > most_connections():
             self._close_longest_idle()
 
     def _close_longest_idle(self) -> None:
-        idle = [each for each in self.connections if isinstance(each, BoundedHttp) and each.is_idle]
-        longest = min(idle, key=lambda each: each.waits_since)
+        waiting = [each for each in self.connections if isinstance(each, BoundedHttp) and each.waits_for_caller]
+        longest = min(waiting, key=lambda each: each.waits_since)
         longest.transport.abort()
         # It is counted until the loop comes around to it, and must not be chosen twice.
         self.connections.discard(longest)
 
     @property
     def is_idle(self) -> bool:
-        """Nothing is being answered, and no request has come in as a whole."""
-        return self._awaits_head and (self.cycle is None or self.cycle.response_complete)
+        """Nothing is being answered."""
+        return self.cycle is None or self.cycle.response_complete
+
+    @property
+    def waits_for_caller(self) -> bool:
+        """No request has come in as a whole, or its answer is not being read."""
+        return self.is_idle or not self._awaits_head or self.flow.write_paused
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End."""
         self._time_head(again=False)
+        self._stop_timing_writes()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Give the caller time to read."""
+        super().pause_writing()
+        self.waits_since = time.monotonic()
+        self._write_timer = self.loop.call_later(WRITE_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Go on: all that was written is on its way."""
+        super().resume_writing()
+        self._stop_timing_writes()
+
+    def _stop_timing_writes(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
 
     def _time_head(self, *, again: bool = True) -> None:
         if self._head_timer is not None:
@@ -366,7 +421,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Hand the request on."""
-        self._awaits_head, self._fed = False, 0
+        self._awaits_head, self._fed, self.waits_since = False, 0, time.monotonic()
         self._time_head(again=False)
         super().on_headers_complete()
 
@@ -379,6 +434,14 @@ class BoundedHttp(HttpToolsProtocol):
         """Expect the next request."""
         super().on_message_complete()
         self._awaits_head, self._fed, self.waits_since = True, 0, time.monotonic()
+        # It ran where the answer was faster than the body.
+        self._time_head(again=False)
+
+    def on_response_complete(self) -> None:
+        """Expect the next request; what is left of a body that was refused unread comes in time, too."""
+        super().on_response_complete()
+        if not self._awaits_head:
+            self._time_head()
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no HTTP, or endless, with a problem, and close."""
@@ -416,6 +479,8 @@ def _config(application: Application, settings: Settings, workers: int) -> uvico
         # The service writes a line of its own per request.
         access_log=False,
         ws="none",
+        # A start that fails is a failed start, not a server that answers 500 for ever.
+        lifespan="on",
         http=BoundedHttp,
         server_header=False,
         timeout_graceful_shutdown=math.ceil(settings.deadline_s) + 5,
