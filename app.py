@@ -31,6 +31,7 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -235,16 +236,15 @@ def check(settings: Settings) -> None:
 
 def build_for_worker(settings: Settings) -> Application:
     """Return the application of one of several processes, which ends when their parent does."""
-    threading.Thread(target=end_with_parent, name="parent", daemon=True).start()
-    return build(settings)
 
-
-def end_with_parent() -> None:
-    """Wait for the end of the process that started this one, be it killed, then end in order."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
+    def end_with(parent: BaseProcess) -> None:
+        # Be it that it was killed.
         parent.join()
         os.kill(os.getpid(), signal.SIGTERM)
+
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+    return build(settings)
 
 
 def build_for_another_server() -> Application:
@@ -368,7 +368,7 @@ class BoundedHttp(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """End."""
         self._time_head(again=False)
-        self._stop_timing_writes()
+        self.resume_writing()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -380,9 +380,6 @@ class BoundedHttp(HttpToolsProtocol):
     def resume_writing(self) -> None:
         """Go on: all that was written is on its way."""
         super().resume_writing()
-        self._stop_timing_writes()
-
-    def _stop_timing_writes(self) -> None:
         if self._write_timer is not None:
             self._write_timer.cancel()
             self._write_timer = None
