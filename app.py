@@ -30,26 +30,21 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import uvicorn
 from uvicorn.config import STARTUP_FAILURE
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.supervisors import Multiprocess
 
+from service import edge
 from utils.errors import AIStocksError, UsageError
 from utils.settings import Settings, configure_logging, read_settings
 
 logger = logging.getLogger(__name__)
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
 # Between the last connection that comes in and the end of listening: its request is on its way.
 SETTLE_S = 0.5
@@ -77,7 +72,7 @@ GC_THRESHOLDS = (10_000, 20, 100)
 SWITCH_S = 0.0005
 
 
-def create_app(settings: Settings, listening: socket.socket | None = None) -> Application:
+def create_app(settings: Settings, listening: socket.socket | None = None) -> edge.Application:
     """Wire the service together into an ASGI application.
 
     ``listening`` is where connections come in, if nobody else listens there. Raises `UsageError` if
@@ -87,7 +82,6 @@ def create_app(settings: Settings, listening: socket.socket | None = None) -> Ap
     from data.cache_manager import BarCache  # noqa: PLC0415
     from data.data_fetcher import fetch_stock_data, make_news, make_source  # noqa: PLC0415
     from service.api import Services, create_api  # noqa: PLC0415
-    from service.edge import EdgeRules  # noqa: PLC0415
     from service.ledger import ForecastLedger, track_record  # noqa: PLC0415
     from service.model_registry import ModelRegistry  # noqa: PLC0415
     from service.prediction_service import Outbox, PredictionService  # noqa: PLC0415
@@ -124,7 +118,7 @@ def create_app(settings: Settings, listening: socket.socket | None = None) -> Ap
         on_start=on_start,
         on_stop=outbox.close,
         stopping=lambda: drain.should_exit,
-        rules=EdgeRules(**{name: getattr(settings, name) for name in BOUNDS}, api_keys=keys),
+        rules=edge.EdgeRules(**{name: getattr(settings, name) for name in BOUNDS}, api_keys=keys),
         gauges={
             "models_loaded": ("Models in memory", registry.loaded_count),
             "training_queue": ("Trainings that wait for a worker", training.waiting),
@@ -207,19 +201,19 @@ def settle_memory() -> None:
 class LazyApplication:
     """An ASGI application that is built when the server first calls it, not when this module is imported."""
 
-    def __init__(self, build: Callable[[], Application]) -> None:
+    def __init__(self, build: Callable[[], edge.Application]) -> None:
         # Not `functools.cache`: what goes to another process must be one that can be pickled.
         self._build = build
-        self._built: Application | None = None
+        self._built: edge.Application | None = None
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: edge.Message, receive: edge.Receive, send: edge.Send) -> None:
         """Handle one connection; a server opens with its start-up message."""
         if self._built is None:
             self._built = self._build()
         await self._built(scope, receive, send)
 
 
-def build(settings: Settings) -> Application:
+def build(settings: Settings) -> edge.Application:
     """Return the application of a process that has not set up its log yet."""
     configure_logging(settings.log_level, settings.log_format)
     return create_app(settings)
@@ -234,7 +228,7 @@ def check(settings: Settings) -> None:
     ForecastLedger(settings.database)
 
 
-def build_for_worker(settings: Settings) -> Application:
+def build_for_worker(settings: Settings) -> edge.Application:
     """Return the application of one of several processes, which ends when their parent does."""
 
     def end_with(parent: BaseProcess) -> None:
@@ -247,7 +241,7 @@ def build_for_worker(settings: Settings) -> Application:
     return build(settings)
 
 
-def build_for_another_server() -> Application:
+def build_for_another_server() -> edge.Application:
     """Return the application for ``uvicorn app:app``, and say what is missing there."""
     application = build(read_settings())
     # A server's own command line takes no protocol but its own.
@@ -329,8 +323,8 @@ def most_connections() -> int:
 class BoundedHttp(HttpToolsProtocol):
     """One connection, whose headers are bounded in size and in time, and which errors leave as problems.
 
-    Where there are more connections than `most_connections`, the one whose caller has let us wait longest, for
-    a request or for an answer to be read, is closed: callers that open many keep nobody else out.
+    Where there are more connections than `most_connections`, the one that has waited longest for its caller,
+    for a request or for an answer to be read, is closed: who opens many keeps nobody else out.
     """
 
     _awaits_head, _refused, _fed = True, False, 0
@@ -349,8 +343,8 @@ class BoundedHttp(HttpToolsProtocol):
             self._close_longest_idle()
 
     def _close_longest_idle(self) -> None:
-        waiting = [each for each in self.connections if isinstance(each, BoundedHttp) and each.waits_for_caller]
-        longest = min(waiting, key=lambda each: each.waits_since)
+        ours = (each for each in self.connections if isinstance(each, BoundedHttp))
+        longest = min((each for each in ours if each.waits_for_caller), key=lambda each: each.waits_since)
         longest.transport.abort()
         # It is counted until the loop comes around to it, and must not be chosen twice.
         self.connections.discard(longest)
@@ -449,25 +443,15 @@ class BoundedHttp(HttpToolsProtocol):
         if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
             self.transport.close()
             return
-        self.transport.write(refusal(431 if self._fed > MAX_HEAD_BYTES else 400))
+        refusal = (400, "this is not valid HTTP/1.1")
+        if self._fed > MAX_HEAD_BYTES:
+            refusal = (431, f"send less than {MAX_HEAD_BYTES} bytes of headers")
+        self.transport.write(edge.whole_problem(*refusal))
         self.transport.write_eof()
         self.loop.call_later(LINGER_S, self.transport.close)
 
 
-def refusal(status: int) -> bytes:
-    """Return the whole answer to what never became a request."""
-    from service.edge import DEFAULT_HEADERS, PROBLEM_TYPE, SECURITY_HEADERS, problem_bytes  # noqa: PLC0415
-
-    details = {400: "this is not valid HTTP/1.1", 431: f"send less than {MAX_HEAD_BYTES} bytes of headers"}
-    request_id = os.urandom(16).hex()
-    body = problem_bytes({"state": {"request_id": request_id}}, status, details[status])
-    headers = [(b"content-type", PROBLEM_TYPE.encode()), (b"content-length", b"%d" % len(body))]
-    headers += [(b"connection", b"close"), (b"x-request-id", request_id.encode())]
-    headers += [*SECURITY_HEADERS, *DEFAULT_HEADERS]
-    return STATUS_LINE[status] + b"".join(b"%s: %s\r\n" % pair for pair in headers) + b"\r\n" + body
-
-
-def _config(application: Application, settings: Settings, workers: int) -> uvicorn.Config:
+def _config(application: edge.Application, settings: Settings, workers: int) -> uvicorn.Config:
     return uvicorn.Config(
         application,
         workers=workers,

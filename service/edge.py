@@ -210,6 +210,16 @@ def problem_bytes(scope: Scope, status: int, detail: str) -> bytes:
     ).wire_bytes()
 
 
+def whole_problem(status: int, detail: str) -> bytes:
+    """Return all bytes of the answer to what never became a request."""
+    request_id = os.urandom(16).hex()
+    body = problem_bytes({"state": {"request_id": request_id}}, status, detail)
+    headers = [(b"content-type", PROBLEM_TYPE.encode()), (b"content-length", b"%d" % len(body))]
+    headers += [(b"connection", b"close"), (b"x-request-id", request_id.encode())]
+    lines = b"".join(b"%s: %s\r\n" % pair for pair in [*headers, *SECURITY_HEADERS, *DEFAULT_HEADERS])
+    return f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\n".encode() + lines + b"\r\n" + body
+
+
 def unexpected_detail(scope: Scope, error: Exception) -> str:
     """Log what nobody foresaw, and return what the caller may know of it."""
     request_id = scope.get("state", {}).get("request_id", "")

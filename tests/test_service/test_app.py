@@ -20,6 +20,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 import app
+from service.edge import Application, Message, Receive, Send
 from utils.errors import UsageError
 from utils.settings import Settings
 
@@ -75,22 +76,22 @@ def test_origins_come_from_the_environment(
 def test_the_lazy_application_is_built_once() -> None:
     built: list[str] = []
 
-    def build() -> app.Application:
+    def build() -> Application:
         built.append("built")
 
-        async def inner(scope: app.Message, receive: app.Receive, send: app.Send) -> None:
+        async def inner(scope: Message, receive: Receive, send: Send) -> None:
             await send({"type": scope["type"]})
 
         return inner
 
     lazy = app.LazyApplication(build)
     assert built == []
-    sent: list[app.Message] = []
+    sent: list[Message] = []
 
-    async def send(message: app.Message) -> None:
+    async def send(message: Message) -> None:
         sent.append(message)
 
-    async def receive() -> app.Message:
+    async def receive() -> Message:
         raise AssertionError("not asked")
 
     for kind in ("lifespan", "http"):
@@ -332,7 +333,7 @@ REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
 def bounded(tmp_path: Path) -> Iterator[tuple[str, int]]:
     """Return the address of a server as it is configured, over an application that reads and answers."""
 
-    async def answering(scope: app.Message, receive: app.Receive, send: app.Send) -> None:
+    async def answering(scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             while True:
                 message = await receive()
