@@ -21,31 +21,30 @@ import functools
 import gc
 import logging
 import math
+import multiprocessing
 import os
 import resource
 import signal
 import socket
 import struct
 import sys
+import threading
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.config import STARTUP_FAILURE
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.supervisors import Multiprocess
 
+from service import edge
 from utils.errors import AIStocksError, UsageError
 from utils.settings import Settings, configure_logging, read_settings
 
 logger = logging.getLogger(__name__)
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
 # Between the last connection that comes in and the end of listening: its request is on its way.
 SETTLE_S = 0.5
@@ -57,6 +56,8 @@ ONLY_OPEN_CONNECTIONS = ((0x30, 0, 0, 13), (0x45, 0, 1, 0x10), (0x06, 0, 0, 0xFF
 MAX_HEAD_BYTES, HEAD_S = 64 << 10, 10.0
 # Who is refused may still be sending; so long it is read, and thrown away, so that the answer arrives.
 LINGER_S = 2.0
+# Who takes no piece of an answer for so long gets no more of it: what is written and not read lies in memory.
+WRITE_S = 30.0
 FED_AT_ONCE, MOST_FILES = 16 << 10, 40_000
 UNBOUNDED = (
     "headers are bounded neither in size nor in time, nor connections in number: "
@@ -71,7 +72,7 @@ GC_THRESHOLDS = (10_000, 20, 100)
 SWITCH_S = 0.0005
 
 
-def create_app(settings: Settings, listening: socket.socket | None = None) -> Application:
+def create_app(settings: Settings, listening: socket.socket | None = None) -> edge.Application:
     """Wire the service together into an ASGI application.
 
     ``listening`` is where connections come in, if nobody else listens there. Raises `UsageError` if
@@ -81,7 +82,6 @@ def create_app(settings: Settings, listening: socket.socket | None = None) -> Ap
     from data.cache_manager import BarCache  # noqa: PLC0415
     from data.data_fetcher import fetch_stock_data, make_news, make_source  # noqa: PLC0415
     from service.api import Services, create_api  # noqa: PLC0415
-    from service.edge import EdgeRules  # noqa: PLC0415
     from service.ledger import ForecastLedger, track_record  # noqa: PLC0415
     from service.model_registry import ModelRegistry  # noqa: PLC0415
     from service.prediction_service import Outbox, PredictionService  # noqa: PLC0415
@@ -118,7 +118,7 @@ def create_app(settings: Settings, listening: socket.socket | None = None) -> Ap
         on_start=on_start,
         on_stop=outbox.close,
         stopping=lambda: drain.should_exit,
-        rules=EdgeRules(**{name: getattr(settings, name) for name in BOUNDS}, api_keys=keys),
+        rules=edge.EdgeRules(**{name: getattr(settings, name) for name in BOUNDS}, api_keys=keys),
         gauges={
             "models_loaded": ("Models in memory", registry.loaded_count),
             "training_queue": ("Trainings that wait for a worker", training.waiting),
@@ -201,25 +201,47 @@ def settle_memory() -> None:
 class LazyApplication:
     """An ASGI application that is built when the server first calls it, not when this module is imported."""
 
-    def __init__(self, build: Callable[[], Application]) -> None:
+    def __init__(self, build: Callable[[], edge.Application]) -> None:
         # Not `functools.cache`: what goes to another process must be one that can be pickled.
         self._build = build
-        self._built: Application | None = None
+        self._built: edge.Application | None = None
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: edge.Message, receive: edge.Receive, send: edge.Send) -> None:
         """Handle one connection; a server opens with its start-up message."""
         if self._built is None:
             self._built = self._build()
         await self._built(scope, receive, send)
 
 
-def build(settings: Settings) -> Application:
+def build(settings: Settings) -> edge.Application:
     """Return the application of a process that has not set up its log yet."""
     configure_logging(settings.log_level, settings.log_format)
     return create_app(settings)
 
 
-def build_for_another_server() -> Application:
+def check(settings: Settings) -> None:
+    """Raise what `create_app` would because of the settings; a worker could only say it in its log."""
+    from data.data_fetcher import make_news, make_source  # noqa: PLC0415
+    from service.ledger import ForecastLedger  # noqa: PLC0415
+
+    make_source(settings.source, cache_dir=settings.cache_dir, news=make_news(settings))
+    ForecastLedger(settings.database)
+
+
+def build_for_worker(settings: Settings) -> edge.Application:
+    """Return the application of one of several processes, which ends when their parent does."""
+
+    def end_with(parent: BaseProcess) -> None:
+        # Be it that it was killed.
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+    return build(settings)
+
+
+def build_for_another_server() -> edge.Application:
     """Return the application for ``uvicorn app:app``, and say what is missing there."""
     application = build(read_settings())
     # A server's own command line takes no protocol but its own.
@@ -273,9 +295,11 @@ def serve(settings: Settings, host: str, port: int, workers: int) -> int:
     configure_logging(settings.log_level, settings.log_format)
     with listen(host, port) as listening:
         if workers > 1:
-            lazy = LazyApplication(functools.partial(build, settings))
-            Workers(_config(lazy, settings, workers), listening, settings.drain_s).run()
-            return 0
+            check(settings)
+            lazy = LazyApplication(functools.partial(build_for_worker, settings))
+            processes = Workers(_config(lazy, settings, workers), listening, settings.drain_s)
+            processes.run()
+            return 1 if any(each.exitcode == STARTUP_FAILURE for each in processes.processes) else 0
         # A fifth of the start went into looking for garbage among modules; `settle_memory` turns it on again.
         gc.disable()
         server = uvicorn.Server(_config(create_app(settings, listening), settings, workers))
@@ -299,38 +323,60 @@ def most_connections() -> int:
 class BoundedHttp(HttpToolsProtocol):
     """One connection, whose headers are bounded in size and in time, and which errors leave as problems.
 
-    Where there are more connections than `most_connections`, the one that has waited longest for a request
-    is closed: callers that open many and say nothing keep nobody else out.
+    Where there are more connections than `most_connections`, the one that has waited longest for its caller,
+    for a request or for an answer to be read, is closed: who opens many keeps nobody else out.
     """
 
     _awaits_head, _refused, _fed = True, False, 0
     waits_since = 0.0
     _head_timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin; make room first where there is none."""
         super().connection_made(transport)
+        # Writing is paused, and timed, as soon as the system takes no more.
+        transport.set_write_buffer_limits(high=0)
         self.waits_since = time.monotonic()
         self._time_head()
         if len(self.connections) > most_connections():
             self._close_longest_idle()
 
     def _close_longest_idle(self) -> None:
-        idle = [each for each in self.connections if isinstance(each, BoundedHttp) and each.is_idle]
-        longest = min(idle, key=lambda each: each.waits_since)
+        ours = (each for each in self.connections if isinstance(each, BoundedHttp))
+        longest = min((each for each in ours if each.waits_for_caller), key=lambda each: each.waits_since)
         longest.transport.abort()
         # It is counted until the loop comes around to it, and must not be chosen twice.
         self.connections.discard(longest)
 
     @property
     def is_idle(self) -> bool:
-        """Nothing is being answered, and no request has come in as a whole."""
-        return self._awaits_head and (self.cycle is None or self.cycle.response_complete)
+        """Nothing is being answered."""
+        return self.cycle is None or self.cycle.response_complete
+
+    @property
+    def waits_for_caller(self) -> bool:
+        """No request has come in as a whole, or its answer is not being read."""
+        return self.is_idle or not self._awaits_head or self.flow.write_paused
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End."""
         self._time_head(again=False)
+        self.resume_writing()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Give the caller time to read."""
+        super().pause_writing()
+        self.waits_since = time.monotonic()
+        self._write_timer = self.loop.call_later(WRITE_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Go on: all that was written is on its way."""
+        super().resume_writing()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
 
     def _time_head(self, *, again: bool = True) -> None:
         if self._head_timer is not None:
@@ -366,7 +412,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Hand the request on."""
-        self._awaits_head, self._fed = False, 0
+        self._awaits_head, self._fed, self.waits_since = False, 0, time.monotonic()
         self._time_head(again=False)
         super().on_headers_complete()
 
@@ -379,6 +425,14 @@ class BoundedHttp(HttpToolsProtocol):
         """Expect the next request."""
         super().on_message_complete()
         self._awaits_head, self._fed, self.waits_since = True, 0, time.monotonic()
+        # It ran where the answer was faster than the body.
+        self._time_head(again=False)
+
+    def on_response_complete(self) -> None:
+        """Expect the next request; what is left of a body that was refused unread comes in time, too."""
+        super().on_response_complete()
+        if not self._awaits_head:
+            self._time_head()
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no HTTP, or endless, with a problem, and close."""
@@ -389,25 +443,15 @@ class BoundedHttp(HttpToolsProtocol):
         if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
             self.transport.close()
             return
-        self.transport.write(refusal(431 if self._fed > MAX_HEAD_BYTES else 400))
+        refusal = (400, "this is not valid HTTP/1.1")
+        if self._fed > MAX_HEAD_BYTES:
+            refusal = (431, f"send less than {MAX_HEAD_BYTES} bytes of headers")
+        self.transport.write(edge.whole_problem(*refusal))
         self.transport.write_eof()
         self.loop.call_later(LINGER_S, self.transport.close)
 
 
-def refusal(status: int) -> bytes:
-    """Return the whole answer to what never became a request."""
-    from service.edge import DEFAULT_HEADERS, PROBLEM_TYPE, SECURITY_HEADERS, problem_bytes  # noqa: PLC0415
-
-    details = {400: "this is not valid HTTP/1.1", 431: f"send less than {MAX_HEAD_BYTES} bytes of headers"}
-    request_id = os.urandom(16).hex()
-    body = problem_bytes({"state": {"request_id": request_id}}, status, details[status])
-    headers = [(b"content-type", PROBLEM_TYPE.encode()), (b"content-length", b"%d" % len(body))]
-    headers += [(b"connection", b"close"), (b"x-request-id", request_id.encode())]
-    headers += [*SECURITY_HEADERS, *DEFAULT_HEADERS]
-    return STATUS_LINE[status] + b"".join(b"%s: %s\r\n" % pair for pair in headers) + b"\r\n" + body
-
-
-def _config(application: Application, settings: Settings, workers: int) -> uvicorn.Config:
+def _config(application: edge.Application, settings: Settings, workers: int) -> uvicorn.Config:
     return uvicorn.Config(
         application,
         workers=workers,
@@ -416,6 +460,8 @@ def _config(application: Application, settings: Settings, workers: int) -> uvico
         # The service writes a line of its own per request.
         access_log=False,
         ws="none",
+        # A start that fails is a failed start, not a server that answers 500 for ever.
+        lifespan="on",
         http=BoundedHttp,
         server_header=False,
         timeout_graceful_shutdown=math.ceil(settings.deadline_s) + 5,

@@ -44,6 +44,8 @@ CLOSE = {"Connection": "close"}
 LINGER_BYTES = 16 << 20
 LINGER_S = 2.0
 MAX_CLIENTS = 20_000
+# So much is handed to a connection at a time: who reads slowly has no copy of a whole answer kept for him.
+PIECE_BYTES = 256 << 10
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 # Bodies of these paths hold a prediction; with `PREDICT` they are the POSTs that change nothing.
@@ -208,6 +210,16 @@ def problem_bytes(scope: Scope, status: int, detail: str) -> bytes:
     ).wire_bytes()
 
 
+def whole_problem(status: int, detail: str) -> bytes:
+    """Return all bytes of the answer to what never became a request."""
+    request_id = os.urandom(16).hex()
+    body = problem_bytes({"state": {"request_id": request_id}}, status, detail)
+    headers = [(b"content-type", PROBLEM_TYPE.encode()), (b"content-length", b"%d" % len(body))]
+    headers += [(b"connection", b"close"), (b"x-request-id", request_id.encode())]
+    lines = b"".join(b"%s: %s\r\n" % pair for pair in [*headers, *SECURITY_HEADERS, *DEFAULT_HEADERS])
+    return f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\n".encode() + lines + b"\r\n" + body
+
+
 def unexpected_detail(scope: Scope, error: Exception) -> str:
     """Log what nobody foresaw, and return what the caller may know of it."""
     request_id = scope.get("state", {}).get("request_id", "")
@@ -249,7 +261,10 @@ class Observer:
             if message["type"] == "http.response.start":
                 status, answered = message["status"], time.perf_counter()
                 message["headers"] = self._headers(message.get("headers", ()), request_id)
-            await send(message)
+            if len(message.get("body", b"")) > PIECE_BYTES:
+                await _send_in_pieces(message, send)
+            else:
+                await send(message)
 
         self.metrics.in_flight += 1
         try:
@@ -275,6 +290,13 @@ class Observer:
         if isinstance(template, str):
             return template
         return path if "{" not in path and path in self.known_paths() else UNROUTED
+
+
+async def _send_in_pieces(message: Message, send: Send) -> None:
+    body = memoryview(message["body"])
+    for start in range(0, len(body), PIECE_BYTES):
+        piece, more = body[start : start + PIECE_BYTES], start + PIECE_BYTES < len(body)
+        await send({**message, "body": bytes(piece), "more_body": more or message.get("more_body", False)})
 
 
 def _log_request(method: str, route: str, status: int, taken_ms: float, request_id: str) -> None:
@@ -342,6 +364,14 @@ class Guard:
         return None if known else Refusal(403, "the API key is not one that may write here")
 
 
+def _body_until(scope: Scope, rules: EdgeRules) -> float:
+    # The same for whoever asks: by then the whole body is here, in however many parts it comes.
+    until: float = scope.setdefault("state", {}).setdefault(
+        "body_until", asyncio.get_running_loop().time() + rules.body_s
+    )
+    return until
+
+
 def _too_large(most: int) -> Refusal:
     return Refusal(413, f"the body is larger than {most} bytes", CLOSE)
 
@@ -368,7 +398,7 @@ class Shortcut:
             return
         unread: list[Message] = []
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self.rules.body_s):
+            async with asyncio.timeout_at(_body_until(scope, self.rules)):
                 unread.append(await receive())
         whole = unread and not unread[0].get("more_body")
         body = self.ready(unread[0].get("body", b"")) if whole else None
@@ -393,7 +423,7 @@ class _Exchange:
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, rules: EdgeRules) -> None:
         self._scope, self._receive, self._send, self._rules = scope, receive, send, rules
-        self._left = rules.most_bytes(scope["path"])
+        self._left, self._until = rules.most_bytes(scope["path"]), _body_until(scope, rules)
         self._begin, self._body_ended = b"", False
         self.refusal: Refusal | None = None
         self.started = False
@@ -402,7 +432,7 @@ class _Exchange:
         if self._body_ended:
             return await self._receive()
         try:
-            async with asyncio.timeout(self._rules.body_s):
+            async with asyncio.timeout_at(self._until):
                 message = await self._receive()
         except TimeoutError:
             late = f"the body did not arrive within {self._rules.body_s:g} s"

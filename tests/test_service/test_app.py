@@ -20,6 +20,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 import app
+from service.edge import Application, Message, Receive, Send
 from utils.errors import UsageError
 from utils.settings import Settings
 
@@ -75,22 +76,22 @@ def test_origins_come_from_the_environment(
 def test_the_lazy_application_is_built_once() -> None:
     built: list[str] = []
 
-    def build() -> app.Application:
+    def build() -> Application:
         built.append("built")
 
-        async def inner(scope: app.Message, receive: app.Receive, send: app.Send) -> None:
+        async def inner(scope: Message, receive: Receive, send: Send) -> None:
             await send({"type": scope["type"]})
 
         return inner
 
     lazy = app.LazyApplication(build)
     assert built == []
-    sent: list[app.Message] = []
+    sent: list[Message] = []
 
-    async def send(message: app.Message) -> None:
+    async def send(message: Message) -> None:
         sent.append(message)
 
-    async def receive() -> app.Message:
+    async def receive() -> Message:
         raise AssertionError("not asked")
 
     for kind in ("lifespan", "http"):
@@ -112,6 +113,7 @@ def test_defaults_of_the_command_line() -> None:
         ["--host", "no.such.host.invalid", "--source", "sample"],
         ["--port", "70000", "--source", "sample"],
         ["--workers", "0", "--source", "sample"],
+        ["--workers", "2", "--source", "nonsense"],
     ],
 )
 def test_usage_errors_exit_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -204,6 +206,23 @@ def test_a_real_server_starts_answers_and_ends_on_sigterm(start: Start, command:
     if command[0] == "app.py":
         assert server.returncode == 0, err
         assert out == "", "logs belong to stderr"
+
+
+def test_several_workers_say_what_one_says_about_a_setting(start: Start) -> None:
+    server, _ = start("app.py", "--workers", "2", DATABASE_URL="bogus://x")
+    _, err = server.communicate(timeout=60)
+    assert server.returncode == UsageError.exit_code, err
+    assert "Traceback" not in err
+
+
+def test_workers_end_with_the_parent_that_was_killed(start: Start) -> None:
+    server, port = start("app.py", "--workers", "2")
+    wait_until_ready(server, port)
+    server.kill()
+    # The pipes are closed by the last who writes to them: nobody is left.
+    server.communicate(timeout=30)
+    with pytest.raises(ConnectionRefusedError):
+        ask(port, "/api/health")
 
 
 def test_fault_28_sigterm_under_load_loses_no_request(start: Start) -> None:
@@ -314,20 +333,20 @@ REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
 def bounded(tmp_path: Path) -> Iterator[tuple[str, int]]:
     """Return the address of a server as it is configured, over an application that reads and answers."""
 
-    async def answering(scope: app.Message, receive: app.Receive, send: app.Send) -> None:
+    async def answering(scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             while True:
                 message = await receive()
                 await send({"type": message["type"] + ".complete"})
                 if message["type"] == "lifespan.shutdown":
                     return
-        size, more = 0, True
+        size, more = 0, scope["path"] != "/unread"
         while more:
             message = await receive()
             size, more = size + len(message.get("body", b"")), message.get("more_body", False)
         if scope["path"] == "/slow":
             await asyncio.sleep(1.0)
-        body = b"%d" % size
+        body = b"%d" % size if scope["path"] != "/large" else b"a" * (64 << 20)
         await send(
             {
                 "type": "http.response.start",
@@ -447,6 +466,57 @@ def test_silent_connections_lock_nobody_out(
         assert status_of(ask(bounded[1], "/api/health")) == 200
         with contextlib.suppress(ConnectionResetError):
             assert silent[0].recv(1) == b""
+
+
+BODY = b"POST %s HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n{"
+
+
+@pytest.mark.parametrize(
+    "waiting", [BODY % b"/", BODY % b"/unread", b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n"],
+    ids=["slow body", "refused body", "unread answer"],
+)  # fmt: skip
+def test_callers_that_let_us_wait_lock_nobody_out(
+    bounded: tuple[str, int], monkeypatch: pytest.MonkeyPatch, waiting: bytes
+) -> None:
+    monkeypatch.setattr(app, "most_connections", lambda: 5)
+    with contextlib.ExitStack() as held:
+        for _ in range(10):
+            connection = held.enter_context(socket.create_connection(bounded, timeout=10))
+            connection.sendall(waiting)
+            time.sleep(0.02)
+        for _ in range(3):
+            assert status_of(ask(bounded[1], "/api/health")) == 200
+
+
+def test_the_rest_of_a_body_that_was_answered_comes_in_time(
+    bounded: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "HEAD_S", 0.5)
+    with socket.create_connection(bounded, timeout=0.05) as connection, contextlib.suppress(ConnectionError):
+        connection.sendall(BODY % b"/unread")
+        time.sleep(0.1)
+        assert connection.recv(65_536).startswith(b"HTTP/1.1 200")
+        for _ in range(40):
+            connection.sendall(b" ")
+            with contextlib.suppress(TimeoutError):
+                assert connection.recv(1) == b""
+                return
+        pytest.fail("one byte at a time keeps the connection open")
+
+
+@pytest.mark.parametrize("path", [b"/large", b"/"])
+def test_answers_that_nobody_reads_end_in_time(
+    bounded: tuple[str, int], monkeypatch: pytest.MonkeyPatch, path: bytes
+) -> None:
+    monkeypatch.setattr(app, "WRITE_S", 0.3)
+    with socket.create_connection(bounded, timeout=10) as connection:
+        connection.sendall(b"GET %s HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % path)
+        time.sleep(1.0)
+        if path == b"/":
+            assert status_of(read_all(connection)) == 200
+        else:
+            with contextlib.suppress(ConnectionResetError):
+                assert len(read_all(connection)) < 64 << 20
 
 
 def test_connections_leave_files_for_the_rest() -> None:

@@ -315,10 +315,27 @@ def test_fault_02_bodies_are_bounded_by_route(path: str, most: int) -> None:
     assert (b"connection", b"close") in refused[0]["headers"]
 
 
-def test_fault_02_a_body_that_does_not_arrive_is_408() -> None:
-    sent = call(guard_of(reads_all, body_s=0.05), [b"x", 0.5, b"y"])
+@pytest.mark.parametrize("pauses", [[0.5], [0.06] * 10], ids=["silence", "one byte at a time"])
+@pytest.mark.parametrize("shortened", [True, False])
+def test_fault_02_a_body_that_does_not_arrive_is_408(pauses: list[float], shortened: bool) -> None:
+    asked = shortcut_of(lambda _: None, body_s=0.2) if shortened else guard_of(reads_all, body_s=0.2)
+    chunks = [b"x", *(part for pause in pauses for part in (pause, b"y"))]
+    sent = call(asked, chunks, headers=[(b"content-type", b"application/json")])
     assert sent[0]["status"] == 408
-    assert "0.05 s" in detail_of(sent)
+    assert "0.2 s" in detail_of(sent)
+
+
+def test_large_answers_are_handed_on_in_pieces() -> None:
+    body = bytes(range(256)) * 4097
+
+    async def answers(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": body})
+
+    _, *pieces = call(Observer(answers, Metrics({}), lambda: False, lambda: ()), [])
+    assert b"".join(piece["body"] for piece in pieces) == body
+    assert max(len(piece["body"]) for piece in pieces) == edge.PIECE_BYTES
+    assert [piece["more_body"] for piece in pieces] == [True] * 4 + [False]
 
 
 @pytest.mark.parametrize(
