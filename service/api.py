@@ -20,6 +20,7 @@ from typing import Annotated, Any, TypeVar
 import anyio
 from fastapi import APIRouter, FastAPI, Header, Query, Request, Response
 from fastapi import Path as PathParameter
+from fastapi.encoders import jsonable_encoder
 from fastapi.exceptions import HTTPException, RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from pydantic import ValidationError
@@ -200,7 +201,8 @@ def document_errors(schema: dict[str, Any]) -> dict[str, Any]:
     """Say in an OpenAPI document what every error looks like, and which ones there are."""
     problems = {edge.PROBLEM_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
     _, posted = models_json_schema([(wire.BacktestRequest, "validation")], ref_template=REF)
-    schema["components"]["schemas"] |= posted["$defs"]
+    # As the framework writes its own: generated types would require a field of `"default": null`.
+    schema["components"]["schemas"] |= jsonable_encoder(posted["$defs"], exclude_none=True)
     for path, item in schema["paths"].items():
         for method, operation in item.items():
             wanted = {*ERRORS_OF_ALL, *ERRORS_OF[method], *([404] if "{" in path else ())}
