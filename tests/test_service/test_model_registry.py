@@ -36,6 +36,7 @@ from utils.errors import (
     ModelExistsError,
     ModelIncompatibleError,
     ModelMissingError,
+    StorageError,
 )
 from utils.model_paths import GBM, TRASH, ArtifactKind, Linked, linked_version, training_lock
 
@@ -545,6 +546,35 @@ def test_versions_and_rollback(registry: ModelRegistry, save_version: Save) -> N
     assert registry.get("AAPL").bundle.model_version == "v2"
     assert registry.roll_back("AAPL-gbm").model_version == "v1"
     with pytest.raises(ModelMissingError, match="no version before"):
+        registry.roll_back("AAPL-gbm")
+
+
+def test_rolling_back_what_is_not_there_leaves_nothing(registry: ModelRegistry, tmp_path: Path) -> None:
+    with pytest.raises(ModelMissingError, match="QX1"):
+        registry.roll_back("QX1-gbm")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("is_deleted", "expected"), [(True, ModelMissingError), (False, StorageError)])
+def test_a_rollback_beside_a_deletion_finds_no_model(
+    tmp_path: Path,
+    loader: Loader,
+    save_version: Save,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    is_deleted: bool,
+    expected: type[Exception],
+) -> None:
+    registry = registry_of(tmp_path, loader)
+    save_version("AAPL", "v1")
+
+    def lost_its_folder(*_: object) -> None:
+        if is_deleted:
+            registry.delete("AAPL-gbm")
+        raise StorageError("cannot write the model of AAPL: No such file or directory")
+
+    monkeypatch.setattr("service.model_registry.roll_back", lost_its_folder)
+    with pytest.raises(expected):
         registry.roll_back("AAPL-gbm")
 
 
