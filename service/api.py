@@ -20,6 +20,7 @@ from typing import Annotated, Any, TypeVar
 import anyio
 from fastapi import APIRouter, FastAPI, Header, Query, Request, Response
 from fastapi import Path as PathParameter
+from fastapi.encoders import jsonable_encoder
 from fastapi.exceptions import HTTPException, RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from pydantic import ValidationError
@@ -50,6 +51,8 @@ VERSION, ERRORS_IN_DETAIL, TRAINING = "0.1.0", 5, r"(`python -m training\.[^`]+)
 RETRY_AFTER_S: Mapping[type[AIStocksError], int] = {errors.UpstreamError: 30, errors.OverloadError: 2}
 # Longer than a stream of events sleeps.
 STREAM_END_S = 2.0
+# Each asks the database twice a second.
+MAX_STREAMS = 32
 
 # The nearest ancestor of an error decides.
 STATUS_OF: Mapping[type[AIStocksError], int] = {
@@ -104,6 +107,21 @@ class TextConvertor(StringConvertor):
     regex = r"(?s:.*)"
 
 
+class EventStream(EventSourceResponse):
+    """A stream of events, one of at most `MAX_STREAMS` at a time."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events, or raise `OverloadError` before anything is sent."""
+        streams: set[EventStream] = scope["app"].state.streams
+        if len(streams) >= MAX_STREAMS:
+            raise errors.OverloadError(f"{MAX_STREAMS} streams of events are open: try again when one ends")
+        streams.add(self)
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            streams.discard(self)
+
+
 class Api(FastAPI):
     """The framework behind the edge: what the edge answers costs none of the framework's own layers."""
 
@@ -132,6 +150,7 @@ def create_api(services: Services) -> FastAPI:
         responses={"default": {"model": wire.Problem, "description": "Every error"}},
     )
     api.state.source = services.source_name
+    api.state.streams = set()
     stock_openapi = api.openapi
     api.openapi = lambda: api.openapi_schema or document_errors(stock_openapi())  # type: ignore[method-assign]
     routers = {name: APIRouter(tags=[name]) for name in ("health", "models", "prices", "training", "judging")}
@@ -201,7 +220,8 @@ def document_errors(schema: dict[str, Any]) -> dict[str, Any]:
     """Say in an OpenAPI document what every error looks like, and which ones there are."""
     problems = {edge.PROBLEM_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
     _, posted = models_json_schema([(wire.BacktestRequest, "validation")], ref_template=REF)
-    schema["components"]["schemas"] |= posted["$defs"]
+    # As the framework writes its own: generated types would require a field of `"default": null`.
+    schema["components"]["schemas"] |= jsonable_encoder(posted["$defs"], exclude_none=True)
     for path, item in schema["paths"].items():
         for method, operation in item.items():
             wanted = {*ERRORS_OF_ALL, *ERRORS_OF[method], *([404] if "{" in path else ())}
@@ -357,7 +377,7 @@ def _add_training(router: APIRouter, training: TrainingService) -> None:
         leaving = anyio.Event()
         told = training.follow(job_id, known, leaving.is_set)
         # The heartbeat is an event of the contract; comments would come beside it.
-        return EventSourceResponse(told, ping=0, shutdown_event=leaving, shutdown_grace_period=STREAM_END_S)
+        return EventStream(told, ping=0, shutdown_event=leaving, shutdown_grace_period=STREAM_END_S)
 
 
 def _add_judging(router: APIRouter, services: Services, pool: edge.WorkPool) -> None:

@@ -41,6 +41,7 @@ from utils.errors import (
     ModelError,
     ModelIncompatibleError,
     ModelMissingError,
+    StorageError,
     UsageError,
 )
 from utils.model_paths import (
@@ -245,7 +246,14 @@ class ModelRegistry:
     def roll_back(self, model_id: str, to: str | None = None) -> ModelMeta:
         """Let an earlier version serve again, or the one that is named; see `utils.model_paths.roll_back`."""
         symbol, kind = self.parse(model_id)
-        roll_back(self._models_dir, symbol, kind.paths, kind.check, to)
+        # Before the lock makes a folder for a symbol that has no model.
+        linked_version(self._models_dir, symbol, kind.paths)
+        try:
+            roll_back(self._models_dir, symbol, kind.paths, kind.check, to)
+        except StorageError:
+            # Whoever deletes takes the folder of the lock away too.
+            linked_version(self._models_dir, symbol, kind.paths)
+            raise
         return self._meta(symbol, kind)
 
     def delete(self, model_id: str) -> None:

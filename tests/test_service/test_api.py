@@ -5,7 +5,7 @@ import json
 import logging
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -23,7 +23,8 @@ from data.data_fetcher import SampleSource
 from service.api import STATUS_OF, Services, create_api
 from service.edge import LINGER_BYTES, EdgeRules
 from service.prediction_service import PredictionService
-from service.schemas import PredictionResult
+from service.schemas import PredictionResult, TrainingParams
+from service.training_service import TrainingService
 from tests.test_service.conftest import FakeRegistry, FakeSource, served
 from utils import errors
 
@@ -47,6 +48,26 @@ def check_problem(response: Response, status: int) -> str:
     assert "Traceback" not in response.text
     assert str(Path(__file__).resolve().parents[2]) not in response.text
     return body["detail"]
+
+
+def scope_of(
+    path: str, *, method: str = "GET", headers: Sequence[tuple[bytes, bytes]] = ()
+) -> dict[str, Any]:
+    """Return the scope of a request, for what a test client cannot do."""
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": method,
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "headers": list(headers),
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 80),
+    }
 
 
 def post(client: TestClient, body: str | bytes, **headers: str) -> Response:
@@ -274,20 +295,8 @@ def test_fault_2_a_body_without_end_is_not_read_to_its_end(api: FastAPI) -> None
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0"},
-        "http_version": "1.1",
-        "method": "POST",
-        "scheme": "http",
-        "path": "/api/predict",
-        "raw_path": b"/api/predict",
-        "query_string": b"",
-        "root_path": "",
-        "headers": [(b"content-type", b"application/json"), (b"transfer-encoding", b"chunked")],
-        "client": ("127.0.0.1", 1),
-        "server": ("127.0.0.1", 80),
-    }
+    sent_as = [(b"content-type", b"application/json"), (b"transfer-encoding", b"chunked")]
+    scope = scope_of("/api/predict", method="POST", headers=sent_as)
     asyncio.run(api(scope, receive, send))
     assert sent[0]["status"] == 413
     # What comes after the refusal is thrown away, since a caller that still sends does not read the answer.
@@ -536,3 +545,48 @@ def test_every_answer_of_every_route_is_json(client: TestClient) -> None:
             response = client.request(method, re.sub(r"\{[^}]*\}", "AAPL", path), json={})
             assert response.status_code != 204
             json.loads(response.content)
+
+
+def test_streams_beyond_the_limit_are_refused_and_an_ended_one_makes_room(
+    api: FastAPI, training: TrainingService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.api.MAX_STREAMS", 2)
+    job_id = training.start(TrainingParams(symbol="AAPL")).id
+
+    class Caller:
+        def __init__(self) -> None:
+            self.leaves, self.began, self.sent = asyncio.Event(), asyncio.Event(), list[dict[str, Any]]()
+            self.asks = asyncio.create_task(
+                api(scope_of(f"/api/training/{job_id}/events"), self.receive, self.send)
+            )
+
+        async def receive(self) -> dict[str, Any]:
+            await self.leaves.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(self, message: dict[str, Any]) -> None:
+            self.sent.append(message)
+            self.began.set()
+
+        async def status(self) -> int:
+            await asyncio.wait_for(self.began.wait(), 10)
+            return self.sent[0]["status"]
+
+        async def leave(self) -> None:
+            self.leaves.set()
+            await asyncio.wait_for(self.asks, 10)
+
+    async def story() -> None:
+        first, second = Caller(), Caller()
+        assert [await one.status() for one in (first, second)] == [200, 200]
+        refused = Caller()
+        assert await refused.status() == 503
+        assert b"retry-after" in dict(refused.sent[0]["headers"])
+        await first.leave()
+        third = Caller()
+        assert await third.status() == 200
+        for caller in (second, refused, third):
+            await caller.leave()
+        assert api.state.streams == set()
+
+    asyncio.run(story())

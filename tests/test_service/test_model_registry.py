@@ -36,6 +36,7 @@ from utils.errors import (
     ModelExistsError,
     ModelIncompatibleError,
     ModelMissingError,
+    StorageError,
 )
 from utils.model_paths import GBM, TRASH, ArtifactKind, Linked, linked_version, training_lock
 
@@ -570,6 +571,35 @@ def test_a_rollback_is_taken_back_by_naming_the_newer_version(
     assert main(["delete", "AAPL", "--to", "v1", *models]) == 2
     assert "--to belongs to rollback" in capsys.readouterr().err
     assert registry.find("AAPL-gbm").model_version == "v3"
+
+
+def test_rolling_back_what_is_not_there_leaves_nothing(registry: ModelRegistry, tmp_path: Path) -> None:
+    with pytest.raises(ModelMissingError, match="QX1"):
+        registry.roll_back("QX1-gbm")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("is_deleted", "expected"), [(True, ModelMissingError), (False, StorageError)])
+def test_a_rollback_beside_a_deletion_finds_no_model(
+    tmp_path: Path,
+    loader: Loader,
+    save_version: Save,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    is_deleted: bool,
+    expected: type[Exception],
+) -> None:
+    registry = registry_of(tmp_path, loader)
+    save_version("AAPL", "v1")
+
+    def lost_its_folder(*_: object) -> None:
+        if is_deleted:
+            registry.delete("AAPL-gbm")
+        raise StorageError("cannot write the model of AAPL: No such file or directory")
+
+    monkeypatch.setattr("service.model_registry.roll_back", lost_its_folder)
+    with pytest.raises(expected):
+        registry.roll_back("AAPL-gbm")
 
 
 def test_another_kind_of_model_needs_one_entry(tmp_path: Path, loader: Loader, save_version: Save) -> None:

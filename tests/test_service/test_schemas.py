@@ -322,6 +322,24 @@ def test_a_field_that_the_served_openapi_lacks_is_caught(api: FastAPI) -> None:
     ]
 
 
+def null_defaults(openapi: dict) -> list[str]:
+    """Name the fields whose default is null: generated types would call them required."""
+    return [
+        f"{name}.{field}"
+        for name, schema in openapi["components"]["schemas"].items()
+        for field, of in schema.get("properties", {}).items()
+        if of.get("default", "none") is None
+    ]
+
+
+def test_no_field_of_the_served_openapi_defaults_to_null(api: FastAPI) -> None:
+    openapi = copy.deepcopy(api.openapi())
+    assert "BacktestParams" in openapi["components"]["schemas"]
+    assert null_defaults(openapi) == []
+    openapi["components"]["schemas"]["PredictionResult"]["properties"]["forecast"]["default"] = None
+    assert null_defaults(openapi) == ["PredictionResult.forecast"]
+
+
 def test_every_path_parameter_and_error_is_documented(api: FastAPI) -> None:
     for path, item in api.openapi()["paths"].items():
         for operation in item.values():
