@@ -41,8 +41,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.supervisors import Multiprocess
 
 from service import edge
-from utils.errors import AIStocksError, UsageError
-from utils.settings import Settings, configure_logging, read_settings
+from utils.base import AIStocksError, Settings, UsageError, configure_logging, read_settings
 
 logger = logging.getLogger(__name__)
 

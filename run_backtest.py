@@ -44,9 +44,16 @@ from inference.load_lstm_model import load_bundle as load_lstm
 from inference.position_sizing import DEFAULT_SIZING, PRESETS
 from service import backtest_service as service
 from service.backtest_service import BacktestRequest, Lived, Outcome, notes_of
-from utils.errors import AIStocksError, ModelError, StorageError, UsageError
+from utils.base import (
+    AIStocksError,
+    ModelError,
+    Settings,
+    StorageError,
+    UsageError,
+    configure_logging,
+    read_settings,
+)
 from utils.model_paths import MODES, TRIALS, mode_of
-from utils.settings import Settings, configure_logging, read_settings
 
 DEFAULT_DAYS = 250
 # Times equity: no broker lends a private person more, and overnight gaps would ruin who had it.
@@ -415,7 +422,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the backtest; return the exit code that `utils.errors` lists."""
+    """Run the backtest; return the exit code that `utils.base` lists."""
     args = build_parser().parse_args(argv)
     settings = read_settings()
     configure_logging("WARNING" if args.json else settings.log_level)

@@ -9,7 +9,7 @@ from typing import Any
 
 from data.data_fetcher import CsvSource, fetch_stock_data, load_panel
 from data.schema import Bars
-from utils.settings import PROJECT_ROOT
+from utils.base import PROJECT_ROOT
 
 DIRECTORY = PROJECT_ROOT.parent / "shared" / "market"
 # A figure with its limit in words, and whether it is met.

@@ -42,7 +42,7 @@ from inference.position_sizing import (
     _Scales,
     make_sizer,
 )
-from utils.settings import PROJECT_ROOT
+from utils.base import PROJECT_ROOT
 
 AAPL = PROJECT_ROOT.parent / "shared" / "market" / "AAPL.csv"
 BARS = 11_355

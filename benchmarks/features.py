@@ -23,7 +23,7 @@ import talib
 from _table import Bar, at_least, at_most, parser_of, show
 
 from data.feature_engineer import engineer_features
-from utils.settings import PROJECT_ROOT
+from utils.base import PROJECT_ROOT
 
 AAPL = PROJECT_ROOT.parent / "shared" / "market" / "AAPL.csv"
 BARS = 11_355

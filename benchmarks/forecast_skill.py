@@ -50,7 +50,7 @@ from training.recipe import GBMRecipe, NetworkConfig, RecipeConfig, Sequences
 from training.train_ensemble import CommonRows, MetaConfig, walk_meta
 from training.train_lstm import LSTMRecipe
 from training.trainer import begin_with_others
-from utils.settings import at_least as at_least_of
+from utils.base import at_least as at_least_of
 from validation.walk_forward import WalkForwardConfig, WalkForwardValidator
 
 FIRST, LAST, RECENT = "2006-01-01", "2025-12-31", "2016-01-01"

@@ -21,7 +21,7 @@ from inference.intervals import Calibration
 from inference.load_lstm_model import ARRAYS, Network, windows_of
 from training.recipe import NetworkConfig
 from training.train_lstm import Batches, KerasNetwork
-from utils.settings import PROJECT_ROOT
+from utils.base import PROJECT_ROOT
 
 SEQUENCES, FEATURES, BATCH = 5_000, 66, 256
 LIMIT_EPOCH_RATIO = 1.5

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from utils.settings import PROJECT_ROOT
+from utils.base import PROJECT_ROOT
 
 MARKET = PROJECT_ROOT.parent / "shared" / "market"
 PARTS = ("cached", "uncached", "health", "start", "memory")

@@ -32,7 +32,7 @@ from data.data_splitter import PurgedTimeSeriesSplit
 from data.target_engineering import build_dataset
 from training.gbm_search import LIBRARIES, Rows, SearchConfig, tune
 from training.recipe import RecipeConfig, training_rows
-from utils.settings import PROJECT_ROOT
+from utils.base import PROJECT_ROOT
 
 SYMBOL, N_TRIALS, MANY = "AAPL", 30, 8
 # XGBoost's wrapper calls some parameters otherwise.

@@ -46,16 +46,18 @@ from data.data_fetcher import (
     settled_rows,
 )
 from data.schema import PRICE_COLUMNS, calendar_for, normalise_symbol
-from utils.errors import (
+from utils.base import (
     AIStocksError,
     DataError,
     LockedError,
+    Settings,
     StorageError,
     UnknownSymbolError,
     UpstreamError,
+    configure_logging,
+    read_settings,
 )
 from utils.model_paths import symbol_dir
-from utils.settings import Settings, configure_logging, read_settings
 
 logger = logging.getLogger(__name__)
 
@@ -422,7 +424,7 @@ def run(args: argparse.Namespace, settings: Settings, now: datetime) -> list[dic
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Show, refresh or clear cached prices; return the exit code that ``utils.errors`` lists."""
+    """Show, refresh or clear cached prices; return the exit code that ``utils.base`` lists."""
     args = build_parser().parse_args(argv)
     settings = read_settings()
     configure_logging(settings.log_level if not args.json else "WARNING")

@@ -43,8 +43,15 @@ from data.schema import (
     normalise_symbol,
     refuse_above,
 )
-from utils.errors import AIStocksError, DataError, StorageError, UnknownSymbolError, UpstreamError, UsageError
-from utils.settings import Settings
+from utils.base import (
+    AIStocksError,
+    DataError,
+    Settings,
+    StorageError,
+    UnknownSymbolError,
+    UpstreamError,
+    UsageError,
+)
 
 logger = logging.getLogger(__name__)
 

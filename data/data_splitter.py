@@ -13,7 +13,7 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from utils.errors import DataError, InsufficientDataError, ModelError, UsageError
+from utils.base import DataError, InsufficientDataError, ModelError, UsageError
 
 IntArray = npt.NDArray[np.intp]
 DateArray = npt.NDArray[np.datetime64]

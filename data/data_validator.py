@@ -17,7 +17,7 @@ from data.feature_engineer import engineer_features, feature_set_hash
 from data.indicators import FloatArray
 from data.schema import BAR_COLUMNS, Bars, SessionCalendar, bars_hash, calendar_for
 from data.target_engineering import DEFAULT_HORIZON_BARS, make_target
-from utils.errors import DataError
+from utils.base import DataError
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ import talib
 from data import indicators as ind
 from data.indicators import NO_MOVE, BarArrays, FloatArray
 from data.schema import ALWAYS, BAR_COLUMNS, WEEKDAYS, bar_dates, calendar_name
-from utils.errors import DataError, UsageError
+from utils.base import DataError, UsageError
 
 SENTIMENT_COLUMNS = ("sentiment_1d", "sentiment_5d", "sentiment_20d", "news_volume_5d")
 # After so many sessions without a headline nothing is known, however many there were before.

@@ -21,8 +21,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from utils.errors import DataError, InsufficientDataError, InvalidSymbolError, UsageError
-from utils.settings import read_settings
+from utils.base import DataError, InsufficientDataError, InvalidSymbolError, UsageError, read_settings
 
 Days = NDArray[np.datetime64]
 BAR_COLUMNS = ("Open", "High", "Low", "Close", "Volume")

@@ -29,7 +29,7 @@ from data.feature_engineer import (
 )
 from data.indicators import MIN_SIGMA_LOG, FloatArray, bar_moves
 from data.schema import calendar_name, normalise_symbol
-from utils.errors import DataError, InsufficientDataError, UsageError
+from utils.base import DataError, InsufficientDataError, UsageError
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from utils.errors import DataError, UsageError
+from utils.base import DataError, UsageError
 
 FloatArray = npt.NDArray[np.float64]
 

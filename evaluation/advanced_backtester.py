@@ -16,7 +16,7 @@ import pandas as pd
 
 from evaluation.accounting import DEFAULT_CAPITAL, MAX_WEIGHT, CostModel, Ledger, account
 from evaluation.metrics import Metrics, drawdowns, forecast_metrics, ledger_metrics, trade_metrics
-from utils.errors import DataError, InsufficientDataError, UsageError
+from utils.base import DataError, InsufficientDataError, UsageError
 
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]

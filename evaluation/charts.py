@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from utils.errors import DataError
+from utils.base import DataError
 
 if TYPE_CHECKING:
     from matplotlib import RcParams

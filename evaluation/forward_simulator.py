@@ -21,7 +21,7 @@ import pandas as pd
 
 from evaluation.accounting import DEFAULT_CAPITAL, Booking, CostModel, Ledger, account, book_bar
 from evaluation.metrics import Metrics, band_crps, cagr, max_drawdown, reasons, sharpe, values
-from utils.errors import DataError, InsufficientDataError, UsageError
+from utils.base import DataError, InsufficientDataError, UsageError
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.intp]

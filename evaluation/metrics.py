@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from evaluation.accounting import Ledger
-from utils.errors import DataError
+from utils.base import DataError
 
 FloatArray = npt.NDArray[np.float64]
 

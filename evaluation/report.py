@@ -39,7 +39,7 @@ from evaluation.charts import (
 )
 from evaluation.forward_simulator import BLOCK_BARS, CONFIDENCE, RESAMPLES, Evidence, summarise
 from evaluation.metrics import Metrics, values
-from utils.errors import DataError, StorageError
+from utils.base import DataError, StorageError
 
 Facts = Mapping[str, Any]
 AnyBlock = TypeVar("AnyBlock", Drawing, Table)

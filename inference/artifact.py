@@ -41,7 +41,7 @@ from pydantic import (
 )
 
 from data.feature_engineer import feature_set_hash, get_feature_columns
-from utils.errors import ModelCorruptError, ModelExistsError, ModelIncompatibleError
+from utils.base import ModelCorruptError, ModelExistsError, ModelIncompatibleError
 from utils.model_paths import (
     ASIDE,
     ArtifactKind,

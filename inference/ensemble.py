@@ -23,7 +23,7 @@ from inference import artifact
 from inference.artifact import METADATA, RECORD, Saved, Version
 from inference.intervals import FloatArray, IntArray, calibrate, with_bands
 from inference.pipeline import Bundle, BundleForecaster, Member, check_golden, read_record
-from utils.errors import ModelIncompatibleError, ModelMissingError
+from utils.base import ModelIncompatibleError, ModelMissingError
 from utils.model_paths import ENSEMBLE, GBM, LSTM, Mode, mode_of
 
 BoolArray = npt.NDArray[np.bool_]

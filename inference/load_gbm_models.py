@@ -33,7 +33,7 @@ from inference.artifact import (
 )
 from inference.intervals import Calibration, FloatArray, FloatMatrix, IntArray
 from inference.pipeline import Bundle, check_golden, read_record
-from utils.errors import ModelIncompatibleError
+from utils.base import ModelIncompatibleError
 from utils.model_paths import GBM, ArtifactKind
 
 SCHEMA_VERSION = 2

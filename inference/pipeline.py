@@ -38,7 +38,7 @@ from inference.intervals import (
     with_bands,
 )
 from inference.position_sizing import Sizer, SizingInputs
-from utils.errors import DataError, ModelIncompatibleError
+from utils.base import DataError, ModelIncompatibleError
 from utils.model_paths import ArtifactKind
 
 FORECAST_COLUMNS = (

@@ -37,7 +37,7 @@ from numba import njit
 
 from evaluation import accounting
 from evaluation.accounting import DEFAULT_CAPITAL, Booking, CostModel, Ledger, Rates
-from utils.errors import DataError, UsageError
+from utils.base import DataError, UsageError
 
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]

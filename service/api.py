@@ -40,8 +40,8 @@ from service.model_registry import ModelRegistry
 from service.prediction_chart import is_finite_number
 from service.prediction_service import PredictionService
 from service.training_service import TrainingService
-from utils import errors
-from utils.errors import AIStocksError, without_paths
+from utils import base as errors
+from utils.base import AIStocksError, without_paths
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)

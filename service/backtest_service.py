@@ -27,7 +27,7 @@ from inference.ensemble import Chosen
 from inference.pipeline import Decisions, backtest_decisions, decide
 from service import schemas as wire
 from service.prediction_chart import wire_metrics
-from utils.errors import AIStocksError, DataError, UsageError
+from utils.base import AIStocksError, DataError, UsageError
 from validation import gates
 from validation.wfe_metrics import verdicts_on
 
@@ -174,10 +174,8 @@ def weigh(result: BacktestReport, history: Decisions, request: BacktestRequest, 
     net, market, same = (
         np.asarray(daily["net_return"], dtype=np.float64)[1:] for daily in (result.daily, *rivals)
     )
-    n_bars, capital = len(result.daily), request.capital
-    tried = sizes.alternative_returns(
-        history.frame, history.horizon_bars, costs, n_bars, initial_capital=capital
-    )
+    shape = history.frame, history.horizon_bars, costs, len(result.daily)
+    tried = sizes.alternative_returns(*shape, initial_capital=request.capital)
     figures = {
         "n_tries": Measured(n_tries),
         "deflated_sharpe": gates.measured_deflated_sharpe(net, n_tries),

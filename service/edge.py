@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, TypeVar
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from service.schemas import Problem
-from utils.errors import AIStocksError, DeadlineError, OverloadError
+from utils.base import AIStocksError, DeadlineError, OverloadError
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EdgeRules:
-    """What a request may cost, and who may write, see `utils.settings.Settings`."""
+    """What a request may cost, and who may write, see `utils.base.Settings`."""
 
     body_bytes: int = 1 << 20
     large_body_bytes: int = 16 << 20

@@ -32,8 +32,7 @@ from data.schema import NO_DATE, NO_MOMENT, Bars, calendar_for, holds, normalise
 from evaluation.accounting import CostModel
 from evaluation.forward_simulator import forecast_outcome
 from service import schemas as wire
-from utils.errors import DataError, StorageError, UpstreamError, UsageError
-from utils.settings import Settings, print_rows, run_command
+from utils.base import DataError, Settings, StorageError, UpstreamError, UsageError, print_rows, run_command
 
 logger = logging.getLogger(__name__)
 TableRows = list[dict[str, Any]]
@@ -466,7 +465,7 @@ def _source_of(name: str, wanted: str | None, settings: Settings) -> BarSource:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; return the exit code that `utils.errors` lists, 4 for a broken chain."""
+    """Run a command; return the exit code that `utils.base` lists, 4 for a broken chain."""
     args = build_parser().parse_args(argv)
 
     def run(settings: Settings) -> None:

@@ -35,14 +35,16 @@ from inference.ensemble import Parts, forecaster_for
 from inference.pipeline import Forecaster
 from service.prediction_chart import model_meta
 from service.schemas import ModelMeta, ModelVersion
-from utils.errors import (
+from utils.base import (
     AIStocksError,
     ModelCorruptError,
     ModelError,
     ModelIncompatibleError,
     ModelMissingError,
+    Settings,
     StorageError,
     UsageError,
+    run_command,
 )
 from utils.model_paths import (
     ENSEMBLE,
@@ -62,7 +64,6 @@ from utils.model_paths import (
     roll_back,
     serve_linked,
 )
-from utils.settings import Settings, run_command
 
 logger = logging.getLogger(__name__)
 
@@ -456,7 +457,7 @@ def run(args: argparse.Namespace, models_dir: Path) -> Sequence[Mapping[str, Any
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Show or change what is saved; one JSON object a line on stdout. Exit codes: see ``utils.errors``."""
+    """Show or change what is saved; one JSON object a line on stdout. Exit codes: see ``utils.base``."""
     args = build_parser().parse_args(argv)
 
     def work(settings: Settings) -> None:

@@ -20,7 +20,7 @@ from inference.intervals import ForecastPath
 from inference.pipeline import Decisions, Explains
 from service import schemas as wire
 from service.schemas import BacktestMetrics, ModelMeta, PredictionRequest
-from utils.errors import InsufficientDataError, ModelCorruptError
+from utils.base import InsufficientDataError, ModelCorruptError
 from utils.model_paths import GBM, LSTM, PARTS, mode_of
 
 if TYPE_CHECKING:

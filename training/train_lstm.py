@@ -54,9 +54,8 @@ from training.recipe import (
 from training.run_log import Program, common_parser, refuse_common
 from training.train_gbm import run
 from training.trainer import FinalRecipe, OnEvent, Trainer, Walked
-from utils.errors import CollapsedError, UsageError
+from utils.base import CollapsedError, UsageError, at_least, below, silent_stderr
 from utils.model_paths import LSTM
-from utils.settings import at_least, below, silent_stderr
 from validation.gates import collapse_of
 from validation.walk_forward import RecipePrediction
 

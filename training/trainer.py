@@ -23,7 +23,7 @@ from inference.artifact import GOLDEN_ROWS, new_version_id
 from inference.intervals import FloatArray, FloatMatrix
 from inference.pipeline import Bundle, BundleForecaster, Decisions, backtest_decisions, decide
 from inference.position_sizing import alternative_returns, make_sizer
-from utils.errors import InsufficientDataError
+from utils.base import InsufficientDataError
 from utils.model_paths import ArtifactKind
 from validation.gates import Verdict, judge, of_universe
 from validation.walk_forward import (

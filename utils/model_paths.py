@@ -20,7 +20,7 @@ from typing import Literal, TypeVar
 
 from filelock import FileLock, Timeout
 
-from utils.errors import (
+from utils.base import (
     InvalidSymbolError,
     LockedError,
     ModelCorruptError,

@@ -40,7 +40,7 @@ import pandas as pd
 
 from evaluation.forward_simulator import MIN_BARS
 from evaluation.metrics import Measured
-from utils.errors import DataError, GateRefusedError
+from utils.base import DataError, GateRefusedError
 from validation.walk_forward import WalkForwardSummary
 from validation.wfe_metrics import (
     MAX_ONE_SIDED,

@@ -16,7 +16,7 @@ from data.data_splitter import Fold, WalkForwardSplit
 from data.target_engineering import Dataset
 from evaluation.advanced_backtester import BacktestReport
 from evaluation.metrics import sharpe
-from utils.errors import ModelError, UsageError
+from utils.base import ModelError, UsageError
 from validation.wfe_metrics import (
     MAX_ONE_SIDED,
     MIN_SIGNAL_STD,

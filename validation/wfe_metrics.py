@@ -25,7 +25,7 @@ import numpy.typing as npt
 import pandas as pd
 from scipy.special import ndtr, ndtri, stdtr
 
-from utils.errors import InsufficientDataError, StorageError, UsageError
+from utils.base import InsufficientDataError, StorageError, UsageError
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.intp]

@@ -29,7 +29,7 @@ from data.cache_manager import (
 )
 from data.data_fetcher import CsvSource, fetch_stock_data, load_panel
 from data.schema import RAW_COLUMNS, bars_hash, calendar_for
-from utils.errors import DataError, LockedError, StorageError, UnknownSymbolError, UpstreamError
+from utils.base import DataError, LockedError, StorageError, UnknownSymbolError, UpstreamError
 
 FLIPS = 200
 

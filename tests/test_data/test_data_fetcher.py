@@ -30,7 +30,7 @@ from data.data_fetcher import (
     settled_rows,
 )
 from data.schema import BAR_COLUMNS, RAW_COLUMNS, Bars, BarsReport, Provenance, bars_hash
-from utils.errors import DataError, UnknownSymbolError, UpstreamError, UsageError
+from utils.base import DataError, UnknownSymbolError, UpstreamError, UsageError
 
 Answer = tuple[int, bytes]
 

@@ -15,7 +15,7 @@ from data.data_splitter import (
     create_train_val_test_split,
     split_latest,
 )
-from utils.errors import DataError, InsufficientDataError, UsageError
+from utils.base import DataError, InsufficientDataError, UsageError
 
 QUICK = settings(deadline=None, max_examples=40)
 

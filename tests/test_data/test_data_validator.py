@@ -14,7 +14,7 @@ from data.data_fetcher import SampleSource, fetch_stock_data
 from data.data_validator import DataValidator, adf_p_value, cached_features, findings
 from data.feature_engineer import engineer_features, feature_set_hash
 from data.schema import Bars, BarsReport, Provenance, bars_hash, clean_bars
-from utils.errors import DataError
+from utils.base import DataError
 
 HORIZON = 5
 

@@ -23,7 +23,7 @@ from data.feature_engineer import (
 )
 from data.schema import calendar_for
 from data.target_engineering import build_dataset
-from utils.errors import AIStocksError, DataError, UsageError
+from utils.base import AIStocksError, DataError, UsageError
 
 MakeBars = Callable[..., pd.DataFrame]
 NAMES = get_feature_columns(cross_asset=True, market_context=True)[-11:]

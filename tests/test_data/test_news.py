@@ -37,8 +37,7 @@ from service.model_registry import ModelRegistry
 from service.prediction_service import PredictionService
 from service.schemas import PredictionRequest
 from training import train_gbm
-from utils.errors import AIStocksError, DataError, StorageError, UpstreamError, UsageError
-from utils.settings import Settings
+from utils.base import AIStocksError, DataError, Settings, StorageError, UpstreamError, UsageError
 
 MakeBars = Callable[..., pd.DataFrame]
 Compute = Callable[[pd.DataFrame, pd.DataFrame], pd.DataFrame]

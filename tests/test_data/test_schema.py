@@ -23,7 +23,7 @@ from data.schema import (
     clean_bars,
     normalise_symbol,
 )
-from utils.errors import DataError, InsufficientDataError, InvalidSymbolError, UsageError
+from utils.base import DataError, InsufficientDataError, InvalidSymbolError, UsageError
 from utils.model_paths import symbol_dir
 
 

@@ -27,7 +27,7 @@ from data.target_engineering import (
     resolve_universe,
     universe_mean,
 )
-from utils.errors import DataError, InsufficientDataError, InvalidSymbolError, UsageError
+from utils.base import DataError, InsufficientDataError, InvalidSymbolError, UsageError
 
 MakeBars = Callable[..., pd.DataFrame]
 TARGETS = ("target_log", "target_scaled", "label_end")

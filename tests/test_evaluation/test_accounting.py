@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaluation.accounting import MAX_WEIGHT, CostModel, Ledger, account, book_bar
-from utils.errors import DataError, UsageError
+from utils.base import DataError, UsageError
 
 FREE = CostModel(commission_bps=0.0, slippage_bps=0.0, financing_annual=0.0, borrow_annual=0.0)
 DEAR = CostModel(commission_bps=12.0, slippage_bps=7.0, financing_annual=0.08, borrow_annual=0.05)

@@ -9,7 +9,7 @@ import pytest
 from evaluation.accounting import CostModel, account
 from evaluation.advanced_backtester import TRADE_COLUMNS, AdvancedBacktester, BacktestReport
 from evaluation.metrics import values
-from utils.errors import DataError, InsufficientDataError, UsageError
+from utils.base import DataError, InsufficientDataError, UsageError
 
 COSTS = CostModel(commission_bps=6.0, slippage_bps=4.0)
 N = 500

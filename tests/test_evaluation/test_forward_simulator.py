@@ -10,7 +10,7 @@ import pytest
 from evaluation.accounting import CostModel, account
 from evaluation.forward_simulator import ForwardSimulator, largest_gap
 from inference.position_sizing import PRESETS, SizingInputs, make_sizer
-from utils.errors import DataError, InsufficientDataError
+from utils.base import DataError, InsufficientDataError
 
 COSTS = CostModel(commission_bps=7.0, slippage_bps=4.0, financing_annual=0.06, borrow_annual=0.04)
 SYMBOLS = ("AAPL", "C", "KO", "XOM", "GILD")

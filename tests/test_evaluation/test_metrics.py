@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 
 from evaluation import metrics as m
 from evaluation.accounting import CostModel, account
-from utils.errors import DataError
+from utils.base import DataError
 
 
 def sample(seed: int = 0, n: int = 900) -> tuple[np.ndarray, np.ndarray]:

@@ -21,7 +21,7 @@ from evaluation.report import (
     training_report,
     write_report,
 )
-from utils.errors import DataError, StorageError
+from utils.base import DataError, StorageError
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>&\"'{{ 7 * 7 }}$x^2$"
 HORIZON = 5

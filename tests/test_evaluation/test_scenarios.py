@@ -21,7 +21,7 @@ from evaluation.advanced_backtester import (
     by_regime,
     by_year,
 )
-from utils.errors import DataError, UsageError
+from utils.base import DataError, UsageError
 
 COSTS = CostModel(commission_bps=6.0, slippage_bps=4.0)
 

@@ -23,7 +23,7 @@ from filelock import FileLock
 from inference import artifact
 from inference.artifact import Manifest, publish, read_manifest, read_version
 from utils import model_paths
-from utils.errors import (
+from utils.base import (
     InvalidSymbolError,
     LockedError,
     ModelCorruptError,

@@ -31,7 +31,7 @@ from inference.intervals import calibrate
 from inference.pipeline import FORECAST_COLUMNS, Bundle, BundleForecaster, Member, decide
 from inference.position_sizing import make_sizer
 from tests.test_service.conftest import bundle_of
-from utils.errors import ModelCorruptError, ModelIncompatibleError, ModelMissingError, UsageError
+from utils.base import ModelCorruptError, ModelIncompatibleError, ModelMissingError, UsageError
 from utils.model_paths import MODES, OLDER_MODES, mode_of
 
 # Who is listened to.

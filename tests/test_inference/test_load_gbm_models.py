@@ -41,7 +41,7 @@ from inference.load_gbm_models import (
     shrunk_weights,
 )
 from tests.test_inference.conftest import plant, reseal
-from utils.errors import (
+from utils.base import (
     AIStocksError,
     ModelCorruptError,
     ModelIncompatibleError,

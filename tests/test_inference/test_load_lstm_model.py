@@ -31,7 +31,7 @@ from inference.load_lstm_model import (
 from inference.pipeline import BundleForecaster, decide
 from inference.position_sizing import make_sizer
 from tests.test_inference.conftest import plant
-from utils.errors import ModelCorruptError, ModelIncompatibleError, ModelMissingError
+from utils.base import ModelCorruptError, ModelIncompatibleError, ModelMissingError
 from utils.model_paths import LSTM, current_version, list_versions, roll_back
 
 COLUMNS = tuple(get_feature_columns()[:5])

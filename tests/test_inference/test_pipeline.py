@@ -23,7 +23,7 @@ from inference.pipeline import (
 from inference.position_sizing import PRESETS, make_sizer, win_record
 from training.gbm_search import SearchConfig
 from training.recipe import GBMRecipe, RecipeConfig
-from utils.errors import DataError, ModelIncompatibleError
+from utils.base import DataError, ModelIncompatibleError
 from validation.walk_forward import WalkForwardConfig, WalkForwardValidator
 
 HORIZON = 5

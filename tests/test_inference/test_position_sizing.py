@@ -18,7 +18,7 @@ from inference.position_sizing import (
     SizingRules,
     make_sizer,
 )
-from utils.errors import DataError, UsageError
+from utils.base import DataError, UsageError
 
 COSTS = CostModel()
 FREE = CostModel(commission_bps=0.0, slippage_bps=0.0, financing_annual=0.0, borrow_annual=0.0)

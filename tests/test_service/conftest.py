@@ -23,7 +23,7 @@ from service.model_registry import ModelRegistry, Place, ServedModel
 from service.prediction_chart import model_meta
 from service.prediction_service import Outbox, PredictionService
 from service.training_service import TrainingService
-from utils.errors import ModelMissingError, UnknownSymbolError
+from utils.base import ModelMissingError, UnknownSymbolError
 
 HORIZON = 5
 FIRST_FORECAST = 120

@@ -26,7 +26,7 @@ from service.prediction_service import PredictionService
 from service.schemas import PredictionResult, TrainingParams
 from service.training_service import TrainingService
 from tests.test_service.conftest import FakeRegistry, FakeSource, served
-from utils import errors
+from utils import base as errors
 
 JSON = {"Content-Type": "application/json"}
 FIELD_NAMES = """symbol horizon daysOnChart smoothing confidenceFloors fusion maxLong maxShort mode buy

@@ -21,8 +21,7 @@ from fastapi.testclient import TestClient
 
 import app
 from service.edge import Application, Message, Receive, Send
-from utils.errors import UsageError
-from utils.settings import Settings
+from utils.base import Settings, UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -29,7 +29,7 @@ from service.backtest_service import (
     weigh,
 )
 from tests.test_service.conftest import FakeRegistry, FakeSource
-from utils.errors import DataError, UsageError
+from utils.base import DataError, UsageError
 
 
 class Momentum:

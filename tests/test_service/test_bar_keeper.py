@@ -11,7 +11,7 @@ from data.data_fetcher import CsvSource
 from data.schema import calendar_for
 from service.prediction_service import LONGEST_RETRY, LOOK_AGAIN, MOST_HELD, SERVED_LATELY, BarKeeper
 from tests.test_data.test_cache_manager import LiveSource, after
-from utils.errors import UnknownSymbolError, UpstreamError
+from utils.base import UnknownSymbolError, UpstreamError
 
 
 @pytest.fixture

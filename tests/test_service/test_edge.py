@@ -37,8 +37,7 @@ from service.edge import (
 )
 from tests.test_service.conftest import FakeSource
 from tests.test_service.test_api import check_problem
-from utils.errors import DeadlineError, OverloadError, StorageError
-from utils.settings import JsonFormatter
+from utils.base import DeadlineError, JsonFormatter, OverloadError, StorageError
 
 KEY, OTHER_KEY = "a-key-of-sixteen-or-more", "another-key-of-sixteen"
 Build = Callable[..., TestClient]

@@ -35,7 +35,7 @@ from service.ledger import GENESIS, ForecastLedger, ServedForecast, main, score,
 from service.prediction_service import Outbox, PredictionService, served_forecast
 from service.schemas import PredictionRequest, PredictionResult
 from tests.test_service.conftest import FakeSource
-from utils.errors import DataError, StorageError, UsageError
+from utils.base import DataError, StorageError, UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 THEN = datetime(2006, 6, 1, 22, tzinfo=UTC)
@@ -818,7 +818,7 @@ def test_a_broken_chain_ends_with_4(shell: ForecastLedger, capsys: pytest.Captur
 
 
 def test_by_default_the_ledger_lies_beside_the_models(tmp_path: Path) -> None:
-    from utils.settings import Settings
+    from utils.base import Settings
 
     assert Settings(models_dir=tmp_path).database == f"sqlite:///{tmp_path / 'ai_stocks.sqlite'}"
     assert Settings(database_url="sqlite:////x/y").database == "sqlite:////x/y"

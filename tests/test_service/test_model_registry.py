@@ -29,7 +29,7 @@ from service.model_registry import (
 )
 from service.prediction_chart import model_meta, wire_metrics
 from tests.test_service.conftest import bundle_of, metadata_of
-from utils.errors import (
+from utils.base import (
     InvalidSymbolError,
     LockedError,
     ModelCorruptError,

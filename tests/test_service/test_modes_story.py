@@ -13,7 +13,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from app import create_app
-from utils.settings import Settings
+from utils.base import Settings
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("tensorflow") is None,
@@ -142,7 +142,7 @@ import json, sys
 from pathlib import Path
 from fastapi.testclient import TestClient
 from app import create_app
-from utils.settings import Settings
+from utils.base import Settings
 
 folder = Path(sys.argv[1])
 places = {"models_dir": folder / "models", "cache_dir": folder / "cache"}

@@ -23,7 +23,7 @@ from service.prediction_chart import REGIME_BARS, action_of, in_words, smooth, s
 from service.prediction_service import BarKeeper, PredictionService, Recent
 from service.schemas import PredictionRequest, PredictionResult
 from tests.test_service.conftest import FIRST_FORECAST, FakeForecaster, FakeRegistry, FakeSource, served
-from utils.errors import (
+from utils.base import (
     InsufficientDataError,
     InvalidSymbolError,
     ModelMissingError,

@@ -21,7 +21,7 @@ from inference.pipeline import BundleForecaster, decide
 from inference.position_sizing import make_sizer
 from run_backtest import load_parts
 from service.backtest_service import BacktestRequest, backtest
-from utils.settings import Settings
+from utils.base import Settings
 
 
 @pytest.fixture(scope="module")

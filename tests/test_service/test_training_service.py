@@ -42,9 +42,8 @@ from service.training_service import (
 )
 from tests.test_service.test_api import check_problem
 from training import train_gbm, train_lstm
-from utils.errors import ConflictError, JobMissingError, ModelExistsError, StorageError, UsageError
+from utils.base import ConflictError, JobMissingError, ModelExistsError, Settings, StorageError, UsageError
 from utils.model_paths import training_lock
-from utils.settings import Settings
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[2]
@@ -969,7 +968,7 @@ def test_fault_24_the_real_trainer_ends_with_the_service_that_was_killed(
     }
     script = """
 import sys, time
-from utils.settings import json_lines
+from utils.base import json_lines
 with json_lines(sys.argv[1]) as write:
     write({"type": "stage", "stage": "begun"})
     time.sleep(600)

@@ -9,7 +9,7 @@ import xgboost
 from training import train_gbm
 from training.gbm_search import device_of, probe_cuda, probe_lightgbm_opencl
 from training.train_gbm import AUTO_CELLS, choose_device
-from utils.errors import DeviceError, UsageError
+from utils.base import DeviceError, UsageError
 
 LARGE = AUTO_CELLS // 50, 50
 SMALL = 1_000, 50

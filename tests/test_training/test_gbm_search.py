@@ -12,7 +12,7 @@ from training.gbm_search import (
     search,
     tune,
 )
-from utils.errors import UsageError
+from utils.base import UsageError
 
 CONFIG = SearchConfig(n_trials=3, max_rounds=40)
 

@@ -8,7 +8,7 @@ from data.target_engineering import Dataset
 from training.gbm_search import SearchConfig
 from training.recipe import GBMRecipe, RecipeConfig, common_move, evidence, sample_weights
 from training.trainer import begin_with_others
-from utils.errors import DataError
+from utils.base import DataError
 from validation.walk_forward import WalkForwardConfig, WalkForwardValidator
 
 CONFIG = RecipeConfig(search=SearchConfig(n_trials=1, max_rounds=40), max_features=5, tune_every_folds=2)

@@ -17,7 +17,7 @@ from training.recipe import RecipeConfig, TrainerConfig
 from training.reproduce import DIFFERS, build_parser, config_of, main, train_again
 from training.train_gbm import main as train
 from training.trainer import Trained
-from utils.errors import ModelIncompatibleError
+from utils.base import ModelIncompatibleError
 
 PATH = "path model of 2 bars, golden rows"
 

@@ -18,7 +18,7 @@ from training.recipe import RecipeConfig, TrainerConfig
 from training.run_log import SECTIONS, RunLog, fold_lines, logged_run, publish_report, show, status_of
 from training.train_gbm import GBMTrainer
 from training.trainer import Trained
-from utils.errors import DataError, GateRefusedError, UsageError
+from utils.base import DataError, GateRefusedError, UsageError
 
 CONFIG = {"horizon_bars": 1, "recipe": {"seed": 7, "search": {"models": ("xgb",)}}}
 

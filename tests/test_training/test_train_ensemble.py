@@ -26,7 +26,7 @@ from training.train_ensemble import (
     main,
     walk_meta,
 )
-from utils.errors import InsufficientDataError, ModelError, ModelIncompatibleError
+from utils.base import InsufficientDataError, ModelError, ModelIncompatibleError
 
 
 def network_like(bundle: GBMBundle, *, skill: float, seed: int = 1) -> GBMBundle:

@@ -19,9 +19,8 @@ from inference.position_sizing import make_sizer
 from training import run_log, train_gbm
 from training.train_gbm import DeviceChoice, build_parser, config_from, main, training_lock
 from training.trainer import Trained
-from utils.errors import DeviceError, LockedError, StorageError
+from utils.base import DeviceError, LockedError, Settings, StorageError
 from utils.model_paths import list_versions
-from utils.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["--n-trials", "0"]

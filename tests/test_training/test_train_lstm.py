@@ -32,7 +32,7 @@ from training.train_lstm import (
     main,
 )
 from training.trainer import Trained
-from utils.errors import CollapsedError
+from utils.base import CollapsedError
 from utils.model_paths import LSTM, list_versions
 from validation.walk_forward import WalkForwardConfig
 

@@ -16,7 +16,7 @@ from training.gbm_search import SearchConfig
 from training.recipe import RecipeConfig, TrainerConfig
 from training.train_gbm import DeviceChoice, GBMTrainer
 from training.trainer import Trained, Walked
-from utils.errors import InsufficientDataError
+from utils.base import InsufficientDataError
 from validation.wfe_metrics import probability_of_backtest_overfitting
 
 QUICK = TrainerConfig(

@@ -11,7 +11,7 @@ import pytest
 from scipy.signal import lfilter
 from scipy.stats import rankdata
 
-from utils.errors import DataError, GateRefusedError
+from utils.base import DataError, GateRefusedError
 from validation.gates import (
     MAX_P_IC,
     UNIVERSE_EVIDENCE,

@@ -10,7 +10,7 @@ from scipy.stats import spearmanr
 
 from data.data_splitter import WalkForwardSplit, walk_rows
 from data.target_engineering import Dataset
-from utils.errors import InsufficientDataError, ModelError, UsageError
+from utils.base import InsufficientDataError, ModelError, UsageError
 from validation.walk_forward import (
     FoldMeasures,
     FoldResult,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from scipy.stats import spearmanr
 
-from utils.errors import InsufficientDataError, StorageError, UsageError
+from utils.base import InsufficientDataError, StorageError, UsageError
 from validation import wfe_metrics
 from validation.gates import collapse_of, ranks_better_p_value
 from validation.wfe_metrics import (

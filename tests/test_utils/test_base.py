@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.settings import (
+from utils.base import (
     PROJECT_ROOT,
     JsonFormatter,
     Settings,
