@@ -334,7 +334,7 @@ class BoundedHttp(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin; make room first where there is none."""
         super().connection_made(transport)
-        # Beyond it writing is paused, and timed; small answers go out whole, which is a third faster than at 0.
+        # Beyond it writing is paused, and timed; small answers go out whole: a third faster than at 0.
         transport.set_write_buffer_limits(high=16 << 10)
         self.waits_since = time.monotonic()
         self._time_head()
