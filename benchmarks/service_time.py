@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from data.data_fetcher import BarSource
 from utils.base import PROJECT_ROOT
 
 MARKET = PROJECT_ROOT.parent / "shared" / "market"
@@ -223,7 +224,7 @@ def cached(bench: Bench) -> dict[str, float]:
     }
 
 
-class Unseen:
+class Unseen(BarSource):
     """AAPL with another last price at each question."""
 
     name, is_live = "unseen", False
