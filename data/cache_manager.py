@@ -14,11 +14,9 @@ import argparse
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -57,7 +55,7 @@ from utils.base import (
     configure_logging,
     read_settings,
 )
-from utils.model_paths import symbol_dir
+from utils.model_paths import symbol_dir, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -152,14 +150,6 @@ def join_raw(old: pd.DataFrame, new: pd.DataFrame, *, tolerance: float) -> pd.Da
     ours, theirs = (table.loc[before.index, list(PRICE_COLUMNS)] for table in (before, after))
     agree = np.allclose(theirs, ours, rtol=tolerance, atol=0.0)
     return pd.concat([old.loc[earlier], new]) if agree else None
-
-
-def _write(path: Path, content: bytes) -> None:
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".writing-", delete=False) as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    Path(file.name).replace(path)
 
 
 class CachedTable(NamedTuple):
@@ -347,8 +337,8 @@ class BarCache:
         meta = meta.model_copy(update={"rows": len(frame), "file": file, "sha256": sha256})
         with self._writing():
             folder.mkdir(parents=True, exist_ok=True)
-            _write(folder / file, content)
-            _write(folder / f"{kind}.json", seal(meta))
+            write_whole(folder / file, content)
+            write_whole(folder / f"{kind}.json", seal(meta))
             for path in {*folder.glob(f"{kind}-*.parquet"), *folder.glob(".writing-*")} - {folder / file}:
                 path.unlink(missing_ok=True)
 

@@ -9,9 +9,7 @@ import hashlib
 import importlib.util
 import io
 import logging
-import os
 import re
-import tempfile
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -52,6 +50,7 @@ from utils.base import (
     UpstreamError,
     UsageError,
 )
+from utils.model_paths import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +152,7 @@ class FinnhubNews:
             logger.warning("%s: headlines are those that were kept: %s", symbol, error)
             return kept
         frame = _by_date(new if kept is None else pd.concat([kept, new]))
-        _keep(path, frame)
+        write_whole(path, frame.to_csv(index=False, date_format="%Y-%m-%d").encode())
         return frame
 
     def _ask(self, symbol: str, first: date, last: date) -> pd.DataFrame:
@@ -222,14 +221,6 @@ def _kept_headlines(path: Path) -> pd.DataFrame | None:
         logger.warning("kept headlines are read anew: %s", error)
         path.replace(path.with_suffix(".damaged"))
         return None
-
-
-def _keep(path: Path, frame: pd.DataFrame) -> None:
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        frame.to_csv(file, index=False, date_format="%Y-%m-%d")
-        file.flush()
-        os.fsync(file.fileno())
-    Path(file.name).replace(path)
 
 
 class BarSource(ABC):
