@@ -9,8 +9,8 @@ other room reads, counts what it mended, and refuses what it cannot mend. Calend
 import functools
 import hashlib
 import importlib.metadata
+import io
 import re
-import uuid
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -22,6 +22,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from utils.base import DataError, InsufficientDataError, InvalidSymbolError, UsageError, read_settings
+from utils.model_paths import write_whole
 
 Days = NDArray[np.datetime64]
 BAR_COLUMNS = ("Open", "High", "Low", "Close", "Volume")
@@ -211,9 +212,9 @@ def _kept(name: str, end: np.datetime64) -> tuple[str, Days, Days, np.datetime64
     # Who cannot write here builds it again in the next process.
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        aside = file.with_name(f"{uuid.uuid4().hex}.npz")
-        np.savez(aside, zone=np.array(zone), days=days, closes=closes, known_to=np.array(known_to))
-        aside.replace(file)
+        content = io.BytesIO()
+        np.savez(content, zone=np.array(zone), days=days, closes=closes, known_to=np.array(known_to))
+        write_whole(file, content.getvalue())
     return built
 
 
