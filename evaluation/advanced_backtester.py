@@ -46,19 +46,11 @@ class Benchmark:
 class BacktestReport:
     """What a backtest found.
 
-    Attributes
-    ----------
-    daily
-        By session: ``target_weight`` (decided at this close), ``held_weight`` (earned in this bar),
-        ``equity``, returns, ``drawdown``, costs (money), ``expected_return`` (NaN where there is none) and
-        more.
-    trades
-        One row per order, see `Trade`; a flip from long to short is two.
-    metrics, benchmarks, notes
-        Of the strategy; ``buy_hold``, ``exposure_matched``, ``volatility_matched``; what belongs beside it
-        all.
-    out_of_sample_from
-        First out-of-sample session; None when no row is known to be.
+    ``daily`` holds, by session: ``target_weight`` (decided at this close), ``held_weight`` (earned in this
+    bar), ``equity``, returns, ``drawdown``, costs (money), ``expected_return`` (NaN where there is none) and
+    more. ``trades`` has a row per order, see `Trade`; a flip from long to short is two. ``benchmarks`` are
+    ``buy_hold``, ``exposure_matched`` and ``volatility_matched``; ``out_of_sample_from`` is the first
+    out-of-sample session, None when no row is known to be.
     """
 
     daily: pd.DataFrame
@@ -169,10 +161,9 @@ class AdvancedBacktester:
 
         Raises
         ------
-        DataError
-            When rows make no sense, or none, or only some behind the first, are out of sample.
-        InsufficientDataError
-            When fewer than 2 rows count.
+        DataError, InsufficientDataError
+            When rows make no sense, or none, or only some behind the first, are out of sample; when fewer
+            than 2 rows count.
         """
         n, was_told = len(dates), is_out_of_sample is not None
         known = np.array(np.zeros(n) if is_out_of_sample is None else is_out_of_sample, dtype=np.bool_)
@@ -376,21 +367,14 @@ def by_year(result: BacktestReport) -> list[dict[str, object]]:
     """Return one record a calendar year: returns by name, ``deepest``, ``exposure`` and ``turnover``."""
     net, daily = net_returns(result), result.daily
     years = pd.DatetimeIndex(net.index).year
-    records: list[dict[str, object]] = []
-    for year, held in daily.groupby(years)[["held_weight", "turnover"]]:
-        growth = (1.0 + net.loc[held.index]).cumprod()
-        own = growth["strategy"]
-        records.append(
-            {
-                "period": str(year),
-                "n_bars": len(held),
-                **{str(name): float(value) for name, value in (growth.iloc[-1] - 1.0).items()},
-                "deepest": float((own / own.cummax().clip(lower=1.0)).min() - 1.0),
-                "exposure": float(held["held_weight"].mean()),
-                "turnover": float(held["turnover"].sum()),
-            }
-        )
-    return records
+    growth, held = (1.0 + net).groupby(years).cumprod(), daily.groupby(years)
+    peak = growth["strategy"].groupby(years).cummax().clip(lower=1.0)
+    table = (growth.groupby(years).last() - 1.0).assign(
+        deepest=(growth["strategy"] / peak).groupby(years).min() - 1.0,
+        exposure=held["held_weight"].mean(),
+        turnover=held["turnover"].sum(),
+    )
+    return _records(table, held.size())
 
 
 def by_regime(result: BacktestReport) -> list[dict[str, object]]:
@@ -403,15 +387,15 @@ def by_regime(result: BacktestReport) -> list[dict[str, object]]:
     # A regime must be known before the day that is counted to it.
     volatility = result.daily["asset_return"].rolling(REGIME_BARS).std().shift(1)
     thirds = pd.qcut(volatility.rank(method="first"), 3, labels=["Calm", "Middle", "Stormy"])
-    year = result.costs.periods_per_year
-    return [
-        {
-            "period": str(third),
-            "n_bars": len(part),
-            **{str(name): float(mean) for name, mean in (part.mean() * year).items()},
-        }
-        for third, part in net_returns(result).groupby(thirds, observed=True)
-    ]
+    groups = net_returns(result).groupby(thirds, observed=True)
+    return _records(groups.mean() * result.costs.periods_per_year, groups.size())
+
+
+def _records(table: pd.DataFrame, n_bars: "pd.Series[int]") -> list[dict[str, object]]:
+    """Return one record a row, under its name and the number of bars behind it."""
+    table.insert(0, "n_bars", n_bars)
+    table.insert(0, "period", table.index.astype(str))
+    return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
 
 
 def by_bar(result: BacktestReport) -> pd.DataFrame:
@@ -423,17 +407,14 @@ def by_bar(result: BacktestReport) -> pd.DataFrame:
     # Nothing is earned in the first row.
     net, active = daily["net_return"].iloc[1:], (daily["net_return"] - market["net_return"]).iloc[1:]
     mean, spread = net.rolling(ROLLING_BARS).mean(), net.rolling(ROLLING_BARS).std()
-    view = {
-        "equity": daily["equity"],
-        "buy_hold_equity": market["equity"],
-        "drawdown": daily["drawdown"],
-        "rolling_sharpe": (mean / spread).where(spread > 1e-9) * np.sqrt(year),
-        "rolling_alpha": active.rolling(ROLLING_BARS).mean() * year,
-        "position": daily["held_weight"],
-        "strategy_return": daily["net_return"],
-        "buy_hold_return": market["net_return"],
-    }
-    return pd.DataFrame(view).fillna(0.0)
+    own = {"held_weight": "position", "net_return": "strategy_return"}
+    view = daily[["equity", "drawdown", *own]].rename(columns=own)
+    return view.assign(
+        buy_hold_equity=market["equity"],
+        buy_hold_return=market["net_return"],
+        rolling_sharpe=(mean / spread).where(spread > 1e-9) * np.sqrt(year),
+        rolling_alpha=active.rolling(ROLLING_BARS).mean() * year,
+    ).fillna(0.0)
 
 
 def by_month(result: BacktestReport) -> pd.DataFrame:

@@ -5,7 +5,6 @@ Every maker is a pure function of its data: the same data give the same bytes. C
 dark. Words stay out of the drawings: titles, captions and legends are HTML around them.
 """
 
-import functools
 import hashlib
 import io
 import re
@@ -22,7 +21,6 @@ import pandas as pd
 from utils.base import DataError
 
 if TYPE_CHECKING:
-    from matplotlib import RcParams
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
 
@@ -99,15 +97,6 @@ Block = Drawing | Table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stat:
-    """A figure of the headline and what it stands beside."""
-
-    label: str
-    value: str
-    note: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Banner:
     """A sentence in colour (``good``, ``plain``, ``caution``, ``bad``), with reasons."""
 
@@ -128,12 +117,15 @@ class Section:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """A whole page; a ``stamp`` (IN-SAMPLE) is repeated on every figure, table and chart."""
+    """A whole page; a ``stamp`` (IN-SAMPLE) is repeated on every figure, table and chart.
+
+    Of ``headline``, each is a label, a figure, and what the figure stands beside.
+    """
 
     kicker: str
     title: str
     subtitle: str
-    headline: tuple[Stat, ...]
+    headline: tuple[tuple[str, str, str], ...]
     banners: tuple[Banner, ...]
     sections: tuple[Section, ...]
     limits: tuple[str, ...]
@@ -175,11 +167,9 @@ def bar_chart(values: Mapping[str, float], notes: Mapping[str, str], heads: tupl
     """Show shares (fractions >= 0) as bars, longest first, each with a note; heads: of label, share, note."""
     ranked = sorted(values.items(), key=lambda item: (-item[1], item[0]))
     top = max((share for _label, share in ranked), default=0.0) or 1.0
-    bars = (
-        (label, replace(cell(share, "pct"), share=round(100 * share / top, 1))) for label, share in ranked
-    )
-    rows = tuple((Cell(label), bar, Cell(notes.get(label, ""))) for label, bar in bars)
-    return Table(columns=heads, rows=rows, style="bars")
+    bars = (replace(cell(share, "pct"), share=round(100 * share / top, 1)) for _label, share in ranked)
+    rows = ((Cell(name), bar, Cell(notes.get(name, ""))) for (name, _), bar in zip(ranked, bars, strict=True))
+    return Table(columns=heads, rows=tuple(rows), style="bars")
 
 
 def equity_chart(dates: pd.DatetimeIndex, equity: Series, in_sample: BoolArray | None = None) -> Drawing:
@@ -224,12 +214,14 @@ def rolling_sharpe_chart(
     dates: pd.DatetimeIndex, returns: Series, *, window: int, periods_per_year: int
 ) -> Drawing:
     """Draw the annualised Sharpe ratio of the last ``window`` simple returns, known at each close."""
-    curves: dict[str, tuple[str, FloatArray]] = {}
-    for label, (role, values) in returns.items():
+
+    def ratio(values: FloatArray) -> FloatArray:
         rolling = pd.Series(values).rolling(window)
         # Rounding leaves a tiny spread where nothing moved at all.
-        ratio = rolling.mean() / rolling.std().where(lambda spread: spread > 1e-12)
-        curves[label] = (role, np.asarray(ratio, dtype=np.float64) * np.sqrt(periods_per_year))
+        found = rolling.mean() / rolling.std().where(lambda spread: spread > 1e-12)
+        return np.asarray(found * np.sqrt(periods_per_year), dtype=np.float64)
+
+    curves = {label: (role, ratio(values)) for label, (role, values) in returns.items()}
     return curve_chart(dates, curves, span="strip")
 
 
@@ -291,9 +283,9 @@ def forecast_fan_chart(
         ax.plot(dates[outside], actual[outside], "o", color=ROLES["loss"], ms=size + 0.8, mew=0)
         _percent(ax.yaxis)
 
-    legend = (Key("forecast", "strategy"), Key("80 % band", "strategy", "area"))
-    marks = (Key("realised inside", "hold", "dot"), Key("realised outside", "loss", "dot"))
-    return _draw(paint, "full", (*legend, *marks))
+    legend = Key("forecast", "strategy"), Key("80 % band", "strategy", "area")
+    marks = Key("realised inside", "hold", "dot"), Key("realised outside", "loss", "dot")
+    return _draw(paint, "full", legend + marks)
 
 
 def reliability_chart(
@@ -370,24 +362,22 @@ def _shade(ax: "Axes", dates: pd.DatetimeIndex, mask: BoolArray | None) -> None:
 
 
 def _percent(axis: "Axis") -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator  # noqa: PLC0415
+    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
 
     axis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
-    axis.set_major_formatter(FuncFormatter(lambda v, _at: f"{v * 100:.6g} %".replace("-", MINUS)))
+    axis.set_major_formatter(lambda v, _at: f"{v * 100:.6g} %".replace("-", MINUS))
 
 
 def _log_axis(ax: "Axes", pattern: str) -> None:
-    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator  # noqa: PLC0415
+    from matplotlib.ticker import LogLocator, MaxNLocator  # noqa: PLC0415
 
     ax.set_yscale("log")
     low, high = ax.get_ylim()
     # Steps of 1, 2, 5 are too coarse for a range below half a decade.
-    decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
-    coarse = np.ravel(np.outer(decades, (1, 2, 5)) if high < 400 * low else decades)
-    ticks = MaxNLocator(5).tick_values(low, high) if high < 5 * low else coarse
-    ax.yaxis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
-    ax.yaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _at: pattern.format(round(value, 6))))
+    coarse = LogLocator(subs=(1, 2, 5) if high < 400 * low else (1,))
+    ax.yaxis.set_major_locator(MaxNLocator(5) if high < 5 * low else coarse)
+    ax.minorticks_off()
+    ax.yaxis.set_major_formatter(lambda value, _at: pattern.format(round(value, 6)))
 
 
 def _draw(paint: Paint, span: str, legend: tuple[Key, ...], *, dated: bool = True) -> Drawing:
@@ -402,12 +392,11 @@ def _draw(paint: Paint, span: str, legend: tuple[Key, ...], *, dated: bool = Tru
 
 def _svg(paint: Paint, size: tuple[int, int], points: int, *, dated: bool) -> str:
     # A third of a second that only a run with a report should pay.
-    import matplotlib as mpl  # noqa: PLC0415
-    from matplotlib import dates, figure  # noqa: PLC0415
+    from matplotlib import dates, figure, style  # noqa: PLC0415
 
     width, height = size
     buffer = io.StringIO()
-    with _STYLE_LOCK, mpl.rc_context(_style()):
+    with _STYLE_LOCK, style.context(STYLE):
         # 72 points to the inch: a point is a CSS pixel.
         page = figure.Figure(figsize=(width / 72, height / 72), dpi=72)
         ax = page.add_axes((50 / width, 26 / height, (width - 58) / width, (height - 34) / height))
@@ -418,13 +407,6 @@ def _svg(paint: Paint, size: tuple[int, int], points: int, *, dated: bool) -> st
             ax.xaxis.set_major_formatter(dates.ConciseDateFormatter(locator, show_offset=False))  # type: ignore[no-untyped-call]
         page.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _clean(buffer.getvalue(), size)
-
-
-@functools.cache
-def _style() -> "RcParams":
-    from matplotlib import rc_params_from_file  # noqa: PLC0415
-
-    return rc_params_from_file(STYLE, use_default_template=False)
 
 
 def _clean(svg: str, size: tuple[int, int]) -> str:
