@@ -12,8 +12,7 @@ import logging
 import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from functools import cached_property
@@ -59,7 +58,6 @@ _UNKNOWN = re.compile(
     r"no data found|not found|delisted|no price data|doesn't exist|invalid input", re.IGNORECASE
 )
 _NOT_A_CHART = (ValueError, LookupError, TypeError, AttributeError)
-DEFAULT_MAX_BYTES = 1 << 30
 # Who has had no bar for more sessions will have none any more.
 DELISTED_AFTER_SESSIONS = 10
 HEADLINE_COLUMNS = ("date", "headline", "source")
@@ -339,39 +337,6 @@ def check_answer(
         missing_sessions=missing,
         unfinished_dropped=len(raw) - len(settled),
     )
-
-
-def load_panel(
-    symbols: Sequence[str],
-    read: Callable[[str], Bars],
-    jobs: int = 4,
-    *,
-    max_bytes: int = DEFAULT_MAX_BYTES,
-) -> tuple[dict[str, Bars], dict[str, AIStocksError]]:
-    """Return what ``read`` says of every symbol, in the order given, and why others have no bars.
-
-    A panel that silently lacks its failures is a panel of survivors: tell them, or refuse it. ``jobs`` are
-    read at a time, in threads; raises ``DataError`` if all bars together pass ``max_bytes``.
-    """
-    panel: dict[str, Bars] = {}
-    failures: dict[str, AIStocksError] = {}
-    held = 0
-    with ThreadPoolExecutor(max_workers=max(1, jobs)) as pool:
-        flights = {symbol: pool.submit(read, symbol) for symbol in map(normalise_symbol, symbols)}
-        for symbol, flight in flights.items():
-            try:
-                panel[symbol] = flight.result()
-            except AIStocksError as error:
-                failures[symbol] = error
-                continue
-            held += panel[symbol].frame.to_numpy().nbytes
-            if held > max_bytes:
-                pool.shutdown(cancel_futures=True)
-                raise DataError(
-                    f"the bars of {len(panel)} of {len(flights)} symbols take {held / 2**20:.0f} MiB, over "
-                    f"the {max_bytes / 2**20:.0f} MiB allowed: name fewer symbols"
-                )
-    return panel, failures
 
 
 def last_due(symbol: str, source_name: str, now: datetime) -> pd.Timestamp:
