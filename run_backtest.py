@@ -58,10 +58,6 @@ from utils.model_paths import MODES, TRIALS, mode_of
 DEFAULT_DAYS = 250
 # Times equity: no broker lends a private person more, and overnight gaps would ruin who had it.
 MOST_EXPOSURE = 5.0
-AHEAD_OF = (
-    ("buy_hold", "over buy and hold", "strategy"),
-    ("exposure_matched", "over equal exposure", "exposure"),
-)
 BESIDE = ("total_return", "cagr", "sharpe_ratio", "max_drawdown", "exposure_mean", "turnover")
 SUMMARY_FIGURES = (
     "sharpe_ratio", "max_drawdown", "win_rate", "total_trades", "direction_accuracy", "turnover",
@@ -291,7 +287,7 @@ def comparison_report(outcomes: Sequence[Outcome]) -> Report:
         daily, rivals = outcome.result.daily, outcome.result.benchmarks
         curves = {
             label: (role, np.asarray(daily["equity"] / rivals[name].daily["equity"] - 1.0, dtype=np.float64))
-            for name, label, role in AHEAD_OF
+            for name, (label, role) in words.table["ahead"].items()
         }
         chart = charts.curve_chart(pd.DatetimeIndex(daily.index), curves, form="pct")
         drawn.append(words.on("ahead", chart, {"symbol": outcome.bundle.symbol}))

@@ -6,7 +6,7 @@ NaN, where there was none; such rows are left out. The risk-free rate is zero. F
 (1968); Newey, West (1987); Gneiting, Raftery (2007).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import erf
 from typing import Any
@@ -89,16 +89,15 @@ def volatility(returns: FloatArray, periods_per_year: int) -> Measured:
 
 def sharpe(returns: FloatArray, periods_per_year: int) -> Measured:
     """Mean over standard deviation (ddof 1), annualised; undefined when returns do not vary."""
-    return _annual_ratio(_finite(returns, "returns"), _deviation, periods_per_year, "returns do not vary")
+    sample = _finite(returns, "returns")
+    return _annual_ratio(sample, _deviation(sample), periods_per_year, "returns do not vary")
 
 
 def sortino(returns: FloatArray, periods_per_year: int) -> Measured:
     """Mean over the root of the mean squared loss, annualised; undefined without a loss."""
-
-    def downside(sample: FloatArray) -> float:
-        return float(np.sqrt(np.mean(np.minimum(sample, 0.0) ** 2)))
-
-    return _annual_ratio(_finite(returns, "returns"), downside, periods_per_year, "no return is negative")
+    sample = _finite(returns, "returns")
+    downside = float(np.sqrt(np.sum(np.minimum(sample, 0.0) ** 2) / max(len(sample), 1)))
+    return _annual_ratio(sample, downside, periods_per_year, "no return is negative")
 
 
 def drawdowns(equity: FloatArray) -> FloatArray:
@@ -170,7 +169,8 @@ def profit_factor(closed_pnl: FloatArray) -> Measured:
 def information_ratio(returns: FloatArray, benchmark: FloatArray, periods_per_year: int) -> Measured:
     """Sharpe ratio of the return over the benchmark's."""
     active = _finite(returns, "returns") - _finite(benchmark, "benchmark")
-    return _annual_ratio(active, _deviation, periods_per_year, "returns do not differ from the benchmark's")
+    why = "returns do not differ from the benchmark's"
+    return _annual_ratio(active, _deviation(active), periods_per_year, why)
 
 
 def market_line(returns: FloatArray, benchmark: FloatArray, periods_per_year: int) -> dict[str, Measured]:
@@ -376,17 +376,14 @@ def _short(sample: FloatArray, need: int, what: str = "returns") -> Measured | N
     return _none(f"needs {need} {what}, has {len(sample)}") if len(sample) < need else None
 
 
-def _annual_ratio(
-    sample: FloatArray, spread_of: Callable[[FloatArray], float], periods_per_year: int, why: str
-) -> Measured:
-    if short := _short(sample, 2):
-        return short
-    spread = spread_of(sample)
-    return _none(why) if spread <= _TINY else Measured(float(sample.mean() / spread * periods_per_year**0.5))
+def _annual_ratio(sample: FloatArray, spread: float, periods_per_year: int, why: str) -> Measured:
+    if none := _short(sample, 2) or (_none(why) if spread <= _TINY else None):
+        return none
+    return Measured(float(sample.mean() / spread * np.sqrt(periods_per_year)))
 
 
 def _deviation(sample: FloatArray) -> float:
-    return float(sample.std(ddof=1))
+    return float(sample.std(ddof=1)) if len(sample) > 1 else 0.0
 
 
 def _ranks(sample: FloatArray) -> FloatArray:
