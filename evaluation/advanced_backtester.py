@@ -5,7 +5,7 @@ hold, a constant exposure as high as the strategy's own average, and a constant 
 strategy, all booked by the same `account`, after the same costs and financing. Leverage is not alpha.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
@@ -104,7 +104,6 @@ class _Window(NamedTuple):
     target_weight: FloatArray
     is_out_of_sample: BoolArray
     expected_return: FloatArray
-    reason: Sequence[str] | None
 
     @property
     def asset_return(self) -> FloatArray:
@@ -141,7 +140,6 @@ class AdvancedBacktester:
         include_in_sample: bool = False,
         expected_return: FloatArray | None = None,
         horizon_bars: int | None = None,
-        reason: Sequence[str] | None = None,
     ) -> BacktestReport:
         """Book the weights and judge them.
 
@@ -156,8 +154,6 @@ class AdvancedBacktester:
             the rows before the first such bar count as well.
         expected_return, horizon_bars
             (n,) forecasts of the simple return over the coming ``horizon_bars``, judged against the closes.
-        reason
-            (n,) words for the order that follows from each decision; by default what changed.
 
         Raises
         ------
@@ -169,7 +165,7 @@ class AdvancedBacktester:
         known = np.array(np.zeros(n) if is_out_of_sample is None else is_out_of_sample, dtype=np.bool_)
         expected = _floats(np.full(n, np.nan) if expected_return is None else expected_return)
         index = pd.DatetimeIndex(dates, name="date")
-        window = _Window(index, _floats(close), _floats(target_weight), known, expected, reason)
+        window = _Window(index, _floats(close), _floats(target_weight), known, expected)
         _check(window)
         if expected_return is not None and horizon_bars is None:
             raise UsageError("expected_return was given without horizon_bars: say how far the forecasts look")
@@ -248,8 +244,8 @@ class AdvancedBacktester:
 
 def _check(window: _Window) -> None:
     n, prices = len(window.dates), window.close
-    for name, column in zip(_Window._fields, window, strict=True):
-        if column is not None and len(column) != n:
+    for name, column in window._asdict().items():
+        if len(column) != n:
             raise DataError(f"{name} has {len(column)} entries for {n} dates; must be one per date")
     if not (window.dates.is_monotonic_increasing and window.dates.is_unique):
         raise DataError("dates must ascend strictly; sort them and drop doubles")
@@ -279,7 +275,7 @@ def _drop_in_sample(window: _Window) -> _Window:
             f"{window.dates[int(np.argmax(strange))]:%Y-%m-%d}; drop them or pass include_in_sample=True"
         )
     kept = window._replace(is_out_of_sample=~strange)
-    return _Window._make(None if column is None else column[first:] for column in kept)
+    return _Window._make(column[first:] for column in kept)
 
 
 def _daily(window: _Window, ledger: Ledger) -> pd.DataFrame:
@@ -353,7 +349,7 @@ def _trades(window: _Window, ledger: Ledger, band: float) -> Iterator[Trade]:
                 commission,
                 slippage,
                 bool(moved),
-                window.reason[row - 1] if window.reason else f"{words}, weight {held[row]:.2f}",
+                f"{words}, weight {held[row]:.2f}",
             )
 
 
@@ -427,8 +423,6 @@ def by_month(result: BacktestReport) -> pd.DataFrame:
 
 def by_action(result: BacktestReport) -> pd.DataFrame:
     """Return orders by action: how many, and what those that closed realised, money."""
-    pnl = result.trades.groupby("action")["pnl"]
-    wins = result.trades["pnl"].gt(0.0).groupby(result.trades["action"]).mean()
-    return pd.DataFrame(
-        {"count": pnl.size(), "win_rate": wins, "avg_pnl": pnl.mean(), "total_pnl": pnl.sum()}
-    )
+    pnl = result.trades.assign(won=result.trades["pnl"] > 0.0).groupby("action")
+    profit = {"avg_pnl": ("pnl", "mean"), "total_pnl": ("pnl", "sum")}
+    return pnl.agg(count=("pnl", "size"), win_rate=("won", "mean"), **profit)
