@@ -219,37 +219,33 @@ def _std(ret: FloatArray, window: int) -> FloatArray:
     return out
 
 
-def _cross_asset_rows(x: BarArrays, vix: FloatArray) -> dict[str, FloatArray]:
-    """Return the family's features by name; ``vix`` as :func:`align_close` gives it."""
+def _cross_asset(x: BarArrays, rows: FeatureRows, vix: FloatArray) -> None:
+    """Store the family; ``vix`` as :func:`align_close` gives it."""
     level = vix / 100.0
     spread = np.sqrt(_SESSIONS_PER_YEAR) * _std(x.ret, 20) - level
     mean, _, deviation = ind.rolling_deviations(spread, 120)
-    return {
-        "vix_level": level,
-        "vix_change": ind.log_change(np.log(vix), 0, 5),
-        "rv_iv_spread": spread,
-        "rv_iv_zscore": ind.guarded_ratio(spread - mean, deviation, NO_MOVE, 0.0),
-    }
+    rows["vix_level"] = level
+    rows["vix_change"] = ind.log_change(np.log(vix), 0, 5)
+    rows["rv_iv_spread"] = spread
+    rows["rv_iv_zscore"] = ind.guarded_ratio(spread - mean, deviation, NO_MOVE, 0.0)
 
 
-def _market_rows(x: BarArrays, market: FloatArray) -> dict[str, FloatArray]:
-    """Return the features of the family by name; ``market`` as :func:`align_close` gives it."""
+def _market_context(x: BarArrays, rows: FeatureRows, market: FloatArray) -> None:
+    """Store the family; ``market`` as :func:`align_close` gives it."""
     log_market = np.log(market)
     ret = ind.log_change(log_market, 0, 1)
     own, theirs, month = _std(x.ret, 60), _std(ret, 60), _std(ret, 20)
     means = ind.rolling_sum(x.ret, 60) * ind.rolling_sum(ret, 60) / 3600
     covariance = ind.rolling_sum(x.ret * ret, 60) / 60 - means
-    ahead = {n: ind.log_change(x.log_close, 0, n) - ind.log_change(log_market, 0, n) for n in (20, 60)}
+    rows["beta_60d"] = ind.guarded_ratio(covariance, theirs * theirs, 0.0, 0.0)
+    rows["correlation_60d"] = ind.guarded_ratio(covariance, own * theirs, 0.0, 0.0)
+    for n in (20, 60):
+        ahead = ind.log_change(x.log_close, 0, n) - ind.log_change(log_market, 0, n)
+        rows[f"relative_strength_{n}d"] = ahead / (x.sigma_20 * np.sqrt(n))
+    rows["relative_volatility_20d"] = ind.guarded_ratio(_std(x.ret, 20), month, 0.0, 1.0)
+    rows["market_volatility_20d"] = month
     month_sigma = np.maximum(month, ind.MIN_SIGMA_LOG)
-    return {
-        "beta_60d": ind.guarded_ratio(covariance, theirs * theirs, 0.0, 0.0),
-        "correlation_60d": ind.guarded_ratio(covariance, own * theirs, 0.0, 0.0),
-        "relative_strength_20d": ahead[20] / (x.sigma_20 * np.sqrt(20)),
-        "relative_strength_60d": ahead[60] / (x.sigma_20 * np.sqrt(60)),
-        "relative_volatility_20d": ind.guarded_ratio(_std(x.ret, 20), month, 0.0, 1.0),
-        "market_volatility_20d": month,
-        "market_velocity_20d": ind.log_change(log_market, 0, 20) / (month_sigma * np.sqrt(20)),
-    }
+    rows["market_velocity_20d"] = ind.log_change(log_market, 0, 20) / (month_sigma * np.sqrt(20))
 
 
 def refuse_earlier_closes(symbols: Iterable[str]) -> None:
@@ -333,11 +329,12 @@ def engineer_features(
         x = ind.bar_arrays(*(np.array(bars[name], dtype=np.float64) for name in BAR_COLUMNS))
         for compute in _FAMILIES:
             compute(x, rows)
-        made = _cross_asset_rows(x, align_close(bars, vix, VIX_SERIES)) if vix is not None else {}
-        made |= _market_rows(x, align_close(bars, market, MARKET_SERIES)) if market is not None else {}
-        made |= {name: np.array(bars[name]) for name in SENTIMENT_COLUMNS if has_sentiment(bars)}
-        for name, values in made.items():
-            rows[name] = values
+        if vix is not None:
+            _cross_asset(x, rows, align_close(bars, vix, VIX_SERIES))
+        if market is not None:
+            _market_context(x, rows, align_close(bars, market, MARKET_SERIES))
+        for name in SENTIMENT_COLUMNS if has_sentiment(bars) else ():
+            rows[name] = np.array(bars[name])
     columns = [spec.name for spec in FEATURES + optional]
     return pd.DataFrame(rows.block.T, index=bars.index, columns=columns, copy=False)
 

@@ -172,7 +172,7 @@ def bar_chart(values: Mapping[str, float], notes: Mapping[str, str], heads: tupl
     return Table(columns=heads, rows=tuple(rows), style="bars")
 
 
-def equity_chart(dates: pd.DatetimeIndex, equity: Series, in_sample: BoolArray | None = None) -> Drawing:
+def equity_chart(dates: pd.DatetimeIndex, equity: Series, in_sample: BoolArray) -> Drawing:
     """Draw growth of one unit on a log scale; label to (role, equity at each close, (n,)), the first on top.
 
     Rows where ``in_sample``, (n,), holds are shaded.
@@ -180,14 +180,15 @@ def equity_chart(dates: pd.DatetimeIndex, equity: Series, in_sample: BoolArray |
     growth = {label: (role, values / values[0]) for label, (role, values) in equity.items()}
 
     def paint(ax: "Axes", points: int) -> None:
-        _shade(ax, dates, in_sample)
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], in_sample.astype(np.int8), [0]])))
+        for start, stop in edges.reshape(-1, 2):
+            ax.axvspan(dates[start], dates[stop - 1], color=ROLES["loss"], alpha=0.10, lw=0)
         # Ruin has no logarithm; it is drawn at a hundredth.
         _lines(ax, dates, {name: (role, np.maximum(v, 0.01)) for name, (role, v) in growth.items()}, points)
         _log_axis(ax, "{:g}" + TIMES)
 
     keys = tuple(Key(f"{label} {values[-1]:,.2f}{TIMES}", role) for label, (role, values) in growth.items())
-    shaded = in_sample is not None and bool(in_sample.any())
-    return _draw(paint, "full", (*keys, Key("in-sample rows", "loss", "area")) if shaded else keys)
+    return _draw(paint, "full", (*keys, Key("in-sample rows", "loss", "area")) if in_sample.any() else keys)
 
 
 def drawdown_chart(dates: pd.DatetimeIndex, drawdown: Series) -> Drawing:
@@ -288,15 +289,13 @@ def forecast_fan_chart(
     return _draw(paint, "full", legend + marks)
 
 
-def reliability_chart(
-    predicted: FloatArray, observed: FloatArray, *, overlap_bars: int = 1, bins: int = 10
-) -> Drawing:
-    """Draw mean outcome against mean forecast, (n,), in bins of equal count with 90 % intervals.
+def reliability_chart(predicted: FloatArray, observed: FloatArray, *, overlap_bars: int = 1) -> Drawing:
+    """Draw mean outcome against mean forecast, (n,), in ten bins of equal count with 90 % intervals.
 
     Outcomes overlap over ``overlap_bars`` rows: a bin is worth its count divided by that.
     """
     order = np.argsort(predicted, kind="stable")
-    parts = np.array_split(order, max(1, min(bins, len(order) // 20)))
+    parts = np.array_split(order, max(1, min(10, len(order) // 20)))
     x = np.array([predicted[part].mean() for part in parts])
     y = np.array([observed[part].mean() for part in parts])
     worth = np.array([max(len(part) / overlap_bars, 2.0) for part in parts])
@@ -351,14 +350,6 @@ def _thin(values: FloatArray, points: int) -> npt.NDArray[np.intp]:
     stretches = np.array_split(known, points // 2 - 1)
     extremes = (part[[np.argmin(values[part]), np.argmax(values[part])]] for part in stretches)
     return np.unique(np.concatenate([known[:1], known[-1:], *extremes]))
-
-
-def _shade(ax: "Axes", dates: pd.DatetimeIndex, mask: BoolArray | None) -> None:
-    if mask is None or not mask.any():
-        return
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(np.int8), [0]])))
-    for start, stop in edges.reshape(-1, 2):
-        ax.axvspan(dates[start], dates[stop - 1], color=ROLES["loss"], alpha=0.10, lw=0)
 
 
 def _percent(axis: "Axis") -> None:

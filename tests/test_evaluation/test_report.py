@@ -581,9 +581,8 @@ def test_a_dollar_sign_in_a_label_is_no_formula() -> None:
 
 def test_every_colour_is_a_role_and_the_background_is_transparent(bars: pd.DataFrame) -> None:
     close = bars["Close"].to_numpy()
-    drawing = charts.equity_chart(
-        pd.DatetimeIndex(bars.index), {"a": ("strategy", close), "b": ("hold", close)}
-    )
+    curves = {"a": ("strategy", close), "b": ("hold", close)}
+    drawing = charts.equity_chart(pd.DatetimeIndex(bars.index), curves, np.zeros(len(close), dtype=bool))
     assert "var(--strategy)" in drawing.wide
     assert "#" not in drawing.wide.replace('"#k', "").replace("(#k", "")
 
