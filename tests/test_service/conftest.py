@@ -295,26 +295,29 @@ BOTH = pytest.mark.parametrize("database_url", ["sqlite", "postgresql"], indirec
 
 
 @pytest.fixture
-def database_url(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[str]:
-    """Address of a database that is not there, or of an empty one on a server (see `BOTH`)."""
-    if getattr(request, "param", "sqlite") == "sqlite":
-        yield f"sqlite:///{tmp_path / 'db' / 'ai_stocks.sqlite'}"
-        return
-    server: PostgresServer = request.getfixturevalue("postgres_server")
-    engines: list[sql.Engine] = []
+def engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[sql.Engine]]:
+    """All engines that are made; they are closed at the end: the driver warns of connections left open."""
+    made: list[sql.Engine] = []
     make = base.database_engine
 
     def remember(url: str, wait_s: float) -> sql.Engine:
-        engines.append(make(url, wait_s))
-        return engines[-1]
+        made.append(make(url, wait_s))
+        return made[-1]
 
     monkeypatch.setattr(base, "database_engine", remember)
-    yield server.url(server.new_database())
-    # The driver warns of connections that nobody has closed.
-    for engine in engines:
+    yield made
+    for engine in made:
         engine.dispose()
+
+
+@pytest.fixture
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Address of a database that is not there, or of an empty one on a server (see `BOTH`)."""
+    if getattr(request, "param", "sqlite") == "sqlite":
+        return f"sqlite:///{tmp_path / 'db' / 'ai_stocks.sqlite'}"
+    server: PostgresServer = request.getfixturevalue("postgres_server")
+    request.getfixturevalue("engines")
+    return server.url(server.new_database())
 
 
 @pytest.fixture
