@@ -198,7 +198,7 @@ def test_a_number_out_of_bounds_is_no_argument(text):
     ],
 )
 def test_an_address_that_cannot_be_used_is_refused_without_its_password(url: str) -> None:
-    with pytest.raises(UsageError, match="AI_STOCKS_DATABASE_URL .* write sqlite:") as caught:
+    with pytest.raises(UsageError, match=r"AI_STOCKS_DATABASE_URL .* write sqlite:") as caught:
         database_engine(url, 1.0)
     assert "s3" not in str(caught.value)
     assert "cret" not in str(caught.value)
