@@ -233,6 +233,28 @@ def test_who_waits_hears_a_heartbeat(make: MakeService, monkeypatch: pytest.Monk
     assert (beat["status"], beat["progress"]) == ("queued", 0.0)
 
 
+def test_who_waits_is_not_sent_away_while_the_database_is(
+    make: MakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_service, "HEARTBEAT_S", 0.05)
+    service = make()
+    job_id = service.start(params()).id
+
+    async def follow() -> list[str]:
+        stream = service.follow(job_id, after=1)
+        await anext(stream)
+        with monkeypatch.context() as away:
+            away.setattr(service._store._database, "read", unreadable)
+            await anext(stream)
+        service.cancel(job_id)
+        return [json.loads(event["data"])["type"] async for event in stream]
+
+    def unreadable(_query: object) -> list[object]:
+        raise StorageError("planted")
+
+    assert asyncio.run(asyncio.wait_for(follow(), 10))[-1] == "cancelled"
+
+
 def test_subscribers_that_leave_leave_nothing(make: MakeService) -> None:
     service = make(FOREVER)
     service.open()
