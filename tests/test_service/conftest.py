@@ -190,7 +190,6 @@ class PostgresServer:
     user: str | None
     port: int
     process: subprocess.Popen[bytes] | None = None
-    made: int = 0
 
     def run(self, command: str, *arguments: str) -> subprocess.Popen[bytes]:
         folders = [os.environ.get("PATH", os.defpath), *map(str, Path("/usr/lib/postgresql").glob("*/bin"))]
@@ -247,10 +246,13 @@ class PostgresServer:
         finally:
             engine.dispose()
 
-    def new_database(self) -> str:
-        self.made += 1
-        self.execute(f"CREATE DATABASE ours{self.made}", "postgres")
-        return f"ours{self.made}"
+    def empty_database(self) -> str:
+        """Return the name of the one database, without tables: each more is a thousand files."""
+        others = "FROM pg_stat_activity WHERE datname = 'postgres' AND pid <> pg_backend_pid()"
+        self.execute(f"SELECT pg_terminate_backend(pid) {others}", "postgres")
+        for statement in ("DROP SCHEMA public CASCADE", "CREATE SCHEMA public"):
+            self.execute(statement, "postgres")
+        return "postgres"
 
 
 @pytest.fixture(scope="session")
@@ -317,7 +319,7 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return f"sqlite:///{tmp_path / 'db' / 'ai_stocks.sqlite'}"
     server: PostgresServer = request.getfixturevalue("postgres_server")
     request.getfixturevalue("engines")
-    return server.url(server.new_database())
+    return server.url(server.empty_database())
 
 
 @pytest.fixture

@@ -383,7 +383,6 @@ for horizon in range(1, 50):
 """
 
 
-@BOTH
 def test_killed_after_the_answer_the_row_is_there(
     ledger: ForecastLedger, bars: pd.DataFrame, tmp_path: Path
 ) -> None:

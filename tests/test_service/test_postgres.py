@@ -95,7 +95,7 @@ def test_who_may_make_no_tables_is_served_with_those_that_are_there(
     change(
         ledger,
         "CREATE ROLE clerk LOGIN",
-        "REVOKE CREATE ON SCHEMA public FROM PUBLIC",
+        "GRANT USAGE ON SCHEMA public TO clerk",
         "GRANT SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA public TO clerk",
     )
     try:
@@ -202,7 +202,7 @@ def test_a_training_outlives_a_restart_of_the_server(
 def test_a_password_of_any_characters_opens_and_a_wrong_one_is_shown_nowhere(
     postgres_server: PostgresServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = postgres_server.new_database()
+    name = postgres_server.empty_database()
     good = postgres_server.url(name, "127.0.0.1")
     assert PASSWORD not in good
     for url, code, words in (
