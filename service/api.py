@@ -27,7 +27,7 @@ from pydantic import ValidationError
 from pydantic.json_schema import models_json_schema
 from sse_starlette import EventSourceResponse
 from starlette.convertors import StringConvertor, register_url_convertor
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
@@ -54,6 +54,8 @@ STREAM_END_S = 2.0
 # Each asks the database twice a second.
 MAX_STREAMS = 32
 
+PREFLIGHT = {"origin", "access-control-request-method"}
+WHO_MAY_ASK = "GET, POST and DELETE are served, to the origins that PYTHON_API_ALLOW_ORIGINS names"
 # The nearest ancestor of an error decides.
 STATUS_OF: Mapping[type[AIStocksError], int] = {
     errors.UsageError: 422,
@@ -105,6 +107,24 @@ class TextConvertor(StringConvertor):
     """Matches anything, slashes and newlines included, so that the symbol's own check refuses it."""
 
     regex = r"(?s:.*)"
+
+
+class CrossOrigin(CORSMiddleware):
+    """Cross-origin headers; what answers a preflight is empty, or a problem: the stock answers are text."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        given = Headers(raw=scope.get("headers", []))
+        if scope.get("method") != "OPTIONS" or not PREFLIGHT <= set(given):
+            await super().__call__(scope, receive, send)
+            return
+        stock = self.preflight_response(given)
+        headers = {name: stock.headers[name] for name in stock.headers if not name.startswith("content-")}
+        refused = bytes(stock.body).decode().removeprefix("Disallowed CORS ")
+        detail = f"the browser may not ask this ({refused}): {WHO_MAY_ASK}"
+        accepted = stock.status_code == 200
+        answers = Response(headers=headers) if accepted else problem(scope, 400, detail, headers)
+        await answers(scope, receive, send)
 
 
 class EventStream(EventSourceResponse):
@@ -175,7 +195,7 @@ def _outermost(api: FastAPI, services: Services, metrics: edge.Metrics) -> edge.
     # Not around the framework, which has an answer of its own to what nobody caught.
     api.add_middleware(edge.Guard, rules=services.rules, rate=rate)
     # What the guard answers carries cross-origin headers too.
-    cors = CORSMiddleware(
+    cors = CrossOrigin(
         partial(FastAPI.__call__, api),
         allow_origins=services.origins,
         allow_methods=["GET", "POST", "DELETE"],
