@@ -81,6 +81,7 @@ DOCS = Path(__file__).with_name("docs.html.j2")
 DOCS_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
 
 Days = Annotated[int, Query(ge=1, le=wire.MAX_CHART_BARS)]
+VersionInQuery = Annotated[str | None, Query(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 SymbolInPath = Annotated[
     str, PathParameter(json_schema_extra={"pattern": wire.SYMBOL_PATTERN, "maxLength": 64})
 ]
@@ -324,9 +325,10 @@ def _add_models(router: APIRouter, services: Services, pool: edge.WorkPool) -> N
         return await pool.run(lambda: answer(registry.restore(model_id)))
 
     @router.post("/api/models/{model_id}/rollback", response_model=wire.ModelMeta)
-    async def roll_back(model_id: str) -> Response:
-        """Let the newest earlier version that loads serve again."""
-        return await pool.run(lambda: answer(_unless_training(services, model_id, registry.roll_back)))
+    async def roll_back(model_id: str, to: VersionInQuery = None) -> Response:
+        """Let the newest earlier version that loads serve again, or ``to``, which may be a newer one."""
+        back = partial(registry.roll_back, to=to)
+        return await pool.run(lambda: answer(_unless_training(services, model_id, back)))
 
     @router.get("/api/models/{model_id}/versions", response_model=list[wire.ModelVersion])
     async def versions(model_id: str) -> Response:

@@ -25,7 +25,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import BeforeValidator, Field, IPvAnyNetwork, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 if TYPE_CHECKING:
@@ -191,6 +191,7 @@ class Settings(BaseSettings):
     api_keys: Annotated[tuple[ApiKey, ...], NoDecode, COMMAS] = ()
     rate_per_s: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] = 100.0
     rate_burst: Annotated[int, Field(ge=1, le=1_000_000)] = 500
+    trusted_proxies: Annotated[tuple[IPvAnyNetwork, ...], NoDecode, COMMAS] = ()
     work_threads: Annotated[int, Field(ge=1, le=64)] = 4
     work_queue: Annotated[int, Field(ge=0, le=10_000)] = 64
     deadline_s: Annotated[float, Field(gt=0, le=3_600, allow_inf_nan=False)] = 30.0

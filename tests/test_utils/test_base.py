@@ -98,6 +98,8 @@ def test_an_empty_level_is_the_default_and_case_does_not_matter(monkeypatch, val
         ("DEADLINE_S", "inf"),
         ("DRAIN_S", "-1"),
         ("LOG_FORMAT", "xml"),
+        ("TRUSTED_PROXIES", "the-proxy"),
+        ("TRUSTED_PROXIES", "10.0.0.1/8"),
     ],
 )
 def test_values_that_make_no_sense_are_refused(monkeypatch, capsys, name, value):
