@@ -59,8 +59,8 @@ LINGER_S = 2.0
 WRITE_S = 30.0
 FED_AT_ONCE, MOST_FILES = 16 << 10, 40_000
 UNBOUNDED = (
-    "headers are bounded neither in size nor in time, nor connections in number, and AI_STOCKS_TRUSTED_PROXIES "
-    "means nothing: --forwarded-allow-ips does; "
+    "headers are bounded neither in size nor in time, nor connections in number, AI_STOCKS_TRUSTED_PROXIES "
+    "is not read (--forwarded-allow-ips is): "
     "start `python app.py` instead, or put a proxy in front that bounds them"
 )
 

@@ -116,7 +116,7 @@ class CrossOrigin(CORSMiddleware):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
         given = Headers(raw=scope.get("headers", []))
-        if scope.get("method") != "OPTIONS" or not PREFLIGHT <= set(given):
+        if scope.get("method") != "OPTIONS" or not set(given) >= PREFLIGHT:
             await super().__call__(scope, receive, send)
             return
         stock = self.preflight_response(given)

@@ -346,7 +346,7 @@ def test_nobody_says_who_else_calls_but_a_trusted_proxy(
 
     config = app._config(answering, settings_of(tmp_path, trusted_proxies=trusted), 1)
     config.load()
-    # Of a chain of proxies the last that is not trusted counts: what comes before it anybody may have written.
+    # The last that is not trusted counts: what comes before it anybody may have written.
     forwarded = [(b"x-forwarded-for", b"203.0.113.9, 192.0.2.7")]
     scope = {"type": "http", "client": (caller, 1), "headers": forwarded}
     asyncio.run(config.loaded_app(scope, nothing, nothing))
