@@ -23,7 +23,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, IPvAnyNetwork, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from sqlalchemy import Engine
 
+T = TypeVar("T")
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 # A line of the log is one line: what callers send cannot forge another, nor drive a terminal.
@@ -138,6 +139,18 @@ class OverloadError(AIStocksError):
 
 class DeadlineError(AIStocksError):
     """An answer of the service took longer than callers are kept waiting."""
+
+
+def cached(compiled: T) -> T:
+    """Let a function of numba keep what it compiles; where nothing can be written it compiles at every start.
+
+    numba's own option ends the import there. It writes beside the source, or where ``NUMBA_CACHE_DIR`` says.
+    """
+    # With NUMBA_DISABLE_JIT=1 it is a plain function.
+    keep = getattr(compiled, "enable_caching", lambda: None)
+    with suppress(RuntimeError):
+        keep()
+    return compiled
 
 
 def _split_commas(value: object) -> object:
