@@ -41,7 +41,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.supervisors import Multiprocess
 
 from service import edge
-from utils.base import AIStocksError, Settings, UsageError, configure_logging, read_settings
+from utils.base import AIStocksError, Settings, UsageError, can_write_in, configure_logging, read_settings
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,9 @@ def create_app(settings: Settings, listening: socket.socket | None = None) -> ed
         hours=settings.training_hours,
     )
     source = make_source(settings.source, cache_dir=settings.cache_dir, news=make_news(settings))
-    cache, ledger = BarCache(settings.cache_dir), ForecastLedger(settings.database)
+    if not (is_kept := can_write_in(settings.cache_dir)):
+        logger.warning("prices are fetched anew at every start: %s cannot be written", settings.cache_dir)
+    cache, ledger = BarCache(settings.cache_dir) if is_kept else None, ForecastLedger(settings.database)
     outbox = Outbox(ledger.record)
     predictions = PredictionService(registry=registry, source=source, cache=cache, on_served=outbox.keep)
     bars_of = functools.partial(fetch_stock_data, source=source, cache=cache)

@@ -249,6 +249,15 @@ def read_settings() -> Settings:
         raise SystemExit(2) from error
 
 
+def can_write_in(folder: Path) -> bool:
+    """Say whether files can be written in a folder, which is made where there is none."""
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        return True
+    return False
+
+
 class TextFormatter(logging.Formatter):
     """A line of text per record, with control characters escaped."""
 

@@ -72,6 +72,15 @@ def test_origins_come_from_the_environment(
             assert headers["access-control-allow-origin"] == origin
 
 
+def test_prices_are_served_where_they_cannot_be_kept(
+    tmp_path: Path, collector: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "cache").write_text("a file where the folder would be")
+    with TestClient(app.create_app(settings_of(tmp_path, source="sample"))) as client:  # type: ignore[arg-type]
+        assert len(client.get("/api/historical/AAPL?days=3").json()["data"]) == 3
+    assert "cannot be written" in caplog.text
+
+
 def test_the_lazy_application_is_built_once() -> None:
     built: list[str] = []
 
