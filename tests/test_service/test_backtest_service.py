@@ -319,7 +319,7 @@ def test_the_log_accounts_for_every_cent_and_nothing_is_nan(data: st.DataObject,
 
 
 def test_daily_trims_are_no_trades_by_action_either() -> None:
-    # Half the equity in a share that rises is sold bit by bit, each bit at a profit, before it falls and is left.
+    # Half the equity in a share that rises is sold bit by bit, at a profit, before it falls and is left.
     prices = [*(100.0 * 1.01**day for day in range(30)), *[60.0] * 10]
     weights = [*[0.5] * 30, *[0.0] * 5, *[0.5, 0.0] * 2, 0.0]
     result = posted_backtest(asked(posted(40, prices=prices, fusedPositions=weights)))
