@@ -25,7 +25,7 @@ _GK_BODY = 2.0 * math.log(2.0) - 1.0
 
 
 @cached
-@njit
+@njit()
 def bar_moves(
     open_: FloatArray, high: FloatArray, low: FloatArray, close: FloatArray, out: FloatArray
 ) -> None:
@@ -55,7 +55,7 @@ def bar_moves(
 
 
 @cached
-@njit
+@njit()
 def bar_flows(moves: FloatArray, volume: FloatArray, out: FloatArray) -> None:
     """Write each bar's volume, weighed in the ways of the volume indicators.
 
@@ -79,7 +79,7 @@ def bar_flows(moves: FloatArray, volume: FloatArray, out: FloatArray) -> None:
 
 
 @cached
-@njit
+@njit()
 def bar_shapes(moves: FloatArray, out: FloatArray) -> None:
     """Write how each bar looks beside the one before.
 
@@ -102,7 +102,7 @@ def bar_shapes(moves: FloatArray, out: FloatArray) -> None:
 
 
 @cached
-@njit
+@njit()
 def rolling_sum(values: FloatArray, window: int) -> FloatArray:
     """Sum the last ``window`` values without ever subtracting.
 
@@ -130,7 +130,7 @@ def rolling_sum(values: FloatArray, window: int) -> FloatArray:
 
 
 @cached
-@njit
+@njit()
 def rolling_deviations(values: FloatArray, window: int) -> FloatArray:
     """Return how far the last ``window`` values lie from their mean, by two passes over each window.
 
@@ -166,7 +166,7 @@ def rolling_deviations(values: FloatArray, window: int) -> FloatArray:
 
 
 @cached
-@njit
+@njit()
 def guarded_ratio(numerator: FloatArray, denominator: FloatArray, least: float, neutral: float) -> FloatArray:
     """Divide where the denominator exceeds ``least``; elsewhere ``neutral``. NaN stays NaN."""
     out = np.empty(numerator.shape[0])
@@ -176,7 +176,7 @@ def guarded_ratio(numerator: FloatArray, denominator: FloatArray, least: float, 
 
 
 @cached
-@njit
+@njit()
 def price_ratio(above: FloatArray, below: FloatArray, price: FloatArray, neutral: float) -> FloatArray:
     """Divide one price difference by another; ``neutral`` where that is no move. NaN stays NaN."""
     out = np.empty(above.shape[0])
@@ -186,7 +186,7 @@ def price_ratio(above: FloatArray, below: FloatArray, price: FloatArray, neutral
 
 
 @cached
-@njit
+@njit()
 def log_change(log_close: FloatArray, near: int, far: int) -> FloatArray:
     """Return log(Close[t - near] / Close[t - far]), shape (n,), NaN in the first ``far`` rows."""
     out = np.full(log_close.shape[0], np.nan)
@@ -196,7 +196,7 @@ def log_change(log_close: FloatArray, near: int, far: int) -> FloatArray:
 
 
 @cached
-@njit
+@njit()
 def directional_index(high: FloatArray, low: FloatArray, window: int) -> FloatArray:
     """Return Wilder's (1978) ADX as a fraction, and (+DI - -DI) / (+DI + -DI), shape (2, n).
 
@@ -220,7 +220,7 @@ def directional_index(high: FloatArray, low: FloatArray, window: int) -> FloatAr
 
 
 @cached
-@njit
+@njit()
 def winsorise(values: FloatArray, lower: float, upper: float, warmup_bars: int, out: FloatArray) -> None:
     """Write values kept within the bounds, shape (n,), NaN in the warm-up.
 

@@ -63,7 +63,7 @@ def check_horizon(horizon_bars: int) -> int:
 
 
 @cached
-@njit
+@njit()
 def har_variance(moves: FloatArray) -> FloatArray:
     """Forecast the next bar's variance of the log return, (n,), from `bar_moves`; known at the close of t.
 

@@ -119,7 +119,7 @@ MAX_RATIO_LOG, MAX_FALL, MAX_VOLUME_LOG = 1.4, 5.0, 2.0
 
 
 @cached
-@njit
+@njit()
 def decayed_mean(values: FloatArray, span_bars: float) -> FloatArray:
     """Return the exponential mean of the values up to each row, divided by its weights, (n,)."""
     alpha = 2.0 / (span_bars + 1.0)
@@ -285,7 +285,7 @@ def _student_cdf(level: FloatArray) -> FloatArray:
 
 
 @cached
-@njit
+@njit()
 def _replace(window: FloatArray, count: int, gone: float, come: float) -> None:
     """Put ``come`` among ``count`` ascending values, in place of ``gone`` or, if NaN, the last."""
     place = count - 1 if np.isnan(gone) else np.searchsorted(window[:count], gone)
@@ -305,7 +305,7 @@ def _replace(window: FloatArray, count: int, gone: float, come: float) -> None:
 
 
 @cached
-@njit
+@njit()
 def _quantile(window: FloatArray, count: int, level: float) -> float:
     if count == 0:
         return 0.0
@@ -316,7 +316,7 @@ def _quantile(window: FloatArray, count: int, level: float) -> float:
 
 
 @cached
-@njit
+@njit()
 def _follow(
     z: FloatArray, wanted: FloatArray, prior: FloatArray, horizon_bars: int
 ) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:

@@ -120,11 +120,10 @@ class CrossOrigin(CORSMiddleware):
             await super().__call__(scope, receive, send)
             return
         stock = self.preflight_response(given)
-        headers = {name: stock.headers[name] for name in stock.headers if not name.startswith("content-")}
+        kept = {name: stock.headers[name] for name in stock.headers if not name.startswith("content-")}
         refused = bytes(stock.body).decode().removeprefix("Disallowed CORS ")
         detail = f"the browser may not ask this ({refused}): {WHO_MAY_ASK}"
-        accepted = stock.status_code == 200
-        answers = Response(headers=headers) if accepted else problem(scope, 400, detail, headers)
+        answers = Response(headers=kept) if stock.status_code == 200 else problem(scope, 400, detail, kept)
         await answers(scope, receive, send)
 
 
@@ -476,7 +475,9 @@ def _on_http_error(request: Request, error: StarletteHTTPException) -> Response:
     details = {404: "no such route: see /docs", 405: f"{request.method} is not served here: see /docs"}
     stock = error.detail == http.HTTPStatus(error.status_code).phrase
     detail = details.get(error.status_code, str(error.detail)) if stock else str(error.detail)
-    return problem(request.scope, error.status_code, detail, error.headers)
+    allowed = edge.methods_of(request.scope["path"], request.app.openapi()["paths"])
+    headers = {"Allow": allowed} if allowed and error.status_code == 405 else error.headers
+    return problem(request.scope, error.status_code, detail, headers)
 
 
 def _on_invalid(request: Request, error: RequestValidationError) -> Response:
@@ -493,7 +494,7 @@ def _sentence(error: Mapping[str, Any]) -> str:
     where = ".".join(str(part) for part in error["loc"] if part not in {"body", "query", "path"})[:80]
     message = str(error["msg"]).removeprefix("Value error, ")
     came = error.get("input")
-    if isinstance(came, bytes) and not where:
+    if not where and (isinstance(came, bytes) or error["type"] == "missing"):
         return "send JSON with Content-Type: application/json"
     got = f" (got {came})" if is_finite_number(came) and abs(came) < 1e15 else ""
     return f"{where}: {message}{got}" if where else f"{message}{got}"

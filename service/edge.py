@@ -67,6 +67,7 @@ DEFAULT_HEADERS = (
     (b"cache-control", b"no-store"),
     (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
 )
+PARAMETER = re.compile(r"\{\w+\}")
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
@@ -234,6 +235,12 @@ def header(scope: Scope, name: bytes) -> bytes:
         if key == name:
             return value
     return b""
+
+
+def methods_of(path: str, documented: Mapping[str, Mapping[str, object]]) -> str:
+    """Return all methods of a path, as an ``Allow`` header names them; "" of one that no template fits."""
+    fits = [item for known, item in documented.items() if re.fullmatch(PARAMETER.sub("[^/]+", known), path)]
+    return ", ".join(sorted({method.upper() for item in fits for method in item}))
 
 
 @dataclass(frozen=True, slots=True)

@@ -222,9 +222,10 @@ def _unreadable(what: str, error: OSError) -> ModelCorruptError:
 
 def what_is_at(link: Path) -> Path | None:
     """Return what a link names, or what is no link; None without either, `ModelCorruptError` unreadable."""
+    found: Path | None = None
     with _readable(f"the folder of {link.parent.name}"):
-        return link.readlink() if stat.S_ISLNK(link.lstat().st_mode) else link
-    return None
+        found = link.readlink() if stat.S_ISLNK(link.lstat().st_mode) else link
+    return found
 
 
 def serve(

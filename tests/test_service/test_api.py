@@ -194,7 +194,22 @@ def test_unknown_paths_and_methods_are_problems(client: TestClient) -> None:
     response = client.get("/api/predict")
     check_problem(response, 405)
     assert response.headers["allow"] == "POST"
-    check_problem(client.put("/api/models/AAPL-gbm"), 405)
+    for path, methods in (
+        ("/api/models/AAPL-gbm", "DELETE, GET"),
+        ("/api/training/x", "DELETE, GET"),
+        ("/api/models/train", "DELETE, GET, POST"),
+        ("/api/historical/AAPL", "GET"),
+        ("/metrics", "GET"),
+    ):
+        response = client.put(path)
+        check_problem(response, 405)
+        # All of the path, and not those of the one route that the framework met first.
+        assert response.headers["allow"] == methods
+
+
+@pytest.mark.parametrize("path", ["/api/predict", "/api/training/start"])
+def test_a_body_that_is_missing_is_asked_for(client: TestClient, path: str) -> None:
+    assert check_problem(client.post(path), 422) == "send JSON with Content-Type: application/json"
 
 
 # ---------------------------------------------------------------- faults 1 to 4
