@@ -222,10 +222,10 @@ def _unreadable(what: str, error: OSError) -> ModelCorruptError:
 
 def what_is_at(link: Path) -> Path | None:
     """Return what a link names, or what is no link; None without either, `ModelCorruptError` unreadable."""
-    found: Path | None = None
+    found = list[Path]()
     with _readable(f"the folder of {link.parent.name}"):
-        found = link.readlink() if stat.S_ISLNK(link.lstat().st_mode) else link
-    return found
+        found.append(link.readlink() if stat.S_ISLNK(link.lstat().st_mode) else link)
+    return found[0] if found else None
 
 
 def serve(
@@ -305,19 +305,20 @@ def saving(models_dir: Path, symbol: str, kind: ArtifactKind) -> Iterator[None]:
     try:
         lock.acquire(timeout=LOCK_WAIT_S)
     except Timeout as error:
-        raise LockedError(
-            f"another process saves the {kind.name} model of {symbol}: wait or stop it"
-        ) from error
+        words = f"another process saves the {kind.name} model of {symbol}: wait or stop it"
+        raise LockedError(words) from error
     try:
         # Nobody but the holder of the lock writes here, so these belong to processes that were killed.
         for left in [*versions.glob(f"{ASIDE}*"), *versions.glob(f"{GONE}*")]:
             shutil.rmtree(left, ignore_errors=True)
         for left in versions.parent.glob(f".{kind.name}-*"):
             left.unlink(missing_ok=True)
+        with suppress(OSError, ModelError):
+            # It served, whoever was killed before the mark was gone: somebody may be reading it.
+            (linked_version(models_dir, symbol, kind).folder / UNLINKED).unlink(missing_ok=True)
         yield
         with suppress(OSError, ModelError):
             serving = linked_version(models_dir, symbol, kind).folder
-            (serving / UNLINKED).unlink(missing_ok=True)
             kept = sorted(kept_versions(versions), key=lambda path: (not (path / UNLINKED).exists(), path))
             for path in kept[:-KEEP_VERSIONS]:
                 if path.name != serving.name:

@@ -551,6 +551,22 @@ def kill_writers_beside_a_reader(root: Path) -> bool:
     return found_half
 
 
+def die_behind_the_link(root: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        real = model_paths.point
+        patch.setattr(model_paths, "point", lambda *names: (real(*names), os._exit(0)))
+        save(root, "v6")
+
+
+def test_a_version_that_served_is_pruned_in_its_turn_though_its_writer_was_killed(root: Path):
+    for version in ("v4", "v5"):
+        save(root, version)
+    assert elsewhere(die_behind_the_link, root) == ""
+    assert serving(root) == ("v6", ())
+    save(root, "v7")
+    assert [path.name for path in list_versions(root, "AAPL", TEXT)] == ["v3", "v4", "v5", "v6", "v7"]
+
+
 def die_before_the_link(root: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model_paths, "point", lambda *_: os._exit(0))
@@ -572,7 +588,6 @@ def test_a_version_that_was_killed_before_it_served_pushes_out_none(root: Path):
     # One that is chosen after all is like any other from then on.
     assert elsewhere(die_before_the_link, root) == ""
     roll_back(root, "AAPL", TEXT, load, "v6")
-    assert kept() == ["v3", "v4", "v5", "v6", "v7"]
     save(root, "v8")
     assert kept() == ["v4", "v5", "v6", "v7", "v8"]
 
