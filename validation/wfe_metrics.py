@@ -118,6 +118,17 @@ class ResolvedRows:
             drift[own] = total / np.maximum(n_known, 1)
         return drift
 
+    def level_drift(self) -> FloatArray:
+        """Return the drift moved, symbol by symbol, to the mean of the forecasts, (n,).
+
+        The drift is shrunk towards what is believed of all shares: on a series that rose faster a mere
+        constant on top of it would remove errors.
+        """
+        moved = self.baseline.copy()
+        for own in self.by_symbol():
+            moved[own] += float(np.mean(self.forecast[own] - self.baseline[own]))
+        return moved
+
 
 def _standard_ranks(values: FloatArray) -> FloatArray:
     ranks = pd.Series(values).rank().to_numpy(dtype=np.float64)
