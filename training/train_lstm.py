@@ -33,6 +33,7 @@ from inference.load_lstm_model import (
     MODEL,
     LSTMBundle,
     Network,
+    columns_at,
     load_folder,
     save_bundle,
     scale_features,
@@ -43,6 +44,7 @@ from training.recipe import (
     NetworkConfig,
     Sequences,
     calibrated,
+    chooser,
     direction_weights,
     drift_by_symbol,
     evidence,
@@ -217,8 +219,8 @@ class FittedLSTM:
 
     @property
     def selected_features(self) -> tuple[str, ...]:
-        """Names of the features: the network reads all."""
-        return self.network.columns
+        """Names of the features that the network reads."""
+        return self.network.selected_features
 
     @property
     def notes(self) -> Mapping[str, object]:
@@ -269,7 +271,7 @@ class LSTMRecipe(FinalRecipe[FittedLSTM]):
         """Fit on every labelled row, calibrated on the whole walk-forward record."""
         labelled = dataset.take(np.flatnonzero(dataset.labelled))
         fitted = self.fit(labelled, fold=0, earlier=record, name="final fit")
-        keras = self._keras or KerasNetwork(self.config, len(dataset.columns))
+        keras = self._keras_of(len(fitted.network.selected))
         return replace(fitted, keras=keras.saved(fitted.network))
 
     def _fit_network(self, train: Dataset, drifts: Mapping[str, float], name: str) -> FittedLSTM:
@@ -280,8 +282,13 @@ class LSTMRecipe(FinalRecipe[FittedLSTM]):
         scaler = RobustScaler().fit(some_rows(train.features[inner]))
         centre, scale = (part.astype(np.float32) for part in (scaler.center_, scaler.scale_))
         rows = training_rows(train, train.features, drifts, config)
+        # The rows that decide when to stop choose no features.
+        scaled = scale_features(train.features[inner], centre, scale, config.feature_limit)
+        selected = chooser(train, config)(replace(rows.take(inner), features=scaled))
+        centre, scale = centre[list(selected)], scale[list(selected)]
         target_scale = float(rows.target_scaled[inner].std()) or 1.0
-        features = scale_features(self._sequences.features, centre, scale, config.feature_limit)
+        read = columns_at(self._sequences.features, selected)
+        features = scale_features(read, centre, scale, config.feature_limit)
         windows = self._sequences.windows(train, config.sequence_length)
         target = (rows.target_scaled / target_scale).astype(np.float32)[:, np.newaxis]
         weight = (rows.weight / rows.weight[inner].mean()).astype(np.float32)
@@ -294,6 +301,7 @@ class LSTMRecipe(FinalRecipe[FittedLSTM]):
         weights, epochs, best = self._run(batches, checked, name)
         network = Network(
             columns=train.columns,
+            selected=selected,
             sequence_length=config.sequence_length,
             centre=centre,
             scale=scale,
@@ -306,12 +314,18 @@ class LSTMRecipe(FinalRecipe[FittedLSTM]):
             network=network, calibrations={}, sequences=self._sequences, epochs=epochs, best_epoch=best
         )
 
+    def _keras_of(self, n_features: int) -> KerasNetwork:
+        """Return the model for so many features; it is built anew only where their number has changed."""
+        if self._keras is None or self._keras.model.input_shape[-1] != n_features:
+            self._keras = KerasNetwork(self.config, n_features)
+        return self._keras
+
     def _run(
         self, batches: Batches, checked: Batches, name: str
     ) -> tuple[list[FloatMatrix], tuple[Mapping[str, Any], ...], int]:
         """Train until the validation loss stops falling; return the best weights, all epochs, the best."""
         config = self.config
-        keras = self._keras = self._keras or KerasNetwork(config, batches.features.shape[1])
+        keras = self._keras_of(batches.features.shape[1])
         keras.begin()
         rng = np.random.default_rng(config.seed)
         # What the warm-up leaves hardly differs from the zero that the network begins with: it would be the

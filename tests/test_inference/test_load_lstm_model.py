@@ -45,6 +45,7 @@ def make_network(seed: int = 0, *, columns: tuple[str, ...] = COLUMNS, outputs: 
     shapes += [(4 * second,), (second, 3), (3,), (3, outputs), (outputs,)]
     return Network(
         columns=columns,
+        selected=tuple(range(p)),
         sequence_length=LENGTH,
         centre=rng.normal(size=p).astype(np.float32),
         scale=rng.uniform(0.5, 2.0, size=p).astype(np.float32),
