@@ -68,6 +68,7 @@ MONITOR_EPOCHS = 5
 CHUNK_ROWS = 2_048
 # Smaller batches than asked for are taken where an epoch would have fewer steps.
 MIN_STEPS, MIN_BATCH_ROWS, MIN_INNER_ROWS = 10, 32, 100
+USUAL_FORGET_BIAS = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,10 +162,15 @@ class KerasNetwork:
             return self._keras.losses.mean_absolute_error(target, output)
         return self._keras.losses.huber(target, output)
 
-    def begin(self) -> None:
-        """Forget every fit."""
+    def begin(self, forget_bias: float = USUAL_FORGET_BIAS) -> None:
+        """Forget every fit; the forget gates begin with this bias."""
         for variable, value in zip(self._state, self._beginning, strict=True):
             variable.assign(value)
+        for layer in self.model.layers[:3:2]:
+            kernel, recurrent, bias = layer.get_weights()
+            # The gates are in Keras's order: in, forget, cell, out.
+            bias[layer.units : 2 * layer.units] = forget_bias
+            layer.set_weights([kernel, recurrent, bias])
 
     def train_epoch(self, batches: Batches, rate: float, rng: np.random.Generator) -> float:
         """Go once through all sequences in a drawn order; return the mean loss."""
@@ -298,7 +304,8 @@ class LSTMRecipe(FinalRecipe[FittedLSTM]):
             Batches(features=features, windows=windows[part], target=target[part], weight=weight[part])
             for part in (inner, later)
         )
-        weights, epochs, best = self._run(batches, checked, name)
+        forget_bias = config.forget_bias if len(train.symbols) == 1 else USUAL_FORGET_BIAS
+        weights, epochs, best = self._run(batches, checked, name, forget_bias)
         network = Network(
             columns=train.columns,
             selected=selected,
@@ -321,12 +328,12 @@ class LSTMRecipe(FinalRecipe[FittedLSTM]):
         return self._keras
 
     def _run(
-        self, batches: Batches, checked: Batches, name: str
+        self, batches: Batches, checked: Batches, name: str, forget_bias: float
     ) -> tuple[list[FloatMatrix], tuple[Mapping[str, Any], ...], int]:
         """Train until the validation loss stops falling; return the best weights, all epochs, the best."""
         config = self.config
         keras = self._keras_of(batches.features.shape[1])
-        keras.begin()
+        keras.begin(forget_bias)
         rng = np.random.default_rng(config.seed)
         # What the warm-up leaves hardly differs from the zero that the network begins with: it would be the
         # safest forecast of every series, and say nothing of any.
