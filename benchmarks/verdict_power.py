@@ -17,12 +17,13 @@ An IC above .10 raises the leak alarm beside the label: no real price gives that
 planted. What counts is the label.
 
 ``--model`` names what is judged: boosters, network, and both joined, all from the same fits. The boosters
-search with three trials a library (``--n-trials``) in place of the usual 30; the network is the usual one, and
-``--epochs`` makes it a cheaper one. Boosters and network are judged as if each were the first to look at the
-prices. What joins them is judged as the command does it, after the looks of both and with the two verdicts that
-a meta-learner offers to choose from: its limits are a sixteenth of theirs. A network that has collapsed is no
-edge, and leaves the boosters to forecast alone. Seeds from 1000 on are for choosing settings, so that what is
-reported, of seeds below, was not chosen on itself.
+search with three trials a library (``--n-trials``) in place of the usual 30. The network is the usual one,
+and ``--epochs`` makes it a cheaper one; its final fit, which no verdict sees, is left out. Boosters and
+network are judged as if each were the first to look at the prices. What joins them is judged as the command
+does it, after the looks of both and with the two verdicts that a meta-learner offers to choose from: its
+limits are a sixteenth of theirs. A network that has collapsed is no edge, and leaves the boosters to
+forecast alone. Seeds from 1000 on are for choosing settings, so that what is reported, of seeds below, was
+not chosen on itself.
 """
 
 import argparse
@@ -42,12 +43,13 @@ from scipy.stats import norm, rankdata
 from data.data_fetcher import fetch_stock_data
 from data.feature_engineer import engineer_features
 from data.schema import Bars
+from data.target_engineering import Dataset
 from evaluation.accounting import CostModel
 from training.gbm_search import SearchConfig
-from training.recipe import LSTMConfig, NetworkConfig, RecipeConfig, TrainerConfig
+from training.recipe import LSTMConfig, NetworkConfig, RecipeConfig, Sequences, TrainerConfig
 from training.train_ensemble import EnsembleTrainer
 from training.train_gbm import GBMTrainer
-from training.train_lstm import LSTMTrainer
+from training.train_lstm import FittedLSTM, LSTMRecipe, LSTMTrainer
 from utils.base import CollapsedError
 
 FloatArray = npt.NDArray[np.float64]
@@ -134,6 +136,23 @@ def planted(seed: int, carrier: str, ic: float, horizon_bars: int) -> pd.DataFra
     return bars.assign(**{name: bars[name] * lift for name in ("Open", "High", "Low", "Close")})
 
 
+class WalkedRecipe(LSTMRecipe):
+    """The network's recipe without its final fit, which takes two fifths of the time."""
+
+    def fit_all(self, dataset: Dataset, record: pd.DataFrame) -> FittedLSTM:
+        """Return the last fold's fit with the calibration that the final one would have."""
+        labelled = dataset.take(np.flatnonzero(dataset.labelled))
+        return self.fit(labelled, fold=1, earlier=record)
+
+
+class NetworkWalker(LSTMTrainer):
+    """Walks the network forward and judges it; what it leaves is not to be served."""
+
+    def recipe(self, dataset: Dataset) -> LSTMRecipe:
+        """Return the recipe that is judged."""
+        return WalkedRecipe(self.config.recipe, Sequences(dataset))
+
+
 def verdict_of(case: str, seed: int, n_trials: int, horizon_bars: int) -> dict[str, Any]:
     """Simulate, train and judge the boosters once."""
     if case not in POOLED:
@@ -176,7 +195,7 @@ def verdicts_of(
         earlier += boosters.runs({"SIM": bars})
     if {LSTM, ENSEMBLE} & set(models):
         own = replace(network or NetworkConfig(), seed=1 + seed)
-        trainer = LSTMTrainer(LSTMConfig(horizon_bars=horizon_bars, recipe=own))
+        trainer = NetworkWalker(LSTMConfig(horizon_bars=horizon_bars, recipe=own))
         earlier += trainer.runs({"SIM": bars})
         try:
             members[LSTM] = trainer.train(bars).bundle
