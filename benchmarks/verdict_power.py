@@ -51,6 +51,7 @@ from training.train_ensemble import EnsembleTrainer
 from training.train_gbm import GBMTrainer
 from training.train_lstm import FittedLSTM, LSTMRecipe, LSTMTrainer
 from utils.base import CollapsedError
+from validation.gates import MIN_ACTIVE_RETURN, p_limits
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -61,8 +62,8 @@ CARRIERS = ("close_location", "volume_sma_ratio", "body_size", "volume_velocity_
 CHEAP = CostModel(commission_bps=0.5, slippage_bps=0.5)
 POOLED = frozenset({"pooled", "costly"})
 GBM, LSTM, ENSEMBLE = MODELS = ("gbm", "lstm", "ensemble")
-KEPT = ("leak_alarm", "ic", "p_ic", "p_return", "skill_over_drift")
-COLLAPSED = {"label": "collapsed", **dict.fromkeys(KEPT)}
+KEPT = ("leak_alarm", "ic", "p_ic", "p_return", "active_return_annual", "skill_over_drift")
+COLLAPSED = {"label": "collapsed", "is_edge_at_first": False, **dict.fromkeys(KEPT)}
 LIMITS = {
     "null": (at_most, 0.05),
     "single": (at_least, 0.85),
@@ -169,8 +170,10 @@ def verdict_of(case: str, seed: int, n_trials: int, horizon_bars: int) -> dict[s
     }
     panel = fetched(frames)
     verdict = trainer.conclude(trainer.walk(panel), panel["S00"]).verdict
-    found = {name.removeprefix("universe_"): value for name, value in verdict.evidence.items()}
-    return {"seed": seed, "label": verdict.label, **{name: found[name] for name in KEPT}}
+    # Of the pooled evidence, which decides, not the one symbol's.
+    pooled = {name: verdict.evidence[f"universe_{name}"] for name in KEPT if name != "leak_alarm"}
+    found = {"leak_alarm": verdict.evidence["leak_alarm"], **pooled}
+    return {"seed": seed, **told({"label": verdict.label, "evidence": found})}
 
 
 def verdicts_of(
@@ -212,8 +215,12 @@ def verdicts_of(
 
 
 def told(verdict: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is kept of a verdict."""
-    return {"label": verdict["label"], **{name: verdict["evidence"][name] for name in KEPT}}
+    """Return what is kept of a verdict, and whether it would be `edge` if it were the first on its prices."""
+    kept = {name: verdict["evidence"][name] for name in KEPT}
+    limits = dict(zip(("p_ic", "p_return"), p_limits(1), strict=True))
+    is_sure = all(kept[name] is not None and kept[name] <= limit for name, limit in limits.items())
+    at_first = is_sure and kept["active_return_annual"] >= MIN_ACTIVE_RETURN and kept["skill_over_drift"] > 0
+    return {"label": verdict["label"], "is_edge_at_first": at_first, **kept}
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -244,10 +251,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def judged(case: str, runs: Sequence[Mapping[str, Any]]) -> Bar:
     """Return the share of `edge` beside its limit, and the mean IC of the runs that have one."""
     share = float(np.mean([run["label"] == "edge" for run in runs]))
+    first = float(np.mean([run["is_edge_at_first"] for run in runs]))
     sense, limit = LIMITS[case]
     known = [run["ic"] for run in runs if run["ic"] is not None]
     collapsed = sum(run["label"] == "collapsed" for run in runs)
-    return sense(share, limit) | {"ic": float(np.mean(known)) if known else 0.0, "collapsed": collapsed}
+    ic = float(np.mean(known)) if known else 0.0
+    return sense(share, limit) | {"ic": ic, "collapsed": collapsed, "share_at_first": first}
 
 
 def models(text: str) -> list[str]:
@@ -282,7 +291,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for case, bar in found["bars"].items():
         print_bar(f"{case}, share called an edge", bar)
         collapsed = f", {bar['collapsed']} networks collapsed" if bar["collapsed"] else ""
-        print(f"    mean IC {bar['ic']:.4f}, {bar['run_s']:.1f} s each{collapsed}")
+        first = f", {bar['share_at_first']:.0%} as a first look" if case.endswith(ENSEMBLE) else ""
+        print(f"    mean IC {bar['ic']:.4f}, {bar['run_s']:.1f} s each{first}{collapsed}")
     return finish(found, found["bars"].values(), as_json=args.json)
 
 

@@ -9,6 +9,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from data.feature_engineer import engineer_features
+from training.recipe import NetworkConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,3 +46,24 @@ def test_noise_is_called_an_edge_at_most_once_in_six(power: ModuleType):
 def test_a_signal_in_one_series_is_found(power: ModuleType):
     labels = [power.verdict_of("single", seed, n_trials=1, horizon_bars=1)["label"] for seed in range(4)]
     assert labels.count("edge") >= 3
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorflow") is None,
+    reason='networks are trained with TensorFlow: pip install ".[lstm]"',
+)
+@pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+)
+def test_network_and_ensemble_tell_a_signal_from_noise(power: ModuleType, monkeypatch: pytest.MonkeyPatch):
+    """One training each; the benchmark has a hundred, of a weaker signal."""
+    monkeypatch.setattr(power, "SINGLE_IC", 0.3)
+    quick = {"n_trials": 1, "horizon_bars": 1, "network": NetworkConfig(epochs=15)}
+    found = {
+        case: power.verdicts_of(case, 1001, ("lstm", "ensemble"), **quick) for case in ("null", "single")
+    }
+    assert {name: one["label"] for name, one in found["single"].items()} == dict.fromkeys(
+        ("lstm", "ensemble"), "edge"
+    )
+    assert all(one["label"] != "edge" for one in found["null"].values())
+    assert found["single"]["lstm"]["ic"] > 0.2
