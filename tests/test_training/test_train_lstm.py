@@ -210,7 +210,7 @@ def test_the_network_of_one_symbol_reads_what_stands_out(trained):
 
 @with_tensorflow
 def test_the_rows_that_decide_when_to_stop_choose_no_features(make_planted, monkeypatch):
-    data = build_dataset({"A": make_planted(n=700, seed=1, ic=0.4)}, 1)
+    data = build_dataset({"A": make_planted(n=1_200, seed=1, ic=0.4)}, 1)
     seen: list[np.ndarray] = []
 
     def first_three(_train: Dataset, _config: NetworkConfig):
@@ -218,10 +218,10 @@ def test_the_rows_that_decide_when_to_stop_choose_no_features(make_planted, monk
 
     monkeypatch.setattr(train_lstm, "chooser", first_three)
     config = replace(SMALL, epochs=3)
-    train = data.take(np.arange(400))
+    train = data.take(np.arange(800))
     fitted = LSTMRecipe(config, Sequences(data)).fit(train, fold=0, earlier=pd.DataFrame())
     assert fitted.selected_features == data.columns[:3]
-    assert train.date.min() == seen[0].min() < seen[0].max() < train.date[round(0.86 * 400)]
+    assert train.date.min() == seen[0].min() < seen[0].max() < train.date[round(0.86 * 800)]
 
 
 @with_tensorflow
