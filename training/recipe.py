@@ -71,9 +71,10 @@ class NetworkConfig(RowsConfig):
     ``learning_rate`` in ``warmup_epochs``, then falls along a cosine. The latest ``validation_share`` of the
     training sessions decides when to stop: after ``patience_epochs`` without gain. The network is fitted anew
     every ``refit_every_folds``; scaled features count ``feature_limit`` at most. Those of a single symbol are
-    screened, by ``screen_t`` and ``screen_share``, see `screen`, and its forget gates begin with the bias
-    ``forget_bias``: with Keras's usual 1, which a panel keeps, the two layers begin as a mean of some eight
-    bars, and a thousand rows are too few to unlearn that.
+    screened, by ``screen_t`` and ``screen_share``, see `screen`; an epoch over its few rows has
+    ``least_steps``, where batches of 32 allow it; and its forget gates begin with the bias ``forget_bias``:
+    with Keras's usual 1, which a panel keeps, the two layers begin as a mean of some eight bars, and a
+    thousand rows are too few to unlearn that.
     """
 
     loss: Loss = "huber"
@@ -91,7 +92,8 @@ class NetworkConfig(RowsConfig):
     feature_limit: float = 5.0
     screen_t: float = 2.5
     screen_share: float = 0.6
-    forget_bias: float = -1.0
+    least_steps: int = 30
+    forget_bias: float = -2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -172,13 +172,15 @@ class KerasNetwork:
             bias[layer.units : 2 * layer.units] = forget_bias
             layer.set_weights([kernel, recurrent, bias])
 
-    def train_epoch(self, batches: Batches, rate: float, rng: np.random.Generator) -> float:
-        """Go once through all sequences in a drawn order; return the mean loss."""
+    def train_epoch(
+        self, batches: Batches, rate: float, rng: np.random.Generator, least_steps: int = MIN_STEPS
+    ) -> float:
+        """Go once through all sequences in a drawn order, in so many steps or more; return the mean loss."""
         order = rng.permutation(len(batches.target))
         total = 0.0
         self.model.optimizer.learning_rate.assign(rate)
         # An epoch of few large steps would end before the network has left its beginning.
-        size = min(self.config.batch_size, max(len(order) // MIN_STEPS, MIN_BATCH_ROWS))
+        size = min(self.config.batch_size, max(len(order) // least_steps, MIN_BATCH_ROWS))
         for start in range(0, len(order), size):
             inputs, target, weight = batches.take(order[start : start + size])
             loss = self.model.train_on_batch(inputs, target, sample_weight=weight)
@@ -304,8 +306,7 @@ class LSTMRecipe(FinalRecipe[FittedLSTM]):
             Batches(features=features, windows=windows[part], target=target[part], weight=weight[part])
             for part in (inner, later)
         )
-        forget_bias = config.forget_bias if len(train.symbols) == 1 else USUAL_FORGET_BIAS
-        weights, epochs, best = self._run(batches, checked, name, forget_bias)
+        weights, epochs, best = self._run(batches, checked, name, is_alone=len(train.symbols) == 1)
         network = Network(
             columns=train.columns,
             selected=selected,
@@ -328,12 +329,13 @@ class LSTMRecipe(FinalRecipe[FittedLSTM]):
         return self._keras
 
     def _run(
-        self, batches: Batches, checked: Batches, name: str, forget_bias: float
+        self, batches: Batches, checked: Batches, name: str, *, is_alone: bool
     ) -> tuple[list[FloatMatrix], tuple[Mapping[str, Any], ...], int]:
         """Train until the validation loss stops falling; return the best weights, all epochs, the best."""
         config = self.config
         keras = self._keras_of(batches.features.shape[1])
-        keras.begin(forget_bias)
+        keras.begin(config.forget_bias if is_alone else USUAL_FORGET_BIAS)
+        least_steps = config.least_steps if is_alone else MIN_STEPS
         rng = np.random.default_rng(config.seed)
         # What the warm-up leaves hardly differs from the zero that the network begins with: it would be the
         # safest forecast of every series, and say nothing of any.
@@ -342,7 +344,7 @@ class LSTMRecipe(FinalRecipe[FittedLSTM]):
         told: list[Mapping[str, Any]] = []
         for epoch in range(config.epochs):
             rate = learning_rate(epoch, config)
-            train_loss = keras.train_epoch(batches, rate, rng)
+            train_loss = keras.train_epoch(batches, rate, rng, least_steps)
             loss, signal = keras.look(checked)
             told.append(
                 {
