@@ -58,7 +58,7 @@ def test_a_signal_in_one_series_is_found(power: ModuleType):
 def test_network_and_ensemble_tell_a_signal_from_noise(power: ModuleType, monkeypatch: pytest.MonkeyPatch):
     """One training each; the benchmark has a hundred, of a weaker signal."""
     monkeypatch.setattr(power, "SINGLE_IC", 0.3)
-    quick = {"n_trials": 1, "horizon_bars": 1, "network": NetworkConfig(epochs=15)}
+    quick = {"n_trials": 1, "horizon_bars": 1, "network": NetworkConfig(epochs=10)}
     found = {
         case: power.verdicts_of(case, 1001, ("lstm", "ensemble"), **quick) for case in ("null", "single")
     }
