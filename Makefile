@@ -43,7 +43,7 @@ serve: $(VENV)/.base  ## Serve the API on 127.0.0.1:8000
 
 lock: $(VENV)/.dev  ## Resolve the locks anew
 	$(BIN)/python -m pip install --quiet pip-tools
-	$(COMPILE) --extra sample --extra lstm --extra dev -o requirements-dev.lock pyproject.toml
+	$(COMPILE) --extra sample --extra lstm --extra postgres --extra dev -o requirements-dev.lock pyproject.toml
 	$(COMPILE) --extra sample -c requirements-dev.lock -o requirements.lock pyproject.toml
 
 clean:  ## Remove what can be made again (models and results stay)

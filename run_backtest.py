@@ -58,26 +58,12 @@ from utils.model_paths import MODES, TRIALS, mode_of
 DEFAULT_DAYS = 250
 # Times equity: no broker lends a private person more, and overnight gaps would ruin who had it.
 MOST_EXPOSURE = 5.0
-AHEAD_OF = (
-    ("buy_hold", "over buy and hold", "strategy"),
-    ("exposure_matched", "over equal exposure", "exposure"),
-)
 BESIDE = ("total_return", "cagr", "sharpe_ratio", "max_drawdown", "exposure_mean", "turnover")
-SUMMARY_FIGURES: tuple[str, ...] = (
-    "sharpe_ratio",
-    "max_drawdown",
-    "win_rate",
-    "total_trades",
-    "direction_accuracy",
-    "turnover",
-)
-SUMMARY_FIGURES += (
-    "direction_base_rate",
-    "prediction_std",
-    "total_transaction_costs",
-    "cost_adjusted_sharpe",
-)
-SUMMARY_FIGURES += ("exposure_mean", "hit_rate_down_days", "information_ratio")
+SUMMARY_FIGURES = (
+    "sharpe_ratio", "max_drawdown", "win_rate", "total_trades", "direction_accuracy", "turnover",
+    "direction_base_rate", "prediction_std", "total_transaction_costs", "cost_adjusted_sharpe",
+    "exposure_mean", "hit_rate_down_days", "information_ratio",
+)  # fmt: skip
 LIVED = {"close": ",.2f", "target_weight": ".1%", "held_weight": ".1%", "equity": ",.2f", "net_return": ".2%"}
 SPANS = {
     "active_return": ("return a year over equal exposure", "+.2%"),
@@ -253,11 +239,8 @@ def write_results(
     equity |= {name: item.daily["equity"] for name, item in result.benchmarks.items()}
     folder.mkdir(parents=True)
     if lived is not None:
-        summary["forward_sim"] = {
-            "days": len(lived.days) - 1,
-            "largest_gap": lived.gap,
-            "allowed_gap": service.SAME,
-        }
+        gap = {"largest_gap": lived.gap, "allowed_gap": service.SAME}
+        summary["forward_sim"] = {"days": len(lived.days) - 1, **gap}
         lived.days.to_csv(folder / "forward_sim.csv", index_label="date")
     if args.robustness:
         write_json(folder / "robustness.json", [asdict(each) for each in outcome.evidence.scenarios])
@@ -267,12 +250,10 @@ def write_results(
     result.trades.to_csv(folder / "trade_log.csv", index=False)
     pd.DataFrame(equity).to_csv(folder / "equity_comparison.csv", index_label="date")
     told = {**summary, "files": str(folder)}
-    if args.no_report or args.compare:
-        return told
-    return {
-        **told,
-        "report": str(write_report(service.report_of(outcome), args.report or folder / "report.html")),
-    }
+    if not (args.no_report or args.compare):
+        path = args.report or folder / "report.html"
+        told["report"] = str(write_report(service.report_of(outcome), path))
+    return told
 
 
 def compared(outcome: Outcome) -> dict[str, object]:
@@ -306,7 +287,7 @@ def comparison_report(outcomes: Sequence[Outcome]) -> Report:
         daily, rivals = outcome.result.daily, outcome.result.benchmarks
         curves = {
             label: (role, np.asarray(daily["equity"] / rivals[name].daily["equity"] - 1.0, dtype=np.float64))
-            for name, label, role in AHEAD_OF
+            for name, (label, role) in words.table["ahead"].items()
         }
         chart = charts.curve_chart(pd.DatetimeIndex(daily.index), curves, form="pct")
         drawn.append(words.on("ahead", chart, {"symbol": outcome.bundle.symbol}))
@@ -330,10 +311,10 @@ def write_comparison(
     folder.mkdir(parents=True)
     write_json(folder / "comparison.json", records)
     told: dict[str, object] = {"comparison": records, "files": str(folder)}
-    if args.no_report:
-        return told
-    path = write_report(comparison_report(outcomes), args.report or folder / "report.html")
-    return {**told, "report": str(path)}
+    if not args.no_report:
+        path = args.report or folder / "report.html"
+        told["report"] = str(write_report(comparison_report(outcomes), path))
+    return told
 
 
 def write_json(path: Path, content: object) -> None:
@@ -364,10 +345,10 @@ def print_outcome(console: Console, outcome: Outcome, lived: Lived | None, args:
         print_section(console, luck_section(outcome.evidence))
     if lived is not None:
         title = f"lived bar by bar; from all bars at once it differs by {lived.gap:.1e} at most"
-        lines = lived.days.iterrows()
-        days = (
-            [str(day)[:10], *(shown(row[name], form) for name, form in LIVED.items())] for day, row in lines
-        )
+        days = [
+            [str(day)[:10], *(shown(row[name], form) for name, form in LIVED.items())]
+            for day, row in lived.days.iterrows()
+        ]
         print_table(console, title, ["session", *LIVED], days)
 
 
@@ -396,9 +377,8 @@ def shown(value: float | None, style: str) -> str:
 def run(args: argparse.Namespace, settings: Settings) -> None:
     """Make every backtest, then write and print: nothing is written where one of them fails."""
     outcomes = make(args, settings)
-    lives = [
-        service.live(outcome, args.days or DEFAULT_DAYS) if args.forward_sim else None for outcome in outcomes
-    ]
+    days = args.days or DEFAULT_DAYS
+    lives = [service.live(outcome, days) if args.forward_sim else None for outcome in outcomes]
     root, moment = settings.results_dir, f"{datetime.now(UTC):%Y%m%d_%H%M%S_%f}"
     pairs = list(zip(outcomes, lives, strict=True))
     try:

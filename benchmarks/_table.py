@@ -7,8 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data.data_fetcher import CsvSource, fetch_stock_data, load_panel
+from data.data_fetcher import CsvSource, fetch_stock_data
 from data.schema import Bars
+from data.target_engineering import load_panel
 from utils.base import PROJECT_ROOT
 
 DIRECTORY = PROJECT_ROOT.parent / "shared" / "market"

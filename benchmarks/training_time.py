@@ -45,7 +45,7 @@ def rows_of(directory: Path) -> Rows:
     bars = load_folder(directory, [SYMBOL])[SYMBOL].frame
     data = build_dataset({SYMBOL: bars})
     data = data.take(np.flatnonzero(data.labelled))
-    return training_rows(data, data.features, {SYMBOL: 0.0}, RecipeConfig())
+    return training_rows(data, data.features, RecipeConfig())
 
 
 def naive_search(name: str, rows: Rows, config: SearchConfig, seed: int) -> float:

@@ -271,13 +271,8 @@ class BarCache:
             if extend is not None:
                 raise UpstreamError(str(error)) from error
             raise
-        meta = TableMeta(
-            symbol=symbol,
-            source=source.name,
-            last_session=priced_rows(raw).index[-1].date(),
-            fetched_at=now,
-            revision=revision,
-        )
+        last, name = priced_rows(raw).index[-1].date(), source.name
+        meta = TableMeta(symbol=symbol, source=name, last_session=last, fetched_at=now, revision=revision)
         self.store("bars", raw, meta)
         self._remember(symbol, source, None)
         return RawAnswer(raw=raw, fetched_at=now)

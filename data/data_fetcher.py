@@ -12,8 +12,7 @@ import logging
 import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from functools import cached_property
@@ -59,7 +58,6 @@ _UNKNOWN = re.compile(
     r"no data found|not found|delisted|no price data|doesn't exist|invalid input", re.IGNORECASE
 )
 _NOT_A_CHART = (ValueError, LookupError, TypeError, AttributeError)
-DEFAULT_MAX_BYTES = 1 << 30
 # Who has had no bar for more sessions will have none any more.
 DELISTED_AFTER_SESSIONS = 10
 HEADLINE_COLUMNS = ("date", "headline", "source")
@@ -282,19 +280,11 @@ def fetch_stock_data(
     force_refresh: bool = False,
     now: datetime | None = None,
 ) -> Bars:
-    """Return adjusted, checked daily bars of one symbol.
+    """Return adjusted, checked daily bars of one symbol, which is normalised here.
 
-    Parameters
-    ----------
-    symbol
-        As people write it; normalised here.
-    source, cache
-        Where to ask, and where to keep the answer: older bars are then better than a source's failure, and
-        come with ``provenance.stale``.
-    force_refresh
-        Ask the source for the whole history whatever the cache holds.
-    now
-        Moment of asking (UTC), by default the present; only sessions that had closed are returned.
+    With a ``cache`` older bars are better than a source's failure, and come with ``provenance.stale``;
+    ``force_refresh`` asks for the whole history whatever it holds. Only sessions that had closed by ``now``
+    (UTC, by default the present) are returned.
 
     Raises
     ------
@@ -349,39 +339,6 @@ def check_answer(
     )
 
 
-def load_panel(
-    symbols: Sequence[str],
-    read: Callable[[str], Bars],
-    jobs: int = 4,
-    *,
-    max_bytes: int = DEFAULT_MAX_BYTES,
-) -> tuple[dict[str, Bars], dict[str, AIStocksError]]:
-    """Return what ``read`` says of every symbol, in the order given, and why others have no bars.
-
-    A panel that silently lacks its failures is a panel of survivors: tell them, or refuse it. ``jobs`` are
-    read at a time, in threads; raises ``DataError`` if all bars together pass ``max_bytes``.
-    """
-    panel: dict[str, Bars] = {}
-    failures: dict[str, AIStocksError] = {}
-    held = 0
-    with ThreadPoolExecutor(max_workers=max(1, jobs)) as pool:
-        flights = {symbol: pool.submit(read, symbol) for symbol in map(normalise_symbol, symbols)}
-        for symbol, flight in flights.items():
-            try:
-                panel[symbol] = flight.result()
-            except AIStocksError as error:
-                failures[symbol] = error
-                continue
-            held += panel[symbol].frame.to_numpy().nbytes
-            if held > max_bytes:
-                pool.shutdown(cancel_futures=True)
-                raise DataError(
-                    f"the bars of {len(panel)} of {len(flights)} symbols take {held / 2**20:.0f} MiB, over "
-                    f"the {max_bytes / 2**20:.0f} MiB allowed: name fewer symbols"
-                )
-    return panel, failures
-
-
 def last_due(symbol: str, source_name: str, now: datetime) -> pd.Timestamp:
     """Return the last session that had closed by ``now`` and that the source could know."""
     last_closed = calendar_for(symbol).last_closed_session(now)
@@ -403,14 +360,9 @@ def refuse_delisted(bars: Bars, now: datetime) -> None:
 class Held:
     """Bars in memory.
 
-    Attributes
-    ----------
-    content
-        Hash of their frame, and whether they are stale: what an answer depends on.
-    due, tries
-        From when on there may be newer ones, UTC, and how often in a row there were none.
-    revision
-        That of the source's answer, where it has revisions; None after a failure.
+    ``content``, what an answer depends on, is the hash of their frame, and whether they are stale. There may
+    be newer ones from ``due`` (UTC) on; ``tries`` times in a row there were none. ``revision`` is that of the
+    source's answer, where it has revisions; None after a failure.
     """
 
     bars: Bars
@@ -443,19 +395,11 @@ def make_source(spec: str, *, cache_dir: Path | None = None, news: NewsSource | 
     return source
 
 
-class _TransientError(Exception):
-    """Yahoo could not be asked this time."""
-
-
 class YahooSource(BarSource):
     """Yahoo Finance by way of yfinance, whose caches lie in ours and whose errors are made to show.
 
-    Parameters
-    ----------
-    cache_dir, session
-        Where yfinance keeps cookies and time zones, and what it uses in place of its own HTTP session.
-    attempts, backoff_s, timeout_s
-        Tries on transient errors, longest first pause between them (random, then doubled), longest wait.
+    It is asked ``attempts`` times at most, with random pauses of up to ``backoff_s`` at first, then doubled;
+    ``session`` stands in for yfinance's own HTTP session.
     """
 
     name = "yahoo"
@@ -474,7 +418,7 @@ class YahooSource(BarSource):
         self._retrying = Retrying(
             stop=stop_after_attempt(attempts),
             wait=wait_random_exponential(multiplier=backoff_s, max=30.0),
-            retry=retry_if_exception_type(_TransientError),
+            retry=retry_if_exception_type(UpstreamError),
             reraise=True,
         )
 
@@ -482,7 +426,7 @@ class YahooSource(BarSource):
         """Return Yahoo's rows; see :class:`BarSource`."""
         try:
             table = self._retrying.copy()(self._ask, symbol, start)
-        except _TransientError as error:
+        except UpstreamError as error:
             raise UpstreamError(
                 f"Yahoo cannot be reached for {symbol} ({error}): try again later, or work without it by "
                 "`--source sample` or `--source csv:DIR`"
@@ -505,12 +449,12 @@ class YahooSource(BarSource):
             return pd.DataFrame(table)
         except yfinance.exceptions.YFTickerMissingError as error:
             if _UNKNOWN.search(str(error)) is None:
-                raise _TransientError(str(error)) from error
+                raise UpstreamError(str(error)) from error
             logger.info("Yahoo on %s: %s", symbol, error)
             return pd.DataFrame()
         # yfinance lets all through: network errors (OSError), pages that are not JSON, JSON that is no chart.
         except (yfinance.exceptions.YFException, OSError, *_NOT_A_CHART) as error:
-            raise _TransientError(f"{type(error).__name__}: {error}"[:200]) from error
+            raise UpstreamError(f"{type(error).__name__}: {error}"[:200]) from error
 
     @cached_property
     def _yfinance(self) -> Any:  # noqa: ANN401 - the module has no types
@@ -540,12 +484,10 @@ class CsvSource(RevisionedSource):
             if "Date" not in table.columns:
                 raise DataError(f"{name} has no column Date")
             # The first ten characters: what follows is a time of day, whose offset changes with summer time.
-            table.index = pd.DatetimeIndex(
-                pd.to_datetime(table.pop("Date").astype(str).str[:10], format="%Y-%m-%d"), name="Date"
-            )
+            table["Date"] = pd.to_datetime(table["Date"].astype(str).str[:10], format="%Y-%m-%d")
         except (ValueError, pd.errors.ParserError) as error:
             raise DataError(f"{name} cannot be read as prices: {error}") from error
-        return table, hashlib.sha256(content).hexdigest()
+        return table.set_index("Date"), hashlib.sha256(content).hexdigest()
 
     def revision(self, symbol: str) -> str:
         """Return the sha256 of the file."""
@@ -609,9 +551,8 @@ class SampleSource(RevisionedSource):
         halves = np.round(2.0 * np.where(jump > self._SMALLEST_SPLIT, jump, 1.0)) / 2.0
         later_splits = np.append(np.cumprod(halves[::-1])[::-1], 1.0)
         prices = {name: table[name] / later_splits for name in ("Open", "High", "Low", "Close")}
-        return table.assign(
-            **prices, Volume=table["Volume"] * later_splits, **{"Adj Close": table["Adj Close"] / factor[-1]}
-        )
+        rest = {"Volume": table["Volume"] * later_splits, "Adj Close": table["Adj Close"] / factor[-1]}
+        return table.assign(**prices, **rest)
 
 
 def _listed(names: Sequence[str], most: int = 12) -> str:

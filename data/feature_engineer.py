@@ -24,7 +24,6 @@ from data.indicators import NO_MOVE, BarArrays, FloatArray
 from data.schema import ALWAYS, BAR_COLUMNS, WEEKDAYS, bar_dates, calendar_name
 from utils.base import DataError, UsageError
 
-SENTIMENT_COLUMNS = ("sentiment_1d", "sentiment_5d", "sentiment_20d", "news_volume_5d")
 # After so many sessions without a headline nothing is known, however many there were before.
 MAX_GAP_SESSIONS = 5
 # The lexicon is that of everyday speech: what names things in headlines of markets, and what moves there.
@@ -69,28 +68,13 @@ _REGISTRY = tuple(
 )
 # What a feature is called where people read it.
 FEATURE_WORDS: dict[str, str] = _TABLES["words"]
-CROSS_ASSET = tuple(spec for spec in _REGISTRY if spec.family == "cross_asset")
-MARKET_CONTEXT = tuple(spec for spec in _REGISTRY if spec.family == "market_context")
-SENTIMENT = tuple(spec for spec in _REGISTRY if spec.family == "sentiment")
+CROSS_ASSET, MARKET_CONTEXT, SENTIMENT = (
+    tuple(spec for spec in _REGISTRY if spec.family == family)
+    for family in ("cross_asset", "market_context", "sentiment")
+)
+SENTIMENT_COLUMNS = tuple(spec.name for spec in SENTIMENT)
 FEATURES = tuple(spec for spec in _REGISTRY if spec not in CROSS_ASSET + MARKET_CONTEXT + SENTIMENT)
 MAX_WARMUP_BARS: int = max(spec.warmup_bars for spec in FEATURES)
-
-LEGEND = (
-    "O, H, L, C, V: the bar's adjusted prices and its volume; X[-k]: X of k bars before; r = log(C / C[-1]); "
-    "TP = (H + L + C) / 3; TR: true range; gk: the session's Garman-Klass variance; dC = C - C[-1]; "
-    "s20, s200 = std(r, 20), std(r, 200), at least 0.0005; HH14, LL14: highest high, lowest low of 14 bars. "
-    "mean, sum, std: over the last so many bars. Where a denominator is nothing (no volume, no range, no "
-    "move) the value is the neutral one: 0, 0.5 of a share, 1 of a ratio. A condition is 1 or 0."
-)
-OPTIONAL_LEGEND = (
-    "Off unless asked, and in no model that did not ask: they need another series. X: the close of ^VIX; M: "
-    "the close of the market (an index, or the mean of a universe); m = log(M / M[-1]); spread = "
-    "rv_iv_spread. As of the same close; a session without one takes the last close, at most "
-    f"{MAX_AGE_SESSIONS} sessions old. A deviation of nothing is 0. The warm-up counts from the first "
-    "session of the other series where that begins later. Symbols that close before New York are refused. "
-    "Headlines are those dated before the session, scored from -1 to 1; NaN where none became known within 5 "
-    "sessions, or (their number) not throughout the 60."
-)
 
 
 class FeatureRows:
@@ -235,37 +219,33 @@ def _std(ret: FloatArray, window: int) -> FloatArray:
     return out
 
 
-def _cross_asset_rows(x: BarArrays, vix: FloatArray) -> dict[str, FloatArray]:
-    """Return the family's features by name; ``vix`` as :func:`align_close` gives it."""
+def _cross_asset(x: BarArrays, rows: FeatureRows, vix: FloatArray) -> None:
+    """Store the family; ``vix`` as :func:`align_close` gives it."""
     level = vix / 100.0
     spread = np.sqrt(_SESSIONS_PER_YEAR) * _std(x.ret, 20) - level
     mean, _, deviation = ind.rolling_deviations(spread, 120)
-    return {
-        "vix_level": level,
-        "vix_change": ind.log_change(np.log(vix), 0, 5),
-        "rv_iv_spread": spread,
-        "rv_iv_zscore": ind.guarded_ratio(spread - mean, deviation, NO_MOVE, 0.0),
-    }
+    rows["vix_level"] = level
+    rows["vix_change"] = ind.log_change(np.log(vix), 0, 5)
+    rows["rv_iv_spread"] = spread
+    rows["rv_iv_zscore"] = ind.guarded_ratio(spread - mean, deviation, NO_MOVE, 0.0)
 
 
-def _market_rows(x: BarArrays, market: FloatArray) -> dict[str, FloatArray]:
-    """Return the features of the family by name; ``market`` as :func:`align_close` gives it."""
+def _market_context(x: BarArrays, rows: FeatureRows, market: FloatArray) -> None:
+    """Store the family; ``market`` as :func:`align_close` gives it."""
     log_market = np.log(market)
     ret = ind.log_change(log_market, 0, 1)
     own, theirs, month = _std(x.ret, 60), _std(ret, 60), _std(ret, 20)
     means = ind.rolling_sum(x.ret, 60) * ind.rolling_sum(ret, 60) / 3600
     covariance = ind.rolling_sum(x.ret * ret, 60) / 60 - means
-    ahead = {n: ind.log_change(x.log_close, 0, n) - ind.log_change(log_market, 0, n) for n in (20, 60)}
+    rows["beta_60d"] = ind.guarded_ratio(covariance, theirs * theirs, 0.0, 0.0)
+    rows["correlation_60d"] = ind.guarded_ratio(covariance, own * theirs, 0.0, 0.0)
+    for n in (20, 60):
+        ahead = ind.log_change(x.log_close, 0, n) - ind.log_change(log_market, 0, n)
+        rows[f"relative_strength_{n}d"] = ahead / (x.sigma_20 * np.sqrt(n))
+    rows["relative_volatility_20d"] = ind.guarded_ratio(_std(x.ret, 20), month, 0.0, 1.0)
+    rows["market_volatility_20d"] = month
     month_sigma = np.maximum(month, ind.MIN_SIGMA_LOG)
-    return {
-        "beta_60d": ind.guarded_ratio(covariance, theirs * theirs, 0.0, 0.0),
-        "correlation_60d": ind.guarded_ratio(covariance, own * theirs, 0.0, 0.0),
-        "relative_strength_20d": ahead[20] / (x.sigma_20 * np.sqrt(20)),
-        "relative_strength_60d": ahead[60] / (x.sigma_20 * np.sqrt(60)),
-        "relative_volatility_20d": ind.guarded_ratio(_std(x.ret, 20), month, 0.0, 1.0),
-        "market_volatility_20d": month,
-        "market_velocity_20d": ind.log_change(log_market, 0, 20) / (month_sigma * np.sqrt(20)),
-    }
+    rows["market_velocity_20d"] = ind.log_change(log_market, 0, 20) / (month_sigma * np.sqrt(20))
 
 
 def refuse_earlier_closes(symbols: Iterable[str]) -> None:
@@ -277,24 +257,23 @@ def refuse_earlier_closes(symbols: Iterable[str]) -> None:
         )
 
 
-def _closes(other: pd.DataFrame, name: str) -> tuple[pd.DatetimeIndex, FloatArray]:
-    """Return the sessions and closes of another series, without the rows that have no close."""
+def _closes(other: pd.DataFrame, name: str) -> "pd.Series[float]":
+    """Return the closes of another series by session, without the rows that have no close."""
     is_dated = isinstance(other.index, pd.DatetimeIndex) and not other.index.hasnans
     if list(other.columns).count("Close") != 1 or not is_dated:
         raise DataError(f"{name} needs one column Close over dates: pass bars")
-    dates = bar_dates(other)
-    if not dates.is_unique or not dates.is_monotonic_increasing:
-        raise DataError(f"{name} has doubled or unsorted sessions: pass bars that `clean_bars` has mended")
     try:
-        close = np.asarray(other["Close"], dtype=np.float64)
+        close = other["Close"].astype(np.float64).set_axis(bar_dates(other))
     except (TypeError, ValueError) as error:
         raise DataError(f"{name} holds something that is not a number: {error}") from error
-    known = ~np.isnan(close)
-    if not known.any():
+    if not (close.index.is_unique and close.index.is_monotonic_increasing):
+        raise DataError(f"{name} has doubled or unsorted sessions: pass bars that `clean_bars` has mended")
+    close = close.dropna()
+    if close.empty:
         raise DataError(f"{name} has no close at all: fetch it again")
-    if not (np.isfinite(close[known]) & (close[known] > 0.0)).all():
+    if not (np.isfinite(close) & (close > 0.0)).all():
         raise DataError(f"{name} has closes that are not positive numbers: fetch it again")
-    return dates[known], close[known]
+    return close
 
 
 def align_close(bars: pd.DataFrame, other: pd.DataFrame, name: str) -> FloatArray:
@@ -303,31 +282,20 @@ def align_close(bars: pd.DataFrame, other: pd.DataFrame, name: str) -> FloatArra
     Row t of (n,) is the last close at or before session t; NaN before the series begins. Raises ``DataError``
     if that close is more than `MAX_AGE_SESSIONS` sessions old, or the series cannot be used.
     """
-    dates, close = _closes(other, name)
-    sessions, theirs = (np.asarray(index, dtype="datetime64[D]") for index in (bar_dates(bars), dates))
-    out = np.full(len(sessions), np.nan)
+    close = _closes(other, name)
+    sessions, theirs = (np.asarray(i, dtype="datetime64[D]") for i in (bar_dates(bars), close.index))
     last = np.searchsorted(theirs, sessions, side="right") - 1
-    begun = np.flatnonzero(last >= 0)
-    if not len(begun):
-        return out
-    seen = theirs[last[begun]]
-    out[begun] = close[last[begun]]
-    age = begun - np.searchsorted(sessions, seen, side="right") + 1
+    seen = theirs[np.maximum(last, 0)]
+    age = np.arange(len(sessions)) - np.searchsorted(sessions, seen, side="right") + 1
     # Before the first bar there are no sessions to count: weekdays stand for them.
-    age += np.maximum(np.busday_count(seen, sessions[0]) - 1, 0)
-    if (age > MAX_AGE_SESSIONS).any():
-        row = int(np.argmax(age > MAX_AGE_SESSIONS))
+    age += np.maximum(np.busday_count(seen, sessions[:1]) - 1, 0)
+    if (old := (last >= 0) & (age > MAX_AGE_SESSIONS)).any():
+        row = int(np.argmax(old))
         raise DataError(
-            f"{name} has no close for {sessions[begun[row]]}: its last one, of {seen[row]}, is more than "
+            f"{name} has no close for {sessions[row]}: its last one, of {seen[row]}, is more than "
             f"{MAX_AGE_SESSIONS} sessions old; fetch it again, or end the bars there"
         )
-    return out
-
-
-def _first_row(bars: pd.DataFrame, other: pd.DataFrame, name: str) -> int:
-    """Return the position of the first bar at whose close the other series has one; ``len(bars)`` if none."""
-    first = _closes(other, name)[0][0]
-    return int(np.count_nonzero(np.asarray(bar_dates(bars) < first)))
+    return np.where(last >= 0, np.asarray(close)[last], np.nan)
 
 
 # In this order: a feature may be made of one that was stored before.
@@ -340,7 +308,11 @@ _FAMILIES = (
 def engineer_features(
     bars: pd.DataFrame, *, vix: pd.DataFrame | None = None, market: pd.DataFrame | None = None
 ) -> pd.DataFrame:
-    """Compute every feature of the registry.
+    """Compute every feature of the registry: float64, indexed like ``bars``, in the registry's order.
+
+    Row t is known at the close of t, the same to the last bit whatever follows. NaN in the declared warm-ups
+    and nowhere else; that of an optional family counts from the first session of its series where that
+    begins later. Raises ``DataError`` as `align_close` does, when ``vix`` or ``market`` cannot be used.
 
     Parameters
     ----------
@@ -350,18 +322,6 @@ def engineer_features(
     vix, market
         Bars of ^VIX and of the market (only ``Close`` is read); each appends its optional family. They must
         have closed by the close of the bars: see `refuse_earlier_closes`.
-
-    Returns
-    -------
-    DataFrame
-        Float64, indexed like ``bars``, columns in the registry's order. Row t is known at the close of t, the
-        same to the last bit whatever follows. NaN in the declared warm-ups and nowhere else; that of an
-        optional family counts from the first session of its series where that begins later.
-
-    Raises
-    ------
-    DataError
-        As `align_close` does, when ``vix`` or ``market`` cannot be used.
     """
     optional = _optional(vix is not None, market is not None, has_sentiment(bars))
     rows = FeatureRows(len(bars), optional)
@@ -369,23 +329,24 @@ def engineer_features(
         x = ind.bar_arrays(*(np.array(bars[name], dtype=np.float64) for name in BAR_COLUMNS))
         for compute in _FAMILIES:
             compute(x, rows)
-        made = _cross_asset_rows(x, align_close(bars, vix, VIX_SERIES)) if vix is not None else {}
-        made |= _market_rows(x, align_close(bars, market, MARKET_SERIES)) if market is not None else {}
-        made |= {spec.name: np.array(bars[spec.name]) for spec in optional if spec in SENTIMENT}
-        for name, values in made.items():
-            rows[name] = values
+        if vix is not None:
+            _cross_asset(x, rows, align_close(bars, vix, VIX_SERIES))
+        if market is not None:
+            _market_context(x, rows, align_close(bars, market, MARKET_SERIES))
+        for name in SENTIMENT_COLUMNS if has_sentiment(bars) else ():
+            rows[name] = np.array(bars[name])
     columns = [spec.name for spec in FEATURES + optional]
     return pd.DataFrame(rows.block.T, index=bars.index, columns=columns, copy=False)
 
 
 def has_sentiment(table: pd.DataFrame) -> bool:
     """Tell whether what headlines say is among the columns."""
-    return all(spec.name in table.columns for spec in SENTIMENT)
+    return set(SENTIMENT_COLUMNS) <= set(table.columns)
 
 
 def usable_rows(features: npt.NDArray[np.floating], columns: Sequence[str]) -> npt.NDArray[np.bool_]:
     """Return which rows are complete, (n,). Headlines may lack: NaN is what trees learn of it."""
-    needed = [name not in {spec.name for spec in SENTIMENT} for name in columns]
+    needed = [name not in SENTIMENT_COLUMNS for name in columns]
     return np.asarray(np.isfinite(features[:, needed]).all(axis=1), dtype=np.bool_)
 
 
@@ -401,7 +362,8 @@ def warmup_bars(
     needed = MAX_WARMUP_BARS
     for other, name, specs in ((vix, VIX_SERIES, CROSS_ASSET), (market, MARKET_SERIES, MARKET_CONTEXT)):
         if other is not None:
-            needed = max(needed, _first_row(bars, other, name) + max(spec.warmup_bars for spec in specs))
+            before = int(np.count_nonzero(bar_dates(bars) < _closes(other, name).index[0]))
+            needed = max(needed, before + max(spec.warmup_bars for spec in specs))
     return needed
 
 
@@ -423,23 +385,25 @@ def feature_set_hash(*, cross_asset: bool = False, market_context: bool = False)
 
 
 def _table(specs: tuple[FeatureSpec, ...]) -> str:
-    lines = ["| name | family | formula | warm-up (bars) | bounds | source |", "|---|---|---|---|---|---|"]
-    for spec in specs:
-        formula, bounds = spec.formula.replace("|", "\\|"), f"{spec.lower:g} to {spec.upper:g}"
-        cells = (spec.name, spec.family, formula, str(spec.warmup_bars), bounds, spec.source)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    head = "| name | family | formula | warm-up (bars) | bounds | source |\n|---|---|---|---|---|---|"
+    rows = ((s, s.formula.replace("|", "\\|")) for s in specs)
+    lines = (
+        f"| {s.name} | {s.family} | {formula} | {s.warmup_bars} | {s.lower:g} to {s.upper:g} | {s.source} |"
+        for s, formula in rows
+    )
+    return "\n".join([head, *lines])
 
 
 def features_table() -> str:
     """Return the registry as a Markdown page; ``docs/features.md`` is this text."""
+    legend = _TABLES["legend"]
     parts = [
         "# Features",
         "Generated by `python -m data.feature_engineer --docs`; do not edit.",
-        f"{len(FEATURES)} columns, warm-up {MAX_WARMUP_BARS} bars. {LEGEND}",
+        f"{len(FEATURES)} columns, warm-up {MAX_WARMUP_BARS} bars. {legend['always']}",
         _table(FEATURES),
         "## Optional features",
-        OPTIONAL_LEGEND,
+        legend["if_asked"].format(max_age=MAX_AGE_SESSIONS),
         _table(CROSS_ASSET + MARKET_CONTEXT + SENTIMENT),
     ]
     return "\n\n".join(parts)

@@ -9,6 +9,7 @@ other room reads, counts what it mended, and refuses what it cannot mend. Calend
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import io
 import re
 import zipfile
@@ -16,12 +17,14 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from utils.base import DataError, InsufficientDataError, InvalidSymbolError, UsageError, read_settings
+from utils.base import DataError, InsufficientDataError, InvalidSymbolError, UsageError
 from utils.model_paths import write_whole
 
 Days = NDArray[np.datetime64]
@@ -62,10 +65,13 @@ _INDICES = {
     "^AXJO": "XASX", "^KS11": "XKRX", "^BSESN": "XBOM", "^NSEI": "XBOM", "^TWII": "XTAI", "^BVSP": "BVMF",
     "^GSPTSE": "XTSE", "^SSMI": "XSWX", "^AEX": "XAMS", "^IBEX": "XMAD", "000001.SS": "XSHG",
 }  # fmt: skip
+# Currency pairs and futures, which Yahoo names so.
+_ENDINGS = {"=X": WEEKDAYS, "=F": "CMES"}
 _CRYPTO = re.compile(r"[A-Z0-9]+-(USD|EUR|GBP|JPY|CAD|AUD|CHF|KRW|INR|BTC|ETH|USDT|USDC)")
 _SYMBOL = re.compile(r"\^?[A-Z0-9][A-Z0-9.=-]{0,14}")
 # People write BRK.B, Yahoo BRK-B; the other one-letter suffixes are exchanges (.L, .T, .F).
 _SHARE_CLASS = re.compile(r"([A-Z]{1,5})\.([AB])")
+_ONE_OR_MORE = re.compile(r"\{(.*?)\|(.*?)\}")
 
 
 def normalise_symbol(raw: str) -> str:
@@ -100,6 +106,10 @@ class SessionCalendar:
     days: Days
     closes: Days
     known_to: np.datetime64
+
+    def __post_init__(self) -> None:
+        """Let nobody write into what all share."""
+        self.days.flags.writeable = self.closes.flags.writeable = False
 
     def next_sessions(self, after: pd.Timestamp, count: int) -> pd.DatetimeIndex:
         """Return the first ``count`` sessions strictly after ``after``; ``UsageError`` if it has fewer."""
@@ -163,16 +173,12 @@ class SessionCalendar:
 
 def calendar_name(symbol: str) -> str:
     """Return the name of the calendar that ``symbol`` follows."""
-    if symbol in _INDICES:
-        return _INDICES[symbol]
-    if symbol.endswith("=X"):
-        return WEEKDAYS
-    if symbol.endswith("=F"):
-        return "CMES"
+    if named := _INDICES.get(symbol) or _ENDINGS.get(symbol[-2:]):
+        return named
     if _CRYPTO.fullmatch(symbol):
         return ALWAYS
-    stem, dot, suffix = symbol.rpartition(".")
-    return _SUFFIXES.get(suffix, UNMAPPED) if dot and stem else "XNYS"
+    stem, _, suffix = symbol.rpartition(".")
+    return _SUFFIXES.get(suffix, UNMAPPED) if stem else "XNYS"
 
 
 def calendar_for(symbol: str) -> SessionCalendar:
@@ -187,38 +193,39 @@ def calendar_for(symbol: str) -> SessionCalendar:
 @functools.cache
 def _load(name: str, last_year: int) -> SessionCalendar:
     end = np.datetime64(f"{last_year}-12-31")
-    if name in _WITHOUT_EXCHANGE:
-        timezone, per_year = _WITHOUT_EXCHANGE[name]
-        days = np.arange(_FIRST_DAY, end + 1)
-        days = days if name == ALWAYS else days[np.is_busday(days)]
-        closes, known_to = (days + 1).astype("datetime64[s]"), days[0] - 1 if name == UNMAPPED else end
-    else:
-        (timezone, days, closes, known_to), per_year = _kept(name, end), 252
-    days.flags.writeable = closes.flags.writeable = False
+    if name not in _WITHOUT_EXCHANGE:
+        return SessionCalendar(name=name, sessions_per_year=252, **_kept(name, end))
+    timezone, per_year = _WITHOUT_EXCHANGE[name]
+    days = np.arange(_FIRST_DAY, end + 1)
+    days = days if name == ALWAYS else days[np.is_busday(days)]
+    closes, known_to = (days + 1).astype("datetime64[s]"), days[0] - 1 if name == UNMAPPED else end
     return SessionCalendar(
         name=name, timezone=timezone, sessions_per_year=per_year, days=days, closes=closes, known_to=known_to
     )
 
 
-def _kept(name: str, end: np.datetime64) -> tuple[str, Days, Days, np.datetime64]:
-    """Return `_from_exchange`, from the file of an earlier process where there is one."""
+def _kept(name: str, end: np.datetime64) -> dict[str, Any]:
+    """Return `_from_exchange`, from the file of an earlier process where there is one.
+
+    It lies with compiled code: like that it depends on what is installed, and on no setting.
+    """
     release = importlib.metadata.version("exchange_calendars")
-    file = read_settings().cache_dir / "calendars" / f"{name}-{end}-{release}.npz"
+    file = Path(importlib.util.cache_from_source(__file__)).with_name(f"{name}-{end}-{release}.npz")
     try:
         with file.open("rb") as stream, np.load(stream) as kept:
-            return str(kept["zone"]), kept["days"], kept["closes"], kept["known_to"][()]
+            return {name: kept[name][()] for name in kept.files}
     except (OSError, ValueError, EOFError, LookupError, zipfile.BadZipFile):
-        zone, days, closes, known_to = built = _from_exchange(name, end)
+        built = _from_exchange(name, end)
     # Who cannot write here builds it again in the next process.
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         content = io.BytesIO()
-        np.savez(content, zone=np.array(zone), days=days, closes=closes, known_to=np.array(known_to))
+        np.savez(content, **built)
         write_whole(file, content.getvalue())
     return built
 
 
-def _from_exchange(name: str, end: np.datetime64) -> tuple[str, Days, Days, np.datetime64]:
+def _from_exchange(name: str, end: np.datetime64) -> dict[str, Any]:
     import exchange_calendars  # noqa: PLC0415 - takes half a second, which a help text need not wait for
 
     factory = type(exchange_calendars.get_calendar(name, start="2025-01-02", end="2025-03-31"))
@@ -231,7 +238,8 @@ def _from_exchange(name: str, end: np.datetime64) -> tuple[str, Days, Days, np.d
     later = np.arange(known_to + 1, end + 1)
     later = later[np.is_busday(later)]
     closes = np.concatenate([closes, later + (closes[-1] - days[-1])])
-    return str(calendar.tz), np.concatenate([days, later]), closes, known_to
+    days = np.concatenate([days, later])
+    return {"timezone": str(calendar.tz), "days": days, "closes": closes, "known_to": known_to}
 
 
 def _are_among(days: Days, ascending: Days) -> NDArray[np.bool_]:
@@ -280,14 +288,12 @@ class BarsReport:
 
     def problems(self) -> tuple[str, ...]:
         """Return one sentence per kind of trouble, none when the table was in order."""
-        said = []
-        for kind in fields(self):
-            count, words = getattr(self, kind.name), kind.metadata.get("words")
-            if count and words:
-                which = 1 if count == 1 else 2
-                agreed = re.sub(r"\{(.*?)\|(.*?)\}", lambda forms: str(forms[which]), words)  # noqa: B023
-                said.append(f"{count} {agreed}")
-        return tuple(said)
+        found = ((getattr(self, kind.name), kind.metadata.get("words")) for kind in fields(self))
+        return tuple(
+            f"{count} " + _ONE_OR_MORE.sub(r"\1" if count == 1 else r"\2", words)
+            for count, words in found
+            if count and words
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -322,20 +328,11 @@ class Bars:
 
 
 def clean_bars(raw: pd.DataFrame) -> tuple[pd.DataFrame, BarsReport]:
-    """Mend, check and adjust a raw table.
+    """Mend, check and adjust a raw table of ``RAW_COLUMNS``; others are ignored, a zone is dropped.
 
     Prices are multiplied by ``Adj Close / Close``, so that returns between rows are total returns. Later
-    dividends and splits enter all rows before them as one constant factor, which no return sees.
-
-    Parameters
-    ----------
-    raw
-        ``RAW_COLUMNS`` (others are ignored) over a DatetimeIndex; a zone is dropped, its local date stays.
-
-    Raises
-    ------
-    DataError
-        If columns or dates are missing, nothing usable is left, or a limit is passed.
+    dividends and splits enter all rows before them as one constant factor, which no return sees. Raises
+    ``DataError`` if columns or dates are missing, nothing usable is left, or a limit is passed.
     """
     table = _as_numbers(raw)
     counts = {"raw_rows": len(table)}

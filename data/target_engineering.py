@@ -10,7 +10,8 @@ rule of their selection, and all of them are made of survivors.
 import logging
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,8 +29,8 @@ from data.feature_engineer import (
     warmup_bars,
 )
 from data.indicators import MIN_SIGMA_LOG, FloatArray, bar_moves
-from data.schema import calendar_name, normalise_symbol
-from utils.base import DataError, InsufficientDataError, UsageError
+from data.schema import Bars, calendar_name, normalise_symbol
+from utils.base import AIStocksError, DataError, InsufficientDataError, UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ DateArray = npt.NDArray[np.datetime64]
 UNIVERSES_FILE = Path(__file__).with_name("universes.toml")
 DEFAULT_HORIZON_BARS = 5
 MAX_HORIZON_BARS = 252
+MAX_PANEL_BYTES = 1 << 30
 # Share of a symbol's rows after the warm-up that may be unusable before the data are refused.
 MAX_DROPPED_FRACTION = 0.01
 # Spans and weights of the variance forecast: week, month, quarter, year.
@@ -157,6 +159,39 @@ def resolve_universe(spec: str) -> tuple[str, ...]:
     if not symbols:
         raise UsageError(f"--universe {spec!r} names no symbol: use {', '.join(named)}, A,B,C or a file")
     return symbols
+
+
+def load_panel(
+    symbols: Sequence[str],
+    read: Callable[[str], Bars],
+    jobs: int = 4,
+    *,
+    max_bytes: int = MAX_PANEL_BYTES,
+) -> tuple[dict[str, Bars], dict[str, AIStocksError]]:
+    """Return what ``read`` says of every symbol, in the order given, and why others have no bars.
+
+    A panel that silently lacks its failures is a panel of survivors: tell them, or refuse it. ``jobs`` are
+    read at a time, in threads; raises ``DataError`` if all bars together pass ``max_bytes``.
+    """
+    panel: dict[str, Bars] = {}
+    failures: dict[str, AIStocksError] = {}
+    held = 0
+    with ThreadPoolExecutor(max_workers=max(1, jobs)) as pool:
+        flights = {symbol: pool.submit(read, symbol) for symbol in map(normalise_symbol, symbols)}
+        for symbol, flight in flights.items():
+            try:
+                panel[symbol] = flight.result()
+            except AIStocksError as error:
+                failures[symbol] = error
+                continue
+            held += panel[symbol].frame.to_numpy().nbytes
+            if held > max_bytes:
+                pool.shutdown(cancel_futures=True)
+                raise DataError(
+                    f"the bars of {len(panel)} of {len(flights)} symbols take {held / 2**20:.0f} MiB, over "
+                    f"the {max_bytes / 2**20:.0f} MiB allowed: name fewer symbols"
+                )
+    return panel, failures
 
 
 def universe_mean(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -295,16 +330,10 @@ def build_dataset(
 ) -> Dataset:
     """Build the panel of all symbols: features of each bar, and its target where it is known.
 
-    Rows ascend by date, then in the order of ``frames``; those of a symbol's warm-up are left out, those that
-    are not finite are counted and left out, its last ``horizon_bars`` have no target.
-
-    Parameters
-    ----------
-    frames
-        Bars by symbol, adjusted OHLCV.
-    vix, market
-        Bars of ^VIX and of the market; each appends its optional family to the columns, see
-        `engineer_features`. A symbol's rows begin once they have a value.
+    Rows ascend by date, then in the order of ``frames``, adjusted OHLCV bars by symbol; those of a symbol's
+    warm-up are left out, those that are not finite are counted and left out, its last ``horizon_bars`` have
+    no target. ``vix`` and ``market`` append their optional families, see `engineer_features`; a symbol's rows
+    begin once they have a value.
 
     Raises
     ------
@@ -321,11 +350,8 @@ def build_dataset(
         refuse_earlier_closes(frames)
     warmups = {symbol: warmup_bars(bars, vix=vix, market=market) for symbol, bars in frames.items()}
     _check_frames(frames, horizon, warmups)
-    columns = get_feature_columns(
-        all(map(has_sentiment, frames.values())),
-        cross_asset=vix is not None,
-        market_context=market is not None,
-    )
+    told = all(map(has_sentiment, frames.values()))
+    columns = get_feature_columns(told, cross_asset=vix is not None, market_context=market is not None)
     panel, place = _empty_dataset(frames, horizon, tuple(columns), warmups)
     usable = np.empty(len(panel), dtype=np.bool_)
     start = 0

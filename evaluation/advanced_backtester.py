@@ -5,7 +5,7 @@ hold, a constant exposure as high as the strategy's own average, and a constant 
 strategy, all booked by the same `account`, after the same costs and financing. Leverage is not alpha.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
@@ -46,19 +46,11 @@ class Benchmark:
 class BacktestReport:
     """What a backtest found.
 
-    Attributes
-    ----------
-    daily
-        By session: ``target_weight`` (decided at this close), ``held_weight`` (earned in this bar),
-        ``equity``, returns, ``drawdown``, costs (money), ``expected_return`` (NaN where there is none) and
-        more.
-    trades
-        One row per order, see `Trade`; a flip from long to short is two.
-    metrics, benchmarks, notes
-        Of the strategy; ``buy_hold``, ``exposure_matched``, ``volatility_matched``; what belongs beside it
-        all.
-    out_of_sample_from
-        First out-of-sample session; None when no row is known to be.
+    ``daily`` holds, by session: ``target_weight`` (decided at this close), ``held_weight`` (earned in this
+    bar), ``equity``, returns, ``drawdown``, costs (money), ``expected_return`` (NaN where there is none) and
+    more. ``trades`` has a row per order, see `Trade`; a flip from long to short is two. ``benchmarks`` are
+    ``buy_hold``, ``exposure_matched`` and ``volatility_matched``; ``out_of_sample_from`` is the first
+    out-of-sample session, None when no row is known to be.
     """
 
     daily: pd.DataFrame
@@ -112,7 +104,6 @@ class _Window(NamedTuple):
     target_weight: FloatArray
     is_out_of_sample: BoolArray
     expected_return: FloatArray
-    reason: Sequence[str] | None
 
     @property
     def asset_return(self) -> FloatArray:
@@ -149,7 +140,6 @@ class AdvancedBacktester:
         include_in_sample: bool = False,
         expected_return: FloatArray | None = None,
         horizon_bars: int | None = None,
-        reason: Sequence[str] | None = None,
     ) -> BacktestReport:
         """Book the weights and judge them.
 
@@ -164,21 +154,18 @@ class AdvancedBacktester:
             the rows before the first such bar count as well.
         expected_return, horizon_bars
             (n,) forecasts of the simple return over the coming ``horizon_bars``, judged against the closes.
-        reason
-            (n,) words for the order that follows from each decision; by default what changed.
 
         Raises
         ------
-        DataError
-            When rows make no sense, or none, or only some behind the first, are out of sample.
-        InsufficientDataError
-            When fewer than 2 rows count.
+        DataError, InsufficientDataError
+            When rows make no sense, or none, or only some behind the first, are out of sample; when fewer
+            than 2 rows count.
         """
         n, was_told = len(dates), is_out_of_sample is not None
         known = np.array(np.zeros(n) if is_out_of_sample is None else is_out_of_sample, dtype=np.bool_)
         expected = _floats(np.full(n, np.nan) if expected_return is None else expected_return)
         index = pd.DatetimeIndex(dates, name="date")
-        window = _Window(index, _floats(close), _floats(target_weight), known, expected, reason)
+        window = _Window(index, _floats(close), _floats(target_weight), known, expected)
         _check(window)
         if expected_return is not None and horizon_bars is None:
             raise UsageError("expected_return was given without horizon_bars: say how far the forecasts look")
@@ -257,8 +244,8 @@ class AdvancedBacktester:
 
 def _check(window: _Window) -> None:
     n, prices = len(window.dates), window.close
-    for name, column in zip(_Window._fields, window, strict=True):
-        if column is not None and len(column) != n:
+    for name, column in window._asdict().items():
+        if len(column) != n:
             raise DataError(f"{name} has {len(column)} entries for {n} dates; must be one per date")
     if not (window.dates.is_monotonic_increasing and window.dates.is_unique):
         raise DataError("dates must ascend strictly; sort them and drop doubles")
@@ -288,7 +275,7 @@ def _drop_in_sample(window: _Window) -> _Window:
             f"{window.dates[int(np.argmax(strange))]:%Y-%m-%d}; drop them or pass include_in_sample=True"
         )
     kept = window._replace(is_out_of_sample=~strange)
-    return _Window._make(None if column is None else column[first:] for column in kept)
+    return _Window._make(column[first:] for column in kept)
 
 
 def _daily(window: _Window, ledger: Ledger) -> pd.DataFrame:
@@ -362,7 +349,7 @@ def _trades(window: _Window, ledger: Ledger, band: float) -> Iterator[Trade]:
                 commission,
                 slippage,
                 bool(moved),
-                window.reason[row - 1] if window.reason else f"{words}, weight {held[row]:.2f}",
+                f"{words}, weight {held[row]:.2f}",
             )
 
 
@@ -376,21 +363,14 @@ def by_year(result: BacktestReport) -> list[dict[str, object]]:
     """Return one record a calendar year: returns by name, ``deepest``, ``exposure`` and ``turnover``."""
     net, daily = net_returns(result), result.daily
     years = pd.DatetimeIndex(net.index).year
-    records: list[dict[str, object]] = []
-    for year, held in daily.groupby(years)[["held_weight", "turnover"]]:
-        growth = (1.0 + net.loc[held.index]).cumprod()
-        own = growth["strategy"]
-        records.append(
-            {
-                "period": str(year),
-                "n_bars": len(held),
-                **{str(name): float(value) for name, value in (growth.iloc[-1] - 1.0).items()},
-                "deepest": float((own / own.cummax().clip(lower=1.0)).min() - 1.0),
-                "exposure": float(held["held_weight"].mean()),
-                "turnover": float(held["turnover"].sum()),
-            }
-        )
-    return records
+    growth, held = (1.0 + net).groupby(years).cumprod(), daily.groupby(years)
+    peak = growth["strategy"].groupby(years).cummax().clip(lower=1.0)
+    table = (growth.groupby(years).last() - 1.0).assign(
+        deepest=(growth["strategy"] / peak).groupby(years).min() - 1.0,
+        exposure=held["held_weight"].mean(),
+        turnover=held["turnover"].sum(),
+    )
+    return _records(table, held.size())
 
 
 def by_regime(result: BacktestReport) -> list[dict[str, object]]:
@@ -403,15 +383,15 @@ def by_regime(result: BacktestReport) -> list[dict[str, object]]:
     # A regime must be known before the day that is counted to it.
     volatility = result.daily["asset_return"].rolling(REGIME_BARS).std().shift(1)
     thirds = pd.qcut(volatility.rank(method="first"), 3, labels=["Calm", "Middle", "Stormy"])
-    year = result.costs.periods_per_year
-    return [
-        {
-            "period": str(third),
-            "n_bars": len(part),
-            **{str(name): float(mean) for name, mean in (part.mean() * year).items()},
-        }
-        for third, part in net_returns(result).groupby(thirds, observed=True)
-    ]
+    groups = net_returns(result).groupby(thirds, observed=True)
+    return _records(groups.mean() * result.costs.periods_per_year, groups.size())
+
+
+def _records(table: pd.DataFrame, n_bars: "pd.Series[int]") -> list[dict[str, object]]:
+    """Return one record a row, under its name and the number of bars behind it."""
+    table.insert(0, "n_bars", n_bars)
+    table.insert(0, "period", table.index.astype(str))
+    return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
 
 
 def by_bar(result: BacktestReport) -> pd.DataFrame:
@@ -423,17 +403,14 @@ def by_bar(result: BacktestReport) -> pd.DataFrame:
     # Nothing is earned in the first row.
     net, active = daily["net_return"].iloc[1:], (daily["net_return"] - market["net_return"]).iloc[1:]
     mean, spread = net.rolling(ROLLING_BARS).mean(), net.rolling(ROLLING_BARS).std()
-    view = {
-        "equity": daily["equity"],
-        "buy_hold_equity": market["equity"],
-        "drawdown": daily["drawdown"],
-        "rolling_sharpe": (mean / spread).where(spread > 1e-9) * np.sqrt(year),
-        "rolling_alpha": active.rolling(ROLLING_BARS).mean() * year,
-        "position": daily["held_weight"],
-        "strategy_return": daily["net_return"],
-        "buy_hold_return": market["net_return"],
-    }
-    return pd.DataFrame(view).fillna(0.0)
+    own = {"held_weight": "position", "net_return": "strategy_return"}
+    view = daily[["equity", "drawdown", *own]].rename(columns=own)
+    return view.assign(
+        buy_hold_equity=market["equity"],
+        buy_hold_return=market["net_return"],
+        rolling_sharpe=(mean / spread).where(spread > 1e-9) * np.sqrt(year),
+        rolling_alpha=active.rolling(ROLLING_BARS).mean() * year,
+    ).fillna(0.0)
 
 
 def by_month(result: BacktestReport) -> pd.DataFrame:
@@ -446,8 +423,6 @@ def by_month(result: BacktestReport) -> pd.DataFrame:
 
 def by_action(result: BacktestReport) -> pd.DataFrame:
     """Return orders by action: how many, and what those that closed realised, money."""
-    pnl = result.trades.groupby("action")["pnl"]
-    wins = result.trades["pnl"].gt(0.0).groupby(result.trades["action"]).mean()
-    return pd.DataFrame(
-        {"count": pnl.size(), "win_rate": wins, "avg_pnl": pnl.mean(), "total_pnl": pnl.sum()}
-    )
+    pnl = result.trades.assign(won=result.trades["pnl"] > 0.0).groupby("action")
+    profit = {"avg_pnl": ("pnl", "mean"), "total_pnl": ("pnl", "sum")}
+    return pnl.agg(count=("pnl", "size"), win_rate=("won", "mean"), **profit)

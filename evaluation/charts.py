@@ -5,7 +5,6 @@ Every maker is a pure function of its data: the same data give the same bytes. C
 dark. Words stay out of the drawings: titles, captions and legends are HTML around them.
 """
 
-import functools
 import hashlib
 import io
 import re
@@ -22,7 +21,6 @@ import pandas as pd
 from utils.base import DataError
 
 if TYPE_CHECKING:
-    from matplotlib import RcParams
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
 
@@ -99,15 +97,6 @@ Block = Drawing | Table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stat:
-    """A figure of the headline and what it stands beside."""
-
-    label: str
-    value: str
-    note: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Banner:
     """A sentence in colour (``good``, ``plain``, ``caution``, ``bad``), with reasons."""
 
@@ -128,12 +117,15 @@ class Section:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """A whole page; a ``stamp`` (IN-SAMPLE) is repeated on every figure, table and chart."""
+    """A whole page; a ``stamp`` (IN-SAMPLE) is repeated on every figure, table and chart.
+
+    Of ``headline``, each is a label, a figure, and what the figure stands beside.
+    """
 
     kicker: str
     title: str
     subtitle: str
-    headline: tuple[Stat, ...]
+    headline: tuple[tuple[str, str, str], ...]
     banners: tuple[Banner, ...]
     sections: tuple[Section, ...]
     limits: tuple[str, ...]
@@ -175,14 +167,12 @@ def bar_chart(values: Mapping[str, float], notes: Mapping[str, str], heads: tupl
     """Show shares (fractions >= 0) as bars, longest first, each with a note; heads: of label, share, note."""
     ranked = sorted(values.items(), key=lambda item: (-item[1], item[0]))
     top = max((share for _label, share in ranked), default=0.0) or 1.0
-    bars = (
-        (label, replace(cell(share, "pct"), share=round(100 * share / top, 1))) for label, share in ranked
-    )
-    rows = tuple((Cell(label), bar, Cell(notes.get(label, ""))) for label, bar in bars)
-    return Table(columns=heads, rows=rows, style="bars")
+    bars = (replace(cell(share, "pct"), share=round(100 * share / top, 1)) for _label, share in ranked)
+    rows = ((Cell(name), bar, Cell(notes.get(name, ""))) for (name, _), bar in zip(ranked, bars, strict=True))
+    return Table(columns=heads, rows=tuple(rows), style="bars")
 
 
-def equity_chart(dates: pd.DatetimeIndex, equity: Series, in_sample: BoolArray | None = None) -> Drawing:
+def equity_chart(dates: pd.DatetimeIndex, equity: Series, in_sample: BoolArray) -> Drawing:
     """Draw growth of one unit on a log scale; label to (role, equity at each close, (n,)), the first on top.
 
     Rows where ``in_sample``, (n,), holds are shaded.
@@ -190,14 +180,15 @@ def equity_chart(dates: pd.DatetimeIndex, equity: Series, in_sample: BoolArray |
     growth = {label: (role, values / values[0]) for label, (role, values) in equity.items()}
 
     def paint(ax: "Axes", points: int) -> None:
-        _shade(ax, dates, in_sample)
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], in_sample.astype(np.int8), [0]])))
+        for start, stop in edges.reshape(-1, 2):
+            ax.axvspan(dates[start], dates[stop - 1], color=ROLES["loss"], alpha=0.10, lw=0)
         # Ruin has no logarithm; it is drawn at a hundredth.
         _lines(ax, dates, {name: (role, np.maximum(v, 0.01)) for name, (role, v) in growth.items()}, points)
         _log_axis(ax, "{:g}" + TIMES)
 
     keys = tuple(Key(f"{label} {values[-1]:,.2f}{TIMES}", role) for label, (role, values) in growth.items())
-    shaded = in_sample is not None and bool(in_sample.any())
-    return _draw(paint, "full", (*keys, Key("in-sample rows", "loss", "area")) if shaded else keys)
+    return _draw(paint, "full", (*keys, Key("in-sample rows", "loss", "area")) if in_sample.any() else keys)
 
 
 def drawdown_chart(dates: pd.DatetimeIndex, drawdown: Series) -> Drawing:
@@ -224,12 +215,14 @@ def rolling_sharpe_chart(
     dates: pd.DatetimeIndex, returns: Series, *, window: int, periods_per_year: int
 ) -> Drawing:
     """Draw the annualised Sharpe ratio of the last ``window`` simple returns, known at each close."""
-    curves: dict[str, tuple[str, FloatArray]] = {}
-    for label, (role, values) in returns.items():
+
+    def ratio(values: FloatArray) -> FloatArray:
         rolling = pd.Series(values).rolling(window)
         # Rounding leaves a tiny spread where nothing moved at all.
-        ratio = rolling.mean() / rolling.std().where(lambda spread: spread > 1e-12)
-        curves[label] = (role, np.asarray(ratio, dtype=np.float64) * np.sqrt(periods_per_year))
+        found = rolling.mean() / rolling.std().where(lambda spread: spread > 1e-12)
+        return np.asarray(found * np.sqrt(periods_per_year), dtype=np.float64)
+
+    curves = {label: (role, ratio(values)) for label, (role, values) in returns.items()}
     return curve_chart(dates, curves, span="strip")
 
 
@@ -291,20 +284,18 @@ def forecast_fan_chart(
         ax.plot(dates[outside], actual[outside], "o", color=ROLES["loss"], ms=size + 0.8, mew=0)
         _percent(ax.yaxis)
 
-    legend = (Key("forecast", "strategy"), Key("80 % band", "strategy", "area"))
-    marks = (Key("realised inside", "hold", "dot"), Key("realised outside", "loss", "dot"))
-    return _draw(paint, "full", (*legend, *marks))
+    legend = Key("forecast", "strategy"), Key("80 % band", "strategy", "area")
+    marks = Key("realised inside", "hold", "dot"), Key("realised outside", "loss", "dot")
+    return _draw(paint, "full", legend + marks)
 
 
-def reliability_chart(
-    predicted: FloatArray, observed: FloatArray, *, overlap_bars: int = 1, bins: int = 10
-) -> Drawing:
-    """Draw mean outcome against mean forecast, (n,), in bins of equal count with 90 % intervals.
+def reliability_chart(predicted: FloatArray, observed: FloatArray, *, overlap_bars: int = 1) -> Drawing:
+    """Draw mean outcome against mean forecast, (n,), in ten bins of equal count with 90 % intervals.
 
     Outcomes overlap over ``overlap_bars`` rows: a bin is worth its count divided by that.
     """
     order = np.argsort(predicted, kind="stable")
-    parts = np.array_split(order, max(1, min(bins, len(order) // 20)))
+    parts = np.array_split(order, max(1, min(10, len(order) // 20)))
     x = np.array([predicted[part].mean() for part in parts])
     y = np.array([observed[part].mean() for part in parts])
     worth = np.array([max(len(part) / overlap_bars, 2.0) for part in parts])
@@ -361,33 +352,23 @@ def _thin(values: FloatArray, points: int) -> npt.NDArray[np.intp]:
     return np.unique(np.concatenate([known[:1], known[-1:], *extremes]))
 
 
-def _shade(ax: "Axes", dates: pd.DatetimeIndex, mask: BoolArray | None) -> None:
-    if mask is None or not mask.any():
-        return
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(np.int8), [0]])))
-    for start, stop in edges.reshape(-1, 2):
-        ax.axvspan(dates[start], dates[stop - 1], color=ROLES["loss"], alpha=0.10, lw=0)
-
-
 def _percent(axis: "Axis") -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator  # noqa: PLC0415
+    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
 
     axis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
-    axis.set_major_formatter(FuncFormatter(lambda v, _at: f"{v * 100:.6g} %".replace("-", MINUS)))
+    axis.set_major_formatter(lambda v, _at: f"{v * 100:.6g} %".replace("-", MINUS))
 
 
 def _log_axis(ax: "Axes", pattern: str) -> None:
-    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator  # noqa: PLC0415
+    from matplotlib.ticker import LogLocator, MaxNLocator  # noqa: PLC0415
 
     ax.set_yscale("log")
     low, high = ax.get_ylim()
     # Steps of 1, 2, 5 are too coarse for a range below half a decade.
-    decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
-    coarse = np.ravel(np.outer(decades, (1, 2, 5)) if high < 400 * low else decades)
-    ticks = MaxNLocator(5).tick_values(low, high) if high < 5 * low else coarse
-    ax.yaxis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
-    ax.yaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _at: pattern.format(round(value, 6))))
+    coarse = LogLocator(subs=(1, 2, 5) if high < 400 * low else (1,))
+    ax.yaxis.set_major_locator(MaxNLocator(5) if high < 5 * low else coarse)
+    ax.minorticks_off()
+    ax.yaxis.set_major_formatter(lambda value, _at: pattern.format(round(value, 6)))
 
 
 def _draw(paint: Paint, span: str, legend: tuple[Key, ...], *, dated: bool = True) -> Drawing:
@@ -402,12 +383,11 @@ def _draw(paint: Paint, span: str, legend: tuple[Key, ...], *, dated: bool = Tru
 
 def _svg(paint: Paint, size: tuple[int, int], points: int, *, dated: bool) -> str:
     # A third of a second that only a run with a report should pay.
-    import matplotlib as mpl  # noqa: PLC0415
-    from matplotlib import dates, figure  # noqa: PLC0415
+    from matplotlib import dates, figure, style  # noqa: PLC0415
 
     width, height = size
     buffer = io.StringIO()
-    with _STYLE_LOCK, mpl.rc_context(_style()):
+    with _STYLE_LOCK, style.context(STYLE):
         # 72 points to the inch: a point is a CSS pixel.
         page = figure.Figure(figsize=(width / 72, height / 72), dpi=72)
         ax = page.add_axes((50 / width, 26 / height, (width - 58) / width, (height - 34) / height))
@@ -418,13 +398,6 @@ def _svg(paint: Paint, size: tuple[int, int], points: int, *, dated: bool) -> st
             ax.xaxis.set_major_formatter(dates.ConciseDateFormatter(locator, show_offset=False))  # type: ignore[no-untyped-call]
         page.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _clean(buffer.getvalue(), size)
-
-
-@functools.cache
-def _style() -> "RcParams":
-    from matplotlib import rc_params_from_file  # noqa: PLC0415
-
-    return rc_params_from_file(STYLE, use_default_template=False)
 
 
 def _clean(svg: str, size: tuple[int, int]) -> str:

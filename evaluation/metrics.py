@@ -22,6 +22,7 @@ FloatArray = npt.NDArray[np.float64]
 # Below this, differences are rounding and a quotient by them says nothing.
 _TINY = 1e-12
 _MIN_TAIL_BARS = 20
+_NO_CLOSING = "no decision closed a trade"
 # Of the standard normal; an 80 % band reaches that many standard deviations.
 Z_90 = 1.2815515655446004
 # Fewer outcomes say little about a share.
@@ -74,8 +75,7 @@ def cagr(equity: FloatArray, periods_per_year: int) -> Measured:
         return grown
     if grown.value <= -1.0:
         return _none("the capital was lost")
-    years = (len(equity) - 1) / periods_per_year
-    log_growth = float(np.log1p(grown.value)) / years
+    log_growth = float(np.log1p(grown.value)) * periods_per_year / (len(equity) - 1)
     if log_growth > 100.0:
         return _none(f"{len(equity)} bars are too few to annualise")
     return Measured(float(np.expm1(log_growth)))
@@ -84,23 +84,19 @@ def cagr(equity: FloatArray, periods_per_year: int) -> Measured:
 def volatility(returns: FloatArray, periods_per_year: int) -> Measured:
     """Standard deviation of returns (ddof 1), annualised; a fraction."""
     sample = _finite(returns, "returns")
-    return _short(sample, 2) or Measured(float(sample.std(ddof=1) * np.sqrt(periods_per_year)))
+    return _short(sample, 2) or Measured(_deviation(sample) * float(np.sqrt(periods_per_year)))
 
 
 def sharpe(returns: FloatArray, periods_per_year: int) -> Measured:
     """Mean over standard deviation (ddof 1), annualised; undefined when returns do not vary."""
     sample = _finite(returns, "returns")
-    if short := _short(sample, 2):
-        return short
-    return _annual_ratio(sample, float(sample.std(ddof=1)), periods_per_year, "returns do not vary")
+    return _annual_ratio(sample, _deviation(sample), periods_per_year, "returns do not vary")
 
 
 def sortino(returns: FloatArray, periods_per_year: int) -> Measured:
     """Mean over the root of the mean squared loss, annualised; undefined without a loss."""
     sample = _finite(returns, "returns")
-    if short := _short(sample, 2):
-        return short
-    downside = float(np.sqrt(np.mean(np.minimum(sample, 0.0) ** 2)))
+    downside = float(np.sqrt(np.sum(np.minimum(sample, 0.0) ** 2) / max(len(sample), 1)))
     return _annual_ratio(sample, downside, periods_per_year, "no return is negative")
 
 
@@ -124,11 +120,9 @@ def max_drawdown(equity: FloatArray) -> Measured:
 def max_drawdown_bars(equity: FloatArray) -> Measured:
     """Bars from the high before the deepest drawdown to the recovery of that high, or to the end."""
     depth = drawdowns(equity)
-    if not len(depth):
-        return _none("no bars")
+    if not depth.any():
+        return Measured(0.0) if len(depth) else _none("no bars")
     trough, top = int(depth.argmin()), np.flatnonzero(depth == 0.0)
-    if depth[trough] == 0.0:
-        return Measured(0.0)
     peak, recovered = top[top < trough][-1], top[top > trough]
     return Measured(float((recovered[0] if len(recovered) else len(depth) - 1) - peak))
 
@@ -137,7 +131,7 @@ def calmar(equity: FloatArray, periods_per_year: int) -> Measured:
     """CAGR over the size of the deepest drawdown."""
     growth, depth = cagr(equity, periods_per_year), max_drawdown(equity)
     if growth.value is None:
-        return _none(str(growth.reason))
+        return growth
     if depth.value is None or depth.value >= -_TINY:
         return _none("there was no drawdown")
     return Measured(growth.value / -depth.value)
@@ -158,17 +152,14 @@ def conditional_value_at_risk(returns: FloatArray, tail: float = 0.05) -> Measur
 
 def win_rate(closed_pnl: FloatArray) -> Measured:
     """Share of decided closings that realised a profit after costs; a fraction."""
-    pnl = _finite(closed_pnl, "closed_pnl")
-    if not len(pnl):
-        return _none("no decision closed a trade")
-    return Measured(float(np.mean(pnl > 0.0)))
+    return _mean(_finite(closed_pnl, "closed_pnl") > 0.0, _NO_CLOSING)
 
 
 def profit_factor(closed_pnl: FloatArray) -> Measured:
     """Sum of realised profits over the size of the sum of realised losses."""
     pnl = _finite(closed_pnl, "closed_pnl")
     if not len(pnl):
-        return _none("no decision closed a trade")
+        return _none(_NO_CLOSING)
     loss = -float(pnl[pnl < 0.0].sum())
     if loss <= _TINY:
         return _none("no decision closed a trade at a loss")
@@ -178,10 +169,8 @@ def profit_factor(closed_pnl: FloatArray) -> Measured:
 def information_ratio(returns: FloatArray, benchmark: FloatArray, periods_per_year: int) -> Measured:
     """Sharpe ratio of the return over the benchmark's."""
     active = _finite(returns, "returns") - _finite(benchmark, "benchmark")
-    found = sharpe(active, periods_per_year)
-    if found.reason == "returns do not vary":
-        return _none("returns do not differ from the benchmark's")
-    return found
+    why = "returns do not differ from the benchmark's"
+    return _annual_ratio(active, _deviation(active), periods_per_year, why)
 
 
 def market_line(returns: FloatArray, benchmark: FloatArray, periods_per_year: int) -> dict[str, Measured]:
@@ -193,13 +182,8 @@ def market_line(returns: FloatArray, benchmark: FloatArray, periods_per_year: in
     y, x = _finite(returns, "returns"), _finite(benchmark, "benchmark")
     if len(y) != len(x):
         raise DataError(f"returns has {len(y)} entries and benchmark {len(x)}; must be equal")
-    why = None
-    if len(y) < 3:
-        why = f"needs 3 returns, has {len(y)}"
-    elif x.std() <= _TINY:
-        why = "the benchmark does not vary"
-    if why is not None:
-        return dict.fromkeys(("alpha", "beta", "alpha_t", "beta_t"), _none(why))
+    if none := _short(y, 3) or (_none("the benchmark does not vary") if x.std() <= _TINY else None):
+        return dict.fromkeys(("alpha", "beta", "alpha_t", "beta_t"), none)
     design = np.column_stack([np.ones(len(x)), x])
     bread = np.linalg.inv(design.T @ design)
     coefficients = bread @ (design.T @ y)
@@ -209,14 +193,11 @@ def market_line(returns: FloatArray, benchmark: FloatArray, periods_per_year: in
         "beta": Measured(float(coefficients[1])),
     }
     if residuals.std() <= _TINY * max(1.0, float(y.std())):
-        why = "the line fits exactly"
-        return out | {name: _none(why) for name in ("alpha_t", "beta_t")}
+        return out | dict.fromkeys(("alpha_t", "beta_t"), _none("the line fits exactly"))
     scores = design * residuals[:, None]
     meat = _long_run_sum(scores, int(4.0 * (len(y) / 100.0) ** (2.0 / 9.0)))
-    errors = np.sqrt(np.diag(bread @ meat @ bread))
-    for name, coefficient, error in zip(("alpha_t", "beta_t"), coefficients, errors, strict=True):
-        out[name] = Measured(float(coefficient / error))
-    return out
+    alpha_t, beta_t = coefficients / np.sqrt(np.diag(bread @ meat @ bread))
+    return out | {"alpha_t": Measured(float(alpha_t)), "beta_t": Measured(float(beta_t))}
 
 
 def overlap_error(scores: FloatArray, horizon_bars: int) -> float:
@@ -296,21 +277,19 @@ def calibration_metrics(
         return dict.fromkeys(CALIBRATION, short)
     inside, rose = (lower[known] <= came) & (came <= upper[known]), came > 0.0
     full = [inside[of_year == y] for y in np.unique(of_year) if np.sum(of_year == y) >= MIN_OUTCOMES]
-    yearly = np.sort([float(part.mean()) for part in full])
+    yearly = np.sort([part.mean() for part in full])
     brier, naive = float(np.mean((said - rose) ** 2)), float(rose.mean() * (1.0 - rose.mean()))
     groups = np.array_split(np.argsort(said, kind="stable"), 10)
     apart = [abs(said[group].mean() - rose[group].mean()) * len(group) for group in groups]
-    alike = _none("all outcomes were alike")
     none = f"no year has {MIN_OUTCOMES} outcomes"
-    figures = (
-        Measured(float(inside.mean())),
-        _mean(yearly[:1], none),
-        _mean(yearly[-1:], none),
-        Measured(brier),
-        Measured(1.0 - brier / naive) if naive > 0.0 else alike,
-        Measured(float(np.sum(apart) / len(came))),
-    )
-    return dict(zip(CALIBRATION, figures, strict=True))
+    return {
+        "band_coverage": Measured(float(inside.mean())),
+        "band_coverage_lowest_year": _mean(yearly[:1], none),
+        "band_coverage_highest_year": _mean(yearly[-1:], none),
+        "brier_score": Measured(brier),
+        "brier_skill": Measured(1.0 - brier / naive) if naive > 0.0 else _none("all outcomes were alike"),
+        "probability_error": Measured(float(np.sum(apart) / len(came))),
+    }
 
 
 def band_crps(came: float, median: float, lower: float, upper: float) -> float:
@@ -341,8 +320,7 @@ def ledger_metrics(
     Row 0, which earns nothing, is not counted as a return. ``sharpe_ratio`` and ``cost_adjusted_sharpe`` are
     one figure, after all costs: no headline is gross. ``turnover`` is one-way, per year.
     """
-    net, gross, held = ledger.net_return[1:], ledger.gross_return[1:], ledger.held_weight[1:]
-    market = benchmark_return[1:]
+    net, held, market = ledger.net_return[1:], ledger.held_weight[1:], benchmark_return[1:]
     after_costs = sharpe(net, periods_per_year)
     none = "no bar was held"
     return {
@@ -351,7 +329,7 @@ def ledger_metrics(
         "volatility": volatility(net, periods_per_year),
         "sharpe_ratio": after_costs,
         "cost_adjusted_sharpe": after_costs,
-        "gross_sharpe_ratio": sharpe(gross, periods_per_year),
+        "gross_sharpe_ratio": sharpe(ledger.gross_return[1:], periods_per_year),
         "sortino_ratio": sortino(net, periods_per_year),
         "calmar_ratio": calmar(ledger.equity, periods_per_year),
         "max_drawdown": max_drawdown(ledger.equity),
@@ -376,7 +354,7 @@ def trade_metrics(closed_pnl: FloatArray, n_orders: int) -> dict[str, Measured]:
     return {
         "win_rate": win_rate(closed_pnl),
         "profit_factor": profit_factor(closed_pnl),
-        "average_trade_profit": _mean(closed_pnl, "no decision closed a trade"),
+        "average_trade_profit": _mean(closed_pnl, _NO_CLOSING),
         "total_trades": Measured(float(len(closed_pnl))),
         "total_orders": Measured(float(n_orders)),
     }
@@ -399,9 +377,13 @@ def _short(sample: FloatArray, need: int, what: str = "returns") -> Measured | N
 
 
 def _annual_ratio(sample: FloatArray, spread: float, periods_per_year: int, why: str) -> Measured:
-    if spread <= _TINY:
-        return _none(why)
+    if none := _short(sample, 2) or (_none(why) if spread <= _TINY else None):
+        return none
     return Measured(float(sample.mean() / spread * np.sqrt(periods_per_year)))
+
+
+def _deviation(sample: FloatArray) -> float:
+    return float(sample.std(ddof=1)) if len(sample) > 1 else 0.0
 
 
 def _ranks(sample: FloatArray) -> FloatArray:
@@ -414,4 +396,4 @@ def _mean(sample: FloatArray | npt.NDArray[np.bool_], reason: str) -> Measured:
 
 
 def _std(sample: FloatArray) -> Measured:
-    return _short(sample, 2, what="values") or Measured(float(sample.std(ddof=1)))
+    return _short(sample, 2, what="values") or Measured(_deviation(sample))

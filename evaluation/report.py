@@ -25,19 +25,7 @@ from evaluation.advanced_backtester import (
     by_year,
     net_returns,
 )
-from evaluation.charts import (
-    TIMES,
-    Banner,
-    Block,
-    Cell,
-    Drawing,
-    FloatArray,
-    Report,
-    Section,
-    Stat,
-    Table,
-    cell,
-)
+from evaluation.charts import TIMES, Banner, Block, Cell, Drawing, FloatArray, Report, Section, Table, cell
 from evaluation.forward_simulator import BLOCK_BARS, CONFIDENCE, RESAMPLES, Evidence, summarise
 from evaluation.metrics import Metrics, values
 from utils.base import DataError, StorageError
@@ -237,15 +225,11 @@ def luck_section(evidence: Evidence) -> Section:
     known, heads = words.table["evidence"], words.table["heads"]
     facts = ((*known[name], measured) for name, measured in evidence.figures.items())
     rows = ((Cell(a), cell(m.value, form, m.reason or ""), Cell(hint, "word")) for a, form, hint, m in facts)
-    labels, found = words.table["intervals"].items(), evidence.intervals
-    spans = (
-        (
-            Cell(label),
-            *(cell(end, form, span.reason or "") for end in (span.value, span.low, span.high)),
-            cell(span.share_above_zero, "pct", span.reason or ""),
-        )
-        for label, form, span in ((label, form, found[name]) for name, (label, form) in labels)
-    )
+    spans = []
+    for name, (label, form) in words.table["intervals"].items():
+        span, why = evidence.intervals[name], evidence.intervals[name].reason or ""
+        ends = (cell(end, form, why) for end in (span.value, span.low, span.high))
+        spans.append((Cell(label), *ends, cell(span.share_above_zero, "pct", why)))
     grid = "grid_drawn" if evidence.seeds else "grid"
     tables = words.grid("intervals", heads["intervals"], spans), words.grid("luck", heads["evidence"], rows)
     return words.section("luck", *tables, words.grid(grid, *_grid_rows(evidence)))
@@ -285,14 +269,7 @@ def training_report(
     """
     folds, universe = metadata["folds"], metadata.get("universe")
     pruned, shown = sum(trial["state"] == "pruned" for trial in trials), min(SHOWN_TRIALS, len(trials))
-    fills = {
-        "symbol": symbol,
-        "alone": "",
-        "together": "",
-        "total": len(trials),
-        "pruned": pruned,
-        "shown": shown,
-    }
+    fills = {"symbol": symbol, "total": len(trials), "pruned": pruned, "shown": shown}
     if universe:
         # One model of many symbols: what is of this one, and what of all of them, must not be mixed up.
         together = f", {len(universe['symbols'])} symbols together"
@@ -329,8 +306,7 @@ def ensemble_report(
     """Assemble the report of an ensemble; ``record`` has a ``weight_`` column for each member besides."""
     parts = metadata["parts"]
     fills = {name: cell(parts[f"{name}_correlation"], "num").text for name in ("error", "signal")}
-    fills |= {"symbol": symbol, "alone": "", "together": ""}
-    page = _Trained("ensemble", metadata, record, fills, {})
+    page = _Trained("ensemble", metadata, record, {"symbol": symbol, **fills}, {})
     words = page.words
     labels = words.table["members"].items()
     curves = {label: (role, _floats(record[f"weight_{name}"])) for name, (label, role) in labels}
@@ -357,9 +333,10 @@ class _Trained:
         self.evidence = {**metadata["verdict"]["evidence"], **summary}
         rows = f"Out of sample, {_span(self.known.index)}"
         own = f"{rows}, {len(self.known):,} forecasts"
+        fills = {"horizon": self.horizon, "alone": "", "together": "", **fills}
         told = {"rows": f"{own}{fills['alone']}.", "fold_rows": f"{rows if fills['together'] else own}."}
         told |= {"subtitle": f"{own} of the return over {self.horizon} sessions"}
-        self.words = words_of(kind, {"horizon": self.horizon, **told, **fills})
+        self.words = words_of(kind, {**told, **fills})
 
     def naive(self) -> Section:
         words, known = self.words, self.known
@@ -377,11 +354,11 @@ class _Trained:
 
     def gates(self) -> Section:
         words, verdict = self.words, self.metadata["verdict"]
-        known, unknown, told = words.table["gate"], ("any", ""), verdict["gates"]
-        forms = (
-            {"value_form": form, "note": note} for form, note in (known.get(g["name"], unknown) for g in told)
+        known, told = words.table["gate"], verdict["gates"]
+        forms = (known.get(gate["name"], ("any", "")) for gate in told)
+        rows = (
+            {"value_form": form, "note": note, **gate} for (form, note), gate in zip(forms, told, strict=True)
         )
-        rows = ({**form, **gate} for form, gate in zip(forms, told, strict=True))
         before = self.metadata.get("tries")
         tries = [words.records("tries", before)] if before else []
         tables = words.records("gates", rows), _evidence(words, self.evidence), *tries
@@ -421,7 +398,7 @@ def _page(
     headline = []
     for label, key, form, note in words.table["headline"]:
         shown = {name: cell(found.get(key), form).text for name, found in figures.items()}
-        headline.append(Stat(label=label, value=shown["own"], note=note.format_map({**words.fills, **shown})))
+        headline.append((label, shown["own"], note.format_map({**words.fills, **shown})))
     return Report(
         kicker=words.table["kicker"],
         title=str(words.fills["symbol"]),

@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 import sqlalchemy as sql
 from rich.console import Console
-from sqlalchemy import exc, schema
+from sqlalchemy import exc
 
 from data.cache_manager import BarCache
 from data.data_fetcher import BarSource, fetch_stock_data, make_source
@@ -32,6 +32,7 @@ from data.schema import NO_DATE, NO_MOMENT, Bars, calendar_for, holds, normalise
 from evaluation.accounting import CostModel
 from evaluation.forward_simulator import forecast_outcome
 from service import schemas as wire
+from utils import base
 from utils.base import DataError, Settings, StorageError, UpstreamError, UsageError, print_rows, run_command
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,8 @@ TableRows = list[dict[str, Any]]
 # Nobody waits longer for a forecast because another process holds the database.
 LOCK_WAIT_S, ATTEMPTS, GENESIS = 0.25, 50, "0" * 64
 FIRST_NAMES = {"model_id": "fusion_mode"}
+# How one process at a time makes the tables: `create_all` looks first and creates then.
+ALONE = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "SELECT pg_advisory_xact_lock(7201)"}
 # Nearer than this, two closes are one price.
 SAME_CLOSE = 1e-6
 OVERLAP = "forecasts of overlapping windows count one by one; they hold a sample only n / horizon strong"
@@ -71,26 +74,10 @@ class Database:
     """
 
     def __init__(self, url: str, tables: sql.MetaData, name: str, wait_s: float) -> None:
-        try:
-            address = sql.make_url(url)
-            is_file = address.get_backend_name() == "sqlite"
-            wait = {"timeout": wait_s} if is_file else {}
-            # As many connections as there are threads; a few stay open.
-            self._engine = sql.create_engine(
-                address, connect_args=wait, poolclass=sql.QueuePool, max_overflow=-1, pool_pre_ping=True
-            )
-        except (exc.ArgumentError, ModuleNotFoundError, ValueError) as error:
-            # Not its own words: they may hold the address, and with it a password.
-            raise UsageError(
-                f"AI_STOCKS_DATABASE_URL cannot be used ({type(error).__name__}): write "
-                "sqlite:////FOLDER/FILE.sqlite, or postgresql+psycopg://HOST/NAME with psycopg installed"
-            ) from error
-        self.file = Path(str(address.database)) if is_file and address.database else None
-        # `create_all` looks first and creates then: two at a time would both create.
-        every = tables.sorted_tables
-        self._creation: list[sql.Executable] = [schema.CreateTable(t, if_not_exists=True) for t in every]
-        self._creation += [schema.CreateIndex(i, if_not_exists=True) for t in every for i in t.indexes]
-        self._name, self._is_ready, self._inode = name, False, 0
+        self._engine = base.database_engine(url, wait_s)
+        file = self._engine.url.database if self._engine.name == "sqlite" else None
+        self.file = Path(file) if file else None
+        self._tables, self._name, self._is_ready, self._inode = tables, name, False, 0
 
     @contextmanager
     def begin(self) -> Iterator[sql.Connection]:
@@ -99,8 +86,9 @@ class Database:
             if not self._is_there() and self.file is not None:
                 self.file.parent.mkdir(parents=True, exist_ok=True)
             with self._engine.begin() as connection:
-                for statement in () if self._is_ready else self._creation:
-                    connection.execute(statement)
+                if not self._is_ready:
+                    connection.exec_driver_sql(ALONE[self._engine.name])
+                    self._tables.create_all(connection)
                 yield connection
             self._is_ready = True
 
@@ -144,7 +132,9 @@ class Database:
             self._is_ready = False
             self._engine.dispose()
             # What the database said, without the statement and its values.
-            words = str(getattr(error, "orig", None) or type(error).__name__).splitlines()[0][:200]
+            words = (str(getattr(error, "orig", None) or "") or type(error).__name__).splitlines()[0]
+            # Where a server stands is not for strangers: "connection to server at ... failed: why".
+            words = words.rpartition(" failed: ")[2][:200]
             raise StorageError(f"{self._name} cannot be {done} ({words})") from error
 
 
@@ -190,14 +180,13 @@ class Entry:
             row_hash = _chained(self.sequence, self.served_at, self.previous_hash, self.forecast)
             if (self.row_hash, self.digest) == (row_hash, self.forecast.digest):
                 return None
-        return "changed after it was written: does not count" + f" (unreadable: {unreadable})" * bool(
-            unreadable
-        )
+        words = f" (unreadable: {unreadable})" if unreadable else ""
+        return "changed after it was written: does not count" + words
 
 
 _METADATA = sql.MetaData()
 # By the kind of a field: the column, and what is shown where a cell holds no such value.
-_KINDS: Mapping[Any, Any] = {str: (sql.String(128), "?"), int: (sql.Integer(), 0), float: (sql.Double(), 0.0)}
+_KINDS: Mapping[Any, Any] = {str: (sql.String(), "?"), int: (sql.Integer(), 0), float: (sql.Double(), 0.0)}
 _CONTENT = {name: _KINDS[field.annotation] for name, field in ServedForecast.model_fields.items()}
 _CELLS = {name: FIRST_NAMES.get(name, name) for name in _CONTENT}
 _CHAIN = ("served_at", "previous_hash", "row_hash", "digest")
@@ -264,7 +253,9 @@ class ForecastLedger:
         digest, served_at = forecast.digest, now.isoformat(timespec="milliseconds")
         if connection.scalar(sql.select(_ROWS.c.sequence).where(_ROWS.c.digest == digest)) is not None:
             return False
-        head = connection.execute(sql.select(_HEAD.c.rows, _HEAD.c.row_hash)).one_or_none()
+        # One writer at a time, where a database can let the others wait.
+        last = sql.select(_HEAD.c.rows, _HEAD.c.row_hash).with_for_update()
+        head = connection.execute(last).one_or_none()
         rows, previous = (0, GENESIS) if head is None else head
         row_hash = _chained(rows + 1, served_at, previous, forecast)
         row = {**forecast.columns, "sequence": rows + 1, "served_at": served_at, "digest": digest}
@@ -482,9 +473,7 @@ def main(argv: list[str] | None = None) -> int:
                 shown = [{name.partition("_")[0]: row.get(name) for name in OF_SCORE.split()} for row in rows]
             else:
                 said = against(entries, audit.good)
-                rows = [
-                    {"sequence": e.sequence, **e.shown, "counts": not why, "note": why} for e, why in said
-                ]
+                rows = [{"sequence": e.sequence, **e.shown, "counts": not w, "note": w} for e, w in said]
                 told = [row | {"counts": row["note"] or "yes"} for row in rows]
                 shown = [{name: words.format(**row) for name, words in OF_SHOW.items()} for row in told]
         if args.json:

@@ -42,8 +42,7 @@ POLL_S, HEARTBEAT_S, RETRY_S = 0.5, 15.0, 5.0
 GRACE_S, CANCEL_WAIT_S, NICENESS = 5.0, 12.0, 10
 MAX_QUEUED, LOGS_AT_A_TIME, LINE_CHARS, MESSAGE_CHARS, TAIL_LINES = 100, 50, 1 << 13, 1_000, 5
 DATABASE_WAIT_S, EVENTS_AT_A_TIME, KEPT_JOBS, KEPT_LOGS, KEPT_EVENTS = 10.0, 1_000, 500, 1_000, 12_000
-ACTIVE = ("queued", "running")
-ENDS = ("completed", "failed", "cancelled")
+ACTIVE, ENDS = ("queued", "running"), ("completed", "failed", "cancelled")
 CANCELLED = "cancelled: nothing was saved"
 TOO_LATE = "the model was saved before the training could be cancelled"
 INTERRUPTED = "interrupted: the service ended while it ran, start it again"
@@ -218,8 +217,7 @@ def event_of(state: TrainingJob, kind: str, message: str | None = None) -> Train
 def ended(state: TrainingJob, status: JobStatus, words: str) -> tuple[TrainingJob, TrainingEvent]:
     """Return a job as it is after its end, and the event that says so."""
     seen: dict[str, Any] = {"status": status, "completed_at": _now(), "current_step": status}
-    seen |= {"progress": 1.0} if status == "completed" else {}
-    seen |= {"error": words} if status == "failed" else {}
+    seen |= {"progress": 1.0} if status == "completed" else {"error": words} if status == "failed" else {}
     last = state.model_copy(update=seen)
     return last, event_of(last, status, message=words)
 
@@ -417,8 +415,7 @@ class TrainingService:
         if re.fullmatch(r"[0-9a-f]{32}", job_id):
             for job in self._store.jobs(JOBS.c.id == job_id):
                 return job
-        words = f"no training job {job_id[:40]!a}: GET /api/training lists what there is"
-        raise errors.JobMissingError(words)
+        raise errors.JobMissingError(f"no training job {job_id[:40]!a}: GET /api/training lists all")
 
     def refuse_busy(self, symbol: str) -> None:
         """Raise `ConflictError` where a job, or somebody's command line, trains a symbol, or will."""
@@ -448,7 +445,10 @@ class TrainingService:
         state, told_at = await asyncio.to_thread(self.get, job_id), time.monotonic()
         while not should_end():
             found: Sequence[tuple[int, str, str]] = []
+            is_due = time.monotonic() - told_at >= HEARTBEAT_S
             try:
+                # First: who reads that a job has ended, reads its whole history then.
+                state = await asyncio.to_thread(self.get, job_id) if is_due else state
                 found = await asyncio.to_thread(self._store.history, job_id, after)
             except errors.StorageError as error:
                 logger.warning("the events of job %s are late: %s", job_id, error)
@@ -460,8 +460,8 @@ class TrainingService:
                 after, told_at = number, time.monotonic()
                 if kind in ENDS:
                     return
-            if time.monotonic() - told_at >= HEARTBEAT_S:
-                state, told_at = await asyncio.to_thread(self.get, job_id), time.monotonic()
+            if is_due and not found:
+                told_at = time.monotonic()
                 yield {"data": wire_text(event_of(state, "heartbeat"))}
             if not found:
                 await asyncio.sleep(POLL_S)

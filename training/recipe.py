@@ -31,8 +31,13 @@ logger = logging.getLogger(__name__)
 
 Loss = Literal["huber", "mae", "balanced", "quantile"]
 
-# A symbol with so many rows trusts its own mean half, and that of the panel half: means of symbols differ by
-# some .01 volatilities a bar (.16 a year), and n rows know a mean within 1 / sqrt(n).
+# A drift is hardly known from one history: 20 years tell a market's within .13 volatilities a year. What is
+# believed before the prices: shares rose by some 9 % a year (log) in a century at a volatility of some 30 %;
+# means of sixteen markets differ by less than .1 volatilities, about what chance makes of a century, so that
+# half of that is left for what is lasting (Dimson, Marsh, Staunton 2002, Triumph of the Optimists); those of
+# one market's symbols by some .16. By bar:
+USUAL_DRIFT, MARKET_DRIFT_STD, SYMBOL_DRIFT_STD = 0.3 / 252**0.5, 0.05 / 252**0.5, 0.01
+# At so many rows a symbol's targets lose its own mean half, and the panel's half, before they teach.
 HALF_TRUST_ROWS = 10_000
 # How far the slopes of symbols are thought to lie from the pooled one.
 SYMBOL_SLOPE_STD = 0.25
@@ -209,7 +214,7 @@ class GBMRecipe(FinalRecipe[FittedGBM]):
         # Before the first headline there is nothing to scale; no tree splits there.
         scaler = RobustScaler().fit(np.where(np.isnan(seen).all(axis=0), 0.0, seen))
         scaled = select_scaled(scaler, train.features, tuple(range(len(train.columns))))
-        rows = training_rows(train, scaled, drifts, config)
+        rows = training_rows(train, scaled, config)
         choose = chooser(train, config)
         screened = choose(rows)
         if not self.searches or fold % config.tune_every_folds == 0:
@@ -272,34 +277,59 @@ def sample_weights(train: Dataset, half_life_sessions: float) -> FloatArray:
 
 
 def drift_by_symbol(train: Dataset, weights: FloatArray) -> tuple[dict[str, float], float]:
-    """Return the weighted mean target by symbol, shrunk as `HALF_TRUST_ROWS` says, and over all rows."""
-    pooled = float(np.average(train.target_scaled, weights=weights))
+    """Return the drift by symbol and of the panel, in units of the h-day volatility.
+
+    Posterior means: the panel's weighted mean target, shrunk by its standard error towards what is believed
+    of markets, see `USUAL_DRIFT`; each symbol's, beside all symbols of the same sessions, towards none.
+    """
+    target, h, k = train.target_scaled, train.horizon_bars, len(np.unique(train.symbol_code))
+    session = np.unique(train.date, return_inverse=True)[1]
+    beside = target - (np.bincount(session, weights=target) / np.bincount(session))[session]
+
+    def known(values: FloatArray, rows: IntArray, prior_variance: float) -> float:
+        """Return the weighted mean of the values in some rows, shrunk towards zero."""
+        weight = weights[rows] / weights[rows].sum()
+        mean = float(weight @ values[rows])
+        by_session = np.bincount(session[rows], weights=weight * (values[rows] - mean))
+        error = overlap_error(by_session.astype(np.float64), h)
+        return mean * prior_variance / (prior_variance + error**2)
+
+    usual, apart = USUAL_DRIFT * h**0.5, h * SYMBOL_DRIFT_STD**2
+    panel = usual + known(target - usual, np.arange(len(target)), h * MARKET_DRIFT_STD**2 + apart / k)
     drifts = {}
     for code, name in enumerate(train.symbols):
-        own = train.symbol_code == code
-        if not own.any():
-            continue
-        mean = float(np.average(train.target_scaled[own], weights=weights[own]))
-        trust = 1.0 if len(train.symbols) == 1 else own.sum() / (own.sum() + HALF_TRUST_ROWS)
-        drifts[name] = pooled + float(trust) * (mean - pooled)
-    return drifts, pooled
+        own = np.flatnonzero(train.symbol_code == code)
+        if len(own):
+            drifts[name] = panel + (known(beside, own, apart * (1 - 1 / k)) if k > 1 else 0.0)
+    return drifts, panel
 
 
-def training_rows(
-    train: Dataset, scaled: FloatMatrix, drifts: Mapping[str, float], config: RowsConfig
-) -> Rows:
-    """Return rows to fit on: targets winsorised, without the symbol's drift and the common move's share."""
-    limit = config.target_limit_sigma
-    drift = np.asarray([drifts.get(name, 0.0) for name in train.symbols])[train.symbol_code]
-    target = np.clip(train.target_scaled, -limit, limit) - drift
+def training_rows(train: Dataset, scaled: FloatMatrix, config: RowsConfig) -> Rows:
+    """Return rows to fit on: targets winsorised, without their means and the common move's share.
+
+    What is taken off is what these rows had, not the drift that is forecast: trees would spend themselves on
+    what a drift leaves of a mean.
+    """
+    limit, weight = config.target_limit_sigma, sample_weights(train, config.weight_half_life_sessions)
+    target = np.clip(train.target_scaled, -limit, limit) - mean_by_row(train, weight)
     return Rows(
         features=scaled,
         target_scaled=target - config.common_move_share * common_move(target, train.date),
-        weight=sample_weights(train, config.weight_half_life_sessions),
+        weight=weight,
         date=train.date,
         label_end_position=np.searchsorted(train.date, train.label_end),
         horizon_bars=train.horizon_bars,
     )
+
+
+def mean_by_row(train: Dataset, weights: FloatArray) -> FloatArray:
+    """Return the weighted mean target of each row's symbol, that of a short one nearer the panel's, (n,)."""
+    target, code, k = train.target_scaled, train.symbol_code, len(train.symbols)
+    mean = float(np.average(target, weights=weights))
+    count, weight = np.bincount(code, minlength=k), np.bincount(code, weights=weights, minlength=k)
+    own = np.bincount(code, weights=weights * (target - mean), minlength=k) / np.maximum(weight, 1e-300)
+    trust = np.ones(1) if k == 1 else count / (count + HALF_TRUST_ROWS)
+    return np.asarray(mean + (trust * own)[code], dtype=np.float64)
 
 
 def common_move(target: FloatArray, date: DateArray) -> FloatArray:

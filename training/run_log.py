@@ -40,6 +40,7 @@ INTERRUPTED = 130
 INTERRUPTED_LINE = "interrupted: what was not saved yet is lost, what served before still serves\n"
 GRACE_S = 2.0
 MAX_SEED = 2**31 - 1  # what every library takes
+SHOWN_IN_PERCENT = ("active_return_annual", "direction_accuracy", "share_up")
 Outcome = dict[str, Any]
 IN_EVERY_OUTCOME = (
     "model_version", "out_of_sample_from", "trained_through", "horizon_bars", "data_hash", "tries",
@@ -295,6 +296,10 @@ def _text(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def _percent(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.2%}"
+
+
 def outcome_of(
     metadata: Mapping[str, Any], names: Sequence[str], paths: Mapping[str, Path | None]
 ) -> Outcome:
@@ -345,17 +350,18 @@ def show(outcome: Outcome, console: Console, *, in_full: bool) -> None:
 def summary(result: Outcome) -> list[dict[str, str]]:
     """Return what a person wants to know of one symbol first, by name."""
     evidence = {name: _text(value) for name, value in result["evidence"].items()}
+    percent = {name: _percent(result["evidence"][name]) for name in SHOWN_IN_PERCENT}
     rows = {
         "out of sample": f"from {result['out_of_sample_from']}, {result['evidence']['n_rows']:,} forecasts",
         "horizon": f"{result['horizon_bars']} sessions",
         "information coefficient (signal)": f"{evidence['ic']} (p {evidence['p_ic']})",
-        "a year over equal exposure": f"{evidence['active_return_annual']} (p {evidence['p_return']})",
-        "direction accuracy": f"{evidence['direction_accuracy']} (always up: {evidence['share_up']})",
+        "a year over equal exposure": f"{percent['active_return_annual']} (p {evidence['p_return']})",
+        "direction accuracy": f"{percent['direction_accuracy']} (always up: {percent['share_up']})",
         "verdicts on these prices": evidence["n_trials"],
         "trained in": f"{result['duration_s']} s on {result['device']}, seed {result['seed']}",
     }
     for bars, found in result["path_models"].items():
-        rows[f"path, horizon {bars}"] = f"IC {_text(found['ic'])} (p {_text(found['p_ic'])})"
+        rows[f"path, horizon {bars}"] = f"IC {_text(found['ic'])} (p {_text(found['p_ic'])}), decides nothing"
     return [{"": name, " ": text} for name, text in rows.items()]
 
 

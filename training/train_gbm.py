@@ -22,18 +22,17 @@ from joblib import Parallel, delayed
 from rich.console import Console
 
 from data.cache_manager import BarCache
-from data.data_fetcher import (
-    fetch_stock_data,
-    load_panel,
-    make_news,
-    make_source,
-    refuse_delisted,
-    with_enough_headlines,
-)
+from data.data_fetcher import fetch_stock_data, make_news, make_source, refuse_delisted, with_enough_headlines
 from data.data_validator import findings
 from data.feature_engineer import MAX_WARMUP_BARS, get_feature_columns
 from data.schema import Bars, check_enough, normalise_symbol
-from data.target_engineering import DEFAULT_HORIZON_BARS, Dataset, check_horizon, resolve_universe
+from data.target_engineering import (
+    DEFAULT_HORIZON_BARS,
+    Dataset,
+    check_horizon,
+    load_panel,
+    resolve_universe,
+)
 from inference.load_gbm_models import GBMBundle, PathModel, load_folder, save_bundle, versions_of
 from training import run_log
 from training.gbm_search import SearchConfig, catboost, probe_cuda, probe_lightgbm_opencl

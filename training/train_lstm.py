@@ -268,7 +268,7 @@ class LSTMRecipe(FinalRecipe[FittedLSTM]):
         train, earlier = without_symbols(train, earlier, self.config.leave_out)
         drifts, drift = drift_by_symbol(train, sample_weights(train, self.config.weight_half_life_sessions))
         if self._fitted is None or fold % self.config.refit_every_folds == 0:
-            self._fitted = self._fit_network(train, drifts, name or f"fold {fold}")
+            self._fitted = self._fit_network(train, name or f"fold {fold}")
         _, pooled, own = evidence(
             earlier, (MODEL,), drift=drift, drifts=drifts, horizon_bars=train.horizon_bars
         )
@@ -282,14 +282,14 @@ class LSTMRecipe(FinalRecipe[FittedLSTM]):
         keras = self._keras_of(len(fitted.network.selected))
         return replace(fitted, keras=keras.saved(fitted.network))
 
-    def _fit_network(self, train: Dataset, drifts: Mapping[str, float], name: str) -> FittedLSTM:
+    def _fit_network(self, train: Dataset, name: str) -> FittedLSTM:
         config = self.config
         inner, later = split_latest(
             train.date, train.label_end, config.validation_share, at_least_rows=MIN_INNER_ROWS
         )
         scaler = RobustScaler().fit(some_rows(train.features[inner]))
         centre, scale = (part.astype(np.float32) for part in (scaler.center_, scaler.scale_))
-        rows = training_rows(train, train.features, drifts, config)
+        rows = training_rows(train, train.features, config)
         # The rows that decide when to stop choose no features.
         scaled = scale_features(train.features[inner], centre, scale, config.feature_limit)
         selected = chooser(train, config)(replace(rows.take(inner), features=scaled))

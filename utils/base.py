@@ -30,6 +30,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from sqlalchemy import Engine
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -148,6 +149,16 @@ def _split_commas(value: object) -> object:
 COMMAS = BeforeValidator(_split_commas)
 Level = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], BeforeValidator(str.upper)]
 Style = Literal["text", "json"]
+# What people write, and the driver that is used.
+DATABASES = {"sqlite": "sqlite"} | dict.fromkeys(
+    ("postgresql", "postgres", "postgresql+psycopg"), "postgresql+psycopg"
+)
+DATABASE_FORMS = (
+    "write sqlite:////FOLDER/FILE.sqlite, or postgresql://USER:PASSWORD@HOST/NAME with @, : and / in a part "
+    "as %40, %3A and %2F"
+)
+# A server that is not there, or is gone without a word, is given up; two seconds are libpq's least.
+CONNECTION = {"connect_timeout": 2, "keepalives_idle": 5, "keepalives_interval": 5, "tcp_user_timeout": 9_000}
 Words = Annotated[tuple[str, ...], NoDecode, COMMAS]
 ApiKey = Annotated[SecretStr, Field(min_length=16)]
 
@@ -343,6 +354,40 @@ def run_command(work: Callable[[Settings], object], *, quiet: bool = False) -> i
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
     return 0
+
+
+def database_engine(url: str, wait_s: float) -> "Engine":
+    """Return an engine for many threads, which waits ``wait_s`` for who holds a lock.
+
+    Raises `UsageError` if ``url`` names neither a SQLite file nor a PostgreSQL server.
+    """
+    # Only who keeps something pays for the library.
+    import sqlalchemy as sql  # noqa: PLC0415
+
+    try:
+        address = sql.make_url(url)
+        address = address.set(drivername=DATABASES[address.drivername])
+        place = f"{address.host}{address.database}"
+    except (sql.exc.ArgumentError, LookupError, ValueError) as error:
+        # Not its own words: they may hold the address, and with it a password.
+        raise UsageError(f"AI_STOCKS_DATABASE_URL names no database: {DATABASE_FORMS}") from error
+    limits: dict[str, object] = {"timeout": wait_s}
+    if address.drivername != "sqlite":
+        if "@" in place:
+            # The rest of a password would be taken for the host, and shown.
+            raise UsageError(f"AI_STOCKS_DATABASE_URL has an @ too many: {DATABASE_FORMS}")
+        # Who is gone in the middle of a change is forgotten, and with him his lock.
+        options = f"-c lock_timeout={wait_s * 1e3:.0f} -c idle_in_transaction_session_timeout=10000"
+        limits = {name: value for name, value in CONNECTION.items() if name not in address.query}
+        limits |= {"options": f"{options} {address.query.get('options', '')}", "client_encoding": "utf8"}
+    try:
+        # As many connections as there are threads; a few stay open.
+        return sql.create_engine(
+            address, connect_args=limits, poolclass=sql.QueuePool, max_overflow=-1, pool_pre_ping=True
+        )
+    except ImportError as error:
+        words = 'AI_STOCKS_DATABASE_URL needs the driver psycopg: pip install ".[postgres]"'
+        raise UsageError(words) from error
 
 
 def print_rows(console: "Console", rows: Sequence[Mapping[str, object]]) -> None:

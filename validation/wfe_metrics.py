@@ -407,9 +407,12 @@ def record_run(path: Path, *runs: Run) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # One write in append mode: two trainings at once do not mix.
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(descriptor, lines)
+            # A line that was torn by a full disk must not take this one with it.
+            size = os.fstat(descriptor).st_size
+            is_torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+            os.write(descriptor, b"\n" * is_torn + lines)
         finally:
             os.close(descriptor)
     except OSError as error:
@@ -450,9 +453,15 @@ def verdicts_on(metadata: Mapping[str, Any], log: Path | None) -> int:
 
 
 def _read_runs(path: Path) -> Iterator[Run]:
-    if not path.is_file():
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
         return
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    except OSError as error:
+        raise StorageError(
+            f"cannot read the log of verdicts {path}, so earlier tries cannot be counted: {error.strerror}"
+        ) from error
+    for line in text.splitlines():
         try:
             yield Run(**json.loads(line))
         except (ValueError, TypeError):

@@ -27,8 +27,9 @@ from data.cache_manager import (
     seal,
     unseal,
 )
-from data.data_fetcher import CsvSource, fetch_stock_data, load_panel
+from data.data_fetcher import CsvSource, fetch_stock_data
 from data.schema import RAW_COLUMNS, bars_hash, calendar_for
+from data.target_engineering import load_panel
 from utils.base import DataError, LockedError, StorageError, UnknownSymbolError, UpstreamError
 
 FLIPS = 200

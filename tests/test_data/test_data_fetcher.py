@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -24,7 +23,6 @@ from data.data_fetcher import (
     YahooSource,
     check_answer,
     fetch_stock_data,
-    load_panel,
     make_source,
     refuse_delisted,
     settled_rows,
@@ -581,68 +579,6 @@ def test_yahoos_failure_beside_a_cache_is_stale_bars(yahoo, make_bars, tmp_path,
     assert bars.provenance.stale
     assert bars.provenance.last_session == table.index[289]
     pd.testing.assert_frame_equal(bars.frame, good.frame)
-
-
-# -- panels
-
-
-def reading(source) -> partial:
-    return partial(fetch_stock_data, source=source)
-
-
-@pytest.fixture
-def folder(tmp_path, make_bars):
-    for seed, name in enumerate(["AAA", "BBB", "CCC"]):
-        table = make_bars(400, seed=seed)
-        table.insert(4, "Adj Close", table["Close"])
-        table.rename_axis("Date").to_csv(tmp_path / f"{name}.csv")
-    return tmp_path
-
-
-def test_a_panel_keeps_the_order_and_equals_single_readings(folder):
-    source = CsvSource(folder)
-    panel, failures = load_panel(["ccc", "AAA", "BBB", "AAA"], reading(source), jobs=3)
-    assert (list(panel), failures) == (["CCC", "AAA", "BBB"], {})
-    for symbol, bars in panel.items():
-        assert bars_hash(bars.frame) == bars_hash(fetch_stock_data(symbol, source=source).frame)
-
-
-def test_a_panel_tells_all_its_failures_beside_what_it_has(folder):
-    panel, failures = load_panel(["XXX", "AAA", "YYY"], reading(CsvSource(folder)))
-    assert (list(panel), list(failures)) == (["AAA"], ["XXX", "YYY"])
-    assert all(isinstance(error, UnknownSymbolError) for error in failures.values())
-
-
-def test_an_error_that_nobody_foresaw_is_no_missing_symbol(folder):
-    def read(symbol: str):
-        raise ZeroDivisionError(symbol)
-
-    with pytest.raises(ZeroDivisionError):
-        load_panel(["AAA"], read)
-
-
-def test_a_panel_is_bounded_in_memory(folder):
-    with pytest.raises(DataError, match="name fewer symbols"):
-        load_panel(["AAA", "BBB", "CCC"], reading(CsvSource(folder)), max_bytes=2 * 400 * 5 * 8)
-
-
-def test_a_panel_runs_no_more_threads_than_asked(folder):
-    class Counting(CsvSource):
-        now = most = 0
-        lock = threading.Lock()
-
-        def fetch(self, symbol, *, start=None):
-            with self.lock:
-                Counting.now += 1
-                Counting.most = max(Counting.most, Counting.now)
-            try:
-                return super().fetch(symbol, start=start)
-            finally:
-                with self.lock:
-                    Counting.now -= 1
-
-    load_panel(["AAA", "BBB", "CCC"], reading(Counting(folder)), jobs=1)
-    assert Counting.most == 1
 
 
 def as_bars(frame: pd.DataFrame) -> Bars:

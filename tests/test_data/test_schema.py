@@ -1,6 +1,7 @@
 """What is mended, what is refused, that no symbol becomes a path; sessions from far past to far future."""
 
 import re
+import sys
 from datetime import UTC, date, datetime, timedelta, timezone
 from pathlib import Path
 
@@ -430,9 +431,9 @@ def test_gaps_are_those_of_the_set_difference(offsets: list[int]):
 
 
 def test_a_calendar_is_built_once_for_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AI_STOCKS_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(sys, "pycache_prefix", str(tmp_path))
     built = schema._load.__wrapped__("XNYS", 2027)
-    (file,) = (tmp_path / "calendars").iterdir()
+    (file,) = tmp_path.rglob("*.npz")
     with monkeypatch.context() as patch:
         patch.setattr(schema, "_from_exchange", lambda *_: pytest.fail("built again"))
         kept = schema._load.__wrapped__("XNYS", 2027)
@@ -444,5 +445,5 @@ def test_a_calendar_is_built_once_for_all_processes(tmp_path: Path, monkeypatch:
     file.write_bytes(file.read_bytes()[:500])
     assert len(schema._load.__wrapped__("XNYS", 2027).days) == len(built.days)
     (tmp_path / "file").write_bytes(b"")
-    monkeypatch.setenv("AI_STOCKS_CACHE_DIR", str(tmp_path / "file"))
+    monkeypatch.setattr(sys, "pycache_prefix", str(tmp_path / "file"))
     assert len(schema._load.__wrapped__("XNYS", 2027).days) == len(built.days)

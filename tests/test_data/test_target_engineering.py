@@ -1,9 +1,11 @@
 """Targets against plain formulas, what is known when, and the panel that learners read."""
 
+import threading
 import time
 import tomllib
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import pandas as pd
 import pytest
 
 from data import target_engineering
+from data.data_fetcher import CsvSource, fetch_stock_data
 from data.feature_engineer import MAX_WARMUP_BARS, engineer_features, get_feature_columns
 from data.indicators import MIN_SIGMA_LOG
 from data.schema import bars_hash
@@ -22,12 +25,19 @@ from data.target_engineering import (
     Dataset,
     build_dataset,
     daily_volatility_log,
+    load_panel,
     make_target,
     rescale_sigma,
     resolve_universe,
     universe_mean,
 )
-from utils.base import DataError, InsufficientDataError, InvalidSymbolError, UsageError
+from utils.base import (
+    DataError,
+    InsufficientDataError,
+    InvalidSymbolError,
+    UnknownSymbolError,
+    UsageError,
+)
 
 MakeBars = Callable[..., pd.DataFrame]
 TARGETS = ("target_log", "target_scaled", "label_end")
@@ -421,3 +431,65 @@ def test_the_mean_needs_symbols_that_close_together(make_bars):
         universe_mean({})
     with pytest.raises(UsageError, match=r"close together, these follow 24/7, XNYS"):
         universe_mean({"AAPL": make_bars(n=30), "BTC-USD": make_bars(n=30)})
+
+
+# --- panels of bars --------------------------------------------------------------------------------
+
+
+def reading(source: CsvSource) -> partial:
+    return partial(fetch_stock_data, source=source)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, make_bars: MakeBars) -> Path:
+    for seed, name in enumerate(["AAA", "BBB", "CCC"]):
+        table = make_bars(400, seed=seed)
+        table.insert(4, "Adj Close", table["Close"])
+        table.rename_axis("Date").to_csv(tmp_path / f"{name}.csv")
+    return tmp_path
+
+
+def test_a_panel_keeps_the_order_and_equals_single_readings(folder):
+    source = CsvSource(folder)
+    panel, failures = load_panel(["ccc", "AAA", "BBB", "AAA"], reading(source), jobs=3)
+    assert (list(panel), failures) == (["CCC", "AAA", "BBB"], {})
+    for symbol, bars in panel.items():
+        assert bars_hash(bars.frame) == bars_hash(fetch_stock_data(symbol, source=source).frame)
+
+
+def test_a_panel_tells_all_its_failures_beside_what_it_has(folder):
+    panel, failures = load_panel(["XXX", "AAA", "YYY"], reading(CsvSource(folder)))
+    assert (list(panel), list(failures)) == (["AAA"], ["XXX", "YYY"])
+    assert all(isinstance(error, UnknownSymbolError) for error in failures.values())
+
+
+def test_an_error_that_nobody_foresaw_is_no_missing_symbol(folder):
+    def read(symbol: str):
+        raise ZeroDivisionError(symbol)
+
+    with pytest.raises(ZeroDivisionError):
+        load_panel(["AAA"], read)
+
+
+def test_a_panel_is_bounded_in_memory(folder):
+    with pytest.raises(DataError, match="name fewer symbols"):
+        load_panel(["AAA", "BBB", "CCC"], reading(CsvSource(folder)), max_bytes=2 * 400 * 5 * 8)
+
+
+def test_a_panel_runs_no_more_threads_than_asked(folder):
+    class Counting(CsvSource):
+        now = most = 0
+        lock = threading.Lock()
+
+        def fetch(self, symbol, *, start=None):
+            with self.lock:
+                Counting.now += 1
+                Counting.most = max(Counting.most, Counting.now)
+            try:
+                return super().fetch(symbol, start=start)
+            finally:
+                with self.lock:
+                    Counting.now -= 1
+
+    load_panel(["AAA", "BBB", "CCC"], reading(Counting(folder)), jobs=1)
+    assert Counting.most == 1

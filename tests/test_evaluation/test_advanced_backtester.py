@@ -105,12 +105,6 @@ def test_orders_that_bring_back_what_drifted_are_logged_and_not_judged() -> None
     assert run(np.array([0.5, 0.5, 0.2, 0.0, 0.0]), rising[:5]).metrics["total_trades"].value == 2.0
 
 
-def test_given_reasons_are_kept() -> None:
-    reason = [f"because {i}" for i in range(5)]
-    trades = run(np.array([0, 1.0, 1.0, 0, 0]), np.full(5, 10.0), reason=reason).trades
-    assert trades["reason"].tolist() == ["because 1", "because 3"]
-
-
 def test_buy_and_hold_equals_its_benchmark() -> None:
     report = run(np.ones(N), prices())
     for benchmark in report.benchmarks.values():
@@ -245,7 +239,6 @@ def test_ruin_is_told() -> None:
         ({"close": np.ones(4)}, "close has 4"),
         ({"target_weight": np.ones(4)}, "target_weight has 4"),
         ({"is_out_of_sample": np.ones(4, bool)}, "is_out_of_sample has 4"),
-        ({"reason": ["x"] * 4}, "reason has 4"),
         ({"close": np.array([1.0, 2.0, 0.0, 1.0, 1.0])}, "2010-01-06 is 0.0"),
         ({"dates": DATES[[0, 2, 1, 3, 4]]}, "ascend"),
         ({"dates": DATES[[0, 1, 1, 3, 4]]}, "ascend"),

@@ -424,10 +424,9 @@ def test_the_headline_stands_beside_buy_and_hold_and_equal_exposure(
     bars: pd.DataFrame, honest: Report
 ) -> None:
     result, report = backtest(bars), honest
-    stats = {stat.label: stat for stat in report.headline}
     market = result.benchmarks["buy_hold"].metrics["cagr"].value
     gap = result.metrics["cagr"].value - result.benchmarks["exposure_matched"].metrics["cagr"].value
-    plain = {label: (stat.value + stat.note).replace("\N{MINUS SIGN}", "-") for label, stat in stats.items()}
+    plain = {label: (value + note).replace("\N{MINUS SIGN}", "-") for label, value, note in report.headline}
     assert f"{100 * market:+.1f}" in plain["Return a year"]
     assert f"{100 * gap:+.1f}" in plain["Over equal exposure"]
 
@@ -517,7 +516,7 @@ def test_a_panel_says_which_figures_are_the_symbols_own(bars: pd.DataFrame, trai
     assert "forecasts" not in captions["Information coefficient by fold, 3 symbols together"]
     assert "Folds, 3 symbols together" in captions
     assert all("of AAPL alone" in captions[name] for name in ("Skill over naive forecasts", "Evidence"))
-    notes = {stat.label: stat.note for stat in report.headline}
+    notes = {label: note for label, _, note in report.headline}
     assert all("of AAPL alone" in notes[name] for name in ("Information coefficient", "Calibration slope"))
     assert "AAPL alone" not in training_page.replace("Own IC: of AAPL alone", "")
 
@@ -586,9 +585,8 @@ def test_a_dollar_sign_in_a_label_is_no_formula() -> None:
 
 def test_every_colour_is_a_role_and_the_background_is_transparent(bars: pd.DataFrame) -> None:
     close = bars["Close"].to_numpy()
-    drawing = charts.equity_chart(
-        pd.DatetimeIndex(bars.index), {"a": ("strategy", close), "b": ("hold", close)}
-    )
+    curves = {"a": ("strategy", close), "b": ("hold", close)}
+    drawing = charts.equity_chart(pd.DatetimeIndex(bars.index), curves, np.zeros(len(close), dtype=bool))
     assert "var(--strategy)" in drawing.wide
     assert "#" not in drawing.wide.replace('"#k', "").replace("(#k", "")
 

@@ -1,7 +1,15 @@
 """A service over a fake forecaster and fake prices, so that these tests train nothing."""
 
 import hashlib
+import importlib.util
 import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import date
@@ -12,6 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import sqlalchemy as sql
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
@@ -23,6 +32,7 @@ from service.model_registry import ModelRegistry, Place, ServedModel
 from service.prediction_chart import model_meta
 from service.prediction_service import Outbox, PredictionService
 from service.training_service import TrainingService
+from utils import base
 from utils.base import ModelMissingError, UnknownSymbolError
 
 HORIZON = 5
@@ -169,9 +179,152 @@ def registry() -> FakeRegistry:
     return FakeRegistry(served("AAPL"))
 
 
+PASSWORD = "p@ss:w/rd"  # noqa: S105
+
+
+@dataclass
+class PostgresServer:
+    """A server of its own: over its socket everybody is let in, over TCP who knows the password."""
+
+    folder: Path
+    user: str | None
+    port: int
+    process: subprocess.Popen[bytes] | None = None
+
+    def run(self, command: str, *arguments: str) -> subprocess.Popen[bytes]:
+        folders = [os.environ.get("PATH", os.defpath), *map(str, Path("/usr/lib/postgresql").glob("*/bin"))]
+        path = shutil.which(command, path=os.pathsep.join(folders))
+        if path is None:
+            pytest.skip(f"PostgreSQL is not installed: there is no {command}")
+        log = (self.folder / "log").open("ab")
+        with log:
+            return subprocess.Popen(
+                [path, "-D", str(self.folder / "data"), *arguments],
+                cwd=self.folder,
+                user=self.user,
+                extra_groups=None if self.user is None else [],
+                stdout=log,
+                stderr=log,
+            )
+
+    def start(self) -> None:
+        where = (
+            f"-cport={self.port}",
+            f"-cunix_socket_directories={self.folder}",
+            "-clisten_addresses=127.0.0.1",
+        )
+        self.process = self.run("postgres", "-F", *where)
+        until = time.monotonic() + 30
+        while True:
+            try:
+                self.execute("SELECT 1", "postgres")
+            except sql.exc.OperationalError:
+                assert time.monotonic() < until, (self.folder / "log").read_text()
+                time.sleep(0.02)
+            else:
+                return
+
+    def stop(self, how: signal.Signals = signal.SIGINT) -> None:
+        """End it; by default connections are closed."""
+        if self.process is not None:
+            self.process.send_signal(how)
+            self.process.wait(30)
+            self.process = None
+
+    def url(self, name: str, host: str | None = None) -> str:
+        if host is None:
+            return f"postgresql://owner@/{name}?host={self.folder}&port={self.port}"
+        password = sql.URL.create("x", "owner", PASSWORD, host, self.port, name)
+        return password.set(drivername="postgresql").render_as_string(hide_password=False)
+
+    def execute(self, statement: str, name: str) -> list[Any]:
+        engine = sql.create_engine(self.url(name).replace(":", "+psycopg:", 1), isolation_level="AUTOCOMMIT")
+        try:
+            with engine.connect() as connection:
+                found = connection.exec_driver_sql(statement)
+                return list(found) if found.returns_rows else []
+        finally:
+            engine.dispose()
+
+    def empty_database(self) -> str:
+        """Return the name of the one database, without tables: each more is a thousand files."""
+        others = "FROM pg_stat_activity WHERE datname = 'postgres' AND pid <> pg_backend_pid()"
+        self.execute(f"SELECT pg_terminate_backend(pid) {others}", "postgres")
+        for statement in ("DROP SCHEMA public CASCADE", "CREATE SCHEMA public"):
+            self.execute(statement, "postgres")
+        return "postgres"
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    if importlib.util.find_spec("psycopg") is None:
+        pytest.skip("the driver of PostgreSQL is not installed: pip install '.[postgres]'")
+    # PostgreSQL refuses to run as root, and who is not root sees nothing of pytest's own folders.
+    user = None
+    if os.getuid() == 0:
+        names = [line.partition(":")[0] for line in Path("/etc/passwd").read_text().splitlines()]
+        user = next((name for name in ("postgres", "nobody") if name in names), None)
+        if user is None:
+            pytest.skip("PostgreSQL does not run as root, and there is no user postgres or nobody")
+    # A socket's path is short, too.
+    with tempfile.TemporaryDirectory(prefix="pg-", dir="/tmp") as name:
+        folder = Path(name)
+        (folder / "password").write_text(PASSWORD)
+        if user is not None:
+            shutil.chown(folder, user)
+            shutil.chown(folder / "password", user)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            server = PostgresServer(folder, user, free.getsockname()[1])
+        who = (
+            "-U",
+            "owner",
+            "--auth-local=trust",
+            "--auth-host=scram-sha-256",
+            f"--pwfile={folder / 'password'}",
+        )
+        made = server.run("initdb", *who, "--no-sync", "--no-locale", "-E", "UTF8")
+        assert made.wait(60) == 0, (folder / "log").read_text()
+        server.start()
+        try:
+            yield server
+        finally:
+            # Nothing of it is needed any more.
+            server.stop(signal.SIGQUIT)
+
+
+BOTH = pytest.mark.parametrize("database_url", ["sqlite", "postgresql"], indirect=True)
+
+
 @pytest.fixture
-def ledger(tmp_path: Path) -> ForecastLedger:
-    return ForecastLedger(f"sqlite:///{tmp_path / 'db' / 'ai_stocks.sqlite'}")
+def engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[sql.Engine]]:
+    """All engines that are made; they are closed at the end: the driver warns of connections left open."""
+    made: list[sql.Engine] = []
+    make = base.database_engine
+
+    def remember(url: str, wait_s: float) -> sql.Engine:
+        made.append(make(url, wait_s))
+        return made[-1]
+
+    monkeypatch.setattr(base, "database_engine", remember)
+    yield made
+    for engine in made:
+        engine.dispose()
+
+
+@pytest.fixture
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Address of a database that is not there, or of an empty one on a server (see `BOTH`)."""
+    if getattr(request, "param", "sqlite") == "sqlite":
+        return f"sqlite:///{tmp_path / 'db' / 'ai_stocks.sqlite'}"
+    server: PostgresServer = request.getfixturevalue("postgres_server")
+    request.getfixturevalue("engines")
+    return server.url(server.empty_database())
+
+
+@pytest.fixture
+def ledger(database_url: str) -> ForecastLedger:
+    return ForecastLedger(database_url)
 
 
 @pytest.fixture

@@ -34,10 +34,11 @@ from service import prediction_service
 from service.ledger import GENESIS, ForecastLedger, ServedForecast, main, score, summarise, track_record
 from service.prediction_service import Outbox, PredictionService, served_forecast
 from service.schemas import PredictionRequest, PredictionResult
-from tests.test_service.conftest import FakeSource
+from tests.test_service.conftest import BOTH, FakeSource
 from utils.base import DataError, StorageError, UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
+CHILD = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 THEN = datetime(2006, 6, 1, 22, tzinfo=UTC)
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 
@@ -67,7 +68,7 @@ def path_of(ledger: ForecastLedger) -> Path:
 
 
 def url_of(ledger: ForecastLedger) -> str:
-    return f"sqlite:///{path_of(ledger)}"
+    return ledger._database._engine.url.render_as_string(hide_password=False)
 
 
 def filled(ledger: ForecastLedger, n: int = 5) -> ForecastLedger:
@@ -77,15 +78,17 @@ def filled(ledger: ForecastLedger, n: int = 5) -> ForecastLedger:
 
 
 def change(ledger: ForecastLedger, *statements: str) -> None:
-    with sqlite3.connect(path_of(ledger)) as connection:
+    engine = sql.create_engine(url_of(ledger))
+    with engine.begin() as connection:
         for statement in statements:
-            connection.execute(statement)
-    connection.close()
+            connection.exec_driver_sql(statement)
+    engine.dispose()
 
 
 # ---------------------------------------------------------------- writing
 
 
+@BOTH
 def test_a_row_comes_back_as_it_was_written(ledger: ForecastLedger) -> None:
     filled(ledger)
     entries = ledger.entries("AAPL")
@@ -97,6 +100,7 @@ def test_a_row_comes_back_as_it_was_written(ledger: ForecastLedger) -> None:
     assert ledger.verify() == (5, entries[-1].row_hash)
 
 
+@BOTH
 def test_the_same_forecast_twice_is_one_row(ledger: ForecastLedger, outbox: Outbox) -> None:
     assert ledger.record(told())
     assert not ledger.record(told())
@@ -106,6 +110,7 @@ def test_the_same_forecast_twice_is_one_row(ledger: ForecastLedger, outbox: Outb
     assert ledger.verify()[0] == 2
 
 
+@BOTH
 @given(values=st.lists(FINITE, min_size=6, max_size=6))
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_number_survives_the_database(ledger: ForecastLedger, values: list[float]) -> None:
@@ -120,6 +125,7 @@ def test_reading_makes_no_file(ledger: ForecastLedger) -> None:
     assert not path_of(ledger).parent.exists()
 
 
+@BOTH
 def test_many_threads_and_ledgers_write_one_chain(
     ledger: ForecastLedger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +145,7 @@ def test_many_threads_and_ledgers_write_one_chain(
     assert ledger.verify()[0] == 1 + 3 * 5
 
 
+@BOTH
 def test_two_that_begin_at_once_make_one_table(ledger: ForecastLedger) -> None:
     ledgers = [ForecastLedger(url_of(ledger)) for _ in range(2)]
     begin = threading.Barrier(2)
@@ -167,6 +174,7 @@ def test_a_url_without_sense_is_refused_without_its_password() -> None:
 # ---------------------------------------------------------------- planted faults
 
 
+@BOTH
 @pytest.mark.parametrize(
     ("statement", "words"),
     [
@@ -194,6 +202,7 @@ def test_a_planted_fault_is_found(ledger: ForecastLedger, statement: str, words:
         ledger.verify()
 
 
+@BOTH
 def test_rows_that_changed_places_are_found(ledger: ForecastLedger) -> None:
     filled(ledger)
     swap = "UPDATE served_forecasts SET sequence = {} WHERE sequence = {}"
@@ -216,6 +225,7 @@ def test_a_chain_that_was_forged_as_a_whole_lacks_the_noted_head(
     assert ledger.verify(noted)[0] == 6
 
 
+@BOTH
 def test_a_row_deleted_from_the_end_stays_missed(ledger: ForecastLedger) -> None:
     change(filled(ledger), "DELETE FROM served_forecasts WHERE sequence = 5")
     ledger.record(told(position=3.0))
@@ -380,7 +390,7 @@ def test_killed_after_the_answer_the_row_is_there(
     done = subprocess.run(
         [sys.executable, "-c", KILLED, url_of(ledger), str(tmp_path / "bars.parquet")],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=CHILD,
         capture_output=True,
         text=True,
         check=False,
@@ -575,6 +585,7 @@ def test_only_a_forecast_of_the_last_closed_session_counts(
         ("DROP TABLE served_forecasts", "0 rows are not the 5", []),
     ],
 )
+@BOTH
 def test_the_track_record_says_that_the_chain_is_broken(
     ledger: ForecastLedger, prices: Bars, statement: str, said: str, counting: list[bool]
 ) -> None:
@@ -604,6 +615,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
+@BOTH
 def test_the_track_record_audits_only_what_is_new(
     ledger: ForecastLedger, prices: Bars, read: list[int]
 ) -> None:
@@ -739,6 +751,7 @@ def test_a_foresighted_record_beats_always_up_and_hold(ledger: ForecastLedger, p
 # ---------------------------------------------------------------- over HTTP and on the command line
 
 
+@BOTH
 def test_the_track_record_over_http(client: TestClient, source: FakeSource, bars: pd.DataFrame) -> None:
     empty = client.get("/api/track-record/AAPL").json()
     assert (empty["forecasts"], empty["summaries"]) == ([], [])
@@ -767,6 +780,7 @@ def shell(
     return ledger
 
 
+@BOTH
 def test_the_command_line(shell: ForecastLedger, csv_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show"]) == 0
     assert "none" in capsys.readouterr().out

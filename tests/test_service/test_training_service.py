@@ -40,6 +40,7 @@ from service.training_service import (
     lines_of,
     trainer_command,
 )
+from tests.test_service.conftest import BOTH
 from tests.test_service.test_api import check_problem
 from training import train_gbm, train_lstm
 from utils.base import ConflictError, JobMissingError, ModelExistsError, Settings, StorageError, UsageError
@@ -47,6 +48,7 @@ from utils.model_paths import training_lock
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[2]
+CHILD = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 PRELUDE = """
 import json, os, signal, subprocess, sys, time
 stream = open(sys.argv[1], "w", buffering=1)
@@ -79,7 +81,7 @@ MakeService = Callable[..., TrainingService]
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Iterator[MakeService]:
+def make(tmp_path: Path, database_url: str) -> Iterator[MakeService]:
     """Return a maker of services over one folder of models; all are closed at the end."""
     made: list[TrainingService] = []
 
@@ -88,7 +90,7 @@ def make(tmp_path: Path) -> Iterator[MakeService]:
         service = TrainingService(
             **{
                 "models_dir": models,
-                "database_url": f"sqlite:///{models / 'jobs.sqlite'}",
+                "database_url": database_url,
                 "command": stub(code),
                 "environment": dict(os.environ),
                 **changes,
@@ -153,6 +155,7 @@ tell(type="completed", status="completed", progress=1.0, message="AAPL: no-edge"
 """
 
 
+@BOTH
 def test_a_job_runs_and_tells_all_that_the_trainer_told(make: MakeService) -> None:
     service = make(EPOCHS)
     service.open()
@@ -199,6 +202,7 @@ def test_two_workers_run_two_jobs(make: MakeService) -> None:
         running(service, job)
 
 
+@BOTH
 def test_a_late_subscriber_gets_the_history_once_and_then_the_end(make: MakeService) -> None:
     service = make("for i in range(5): tell(type='stage', stage=str(i)); time.sleep(0.05)")
     service.open()
@@ -229,6 +233,28 @@ def test_who_waits_hears_a_heartbeat(make: MakeService, monkeypatch: pytest.Monk
     assert (beat["status"], beat["progress"]) == ("queued", 0.0)
 
 
+def test_who_waits_is_not_sent_away_while_the_database_is(
+    make: MakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_service, "HEARTBEAT_S", 0.05)
+    service = make()
+    job_id = service.start(params()).id
+
+    async def follow() -> list[str]:
+        stream = service.follow(job_id, after=1)
+        await anext(stream)
+        with monkeypatch.context() as away:
+            away.setattr(service._store._database, "read", unreadable)
+            await anext(stream)
+        service.cancel(job_id)
+        return [json.loads(event["data"])["type"] async for event in stream]
+
+    def unreadable(_query: object) -> list[object]:
+        raise StorageError("planted")
+
+    assert asyncio.run(asyncio.wait_for(follow(), 10))[-1] == "cancelled"
+
+
 def test_subscribers_that_leave_leave_nothing(make: MakeService) -> None:
     service = make(FOREVER)
     service.open()
@@ -251,6 +277,7 @@ def test_subscribers_that_leave_leave_nothing(make: MakeService) -> None:
 # ---------------------------------------------------------------- one at a time
 
 
+@BOTH
 def test_a_symbol_is_trained_once_at_a_time(make: MakeService) -> None:
     service = make(FOREVER)
     first = service.start(params())
@@ -265,6 +292,7 @@ def test_a_symbol_is_trained_once_at_a_time(make: MakeService) -> None:
     service.start(params())
 
 
+@BOTH
 def test_many_starts_at_once_are_one_job(make: MakeService) -> None:
     services = [make(), make()]
     outcomes: list[str] = []
@@ -322,6 +350,7 @@ def test_the_queue_is_bounded(make: MakeService, monkeypatch: pytest.MonkeyPatch
         service.start(params("C"))
 
 
+@BOTH
 def test_old_jobs_are_forgotten_and_active_ones_never(
     make: MakeService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -511,8 +540,9 @@ def step_of(service: TrainingService, job_id: str, start: str) -> str | None:
     return step if step.startswith(start) else None
 
 
+@BOTH
 def test_fault_24_what_a_killed_service_left_is_ended_at_the_next_start(
-    make: MakeService, tmp_path: Path
+    make: MakeService, tmp_path: Path, database_url: str
 ) -> None:
     """A service in a process of its own is killed; its trainer, which hears nothing of it, lives on."""
     script = f"""
@@ -521,7 +551,7 @@ from pathlib import Path
 from service.training_service import TrainingService
 from service.schemas import TrainingParams
 models = Path({str(tmp_path / "models")!r})
-service = TrainingService(models_dir=models, database_url=f"sqlite:///{{models / 'jobs.sqlite'}}",
+service = TrainingService(models_dir=models, database_url={database_url!r},
     command=lambda _params, _events: [sys.executable, "-S", "-c", "import time; time.sleep(600)"],
     environment=dict(os.environ))
 service.open()
@@ -529,9 +559,7 @@ for symbol in ("RUNS", "WAITS"):
     service.start(TrainingParams(symbol=symbol))
 time.sleep(600)
 """
-    server = subprocess.Popen(
-        [sys.executable, "-c", script], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
+    server = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=CHILD)
     try:
         service = make("")
         runs = wait_for(lambda: next((j.id for j in service.list() if j.symbol == "RUNS"), None), 30)
@@ -580,6 +608,7 @@ def test_birth_tells_processes_apart() -> None:
     assert birth(first.pid) is None
 
 
+@BOTH
 def test_only_one_service_runs_the_queue_and_another_takes_over(make: MakeService) -> None:
     first, second = make(FOREVER), make("")
     first.open()
@@ -597,6 +626,7 @@ def test_only_one_service_runs_the_queue_and_another_takes_over(make: MakeServic
     assert ended(second, second.start(params()).id).status == "completed"
 
 
+@BOTH
 def test_fault_25_cancel_ends_the_whole_group_and_twice_is_harmless(make: MakeService) -> None:
     service = make(GRANDCHILD)
     service.open()
@@ -669,6 +699,7 @@ def test_a_flood_of_lines_is_counted_and_not_kept(make: MakeService, monkeypatch
     assert "after" in [event.get("stage") for event in told]
 
 
+@BOTH
 def test_old_log_lines_go_and_epochs_stay(make: MakeService, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training_service, "KEPT_LOGS", 5)
     store = make()._store
@@ -759,8 +790,8 @@ def test_a_url_that_makes_no_sense_is_a_usage_error(make: MakeService, url: str)
 
 
 def test_a_database_that_is_none_is_a_storage_error(make: MakeService, tmp_path: Path) -> None:
-    (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "jobs.sqlite").write_bytes(b"not a database" * 100)
+    (tmp_path / "db").mkdir()
+    (tmp_path / "db" / "ai_stocks.sqlite").write_bytes(b"not a database" * 100)
     with pytest.raises(StorageError, match="not a database"):
         make().start(params())
 
@@ -778,7 +809,7 @@ def test_the_end_of_a_job_waits_for_a_locked_database(
     job_id = reader.start(params()).id
     service.open()
     pid = running(reader, job_id)
-    blocker = sqlite3.connect(tmp_path / "models" / "jobs.sqlite", isolation_level=None)
+    blocker = sqlite3.connect(tmp_path / "db" / "ai_stocks.sqlite", isolation_level=None)
     blocker.execute("BEGIN EXCLUSIVE")
     wait_for(lambda: not is_alive(pid))
     time.sleep(0.3)
@@ -807,7 +838,7 @@ def test_a_job_of_another_release_stops_nothing(make: MakeService, tmp_path: Pat
 
     service = make("")
     service.start(params("OLD"))
-    with closing(sqlite3.connect(tmp_path / "models" / "jobs.sqlite", isolation_level=None)) as database:
+    with closing(sqlite3.connect(tmp_path / "db" / "ai_stocks.sqlite", isolation_level=None)) as database:
         database.execute("UPDATE training_jobs SET params = '{}'")
     service.open()
     job = service.start(params("NEW"))
@@ -844,6 +875,7 @@ def read_events(client: TestClient, url: str, **headers: str) -> list[dict[str, 
     return [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
 
 
+@BOTH
 def test_trap_9_a_training_over_http(client: TestClient) -> None:
     answer = client.post("/api/training/start", json={"symbol": "aapl", "modelType": "lstm_transformer"})
     assert answer.status_code == 200

@@ -6,7 +6,18 @@ import pytest
 
 from data.target_engineering import Dataset
 from training.gbm_search import SearchConfig
-from training.recipe import GBMRecipe, RecipeConfig, common_move, evidence, sample_weights
+from training.recipe import (
+    MARKET_DRIFT_STD,
+    SYMBOL_DRIFT_STD,
+    USUAL_DRIFT,
+    GBMRecipe,
+    RecipeConfig,
+    common_move,
+    drift_by_symbol,
+    evidence,
+    sample_weights,
+    training_rows,
+)
 from training.trainer import begin_with_others
 from utils.base import DataError
 from validation.walk_forward import WalkForwardConfig, WalkForwardValidator
@@ -78,8 +89,55 @@ def test_without_earlier_rows_the_forecast_is_the_drift():
     train = data.take(np.arange(600))
     found = GBMRecipe(CONFIG).fit(train, fold=0, earlier=NOTHING).predict(data.take(np.arange(600, 800)))
     np.testing.assert_allclose(found.mean_log, found.baseline_log)
-    drift = np.average(train.target_scaled, weights=sample_weights(train, CONFIG.weight_half_life_sessions))
-    np.testing.assert_allclose(found.baseline_log, drift * 0.04)
+    drift, _panel = drift_by_symbol(train, sample_weights(train, CONFIG.weight_half_life_sessions))
+    np.testing.assert_allclose(found.baseline_log, drift["AAPL"] * 0.04)
+
+
+@pytest.mark.parametrize("horizon_bars", [1, 5])
+@pytest.mark.parametrize("n_symbols", [1, 6])
+def test_drifts_are_worth_what_they_say_where_markets_are_as_believed(n_symbols: int, horizon_bars: int):
+    """Over many worlds the true drift rises one for one with what is said; plain means say far too much."""
+    rng = np.random.default_rng(5)
+    n, said, plain, true = 1_500, [], [], []
+    for _world in range(150):
+        market = USUAL_DRIFT + MARKET_DRIFT_STD * rng.standard_normal()
+        drifts = market + SYMBOL_DRIFT_STD * rng.standard_normal(n_symbols)
+        common = 0.6 * rng.standard_normal((n + horizon_bars, 1))
+        daily = drifts + common + 0.8 * rng.standard_normal((n + horizon_bars, n_symbols))
+        total = np.cumsum(daily, axis=0)
+        target = (total[horizon_bars:] - total[:-horizon_bars]) / horizon_bars**0.5
+        one = make_dataset(n=n, horizon_bars=horizon_bars)
+        panel = replace(
+            one.take(np.repeat(np.arange(n), n_symbols)),
+            symbol_code=np.tile(np.arange(n_symbols, dtype=np.int32), n),
+            symbols=tuple(f"S{i}" for i in range(n_symbols)),
+            target_scaled=target.ravel(),
+        )
+        found, _mean = drift_by_symbol(panel, np.ones(len(panel.date)))
+        said.append([found[name] for name in panel.symbols])
+        plain.append(target.mean(axis=0))
+        true.append(drifts * horizon_bars**0.5)
+    own, means, truth = (np.ravel(values) for values in (said, plain, true))
+    assert 0.75 < np.polyfit(own, truth, 1)[0] < 1.25
+    assert np.polyfit(means, truth, 1)[0] < 0.5
+    assert np.mean((own - truth) ** 2) < 0.5 * np.mean((means - truth) ** 2)
+
+
+def test_targets_that_teach_have_no_mean_of_their_own():
+    """One symbol's lose all of it, those of a panel what is sure of each."""
+    data, panel = make_dataset(), make_panel(n=300)
+    assert training_rows(data, data.features, CONFIG).target_scaled.mean() == pytest.approx(0.0, abs=0.02)
+    apart = replace(panel, target_scaled=panel.target_scaled + 2.0 * (panel.symbol_code == 1))
+    taught = training_rows(apart, apart.features, replace(CONFIG, common_move_share=0.0)).target_scaled
+    assert taught.mean() == pytest.approx(0.0, abs=0.1)
+    assert 1.5 < taught[apart.symbol_code == 1].mean() - taught[apart.symbol_code == 0].mean() < 2.0
+
+
+def test_a_long_history_outweighs_what_was_believed():
+    data = make_dataset(n=40_000, signal=0.0, horizon_bars=1)
+    found, panel = drift_by_symbol(data, np.ones(40_000))
+    assert found["AAPL"] == pytest.approx(panel)
+    assert found["AAPL"] == pytest.approx(data.target_scaled.mean(), rel=0.2)
 
 
 def test_tuning_is_redone_on_schedule():

@@ -15,8 +15,10 @@ from utils.base import (
     JsonFormatter,
     Settings,
     TextFormatter,
+    UsageError,
     at_least,
     below,
+    database_engine,
     read_settings,
 )
 
@@ -178,3 +180,33 @@ def test_a_number_out_of_bounds_is_no_argument(text):
     assert below(1.0)("0.25") == 0.25
     with pytest.raises(argparse.ArgumentTypeError, match="from 0 to below 1"):
         below(1.0)(text)
+
+
+# ---------------------------------------------------------------- the database's address
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "nonsense",
+        "mysql://u:s3cret@h/n",
+        "postgresql+psycopg2://u:s3cret@h/n",
+        "postgresql://u:s3cret@h:port/n",
+        "postgresql://u:s3@cret@h/n",
+        "postgresql://u:s3@cret/3@h/n",
+    ],
+)
+def test_an_address_that_cannot_be_used_is_refused_without_its_password(url: str) -> None:
+    with pytest.raises(UsageError, match=r"AI_STOCKS_DATABASE_URL .* write sqlite:") as caught:
+        database_engine(url, 1.0)
+    assert "s3" not in str(caught.value)
+    assert "cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["postgresql", "postgres", "postgresql+psycopg"])
+def test_a_missing_driver_is_named_with_what_brings_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(UsageError, match=r'needs the driver psycopg: pip install "\.\[postgres\]"') as caught:
+        database_engine(f"{name}://u:s3cret@h/n", 1.0)
+    assert "s3cret" not in str(caught.value)

@@ -390,6 +390,19 @@ def test_a_log_that_cannot_be_written_is_told(tmp_path):
         record_run(tmp_path, RUN)
 
 
+def test_a_log_that_cannot_be_read_stops_the_count_in_words(tmp_path):
+    with pytest.raises(StorageError, match="earlier tries cannot be counted"):
+        earlier_runs(tmp_path, RUN)
+
+
+def test_a_torn_last_line_does_not_swallow_the_next_verdict(tmp_path):
+    path = tmp_path / "trials.jsonl"
+    path.write_text('{"symbol": "AA', encoding="utf-8")
+    record_run(path, replace(RUN, fingerprint="b"))
+    record_run(path, replace(RUN, fingerprint="c"))
+    assert [run.fingerprint for run in earlier_runs(path, RUN)] == ["b", "c"]
+
+
 @pytest.mark.parametrize(
     ("signal", "words"),
     [
