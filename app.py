@@ -41,7 +41,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.supervisors import Multiprocess
 
 from service import edge
-from utils.base import AIStocksError, Settings, UsageError, configure_logging, read_settings
+from utils.base import AIStocksError, Settings, UsageError, can_write_in, configure_logging, read_settings
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,8 @@ LINGER_S = 2.0
 WRITE_S = 30.0
 FED_AT_ONCE, MOST_FILES = 16 << 10, 40_000
 UNBOUNDED = (
-    "headers are bounded neither in size nor in time, nor connections in number: "
+    "headers are bounded neither in size nor in time, nor connections in number, AI_STOCKS_TRUSTED_PROXIES "
+    "is not read (--forwarded-allow-ips is): "
     "start `python app.py` instead, or put a proxy in front that bounds them"
 )
 
@@ -96,7 +97,9 @@ def create_app(settings: Settings, listening: socket.socket | None = None) -> ed
         hours=settings.training_hours,
     )
     source = make_source(settings.source, cache_dir=settings.cache_dir, news=make_news(settings))
-    cache, ledger = BarCache(settings.cache_dir), ForecastLedger(settings.database)
+    if not (is_kept := can_write_in(settings.cache_dir)):
+        logger.warning("prices are fetched anew at every start: %s cannot be written", settings.cache_dir)
+    cache, ledger = BarCache(settings.cache_dir) if is_kept else None, ForecastLedger(settings.database)
     outbox = Outbox(ledger.record)
     predictions = PredictionService(registry=registry, source=source, cache=cache, on_served=outbox.keep)
     bars_of = functools.partial(fetch_stock_data, source=source, cache=cache)
@@ -134,8 +137,7 @@ class Drain:
 
     def __init__(self, seconds: float, listening: socket.socket | None) -> None:
         self.should_exit = False
-        self._seconds = seconds
-        self._listening = listening
+        self._seconds, self._listening = seconds, listening
         self._end: Callable[[], object] = lambda: None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
@@ -269,10 +271,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Serve until a signal ends it; requests in flight are answered first."""
     args = build_parser().parse_args(argv)
-    given = {"source": args.source, "models_dir": args.models_dir}
-    settings = read_settings().model_copy(
-        update={name: value for name, value in given.items() if value is not None}
-    )
+    given = {name: value for name in ("source", "models_dir") if (value := getattr(args, name)) is not None}
+    settings = read_settings().model_copy(update=given)
     # Before the start is done a signal ends the process as shells know it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
@@ -463,6 +463,9 @@ def _config(application: edge.Application, settings: Settings, workers: int) -> 
         lifespan="on",
         http=BoundedHttp,
         server_header=False,
+        # Its own default believes whoever calls from this machine who the caller is.
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=[str(network) for network in settings.trusted_proxies],
         timeout_graceful_shutdown=math.ceil(settings.deadline_s) + 5,
     )
 
@@ -472,8 +475,7 @@ class Workers(Multiprocess):
 
     def __init__(self, config: uvicorn.Config, listening: socket.socket, drain_s: float) -> None:
         super().__init__(config, [listening])
-        self._listening = listening
-        self._drain_s = drain_s
+        self._listening, self._drain_s = listening, drain_s
 
     def terminate_all(self) -> None:
         """Ask all workers to end; they accept connections until they do."""

@@ -2,14 +2,17 @@
 
 ::
 
-    python benchmarks/training_time.py [--only search,single,pooled,jobs] [--json] [--directory DIR]
+    python benchmarks/training_time.py [--only search,single,pooled,jobs,memory] [--json] [--directory DIR]
 
 The naive search is what one writes first: scikit-learn's wrappers in `cross_val_score`, on the same rows, the
 same purged blocks, the same spaces and the same number of trials, with every core, nothing binned twice being
 spared, nothing stopped early, nothing pruned.
+
+``memory`` fits both libraries once on a large made-up panel, 500 symbols of 5,000 rows of 70 features.
 """
 
 import argparse
+import multiprocessing
 import os
 import resource
 import subprocess
@@ -18,23 +21,26 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import lightgbm
 import numpy as np
 import optuna
+import pandas as pd
 import xgboost
 from _table import Bar, at_least, at_most, finish, load_folder, parser_of, print_bar, seen, symbols_in
 from sklearn.model_selection import cross_val_score
 
 from data.data_splitter import PurgedTimeSeriesSplit
-from data.target_engineering import build_dataset
+from data.target_engineering import Dataset, build_dataset
 from training.gbm_search import LIBRARIES, Rows, SearchConfig, tune
-from training.recipe import RecipeConfig, training_rows
+from training.recipe import GBMRecipe, RecipeConfig, training_rows
 from utils.base import PROJECT_ROOT
 
-SYMBOL, N_TRIALS, MANY = "AAPL", 30, 8
+SYMBOL, N_TRIALS = "AAPL", 30
+N_SYMBOLS, N_SESSIONS, N_FEATURES = 500, 5_000, 70
 # XGBoost's wrapper calls some parameters otherwise.
 WRAPPED = {"eta": "learning_rate", "alpha": "reg_alpha", "lambda": "reg_lambda"}
 Case = Callable[[argparse.Namespace], dict[str, Bar]]
@@ -115,8 +121,7 @@ def train(
         start = time.perf_counter()
         subprocess.run([*command, *flags], env=environment, check=True, capture_output=True, cwd=PROJECT_ROOT)
         seconds = time.perf_counter() - start
-    unit = 1 if sys.platform == "darwin" else 1024
-    return seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 2**30
+    return seconds, peak_gib(resource.RUSAGE_CHILDREN)
 
 
 def single_case(args: argparse.Namespace) -> dict[str, Bar]:
@@ -138,7 +143,7 @@ def jobs_case(args: argparse.Namespace) -> dict[str, Bar]:
     One training keeps two cores busy for part of its time (each library has a thread), so that the figure to
     halve is that of one core; beside it, the time of one after the other on all cores.
     """
-    symbols = symbols_in(args.directory)[:MANY]
+    symbols = symbols_in(args.directory)[: args.many]
     one_core, _ = train(symbols, args.directory, one_core=True)
     in_turn, _ = train(symbols, args.directory)
     side_by_side, gib = train(symbols, args.directory, "--jobs", "2")
@@ -151,11 +156,46 @@ def jobs_case(args: argparse.Namespace) -> dict[str, Bar]:
     }
 
 
+def memory_case(_args: argparse.Namespace) -> dict[str, Bar]:
+    """Fit the recipe on a large panel, in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as alone:
+        seconds, gib = alone.submit(fit_large).result()
+    return {"memory_peak_gib": at_most(gib, 6.0), "memory_fit_s": seen(seconds)}
+
+
+def fit_large() -> tuple[float, float]:
+    """Fit on a panel of noise; return seconds and the peak memory of this process in GiB."""
+    rng, n, h = np.random.default_rng(7), N_SYMBOLS * N_SESSIONS, 5
+    date = np.datetime64("2000-01-03") + np.arange(N_SESSIONS + h)
+    data = Dataset(
+        columns=tuple(f"f{i}" for i in range(N_FEATURES)),
+        features=rng.standard_normal((n, N_FEATURES), dtype=np.float32),
+        date=np.repeat(date[:N_SESSIONS], N_SYMBOLS),
+        label_end=np.repeat(date[h:], N_SYMBOLS),
+        symbol_code=np.tile(np.arange(N_SYMBOLS, dtype=np.int32), N_SESSIONS),
+        symbols=tuple(f"S{i}" for i in range(N_SYMBOLS)),
+        target_scaled=rng.standard_normal(n),
+        target_log=np.zeros(n),
+        sigma_log=np.full(n, 0.04),
+        horizon_bars=h,
+    )
+    start = time.perf_counter()
+    recipe = GBMRecipe(RecipeConfig(search=SearchConfig(n_trials=0)))
+    recipe.fit(data, fold=0, earlier=pd.DataFrame())
+    return time.perf_counter() - start, peak_gib(resource.RUSAGE_SELF)
+
+
+def peak_gib(who: int) -> float:
+    """Return the peak memory of this process, or of the largest of its children."""
+    return resource.getrusage(who).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
+
+
 CASES: dict[str, Case] = {
     "search": search_case,
     "single": single_case,
     "pooled": pooled_case,
     "jobs": jobs_case,
+    "memory": memory_case,
 }
 
 
@@ -163,6 +203,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = parser_of(__doc__, reads_prices=True)
     parser.add_argument("--only", default="search,single,pooled", help=f"of {','.join(CASES)}")
+    parser.add_argument("--many", type=int, default=8, help="symbols that `jobs` trains")
     return parser
 
 

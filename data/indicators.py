@@ -12,6 +12,8 @@ import numpy.typing as npt
 import talib
 from numba import njit
 
+from utils.base import cached
+
 FloatArray = npt.NDArray[np.float64]
 
 # A hundredth of a basis point: less is no move and no range, only rounding.
@@ -22,7 +24,8 @@ _TILE = 512
 _GK_BODY = 2.0 * math.log(2.0) - 1.0
 
 
-@njit(cache=True)
+@cached
+@njit()
 def bar_moves(
     open_: FloatArray, high: FloatArray, low: FloatArray, close: FloatArray, out: FloatArray
 ) -> None:
@@ -51,7 +54,8 @@ def bar_moves(
         out[10, t] = max(0.5 * span * span - _GK_BODY * body * body, 0.0)
 
 
-@njit(cache=True)
+@cached
+@njit()
 def bar_flows(moves: FloatArray, volume: FloatArray, out: FloatArray) -> None:
     """Write each bar's volume, weighed in the ways of the volume indicators.
 
@@ -74,7 +78,8 @@ def bar_flows(moves: FloatArray, volume: FloatArray, out: FloatArray) -> None:
         out[6, t] = money if -rise > least else 0.0
 
 
-@njit(cache=True)
+@cached
+@njit()
 def bar_shapes(moves: FloatArray, out: FloatArray) -> None:
     """Write how each bar looks beside the one before.
 
@@ -96,7 +101,8 @@ def bar_shapes(moves: FloatArray, out: FloatArray) -> None:
         out[6, t] = (2.0 * close - high - low) / spread if spread > least else 0.0
 
 
-@njit(cache=True)
+@cached
+@njit()
 def rolling_sum(values: FloatArray, window: int) -> FloatArray:
     """Sum the last ``window`` values without ever subtracting.
 
@@ -123,7 +129,8 @@ def rolling_sum(values: FloatArray, window: int) -> FloatArray:
     return out
 
 
-@njit(cache=True)
+@cached
+@njit()
 def rolling_deviations(values: FloatArray, window: int) -> FloatArray:
     """Return how far the last ``window`` values lie from their mean, by two passes over each window.
 
@@ -158,7 +165,8 @@ def rolling_deviations(values: FloatArray, window: int) -> FloatArray:
     return out
 
 
-@njit(cache=True)
+@cached
+@njit()
 def guarded_ratio(numerator: FloatArray, denominator: FloatArray, least: float, neutral: float) -> FloatArray:
     """Divide where the denominator exceeds ``least``; elsewhere ``neutral``. NaN stays NaN."""
     out = np.empty(numerator.shape[0])
@@ -167,7 +175,8 @@ def guarded_ratio(numerator: FloatArray, denominator: FloatArray, least: float, 
     return out
 
 
-@njit(cache=True)
+@cached
+@njit()
 def price_ratio(above: FloatArray, below: FloatArray, price: FloatArray, neutral: float) -> FloatArray:
     """Divide one price difference by another; ``neutral`` where that is no move. NaN stays NaN."""
     out = np.empty(above.shape[0])
@@ -176,7 +185,8 @@ def price_ratio(above: FloatArray, below: FloatArray, price: FloatArray, neutral
     return out
 
 
-@njit(cache=True)
+@cached
+@njit()
 def log_change(log_close: FloatArray, near: int, far: int) -> FloatArray:
     """Return log(Close[t - near] / Close[t - far]), shape (n,), NaN in the first ``far`` rows."""
     out = np.full(log_close.shape[0], np.nan)
@@ -185,7 +195,8 @@ def log_change(log_close: FloatArray, near: int, far: int) -> FloatArray:
     return out
 
 
-@njit(cache=True)
+@cached
+@njit()
 def directional_index(high: FloatArray, low: FloatArray, window: int) -> FloatArray:
     """Return Wilder's (1978) ADX as a fraction, and (+DI - -DI) / (+DI + -DI), shape (2, n).
 
@@ -208,7 +219,8 @@ def directional_index(high: FloatArray, low: FloatArray, window: int) -> FloatAr
     return out
 
 
-@njit(cache=True)
+@cached
+@njit()
 def winsorise(values: FloatArray, lower: float, upper: float, warmup_bars: int, out: FloatArray) -> None:
     """Write values kept within the bounds, shape (n,), NaN in the warm-up.
 

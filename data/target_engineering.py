@@ -30,7 +30,7 @@ from data.feature_engineer import (
 )
 from data.indicators import MIN_SIGMA_LOG, FloatArray, bar_moves
 from data.schema import Bars, calendar_name, normalise_symbol
-from utils.base import AIStocksError, DataError, InsufficientDataError, UsageError
+from utils.base import AIStocksError, DataError, InsufficientDataError, UsageError, cached
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,8 @@ def check_horizon(horizon_bars: int) -> int:
     return int(horizon_bars)
 
 
-@njit(cache=True)
+@cached
+@njit()
 def har_variance(moves: FloatArray) -> FloatArray:
     """Forecast the next bar's variance of the log return, (n,), from `bar_moves`; known at the close of t.
 

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from utils.base import DataError, UsageError
+from utils.base import DataError, UsageError, cached
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -166,7 +166,8 @@ class Ledger:
         return out
 
 
-@njit(cache=True, inline="always", error_model="numpy")
+@cached
+@njit(inline="always", error_model="numpy")
 def book_bar(cash: float, position: float, target: float, asset_return: float, rates: Rates) -> Booking:
     """Trade to the target, then live through one bar, and return the books at its close.
 
@@ -212,7 +213,8 @@ def book_bar(cash: float, position: float, target: float, asset_return: float, r
     return Booking(cash, position, traded, held, gain, commission, slippage, financing, borrow)
 
 
-@njit(cache=True, inline="always", error_model="numpy")
+@cached
+@njit(inline="always", error_model="numpy")
 def write_row(books: FloatArray, t: int, booked: Booking) -> None:
     """Write bar t into ``books`` (n, 9), whose columns are the fields of `Ledger`."""
     books[t, 0] = booked.cash
@@ -226,7 +228,8 @@ def write_row(books: FloatArray, t: int, booked: Booking) -> None:
     books[t, 8] = booked.borrow
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@cached
+@njit(nogil=True, error_model="numpy")
 def _run(
     held_target: FloatArray, asset_return: FloatArray, no_trade_band: float, rates: Rates, books: FloatArray
 ) -> None:

@@ -422,7 +422,12 @@ def by_month(result: BacktestReport) -> pd.DataFrame:
 
 
 def by_action(result: BacktestReport) -> pd.DataFrame:
-    """Return orders by action: how many, and what those that closed realised, money."""
-    pnl = result.trades.assign(won=result.trades["pnl"] > 0.0).groupby("action")
+    """Return orders by action: how many, and what those that closed realised, money.
+
+    Orders that bring back what drifted are REBALANCE, whatever their side: they count to no win rate.
+    """
+    trades, decided = result.trades, result.trades["is_decided"].astype(bool)
+    named = trades.assign(action=trades["action"].where(decided, "REBALANCE"))
+    rows = named.assign(won=decided & (trades["pnl"] > 0.0)).groupby("action")
     profit = {"avg_pnl": ("pnl", "mean"), "total_pnl": ("pnl", "sum")}
-    return pnl.agg(count=("pnl", "size"), win_rate=("won", "mean"), **profit)
+    return rows.agg(count=("pnl", "size"), win_rate=("won", "mean"), **profit)

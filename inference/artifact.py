@@ -48,7 +48,7 @@ from utils.model_paths import (
     Linked,
     artifact_link,
     flush,
-    point,
+    promote,
     saving,
     serve,
     serve_linked,
@@ -412,9 +412,7 @@ def publish(
         try:
             _write(aside, {**contents, MANIFEST: sealed(manifest)})
             verify(aside)
-            aside.rename(final)
-            flush(final.parent)
-            point(link, final)
+            promote(aside, final, link)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             if not (link.is_symlink() and link.readlink().name == final.name):

@@ -29,6 +29,7 @@ from data.indicators import MIN_SIGMA_LOG, bar_moves
 from evaluation.accounting import CostModel
 from evaluation.metrics import overlap_error
 from inference.position_sizing import win_record
+from utils.base import cached
 
 FloatArray = npt.NDArray[np.float64]
 FloatMatrix = npt.NDArray[np.float32]
@@ -117,7 +118,8 @@ LEAST_SHARE = 0.05
 MAX_RATIO_LOG, MAX_FALL, MAX_VOLUME_LOG = 1.4, 5.0, 2.0
 
 
-@njit(cache=True)
+@cached
+@njit()
 def decayed_mean(values: FloatArray, span_bars: float) -> FloatArray:
     """Return the exponential mean of the values up to each row, divided by its weights, (n,)."""
     alpha = 2.0 / (span_bars + 1.0)
@@ -282,7 +284,8 @@ def _student_cdf(level: FloatArray) -> FloatArray:
     return np.asarray(0.5 + (np.arctan(scaled) + odd) / np.pi, dtype=np.float64)
 
 
-@njit(cache=True)
+@cached
+@njit()
 def _replace(window: FloatArray, count: int, gone: float, come: float) -> None:
     """Put ``come`` among ``count`` ascending values, in place of ``gone`` or, if NaN, the last."""
     place = count - 1 if np.isnan(gone) else np.searchsorted(window[:count], gone)
@@ -301,7 +304,8 @@ def _replace(window: FloatArray, count: int, gone: float, come: float) -> None:
     window[goal] = come
 
 
-@njit(cache=True)
+@cached
+@njit()
 def _quantile(window: FloatArray, count: int, level: float) -> float:
     if count == 0:
         return 0.0
@@ -311,7 +315,8 @@ def _quantile(window: FloatArray, count: int, level: float) -> float:
     return float(window[low] + (place - low) * (window[high] - window[low]))
 
 
-@njit(cache=True)
+@cached
+@njit()
 def _follow(
     z: FloatArray, wanted: FloatArray, prior: FloatArray, horizon_bars: int
 ) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:

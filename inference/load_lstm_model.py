@@ -29,6 +29,7 @@ from inference.artifact import (
 )
 from inference.intervals import Calibration, FloatArray, FloatMatrix, IntArray
 from inference.pipeline import Bundle, check_golden, read_record
+from utils.base import cached
 from utils.model_paths import LSTM, ArtifactKind
 
 KERAS, WEIGHTS, SCALER = "network.keras", "weights.npz", "scaler.json"
@@ -138,7 +139,8 @@ def _gated(sums: FloatMatrix, cell: FloatMatrix) -> tuple[FloatMatrix, FloatMatr
     return gates[:, 3 * units :] * np.tanh(cell), cell
 
 
-@njit(cache=True, fastmath=True)
+@cached
+@njit(fastmath=True)
 def _step(sums: FloatMatrix, hidden: FloatMatrix, cell: FloatMatrix) -> None:
     units = len(cell)
     one, two = np.float32(1), np.float32(2)
@@ -151,7 +153,8 @@ def _step(sums: FloatMatrix, hidden: FloatMatrix, cell: FloatMatrix) -> None:
         hidden[k] = leaving * (two / (one + np.exp(-two * cell[k])) - one)
 
 
-@njit(cache=True, fastmath=True)
+@cached
+@njit(fastmath=True)
 def latest_output(sequence: FloatMatrix, weights: Weights) -> FloatMatrix:
     """Run the network over one prepared sequence, (length, p), as `batch_outputs` does over many."""
     kernel_1, recurrent_1, bias_1, kernel_2, recurrent_2, bias_2, dense, dense_bias, output, output_bias = (

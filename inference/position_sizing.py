@@ -37,7 +37,7 @@ from numba import njit
 
 from evaluation import accounting
 from evaluation.accounting import DEFAULT_CAPITAL, Booking, CostModel, Ledger, Rates
-from utils.base import DataError, UsageError
+from utils.base import DataError, UsageError, cached
 
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
@@ -178,7 +178,8 @@ class _State(NamedTuple):
     capped_bars: float  # -1 while the breaker is closed
 
 
-@njit(cache=True, inline="always", error_model="numpy")
+@cached
+@njit(inline="always", error_model="numpy")
 def _exposure(row: _Row[float], rules: SizingRules, scales: _Scales) -> float:
     """Return the exposure that the forecast asks for, before band and limits; NaN without a forecast."""
     exposure, per_year = np.nan, scales.horizons_per_year
@@ -204,7 +205,8 @@ def _exposure(row: _Row[float], rules: SizingRules, scales: _Scales) -> float:
     return exposure
 
 
-@njit(cache=True, inline="always", error_model="numpy")
+@cached
+@njit(inline="always", error_model="numpy")
 def _unusable(row: _Row[float]) -> bool:
     """Say whether a forecast is infinite, or the bar's return not finite and above -1."""
     forecast = np.isinf(row.expected_return) or np.isinf(row.baseline_return) or np.isinf(row.sigma)
@@ -212,7 +214,8 @@ def _unusable(row: _Row[float]) -> bool:
     return bool(forecast or record or not (-1.0 < row.asset_return_simple < np.inf))
 
 
-@njit(cache=True, inline="always", error_model="numpy")
+@cached
+@njit(inline="always", error_model="numpy")
 def _step(state: _State, booked: Booking, row: _Row[float], rules: SizingRules, scales: _Scales) -> _State:
     """Decide at the close of the bar that was booked; the target of the returned state is the decision."""
     equity = booked.cash + booked.position
@@ -246,7 +249,8 @@ def _step(state: _State, booked: Booking, row: _Row[float], rules: SizingRules, 
     return _State(booked.cash, booked.position, wanted, holds, reference, peak, trough, capped)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@cached
+@njit(nogil=True, error_model="numpy")
 def _fold(
     columns: _Row[FloatArray],
     rules: SizingRules,

@@ -27,7 +27,7 @@ from pydantic import ValidationError
 from pydantic.json_schema import models_json_schema
 from sse_starlette import EventSourceResponse
 from starlette.convertors import StringConvertor, register_url_convertor
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
@@ -54,6 +54,8 @@ STREAM_END_S = 2.0
 # Each asks the database twice a second.
 MAX_STREAMS = 32
 
+PREFLIGHT = {"origin", "access-control-request-method"}
+WHO_MAY_ASK = "GET, POST and DELETE are served, to the origins that PYTHON_API_ALLOW_ORIGINS names"
 # The nearest ancestor of an error decides.
 STATUS_OF: Mapping[type[AIStocksError], int] = {
     errors.UsageError: 422,
@@ -79,6 +81,7 @@ DOCS = Path(__file__).with_name("docs.html.j2")
 DOCS_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
 
 Days = Annotated[int, Query(ge=1, le=wire.MAX_CHART_BARS)]
+VersionInQuery = Annotated[str | None, Query(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 SymbolInPath = Annotated[
     str, PathParameter(json_schema_extra={"pattern": wire.SYMBOL_PATTERN, "maxLength": 64})
 ]
@@ -105,6 +108,23 @@ class TextConvertor(StringConvertor):
     """Matches anything, slashes and newlines included, so that the symbol's own check refuses it."""
 
     regex = r"(?s:.*)"
+
+
+class CrossOrigin(CORSMiddleware):
+    """Cross-origin headers; what answers a preflight is empty, or a problem: the stock answers are text."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        given = Headers(raw=scope.get("headers", []))
+        if scope.get("method") != "OPTIONS" or not set(given) >= PREFLIGHT:
+            await super().__call__(scope, receive, send)
+            return
+        stock = self.preflight_response(given)
+        kept = {name: stock.headers[name] for name in stock.headers if not name.startswith("content-")}
+        refused = bytes(stock.body).decode().removeprefix("Disallowed CORS ")
+        detail = f"the browser may not ask this ({refused}): {WHO_MAY_ASK}"
+        answers = Response(headers=kept) if stock.status_code == 200 else problem(scope, 400, detail, kept)
+        await answers(scope, receive, send)
 
 
 class EventStream(EventSourceResponse):
@@ -175,7 +195,7 @@ def _outermost(api: FastAPI, services: Services, metrics: edge.Metrics) -> edge.
     # Not around the framework, which has an answer of its own to what nobody caught.
     api.add_middleware(edge.Guard, rules=services.rules, rate=rate)
     # What the guard answers carries cross-origin headers too.
-    cors = CORSMiddleware(
+    cors = CrossOrigin(
         partial(FastAPI.__call__, api),
         allow_origins=services.origins,
         allow_methods=["GET", "POST", "DELETE"],
@@ -304,9 +324,10 @@ def _add_models(router: APIRouter, services: Services, pool: edge.WorkPool) -> N
         return await pool.run(lambda: answer(registry.restore(model_id)))
 
     @router.post("/api/models/{model_id}/rollback", response_model=wire.ModelMeta)
-    async def roll_back(model_id: str) -> Response:
-        """Let the newest earlier version that loads serve again."""
-        return await pool.run(lambda: answer(_unless_training(services, model_id, registry.roll_back)))
+    async def roll_back(model_id: str, to: VersionInQuery = None) -> Response:
+        """Let the newest earlier version that loads serve again, or ``to``, which may be a newer one."""
+        back = partial(registry.roll_back, to=to)
+        return await pool.run(lambda: answer(_unless_training(services, model_id, back)))
 
     @router.get("/api/models/{model_id}/versions", response_model=list[wire.ModelVersion])
     async def versions(model_id: str) -> Response:
@@ -454,7 +475,9 @@ def _on_http_error(request: Request, error: StarletteHTTPException) -> Response:
     details = {404: "no such route: see /docs", 405: f"{request.method} is not served here: see /docs"}
     stock = error.detail == http.HTTPStatus(error.status_code).phrase
     detail = details.get(error.status_code, str(error.detail)) if stock else str(error.detail)
-    return problem(request.scope, error.status_code, detail, error.headers)
+    allowed = edge.methods_of(request.scope["path"], request.app.openapi()["paths"])
+    headers = {"Allow": allowed} if allowed and error.status_code == 405 else error.headers
+    return problem(request.scope, error.status_code, detail, headers)
 
 
 def _on_invalid(request: Request, error: RequestValidationError) -> Response:
@@ -471,7 +494,7 @@ def _sentence(error: Mapping[str, Any]) -> str:
     where = ".".join(str(part) for part in error["loc"] if part not in {"body", "query", "path"})[:80]
     message = str(error["msg"]).removeprefix("Value error, ")
     came = error.get("input")
-    if isinstance(came, bytes) and not where:
+    if not where and (isinstance(came, bytes) or error["type"] == "missing"):
         return "send JSON with Content-Type: application/json"
     got = f" (got {came})" if is_finite_number(came) and abs(came) < 1e15 else ""
     return f"{where}: {message}{got}" if where else f"{message}{got}"

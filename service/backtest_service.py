@@ -434,7 +434,7 @@ def posted_forward_sim(request: wire.BacktestRequest) -> wire.ForwardSimResult:
         equity_curve=daily["equity"].to_list(),
         sharpe=metrics.sharpe_ratio,
         max_drawdown=metrics.max_drawdown,
-        trades=len(orders),
+        trades=metrics.total_trades,
         source=None if posted.result.is_in_sample else "historical_holdout",
         window_start=daily["date"].iloc[0],
         window_end=daily["date"].iloc[-1],

@@ -32,7 +32,7 @@ from data.schema import normalise_symbol
 from service.ledger import Database
 from service.schemas import JobStatus, TrainingEvent, TrainingJob, TrainingJobMetrics, TrainingParams
 from utils import base as errors
-from utils.model_paths import ENSEMBLE, GBM, LSTM, ArtifactKind, artifact_link, training_holder
+from utils.model_paths import ENSEMBLE, GBM, LSTM, ArtifactKind, artifact_link, training_holder, what_is_at
 
 logger = logging.getLogger(__name__)
 Events = Sequence[TrainingEvent]
@@ -467,8 +467,7 @@ class TrainingService:
                 await asyncio.sleep(POLL_S)
 
     def _artifact(self, params: TrainingParams) -> Path | None:
-        link = artifact_link(self.models_dir, params.symbol, TRAINERS[params.model_type].kind)
-        return link.readlink() if link.is_symlink() else link if link.exists() else None
+        return what_is_at(artifact_link(self.models_dir, params.symbol, TRAINERS[params.model_type].kind))
 
     def _run(self) -> None:
         """Look for something to do, by the right of who holds the lock, until the end."""

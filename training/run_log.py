@@ -143,24 +143,28 @@ class RunLog(logging.Handler):
             self._sections["WARNINGS"].append(text)
 
     def conclude(self, trained: Trained[Any]) -> None:
-        """Take down what came out; the status follows from it."""
-        metadata, verdict = trained.bundle.metadata, trained.verdict
-        found = {
-            "verdict": verdict.label,
-            "evidence": verdict.evidence,
-            **{name.replace("_", " "): metadata[name] for name in ("metrics", "path_models")},
+        """Take down what came out of a walk-forward; the status follows from it."""
+        metadata = trained.bundle.metadata
+        more = {
+            "path models": metadata["path_models"],
             "across folds": asdict(trained.walk_forward.summary),
             "duration_s": metadata["duration_s"],
         }
-        lines = _lines(found)
-        for gate in verdict.gates:
-            told = f"{_text(gate.value)} (threshold {gate.threshold})"
-            result = "not computed" if gate.passed is None else ("failed", "passed")[gate.passed]
-            lines.append(f"gate {gate.name}: {told} {result}")
-        self._sections |= {"FOLD METRICS": fold_lines(metadata["folds"]), "FINAL METRICS": lines}
-        for problem in metadata["data"]["problems"]:
+        self.end(metadata, status_of(trained), more)
+
+    def end(self, metadata: Mapping[str, Any], status: Status, more: Mapping[str, Any]) -> None:
+        """Take down the verdict and the figures behind it, and what there is ``more``, by name."""
+        verdict = metadata["verdict"]
+        known = {"verdict": verdict["label"], "evidence": verdict["evidence"], "metrics": metadata["metrics"]}
+        lines = _lines({**known, **more})
+        for gate in verdict["gates"]:
+            told = f"{_text(gate['value'])} (threshold {gate['threshold']})"
+            result = "not computed" if gate["passed"] is None else ("failed", "passed")[gate["passed"]]
+            lines.append(f"gate {gate['name']}: {told} {result}")
+        self._sections |= {"FOLD METRICS": fold_lines(metadata.get("folds", ())), "FINAL METRICS": lines}
+        for problem in metadata["data"].get("problems", ()):
             self.warn(str(problem))
-        self._finish(status_of(trained), verdict.reasons)
+        self._finish(status, verdict["reasons"])
 
     def fail(self, error: BaseException) -> None:
         """Take down how the run ended; a refused verdict keeps its status."""
@@ -204,6 +208,8 @@ def status_of(trained: Trained[Any]) -> Status:
 
 def fold_lines(folds: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the folds as a table of text; a column is there when a fold has it."""
+    if not folds:
+        return []
     columns = [name for name in FOLD_COLUMNS if any(name in fold for fold in folds)]
     rows = [columns, *([_text(fold.get(name)) for name in columns] for fold in folds)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]

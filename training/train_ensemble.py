@@ -174,6 +174,12 @@ class EnsembleTrainer:
         self.config = config or MetaConfig()
         self.costs = CostModel()
 
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What is joined, and how, as plain data."""
+        versions = {name: one.model_version for name, one in self.members.items()}
+        return {"method": self.method, "members": versions, **asdict(self.config)}
+
     def run(self, bars: Bars) -> Run:
         """Return what identifies this look at the prices; members that were only saved anew are the same."""
         said = {
@@ -337,10 +343,15 @@ def join_symbol(symbol: str, args: argparse.Namespace, settings: Settings) -> ru
     run_log.refuse_existing(symbol, args, settings)
     gbm, lstm = load_bundle(settings.models_dir, symbol), load_lstm(settings.models_dir, symbol)
     bars = fetch(symbol, args, settings)
-    with training_lock(settings.models_dir, symbol):
-        trainer = EnsembleTrainer(gbm, lstm, method=args.method, config=MetaConfig(seed=args.seed))
+    trainer = EnsembleTrainer(gbm, lstm, method=args.method, config=MetaConfig(seed=args.seed))
+    with (
+        training_lock(settings.models_dir, symbol),
+        run_log.logged_run(settings.logs_dir, symbol, trainer.asked, ENSEMBLE.name) as log,
+    ):
         bundle = trainer.train(bars, earlier=look(settings, [trainer.run(bars)]))
         metadata, saved = bundle.metadata, None
+        is_edge = metadata["verdict"]["label"] == "edge"
+        log.end(metadata, "SUCCESS" if is_edge else "NO_EDGE", {"parts": metadata["parts"]})
         page = ensemble_report(
             symbol=symbol, metadata=metadata, record=bundle.record, findings=bars.report.problems()
         )
@@ -350,8 +361,10 @@ def join_symbol(symbol: str, args: argparse.Namespace, settings: Settings) -> ru
         if not args.validate_only:
             save_ensemble(bundle, settings.models_dir)
             saved = artifact_link(settings.models_dir, symbol, ENSEMBLE)
-    outcome = run_log.outcome_of(metadata, ("members", "parts"), {"bundle": saved, "report": report})
-    return {**outcome, "asked": args.method, "method": bundle.method}
+        log.has_ended = True
+    paths = {"bundle": saved, "report": report, "log": log.path}
+    outcome = run_log.outcome_of(metadata, ("members", "parts"), paths)
+    return {**outcome, "status": log.status, "asked": args.method, "method": bundle.method}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

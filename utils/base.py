@@ -23,15 +23,16 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import BeforeValidator, Field, IPvAnyNetwork, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 if TYPE_CHECKING:
     from rich.console import Console
     from sqlalchemy import Engine
 
+T = TypeVar("T")
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 # A line of the log is one line: what callers send cannot forge another, nor drive a terminal.
@@ -140,6 +141,18 @@ class DeadlineError(AIStocksError):
     """An answer of the service took longer than callers are kept waiting."""
 
 
+def cached(compiled: T) -> T:
+    """Let a function of numba keep what it compiles; where nothing can be written it compiles at every start.
+
+    numba's own option ends the import there. It writes beside the source, or where ``NUMBA_CACHE_DIR`` says.
+    """
+    # With NUMBA_DISABLE_JIT=1 it is a plain function.
+    keep = getattr(compiled, "enable_caching", lambda: None)
+    with suppress(RuntimeError):
+        keep()
+    return compiled
+
+
 def _split_commas(value: object) -> object:
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
@@ -191,6 +204,7 @@ class Settings(BaseSettings):
     api_keys: Annotated[tuple[ApiKey, ...], NoDecode, COMMAS] = ()
     rate_per_s: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] = 100.0
     rate_burst: Annotated[int, Field(ge=1, le=1_000_000)] = 500
+    trusted_proxies: Annotated[tuple[IPvAnyNetwork, ...], NoDecode, COMMAS] = ()
     work_threads: Annotated[int, Field(ge=1, le=64)] = 4
     work_queue: Annotated[int, Field(ge=0, le=10_000)] = 64
     deadline_s: Annotated[float, Field(gt=0, le=3_600, allow_inf_nan=False)] = 30.0
@@ -233,6 +247,15 @@ def read_settings() -> Settings:
             came = "" if name == "api_keys" else f"={wrong['input']!r}"
             sys.stderr.write(f"error: {variable}{came}: {wrong['msg']}\n")
         raise SystemExit(2) from error
+
+
+def can_write_in(folder: Path) -> bool:
+    """Say whether files can be written in a folder, which is made where there is none."""
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        return True
+    return False
 
 
 class TextFormatter(logging.Formatter):

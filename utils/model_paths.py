@@ -39,7 +39,8 @@ READS = 5
 KEEP_VERSIONS = 5
 # Verifying a version takes seconds; whoever waits longer waits for something that hangs.
 LOCK_WAIT_S = 300.0
-ASIDE, GONE = ".aside-", ".gone-"
+ASIDE, GONE, UNLINKED = ".aside-", ".gone-", ".unlinked"
+UNLOCKABLE = "cannot lock the models of {}: {}: make room, or mend the permissions of its folder"
 TRAINING_LOCK, TRAINER = ".training.lock", ".training.pid"
 # No symbol begins with a dot. Of what was deleted the latest is kept, for whoever wants it back.
 TRASH, KEEP_TRASHED = ".trash", 20
@@ -116,6 +117,8 @@ def symbol_dir(root: Path, symbol: str) -> Path:
         if (base / symbol).is_symlink():
             raise InvalidSymbolError(f"{refusal}: it is a link")
         path = (base / symbol).resolve()
+    except PermissionError as error:
+        raise _unreadable("the folder of saved models", error) from error
     except (OSError, RuntimeError, ValueError) as error:
         # A loop of links, a name that is too long, a NUL.
         raise InvalidSymbolError(refusal) from error
@@ -210,7 +213,19 @@ def _readable(what: str) -> Iterator[None]:
         with suppress(FileNotFoundError, NotADirectoryError):
             yield
     except OSError as error:
-        raise ModelCorruptError(f"{what} cannot be read ({error.strerror}): check the permissions") from error
+        raise _unreadable(what, error) from error
+
+
+def _unreadable(what: str, error: OSError) -> ModelCorruptError:
+    return ModelCorruptError(f"{what} cannot be read ({error.strerror}): check the permissions")
+
+
+def what_is_at(link: Path) -> Path | None:
+    """Return what a link names, or what is no link; None without either, `ModelCorruptError` unreadable."""
+    found = list[Path]()
+    with _readable(f"the folder of {link.parent.name}"):
+        found.append(link.readlink() if stat.S_ISLNK(link.lstat().st_mode) else link)
+    return found[0] if found else None
 
 
 def serve(
@@ -290,24 +305,40 @@ def saving(models_dir: Path, symbol: str, kind: ArtifactKind) -> Iterator[None]:
     try:
         lock.acquire(timeout=LOCK_WAIT_S)
     except Timeout as error:
-        raise LockedError(
-            f"another process saves the {kind.name} model of {symbol}: wait or stop it"
-        ) from error
+        words = f"another process saves the {kind.name} model of {symbol}: wait or stop it"
+        raise LockedError(words) from error
     try:
         # Nobody but the holder of the lock writes here, so these belong to processes that were killed.
         for left in [*versions.glob(f"{ASIDE}*"), *versions.glob(f"{GONE}*")]:
             shutil.rmtree(left, ignore_errors=True)
         for left in versions.parent.glob(f".{kind.name}-*"):
             left.unlink(missing_ok=True)
+        with suppress(OSError, ModelError):
+            # It served, whoever was killed before the mark was gone: somebody may be reading it.
+            (linked_version(models_dir, symbol, kind).folder / UNLINKED).unlink(missing_ok=True)
         yield
         with suppress(OSError, ModelError):
-            serving = linked_version(models_dir, symbol, kind).folder.name
-            for path in kept_versions(versions)[:-KEEP_VERSIONS]:
-                if path.name != serving:
+            serving = linked_version(models_dir, symbol, kind).folder
+            kept = sorted(kept_versions(versions), key=lambda path: (not (path / UNLINKED).exists(), path))
+            for path in kept[:-KEEP_VERSIONS]:
+                if path.name != serving.name:
                     # Renamed first: none is ever half there.
                     shutil.rmtree(path.rename(path.with_name(f"{GONE}{path.name}")), ignore_errors=True)
     finally:
         lock.release()
+
+
+def promote(aside: Path, version: Path, link: Path) -> None:
+    """Give a version that was written aside its name, and let ``link`` name it.
+
+    Until it does, a mark is in it: a version whose writer is killed in between is the first to be pruned.
+    """
+    (aside / UNLINKED).touch()
+    aside.rename(version)
+    flush(version.parent)
+    point(link, version)
+    with suppress(OSError):
+        (version / UNLINKED).unlink()
 
 
 @contextmanager
@@ -323,7 +354,7 @@ def training_lock(models_dir: Path, symbol: str) -> Iterator[None]:
         who = _read_holder(holder)
         raise LockedError(f"{symbol} is being trained by process {who}: wait or stop it") from error
     except OSError as error:
-        raise StorageError(f"cannot write the lock of {symbol}: {error.strerror}") from error
+        raise StorageError(UNLOCKABLE.format(symbol, error.strerror)) from error
     with lock:
         try:
             yield
@@ -335,7 +366,7 @@ def training_holder(models_dir: Path, symbol: str) -> str | None:
     """Return the id of the process that trains ``symbol``; None where nobody does."""
     folder = symbol_dir(models_dir, symbol)
     # Trying the lock would get in the way of who is about to take it: not tried unless somebody left a name.
-    if not (folder / TRAINER).exists():
+    if what_is_at(folder / TRAINER) is None:
         return None
     try:
         with FileLock(folder / TRAINING_LOCK, timeout=0):
@@ -343,7 +374,7 @@ def training_holder(models_dir: Path, symbol: str) -> str | None:
     except Timeout:
         return _read_holder(folder / TRAINER)
     except OSError as error:
-        raise StorageError(f"cannot try the lock of {symbol}: {error.strerror}") from error
+        raise StorageError(UNLOCKABLE.format(symbol, error.strerror)) from error
 
 
 def _read_holder(path: Path) -> str:
@@ -432,7 +463,7 @@ def discard(models_dir: Path, symbol: str, kind: ArtifactKind) -> None:
     there is nothing to delete, `LockedError` while the symbol is being trained.
     """
     link = artifact_link(models_dir, symbol, kind)
-    if not os.path.lexists(link):
+    if what_is_at(link) is None:
         raise ModelMissingError(f"there is no {kind.name} model of {symbol} to delete")
     with storage_errors(symbol), training_lock(models_dir, symbol), saving(models_dir, symbol, kind):
         trash = models_dir.resolve() / TRASH
@@ -455,7 +486,7 @@ def restore(models_dir: Path, symbol: str, kind: ArtifactKind) -> None:
     entries = sorted((models_dir.resolve() / TRASH).glob(f"{symbol}~{kind.name}~*"))
     if not entries:
         remedy = f"run {kind.train(symbol)}"
-        if os.path.lexists(link):
+        if what_is_at(link) is not None:
             remedy = f"another kept version serves by {kind.serve_again(symbol)}"
         raise ModelMissingError(f"no deleted {kind.name} model of {symbol} is kept: {remedy}")
     with storage_errors(symbol), training_lock(models_dir, symbol), saving(models_dir, symbol, kind):

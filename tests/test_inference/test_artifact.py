@@ -551,6 +551,47 @@ def kill_writers_beside_a_reader(root: Path) -> bool:
     return found_half
 
 
+def die_behind_the_link(root: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        real = model_paths.point
+        patch.setattr(model_paths, "point", lambda *names: (real(*names), os._exit(0)))
+        save(root, "v6")
+
+
+def test_a_version_that_served_is_pruned_in_its_turn_though_its_writer_was_killed(root: Path):
+    for version in ("v4", "v5"):
+        save(root, version)
+    assert elsewhere(die_behind_the_link, root) == ""
+    assert serving(root) == ("v6", ())
+    save(root, "v7")
+    assert [path.name for path in list_versions(root, "AAPL", TEXT)] == ["v3", "v4", "v5", "v6", "v7"]
+
+
+def die_before_the_link(root: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_paths, "point", lambda *_: os._exit(0))
+        save(root, "v6")
+
+
+def test_a_version_that_was_killed_before_it_served_pushes_out_none(root: Path):
+    for version in ("v4", "v5"):
+        save(root, version)
+    assert elsewhere(die_before_the_link, root) == ""
+    assert serving(root) == ("v5", ())
+
+    def kept() -> list[str]:
+        return [path.name for path in list_versions(root, "AAPL", TEXT)]
+
+    assert kept() == ["v1", "v2", "v3", "v4", "v5", "v6"]
+    save(root, "v7")
+    assert kept() == ["v2", "v3", "v4", "v5", "v7"]
+    # One that is chosen after all is like any other from then on.
+    assert elsewhere(die_before_the_link, root) == ""
+    roll_back(root, "AAPL", TEXT, load, "v6")
+    save(root, "v8")
+    assert kept() == ["v4", "v5", "v6", "v7", "v8"]
+
+
 def test_kill_9_at_any_moment_loses_nothing_and_mixes_nothing(root: Path):
     assert elsewhere(kill_writers, root) == ""
     save(root, "z")

@@ -194,7 +194,22 @@ def test_unknown_paths_and_methods_are_problems(client: TestClient) -> None:
     response = client.get("/api/predict")
     check_problem(response, 405)
     assert response.headers["allow"] == "POST"
-    check_problem(client.put("/api/models/AAPL-gbm"), 405)
+    for path, methods in (
+        ("/api/models/AAPL-gbm", "DELETE, GET"),
+        ("/api/training/x", "DELETE, GET"),
+        ("/api/models/train", "DELETE, GET, POST"),
+        ("/api/historical/AAPL", "GET"),
+        ("/metrics", "GET"),
+    ):
+        response = client.put(path)
+        check_problem(response, 405)
+        # All of the path, and not those of the one route that the framework met first.
+        assert response.headers["allow"] == methods
+
+
+@pytest.mark.parametrize("path", ["/api/predict", "/api/training/start"])
+def test_a_body_that_is_missing_is_asked_for(client: TestClient, path: str) -> None:
+    assert check_problem(client.post(path), 422) == "send JSON with Content-Type: application/json"
 
 
 # ---------------------------------------------------------------- faults 1 to 4
@@ -506,11 +521,37 @@ def test_trap_11_known_origins_may_call(client: TestClient, origin: str) -> None
     response = client.post("/api/predict", content=b"x" * (2 << 20), headers={**JSON, "Origin": origin})
     check_problem(response, 413)
     assert response.headers["access-control-allow-origin"] == origin
+    # No answer is 204, nor anything but JSON; a browser reads the headers of this one alone.
+    assert (preflight.status_code, preflight.content) == (200, b"")
+    assert "content-type" not in preflight.headers
+    assert "content-type" in preflight.headers["access-control-allow-headers"]
+    assert preflight.headers["x-request-id"]
 
 
 def test_trap_11_other_origins_may_not(client: TestClient) -> None:
     response = client.get("/api/health", headers={"Origin": "http://evil.example"})
     assert "access-control-allow-origin" not in response.headers
+
+
+@pytest.mark.parametrize(
+    ("origin", "method", "named"),
+    [
+        ("http://evil.example", "POST", "origin"),
+        ("http://localhost:3000", "PATCH", "method"),
+        ("http://evil.example", "PATCH", "origin, method"),
+    ],
+)
+def test_trap_11_a_refused_preflight_is_a_problem(
+    client: TestClient, origin: str, method: str, named: str
+) -> None:
+    asked = {"Origin": origin, "Access-Control-Request-Method": method}
+    response = client.options("/api/predict", headers=asked)
+    detail = check_problem(response, 400)
+    assert f"({named})" in detail
+    assert "PYTHON_API_ALLOW_ORIGINS" in detail
+    assert ("access-control-allow-origin" in response.headers) == ("evil" not in origin)
+    assert response.headers["x-frame-options"] == "DENY"
+    assert "Origin" in response.headers["vary"]
 
 
 def test_fault_28_health_answers_while_predictions_run(client: TestClient, source: FakeSource) -> None:

@@ -20,7 +20,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 import app
-from service.edge import Application, Message, Receive, Send
+from service.edge import Application, Message, Receive, Send, client_of
 from utils.base import Settings, UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,6 +70,15 @@ def test_origins_come_from_the_environment(
         for origin in ("https://a.example", "https://b.example", "http://localhost:3000"):
             headers = client.get("/api/health", headers={"Origin": origin}).headers
             assert headers["access-control-allow-origin"] == origin
+
+
+def test_prices_are_served_where_they_cannot_be_kept(
+    tmp_path: Path, collector: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "cache").write_text("a file where the folder would be")
+    with TestClient(app.create_app(settings_of(tmp_path, source="sample"))) as client:  # type: ignore[arg-type]
+        assert len(client.get("/api/historical/AAPL?days=3").json()["data"]) == 3
+    assert "cannot be written" in caplog.text
 
 
 def test_the_lazy_application_is_built_once() -> None:
@@ -321,6 +330,36 @@ def test_a_taken_port_is_a_usage_error(tmp_path: Path) -> None:
         pytest.raises(UsageError, match="choose another --host or --port"),
     ):
         app.listen("127.0.0.1", taken.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("trusted", "caller", "known_as"),
+    [
+        ("", "127.0.0.1", "127.0.0.1"),
+        ("10.0.0.0/8", "127.0.0.1", "127.0.0.1"),
+        ("127.0.0.1, 10.0.0.0/8", "127.0.0.1", "192.0.2.7"),
+        ("127.0.0.1, 10.0.0.0/8", "10.2.3.4", "192.0.2.7"),
+        ("::1", "::1", "192.0.2.7"),
+    ],
+)
+def test_nobody_says_who_else_calls_but_a_trusted_proxy(
+    tmp_path: Path, trusted: str, caller: str, known_as: str
+) -> None:
+    seen: list[str] = []
+
+    async def answering(scope: Message, receive: Receive, send: Send) -> None:
+        seen.append(client_of(scope))
+
+    async def nothing(*_: object) -> Message:
+        return {}
+
+    config = app._config(answering, settings_of(tmp_path, trusted_proxies=trusted), 1)
+    config.load()
+    # The last that is not trusted counts: what comes before it anybody may have written.
+    forwarded = [(b"x-forwarded-for", b"203.0.113.9, 192.0.2.7")]
+    scope = {"type": "http", "client": (caller, 1), "headers": forwarded}
+    asyncio.run(config.loaded_app(scope, nothing, nothing))
+    assert seen == [known_as]
 
 
 # ---------------------------------------------------------------- bounded connections

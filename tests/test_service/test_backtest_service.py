@@ -318,6 +318,32 @@ def test_the_log_accounts_for_every_cent_and_nothing_is_nan(data: st.DataObject,
     assert paid == pytest.approx(result.metrics.transaction_costs, rel=1e-9, abs=1e-9)
 
 
+def test_daily_trims_are_no_trades_by_action_either() -> None:
+    # Half the equity in a share that rises is sold bit by bit, at a profit, before it falls and is left.
+    prices = [*(100.0 * 1.01**day for day in range(30)), *[60.0] * 10]
+    weights = [*[0.5] * 30, *[0.0] * 5, *[0.5, 0.0] * 2, 0.0]
+    result = posted_backtest(asked(posted(40, prices=prices, fusedPositions=weights)))
+    assert result.diagnostics is not None
+    rows = {row.action: row for row in result.diagnostics.action_breakdown}
+    assert {action: row.count for action, row in rows.items()} == {"BUY": 3, "REBALANCE": 29, "SELL": 3}
+    metrics, sold = result.metrics, rows["SELL"]
+    assert (sold.count, sold.win_rate) == (metrics.total_trades, metrics.win_rate) == (3, 0.0)
+    assert sold.avg_pnl == pytest.approx(metrics.average_trade_profit)
+    # Money that was realised is money: what the trims brought has a row of its own, which no win rate counts.
+    assert rows["REBALANCE"].total_pnl > 0.0
+    assert {row.win_rate for row in rows.values()} == {0.0}
+    assert all(row.total_pnl == pytest.approx(row.count * row.avg_pnl) for row in rows.values())
+    assert sum(row.count for row in rows.values()) == len(result.trade_log)
+    total = sum(row.total_pnl for row in rows.values())
+    assert total == pytest.approx(result.trade_log[-1].cumulative_pnl)
+
+
+def test_without_an_order_there_is_nothing_by_action() -> None:
+    result = posted_backtest(asked(posted(fusedPositions=[0.0] * 12)))
+    assert result.diagnostics is not None
+    assert result.diagnostics.action_breakdown == []
+
+
 def test_the_forward_simulation_is_the_backtest_of_the_last_rows() -> None:
     told = posted(200)
     both = posted_backtest(asked(told, enableForwardSim=True, forwardWindow=30))
@@ -328,7 +354,8 @@ def test_the_forward_simulation_is_the_backtest_of_the_last_rows() -> None:
     assert alone.dates == told["dates"][-30:]
     assert alone.source == "historical_holdout"
     assert alone.actions is not None
-    assert alone.trades == len(alone.actions) == len(short.trade_log)
+    assert len(alone.actions) == len(short.trade_log)
+    assert alone.trades == short.metrics.total_trades
     assert alone.total_costs == pytest.approx(short.metrics.transaction_costs + short.metrics.borrow_fee)
     assert len(posted_forward_sim(asked(told)).dates) == 20
 

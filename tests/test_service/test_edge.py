@@ -364,6 +364,14 @@ def shortcut_of(ready: Callable[[bytes], bytes | None], **rules: float) -> Short
     return Shortcut(guard, rules=bounds, rate=rate, ready=ready, cross_origin=lambda _: [])
 
 
+def test_what_keeps_the_shortcut_from_knowing_is_told_by_the_framework() -> None:
+    def broken(_: bytes) -> bytes | None:
+        raise StorageError("the folder of models cannot be read")
+
+    headers = [(b"content-type", b"application/json")]
+    assert call(shortcut_of(broken), [b"known"], headers=headers)[1]["body"] == b"5"
+
+
 def test_the_shortcut_is_bound_by_rate_and_by_time() -> None:
     shortcut = shortcut_of(lambda _: b"at hand", rate_per_s=0.01, rate_burst=2, body_s=0.05)
     headers = [(b"content-type", b"application/json")]

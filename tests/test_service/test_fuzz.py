@@ -56,7 +56,6 @@ NEVER_ASKED_WRONGLY = {
     "GET /api/models/{model_id}",
     "DELETE /api/models/{model_id}",
     "POST /api/models/{model_id}/restore",
-    "POST /api/models/{model_id}/rollback",
     "GET /api/models/{model_id}/versions",
     "GET /api/models/{model_id}/download",
     "GET /api/training",

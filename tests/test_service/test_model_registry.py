@@ -1,5 +1,6 @@
 """Listing without unpickling, lazy loading, reloading, and what serves when a new version is broken."""
 
+import errno
 import io
 import json
 import logging
@@ -14,12 +15,14 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+from fastapi.testclient import TestClient
 
 import inference.load_gbm_models
 from data.feature_engineer import feature_set_hash, get_feature_columns
 from inference.artifact import publish, sha256_of
 from inference.ensemble import EnsembleBundle, EnsembleForecaster, SimpleEnsemble
 from inference.load_gbm_models import SCHEMA_VERSION, GBMBundle, GBMManifest, load_linked
+from service.api import Services, create_api
 from service.model_registry import (
     KINDS,
     LOOK_EVERY_S,
@@ -28,7 +31,10 @@ from service.model_registry import (
     main,
 )
 from service.prediction_chart import model_meta, wire_metrics
-from tests.test_service.conftest import bundle_of, metadata_of
+from service.prediction_service import PredictionService
+from service.training_service import TrainingService
+from tests.test_service.conftest import FakeSource, bundle_of, metadata_of
+from tests.test_service.test_api import check_problem
 from utils.base import (
     InvalidSymbolError,
     LockedError,
@@ -462,6 +468,63 @@ def test_deleting_is_real_and_can_be_undone(
     assert [version.model_version for version in registry.versions("AAPL-gbm")] == ["v2", "v1"]
     with pytest.raises(ModelMissingError, match="no deleted"):
         registry.restore("AAPL-gbm")
+
+
+@pytest.mark.parametrize("locked", ["", "AAPL", "AAPL/versions"])
+def test_a_folder_that_may_not_be_entered_is_a_sentence_and_no_bug(
+    tmp_path: Path,
+    services: Services,
+    loader: Loader,
+    save_version: Save,
+    monkeypatch: pytest.MonkeyPatch,
+    locked: str,
+) -> None:
+    save_version("AAPL", "v1")
+    models, registry = tmp_path / "models", registry_of(tmp_path, loader)
+    registry.get("AAPL")
+    training = TrainingService(
+        models_dir=models, database_url=f"sqlite:///{tmp_path}/jobs", command=lambda *_: [], environment={}
+    )
+    predictions = PredictionService(registry=registry, source=FakeSource({}), cache=None)
+    client = TestClient(
+        create_api(replace(services, registry=registry, training=training, predictions=predictions))
+    )
+    with monkeypatch.context() as patch:
+        refuse_below(patch, models / locked)
+        # Without a word: whoever is asked next says why.
+        assert registry.current("AAPL") is None
+        for method, path, body in (
+            ("DELETE", "/api/models/AAPL-gbm", None),
+            ("POST", "/api/models/AAPL-gbm/rollback", None),
+            ("POST", "/api/models/AAPL-gbm/rollback?to=v1", None),
+            ("POST", "/api/models/AAPL-gbm/restore", None),
+            ("GET", "/api/models/AAPL-gbm/versions", None),
+            ("GET", "/api/models/AAPL-gbm/download", None),
+            ("POST", "/api/predict", {"symbol": "AAPL"}),
+        ):
+            answer = client.request(method, path, json=body)
+            detail = check_problem(answer, answer.status_code)
+            # To bring back what nobody deleted finds nothing to bring back; a version may serve on unlisted.
+            assert answer.status_code in {503, 507} or path.endswith("restore"), (path, detail)
+            assert "permissions" in detail or path.endswith("restore"), (path, detail)
+    assert registry.get("AAPL").bundle.model_version == "v1"
+
+
+def refuse_below(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Let the operating system refuse whatever lies in a folder; root, who runs tests, may enter any."""
+
+    def refusing(real: Callable[..., object]) -> Callable[..., object]:
+        def call(path: object, *args: object, **kwargs: object) -> object:
+            if isinstance(path, (str, Path)):
+                inner = Path(path)
+                if folder in inner.parents or (inner == folder and real.__name__ in {"scandir", "listdir"}):
+                    raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return real(path, *args, **kwargs)
+
+        return call
+
+    for name in ("stat", "lstat", "readlink", "scandir", "listdir", "open", "mkdir", "rename", "unlink"):
+        patch.setattr(os, name, refusing(getattr(os, name)))
 
 
 def test_a_symbol_that_was_trained_again_is_not_overwritten(

@@ -128,9 +128,16 @@ def test_a_model_is_downloaded_deleted_and_brought_back(shop: TestClient):
     ):
         assert answer.status_code == 404
         assert isinstance(answer.json()["detail"], str)
-    assert shop.post("/api/models/SIGNAL-gbm/rollback").status_code == 404
+    rollback = "/api/models/SIGNAL-gbm/rollback"
+    assert shop.post(rollback).status_code == 404
     assert shop.post("/api/models/SIGNAL-gbm/restore").json()["id"] == "SIGNAL-gbm"
     assert shop.post("/api/models/SIGNAL-gbm/restore").status_code == 404
+    assert predict(shop) == before
+    # The one version there is may be named, another may not: by no other does it step to any version at all.
+    assert shop.post(rollback, params={"to": version["modelVersion"]}).json()["id"] == "SIGNAL-gbm"
+    for named, status in (("20200101T000000-0", 404), ("..", 404), ("a/b", 422), ("", 422), ("a" * 65, 422)):
+        answer = shop.post(rollback, params={"to": named})
+        assert (answer.status_code, type(answer.json()["detail"])) == (status, str)
     assert predict(shop) == before
 
 

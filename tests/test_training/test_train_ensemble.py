@@ -221,6 +221,11 @@ def test_the_command_leaves_an_ensemble_a_report_and_one_json_on_stdout(places: 
     page = Path(result["report"]).read_text()
     assert "The parts beside the whole" in page
     assert "Who was listened to" in page
+    log = Path(result["log"]).read_text()
+    assert Path(result["log"]).name.startswith("SIGNAL_ensemble_")
+    assert "method: stacking" in log
+    assert "parts.weights.gbm" in log
+    assert f"=== STATUS ===\n{result['status']}\n" in log
     saved = load_ensemble(places / "models", "SIGNAL")
     assert bundles["SIGNAL"].model_version in saved.model_version
     assert "lstm0001" in saved.model_version
@@ -244,6 +249,9 @@ def test_a_strict_run_saves_nothing_without_an_edge(places: Path, capsys, monkey
     assert main(["NOISE", "--strict"]) == 7
     assert "nothing was saved" in " ".join(capsys.readouterr().err.split())
     assert not (places / "models" / "NOISE" / "ensemble").exists()
+    told = max((places / "logs").glob("NOISE_ensemble_*.log")).read_text()
+    assert "=== STATUS ===\nNO_EDGE\n" in told
+    assert "refused:" in told
 
 
 def test_a_missing_member_names_the_command_that_makes_it(places: Path, capsys, monkeypatch, bundles):

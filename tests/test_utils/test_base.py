@@ -8,7 +8,9 @@ import re
 import sys
 from pathlib import Path
 
+import numba
 import pytest
+from numba.core.caching import CacheImpl
 
 from utils.base import (
     PROJECT_ROOT,
@@ -18,6 +20,7 @@ from utils.base import (
     UsageError,
     at_least,
     below,
+    cached,
     database_engine,
     read_settings,
 )
@@ -98,6 +101,8 @@ def test_an_empty_level_is_the_default_and_case_does_not_matter(monkeypatch, val
         ("DEADLINE_S", "inf"),
         ("DRAIN_S", "-1"),
         ("LOG_FORMAT", "xml"),
+        ("TRUSTED_PROXIES", "the-proxy"),
+        ("TRUSTED_PROXIES", "10.0.0.1/8"),
     ],
 )
 def test_values_that_make_no_sense_are_refused(monkeypatch, capsys, name, value):
@@ -210,3 +215,27 @@ def test_a_missing_driver_is_named_with_what_brings_it(name: str, monkeypatch: p
     with pytest.raises(UsageError, match=r'needs the driver psycopg: pip install "\.\[postgres\]"') as caught:
         database_engine(f"{name}://u:s3cret@h/n", 1.0)
     assert "s3cret" not in str(caught.value)
+
+
+def double(x: int) -> int:
+    return 2 * x
+
+
+def test_without_a_place_for_compiled_code_it_is_compiled_at_every_start(monkeypatch):
+    monkeypatch.setattr(CacheImpl, "_locator_classes", [])
+    with pytest.raises(RuntimeError, match="no locator available"):
+        numba.njit(cache=True)(double)
+    assert cached(numba.njit(double))(21) == 42
+    assert cached(double) is double, "as numba leaves it where NUMBA_DISABLE_JIT is set"
+
+
+def test_compiled_code_is_kept_where_it_can_be(tmp_path, monkeypatch):
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    assert cached(numba.njit(double))(21) == 42
+    assert list(tmp_path.rglob("*.nbi"))
+
+
+def test_no_source_ends_where_compiled_code_cannot_be_kept():
+    for path in PROJECT_ROOT.glob("*/*.py"):
+        if path.parent.name not in {"benchmarks", "tests"}:
+            assert not re.search(r"njit\(.*cache=", path.read_text()), path
