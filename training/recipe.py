@@ -37,6 +37,8 @@ Loss = Literal["huber", "mae", "balanced", "quantile"]
 # half of that is left for what is lasting (Dimson, Marsh, Staunton 2002, Triumph of the Optimists); those of
 # one market's symbols by some .16. By bar:
 USUAL_DRIFT, MARKET_DRIFT_STD, SYMBOL_DRIFT_STD = 0.3 / 252**0.5, 0.05 / 252**0.5, 0.01
+# Symbols move together: no mean of a session, however many there are, varies less than this.
+LEAST_SESSION_VARIANCE = 0.25
 # At so many rows a symbol's targets lose its own mean half, and the panel's half, before they teach.
 HALF_TRUST_ROWS = 10_000
 # How far the slopes of symbols are thought to lie from the pooled one.
@@ -290,9 +292,12 @@ def drift_by_symbol(train: Dataset, weights: FloatArray) -> tuple[dict[str, floa
         """Return the weighted mean of the values in some rows, shrunk towards zero."""
         weight = weights[rows] / weights[rows].sum()
         mean = float(weight @ values[rows])
+        share = np.bincount(session[rows], weights=weight)
         by_session = np.bincount(session[rows], weights=weight * (values[rows] - mean))
-        error = overlap_error(by_session.astype(np.float64), h)
-        return mean * prior_variance / (prior_variance + error**2)
+        # Of rows that are few beside the length of their labels the error comes out near zero.
+        least = LEAST_SESSION_VARIANCE * h * float(share @ share)
+        error = max(overlap_error(by_session.astype(np.float64), h) ** 2, least)
+        return mean * prior_variance / (prior_variance + error)
 
     usual, apart = USUAL_DRIFT * h**0.5, h * SYMBOL_DRIFT_STD**2
     panel = usual + known(target - usual, np.arange(len(target)), h * MARKET_DRIFT_STD**2 + apart / k)

@@ -123,6 +123,34 @@ def test_drifts_are_worth_what_they_say_where_markets_are_as_believed(n_symbols:
     assert np.mean((own - truth) ** 2) < 0.5 * np.mean((means - truth) ** 2)
 
 
+@pytest.mark.parametrize("horizon_bars", [1, 5, 20, 126])
+@pytest.mark.parametrize("n_rows", [1, 2, 5, 20, 100])
+def test_of_a_short_history_next_to_nothing_is_believed(n_rows: int, horizon_bars: int):
+    """Beside three long ones, and alone: its own mean is worth less than what was believed before."""
+    rng = np.random.default_rng(3)
+    off, alone = [], []
+    for _world in range(20):
+        total = np.cumsum(rng.standard_normal((800 + horizon_bars, 4)), axis=0)
+        target = (total[horizon_bars:] - total[:-horizon_bars]) / horizon_bars**0.5
+        one = make_dataset(n=800, horizon_bars=horizon_bars)
+        code = np.tile(np.arange(4, dtype=np.int32), 800)
+        panel = replace(
+            one.take(np.repeat(np.arange(800), 4)),
+            symbol_code=code,
+            symbols=("A", "B", "C", "NEW"),
+            target_scaled=target.ravel(),
+        )
+        kept = (code < 3) | (np.repeat(np.arange(800), 4) >= 800 - n_rows)
+        short = panel.take(np.flatnonzero(kept))
+        found, mean = drift_by_symbol(short, np.ones(len(short.date)))
+        off.append(found["NEW"] - mean)
+        few = replace(one, target_scaled=target[:, 0]).take(np.arange(n_rows))
+        alone.append(drift_by_symbol(few, np.ones(n_rows))[1] - USUAL_DRIFT * horizon_bars**0.5)
+    believed = horizon_bars**0.5 * SYMBOL_DRIFT_STD
+    assert np.sqrt(np.mean(np.square(off))) < believed
+    assert np.sqrt(np.mean(np.square(alone))) < 1.2 * believed
+
+
 def test_targets_that_teach_have_no_mean_of_their_own():
     """One symbol's lose all of it, those of a panel what is sure of each."""
     data, panel = make_dataset(), make_panel(n=300)
