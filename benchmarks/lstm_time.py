@@ -70,6 +70,7 @@ def exported(keras: KerasNetwork, config: NetworkConfig) -> Network:
     """Return the arrays of a network as they are served."""
     return Network(
         columns=tuple(map(str, range(FEATURES))),
+        selected=tuple(range(FEATURES)),
         sequence_length=config.sequence_length,
         centre=np.zeros(FEATURES, dtype=np.float32),
         scale=np.ones(FEATURES, dtype=np.float32),

@@ -7,6 +7,7 @@
 
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -282,7 +283,7 @@ def training_report(
     paths = words.records("paths", ({"bars": int(bars), **found} for bars, found in further.items()))
     best = sorted(trials, key=lambda trial: (trial["state"] == "pruned", trial["inner_rmse"] or np.inf))
     best = [{"why": words.table["stopped"], **trial} for trial in best[:SHOWN_TRIALS]]
-    learned = [words.section("epochs", words.records("epochs", epochs))]
+    learned = [words.section("epochs", words.records("epochs", epochs), bullets=[_read(words, folds)])]
     if not epochs:
         looked = words.section("features", _importance(words, importance, folds))
         tried = words.section("trials", words.records("trials", best))
@@ -377,6 +378,13 @@ def _importance(words: Words, importance: Mapping[str, float], folds: Iterable[F
     notes = {name: f"{sum(name in fold for fold in selected)} of {len(selected)}" for name in top}
     shares = {name: importance[name] / (sum(importance.values()) or 1.0) for name in top}
     return words.on("features", charts.bar_chart(shares, notes, words.table["feature_heads"]))
+
+
+def _read(words: Words, folds: Sequence[Facts]) -> str:
+    """Say which features the folds have read, the most frequent first."""
+    found = Counter(name for fold in folds for name in fold["selected_features"])
+    most = ", ".join(f"{name} ({n})" for name, n in found.most_common(SHOWN_FEATURES))
+    return str(words.table["read"]).format(total=len(found), folds=len(folds), most=most)
 
 
 def _page(

@@ -50,13 +50,14 @@ BATCH_ROWS = 4_096
 class Network:
     """A trained network as plain arrays: scale, run the recurrent layers, calibrate.
 
-    It reads ``sequence_length`` rows, the forecast row and those before it, of p ``columns``, each value as
-    ``(value - centre) / scale``, clipped to plus or minus ``limit``. ``weights`` are `ARRAYS` by name,
-    float32; of several outputs the middle one is the forecast, in units of the h-day volatility once
-    multiplied with ``target_scale``.
+    It is given rows of p ``columns``. It reads ``sequence_length`` of them, the forecast row and those before
+    it, at the q positions ``selected``, ascending, each value as ``(value - centre) / scale``, clipped to
+    plus or minus ``limit``. ``weights`` are `ARRAYS` by name, float32; of several outputs the middle one is
+    the forecast, in units of the h-day volatility once multiplied with ``target_scale``.
     """
 
     columns: tuple[str, ...]
+    selected: tuple[int, ...]
     sequence_length: int
     centre: FloatMatrix
     scale: FloatMatrix
@@ -65,11 +66,16 @@ class Network:
     weights: Mapping[str, FloatMatrix]
     calibration: Calibration
 
+    @property
+    def selected_features(self) -> tuple[str, ...]:
+        """Names of the features that the network reads."""
+        return tuple(self.columns[i] for i in self.selected)
+
     def prepare(self, features: FloatMatrix) -> FloatMatrix:
-        """Scale and clip (m, p) features."""
+        """Select, scale and clip: from (m, p) features to (m, q)."""
         if features.shape[1] != len(self.columns):
             raise ValueError(f"got {features.shape[1]} features, the model knows {len(self.columns)}")
-        return scale_features(features, self.centre, self.scale, self.limit)
+        return scale_features(columns_at(features, self.selected), self.centre, self.scale, self.limit)
 
     def raw_scaled(self, features: FloatMatrix, windows: IntArray) -> FloatArray:
         """Return the signal of sequences of rows, in units of the h-day volatility, (n,).
@@ -88,6 +94,11 @@ class Network:
             outputs = np.concatenate(parts) if parts else np.empty((0, 1), dtype=np.float32)
         middle = outputs[:, outputs.shape[1] // 2]
         return np.asarray(middle, dtype=np.float64) * self.target_scale
+
+
+def columns_at(features: FloatMatrix, selected: tuple[int, ...]) -> FloatMatrix:
+    """Return the features at ``selected``, ascending; the same array where that is all of them."""
+    return features if len(selected) == features.shape[1] else features[:, list(selected)]
 
 
 def scale_features(
@@ -246,7 +257,7 @@ def save_bundle(bundle: LSTMBundle, models_dir: Path, *, golden_inputs: FloatMat
 def _contents(bundle: LSTMBundle) -> dict[str, bytes]:
     network = bundle.network
     documents = {
-        COLUMNS: {"columns": network.columns, "selected": network.columns},
+        COLUMNS: {"columns": network.columns, "selected": network.selected_features},
         SCALER: {
             "centre": network.centre.tolist(),
             "scale": network.scale.tolist(),
@@ -293,17 +304,18 @@ def _build(version: Version[LSTMManifest], metadata: Mapping[str, Any]) -> LSTMB
 
 def _network(version: Version[LSTMManifest], fitted: FittedDocument) -> Network:
     folder = version.folder
-    columns = artifact.document(version, COLUMNS, artifact.ColumnNames).columns
+    names = artifact.document(version, COLUMNS, artifact.ColumnNames)
     scaler = artifact.document(version, SCALER, ScalerDocument)
     with unusable(folder, WEIGHTS):
         with np.load(io.BytesIO(version.contents[WEIGHTS]), allow_pickle=False) as stored:
             weights = {name: np.ascontiguousarray(stored[name], dtype=np.float32) for name in ARRAYS}
         if not all(np.isfinite(array).all() for array in weights.values()):
             raise corrupt(folder, f"{WEIGHTS} holds numbers that are not finite")
-    if not len(columns) == len(scaler.centre) == len(weights["kernel_1"]):
+    if not len(names.selected) == len(scaler.centre) == len(weights["kernel_1"]):
         raise corrupt(folder, f"{COLUMNS}, {SCALER} and {WEIGHTS} know different numbers of features")
     return Network(
-        columns=columns,
+        columns=names.columns,
+        selected=tuple(map(names.columns.index, names.selected)),
         sequence_length=fitted.sequence_length,
         centre=np.asarray(scaler.centre, dtype=np.float32),
         scale=np.asarray(scaler.scale, dtype=np.float32),

@@ -5,7 +5,7 @@ is carried over was chosen on still earlier rows. Everything else is redone in e
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
@@ -77,7 +77,11 @@ class NetworkConfig(RowsConfig):
     pinball loss of three quantiles, whose median is the forecast. The rate rises from a tenth of
     ``learning_rate`` in ``warmup_epochs``, then falls along a cosine. The latest ``validation_share`` of the
     training sessions decides when to stop: after ``patience_epochs`` without gain. The network is fitted anew
-    every ``refit_every_folds``; scaled features count ``feature_limit`` at most.
+    every ``refit_every_folds``; scaled features count ``feature_limit`` at most. Those of a single symbol are
+    screened, by ``screen_t`` and ``screen_share``, see `screen`; an epoch over its few rows has
+    ``least_steps``, where batches of 32 allow it; and its forget gates begin with the bias ``forget_bias``:
+    with Keras's usual 1, which a panel keeps, the two layers begin as a mean of some eight bars, and a
+    thousand rows are too few to unlearn that.
     """
 
     loss: Loss = "huber"
@@ -93,6 +97,10 @@ class NetworkConfig(RowsConfig):
     validation_share: float = 0.15
     refit_every_folds: int = 3
     feature_limit: float = 5.0
+    screen_t: float = 2.5
+    screen_share: float = 0.6
+    least_steps: int = 30
+    forget_bias: float = -2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,9 +217,7 @@ class GBMRecipe(FinalRecipe[FittedGBM]):
         scaler = RobustScaler().fit(np.where(np.isnan(seen).all(axis=0), 0.0, seen))
         scaled = select_scaled(scaler, train.features, tuple(range(len(train.columns))))
         rows = training_rows(train, scaled, config)
-        # The rows of a panel are enough for all features; those of one symbol are not.
-        alone = partial(screen, least_t=config.screen_t, share=config.screen_share)
-        choose = alone if len(train.symbols) == 1 else all_columns
+        choose = chooser(train, config)
         screened = choose(rows)
         if not self.searches or fold % config.tune_every_folds == 0:
             self.searches.append(tune(rows, config.search, config.seed, choose))
@@ -377,6 +383,16 @@ def evidence(
         )
         own[name] = one if len(rows) / horizon_bars >= MIN_INDEPENDENT else replace(pooled, drift=mean)
     return shrunk_weights(per_model, realised), pooled, own
+
+
+def chooser(train: Dataset, config: RecipeConfig | NetworkConfig) -> Callable[[Rows], tuple[int, ...]]:
+    """Return what chooses the features to fit on: `screen` for one symbol, all of them for a panel.
+
+    The rows of a panel are enough for all features; those of one symbol are not.
+    """
+    if len(train.symbols) > 1:
+        return all_columns
+    return partial(screen, least_t=config.screen_t, share=config.screen_share)
 
 
 def screen(rows: Rows, least_t: float, share: float) -> tuple[int, ...]:

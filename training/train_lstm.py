@@ -33,6 +33,7 @@ from inference.load_lstm_model import (
     MODEL,
     LSTMBundle,
     Network,
+    columns_at,
     load_folder,
     save_bundle,
     scale_features,
@@ -43,6 +44,7 @@ from training.recipe import (
     NetworkConfig,
     Sequences,
     calibrated,
+    chooser,
     direction_weights,
     drift_by_symbol,
     evidence,
@@ -66,6 +68,7 @@ MONITOR_EPOCHS = 5
 CHUNK_ROWS = 2_048
 # Smaller batches than asked for are taken where an epoch would have fewer steps.
 MIN_STEPS, MIN_BATCH_ROWS, MIN_INNER_ROWS = 10, 32, 100
+USUAL_FORGET_BIAS = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,18 +162,25 @@ class KerasNetwork:
             return self._keras.losses.mean_absolute_error(target, output)
         return self._keras.losses.huber(target, output)
 
-    def begin(self) -> None:
-        """Forget every fit."""
+    def begin(self, forget_bias: float = USUAL_FORGET_BIAS) -> None:
+        """Forget every fit; the forget gates begin with this bias."""
         for variable, value in zip(self._state, self._beginning, strict=True):
             variable.assign(value)
+        for layer in self.model.layers[:3:2]:
+            kernel, recurrent, bias = layer.get_weights()
+            # The gates are in Keras's order: in, forget, cell, out.
+            bias[layer.units : 2 * layer.units] = forget_bias
+            layer.set_weights([kernel, recurrent, bias])
 
-    def train_epoch(self, batches: Batches, rate: float, rng: np.random.Generator) -> float:
-        """Go once through all sequences in a drawn order; return the mean loss."""
+    def train_epoch(
+        self, batches: Batches, rate: float, rng: np.random.Generator, least_steps: int = MIN_STEPS
+    ) -> float:
+        """Go once through all sequences in a drawn order, in so many steps or more; return the mean loss."""
         order = rng.permutation(len(batches.target))
         total = 0.0
         self.model.optimizer.learning_rate.assign(rate)
         # An epoch of few large steps would end before the network has left its beginning.
-        size = min(self.config.batch_size, max(len(order) // MIN_STEPS, MIN_BATCH_ROWS))
+        size = min(self.config.batch_size, max(len(order) // least_steps, MIN_BATCH_ROWS))
         for start in range(0, len(order), size):
             inputs, target, weight = batches.take(order[start : start + size])
             loss = self.model.train_on_batch(inputs, target, sample_weight=weight)
@@ -217,8 +227,8 @@ class FittedLSTM:
 
     @property
     def selected_features(self) -> tuple[str, ...]:
-        """Names of the features: the network reads all."""
-        return self.network.columns
+        """Names of the features that the network reads."""
+        return self.network.selected_features
 
     @property
     def notes(self) -> Mapping[str, object]:
@@ -269,7 +279,7 @@ class LSTMRecipe(FinalRecipe[FittedLSTM]):
         """Fit on every labelled row, calibrated on the whole walk-forward record."""
         labelled = dataset.take(np.flatnonzero(dataset.labelled))
         fitted = self.fit(labelled, fold=0, earlier=record, name="final fit")
-        keras = self._keras or KerasNetwork(self.config, len(dataset.columns))
+        keras = self._keras_of(len(fitted.network.selected))
         return replace(fitted, keras=keras.saved(fitted.network))
 
     def _fit_network(self, train: Dataset, name: str) -> FittedLSTM:
@@ -280,8 +290,13 @@ class LSTMRecipe(FinalRecipe[FittedLSTM]):
         scaler = RobustScaler().fit(some_rows(train.features[inner]))
         centre, scale = (part.astype(np.float32) for part in (scaler.center_, scaler.scale_))
         rows = training_rows(train, train.features, config)
+        # The rows that decide when to stop choose no features.
+        scaled = scale_features(train.features[inner], centre, scale, config.feature_limit)
+        selected = chooser(train, config)(replace(rows.take(inner), features=scaled))
+        centre, scale = centre[list(selected)], scale[list(selected)]
         target_scale = float(rows.target_scaled[inner].std()) or 1.0
-        features = scale_features(self._sequences.features, centre, scale, config.feature_limit)
+        read = columns_at(self._sequences.features, selected)
+        features = scale_features(read, centre, scale, config.feature_limit)
         windows = self._sequences.windows(train, config.sequence_length)
         target = (rows.target_scaled / target_scale).astype(np.float32)[:, np.newaxis]
         weight = (rows.weight / rows.weight[inner].mean()).astype(np.float32)
@@ -291,9 +306,10 @@ class LSTMRecipe(FinalRecipe[FittedLSTM]):
             Batches(features=features, windows=windows[part], target=target[part], weight=weight[part])
             for part in (inner, later)
         )
-        weights, epochs, best = self._run(batches, checked, name)
+        weights, epochs, best = self._run(batches, checked, name, is_alone=len(train.symbols) == 1)
         network = Network(
             columns=train.columns,
+            selected=selected,
             sequence_length=config.sequence_length,
             centre=centre,
             scale=scale,
@@ -306,13 +322,20 @@ class LSTMRecipe(FinalRecipe[FittedLSTM]):
             network=network, calibrations={}, sequences=self._sequences, epochs=epochs, best_epoch=best
         )
 
+    def _keras_of(self, n_features: int) -> KerasNetwork:
+        """Return the model for so many features; it is built anew only where their number has changed."""
+        if self._keras is None or self._keras.model.input_shape[-1] != n_features:
+            self._keras = KerasNetwork(self.config, n_features)
+        return self._keras
+
     def _run(
-        self, batches: Batches, checked: Batches, name: str
+        self, batches: Batches, checked: Batches, name: str, *, is_alone: bool
     ) -> tuple[list[FloatMatrix], tuple[Mapping[str, Any], ...], int]:
         """Train until the validation loss stops falling; return the best weights, all epochs, the best."""
         config = self.config
-        keras = self._keras = self._keras or KerasNetwork(config, batches.features.shape[1])
-        keras.begin()
+        keras = self._keras_of(batches.features.shape[1])
+        keras.begin(config.forget_bias if is_alone else USUAL_FORGET_BIAS)
+        least_steps = config.least_steps if is_alone else MIN_STEPS
         rng = np.random.default_rng(config.seed)
         # What the warm-up leaves hardly differs from the zero that the network begins with: it would be the
         # safest forecast of every series, and say nothing of any.
@@ -321,7 +344,7 @@ class LSTMRecipe(FinalRecipe[FittedLSTM]):
         told: list[Mapping[str, Any]] = []
         for epoch in range(config.epochs):
             rate = learning_rate(epoch, config)
-            train_loss = keras.train_epoch(batches, rate, rng)
+            train_loss = keras.train_epoch(batches, rate, rng, least_steps)
             loss, signal = keras.look(checked)
             told.append(
                 {

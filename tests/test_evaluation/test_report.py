@@ -259,6 +259,10 @@ def test_a_network_shows_how_it_learned_in_the_place_of_trials(
     for heading in ("How the network learned", "What the search tried", "What the model looks at"):
         assert (heading in page) == (heading == "How the network learned") != (heading in training_page)
     assert all(figure in page for figure in ("0.4321", "0.5678", "51.3"))
+    folds = inputs["metadata"]["folds"]
+    name = folds[0]["selected_features"][0]
+    assert f"Features read in {len(folds)} folds" in page
+    assert f"{name} ({sum(name in fold['selected_features'] for fold in folds)})" in page
 
 
 def test_other_data_give_another_page(bars: pd.DataFrame, honest_page: str) -> None:

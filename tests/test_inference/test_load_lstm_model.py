@@ -45,6 +45,7 @@ def make_network(seed: int = 0, *, columns: tuple[str, ...] = COLUMNS, outputs: 
     shapes += [(4 * second,), (second, 3), (3,), (3, outputs), (outputs,)]
     return Network(
         columns=columns,
+        selected=tuple(range(p)),
         sequence_length=LENGTH,
         centre=rng.normal(size=p).astype(np.float32),
         scale=rng.uniform(0.5, 2.0, size=p).astype(np.float32),
@@ -203,6 +204,19 @@ def test_another_number_of_features_is_a_bug():
         make_network().prepare(np.zeros((2, 3), dtype=np.float32))
 
 
+def test_a_network_reads_the_selected_features_alone():
+    narrow = make_network(3, columns=COLUMNS[1:4:2])
+    network = replace(narrow, columns=COLUMNS, selected=(1, 3))
+    features = np.random.default_rng(4).normal(size=(20, len(COLUMNS))).astype(np.float32)
+    windows = windows_of(np.arange(20), np.zeros(20, dtype=np.intp), LENGTH)
+    expected = narrow.raw_scaled(features[:, [1, 3]], windows)
+    np.testing.assert_array_equal(network.raw_scaled(features, windows), expected)
+    assert network.selected_features == narrow.columns
+    other = features.copy()
+    other[:, [0, 2, 4]] = 9.0
+    np.testing.assert_array_equal(network.raw_scaled(other, windows), expected)
+
+
 # What is saved
 
 
@@ -217,6 +231,16 @@ def test_what_is_loaded_forecasts_what_was_saved(models: Path):
     assert loaded.warnings == ()
     assert loaded.path is not None
     assert loaded.path.name == loaded.model_version
+
+
+def test_what_was_selected_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(artifact, "verify_in_fresh_process", lambda *_: None)
+    network = replace(make_network(3, columns=COLUMNS[1:4:2]), columns=COLUMNS, selected=(1, 3))
+    save_bundle(make_bundle(network=network), tmp_path, golden_inputs=GOLDEN)
+    loaded = load_bundle(tmp_path, "AAPL")
+    assert (loaded.columns, loaded.network.selected) == (COLUMNS, (1, 3))
+    expected = store.golden_outputs(network, GOLDEN)
+    np.testing.assert_array_equal(store.golden_outputs(loaded.network, GOLDEN), expected)
 
 
 def test_network_and_boosters_of_a_symbol_keep_out_of_each_others_way(models: Path):

@@ -25,6 +25,7 @@ from training.recipe import LSTMConfig, NetworkConfig, Sequences, direction_weig
 from training.train_lstm import (
     Batches,
     KerasNetwork,
+    LSTMRecipe,
     LSTMTrainer,
     build_parser,
     config_from,
@@ -198,6 +199,48 @@ def test_the_bundle_tells_what_the_boosters_tells(trained):
 
 
 @with_tensorflow
+def test_the_network_of_one_symbol_reads_what_stands_out(trained):
+    """The volume of today carries the signal."""
+    network, folds = trained.bundle.network, trained.bundle.metadata["folds"]
+    assert "volume_sma_ratio" in network.selected_features
+    assert len(network.selected) == len(network.centre) == len(network.weights["kernel_1"])
+    assert len(network.selected) < len(network.columns) == trained.golden_inputs.shape[1]
+    assert all("volume_sma_ratio" in fold["selected_features"] for fold in folds)
+
+
+@with_tensorflow
+def test_the_rows_that_decide_when_to_stop_choose_no_features(make_planted, monkeypatch):
+    data = build_dataset({"A": make_planted(n=1_200, seed=1, ic=0.4)}, 1)
+    seen: list[np.ndarray] = []
+
+    def first_three(_train: Dataset, _config: NetworkConfig):
+        return lambda rows: (seen.append(rows.date), (0, 1, 2))[1]
+
+    monkeypatch.setattr(train_lstm, "chooser", first_three)
+    config = replace(SMALL, epochs=3)
+    train = data.take(np.arange(800))
+    fitted = LSTMRecipe(config, Sequences(data)).fit(train, fold=0, earlier=pd.DataFrame())
+    assert fitted.selected_features == data.columns[:3]
+    assert train.date.min() == seen[0].min() < seen[0].max() < train.date[round(0.86 * 800)]
+
+
+@with_tensorflow
+def test_forget_gates_begin_as_they_are_told():
+    keras = KerasNetwork(SMALL, 3)
+    usual = keras.weights()
+    first, second = SMALL.units
+    for bias, units in ((usual[2], first), (usual[5], second)):
+        np.testing.assert_array_equal(bias, np.repeat([0.0, 1.0, 0.0, 0.0], units))
+    keras.begin(-1.0)
+    closed = keras.weights()
+    for bias, units in ((closed[2], first), (closed[5], second)):
+        np.testing.assert_array_equal(bias, np.repeat([0.0, -1.0, 0.0, 0.0], units))
+    keras.begin()
+    for now, then in zip(keras.weights(), usual, strict=True):
+        np.testing.assert_array_equal(now, then)
+
+
+@with_tensorflow
 def test_every_epoch_is_told(trained, events):
     epochs = [event for event in events if event["type"] == "epoch"]
     fits = list(dict.fromkeys(event["fit"] for event in epochs))
@@ -347,7 +390,12 @@ def test_a_collapsed_run_says_so_and_keeps_the_bundle_before(places, capsys, mon
 
 
 @with_tensorflow
-def test_a_panel_is_trained_together_and_judged_apart(make_planted):
+def test_a_panel_is_trained_together_and_judged_apart(make_planted, monkeypatch):
+    begun: list[float] = []
+    begin = KerasNetwork.begin
+    monkeypatch.setattr(
+        KerasNetwork, "begin", lambda self, bias=1.0: (begun.append(bias), begin(self, bias))[1]
+    )
     panel = {
         name: as_bars(make_planted(n=1_280, seed=seed, ic=0.3), name) for name, seed in (("A", 1), ("B", 2))
     }
@@ -361,3 +409,6 @@ def test_a_panel_is_trained_together_and_judged_apart(make_planted):
     }
     assert bundles["A"].calibration != bundles["B"].calibration
     assert bundles["A"].network.weights is bundles["B"].network.weights
+    # A panel has rows enough for every feature, and for gates that begin as is usual.
+    assert bundles["A"].network.selected_features == walked.dataset.columns
+    assert begun == [1.0, 1.0]

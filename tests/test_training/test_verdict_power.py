@@ -9,6 +9,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from data.feature_engineer import engineer_features
+from training.recipe import NetworkConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,3 +46,20 @@ def test_noise_is_called_an_edge_at_most_once_in_six(power: ModuleType):
 def test_a_signal_in_one_series_is_found(power: ModuleType):
     labels = [power.verdict_of("single", seed, n_trials=1, horizon_bars=1)["label"] for seed in range(4)]
     assert labels.count("edge") >= 3
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorflow") is None,
+    reason='networks are trained with TensorFlow: pip install ".[lstm]"',
+)
+@pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+)
+def test_network_and_ensemble_tell_a_signal_from_noise(power: ModuleType, monkeypatch: pytest.MonkeyPatch):
+    """One training each; the benchmark has a hundred, of a weaker signal."""
+    monkeypatch.setattr(power, "SINGLE_IC", 0.3)
+    quick = {"n_trials": 0, "horizon_bars": 1, "network": NetworkConfig(epochs=10)}
+    planted = power.verdicts_of("single", 1001, ("lstm", "ensemble"), **quick)
+    assert {name: one["label"] for name, one in planted.items()} == {"lstm": "edge", "ensemble": "edge"}
+    assert planted["lstm"]["ic"] > 0.2
+    assert power.verdicts_of("null", 1001, ("lstm",), **quick)["lstm"]["label"] != "edge"
