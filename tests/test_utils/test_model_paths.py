@@ -1,5 +1,6 @@
 """Whole files: what others may read of them, and what is left where the disk refuses."""
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,9 +35,14 @@ def test_what_stood_there_stays_and_nothing_is_left_where_the_disk_refuses(
 ) -> None:
     path = tmp_path / "file"
     write_whole(path, b"first")
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="no room"):
-        patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "no room")))
+
+    def refuse(_: int) -> None:
+        raise OSError(errno.ENOSPC, "no room")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="no room"):
         write_whole(path, b"second")
+    monkeypatch.undo()
     assert path.read_bytes() == b"first"
     (tmp_path / "folder").mkdir()
     with pytest.raises(OSError, match="directory"):
