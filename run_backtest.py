@@ -52,6 +52,7 @@ from utils.base import (
     UsageError,
     configure_logging,
     read_settings,
+    session,
 )
 from utils.model_paths import MODES, TRIALS, mode_of
 
@@ -91,8 +92,8 @@ def build_parser() -> argparse.ArgumentParser:
     which.add_argument("--symbols", metavar="A,B,C", help="one backtest each")
     add = parser.add_argument
     add("--compare", action="store_true", help="set the symbols side by side: one table, one report")
-    add("--start", type=session, help="first session, YYYY-MM-DD (default: first out of sample)")
-    add("--end", type=session, help="last session, YYYY-MM-DD (default: last bar)")
+    add("--start", type=timestamp, help="first session, YYYY-MM-DD (default: first out of sample)")
+    add("--end", type=timestamp, help="last session, YYYY-MM-DD (default: last bar)")
     add("--source", help="yahoo, sample or csv:DIR (default: AI_STOCKS_SOURCE, or yahoo)")
     add("--mode", choices=MODES, default=service.MODE, help="which models forecast")
     add("--sizing", choices=sorted(PRESETS), default=DEFAULT_SIZING)
@@ -114,12 +115,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def session(text: str) -> pd.Timestamp:
+def timestamp(text: str) -> pd.Timestamp:
     """Read a date of the command line."""
-    try:
-        return pd.Timestamp(datetime.strptime(text, "%Y-%m-%d"))  # noqa: DTZ007 sessions have no time zone
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a date: write YYYY-MM-DD") from error
+    return pd.Timestamp(session(text))
 
 
 def asked_symbols(args: argparse.Namespace) -> tuple[str, ...]:

@@ -42,7 +42,8 @@ _STYLE_LOCK = threading.Lock()
 STYLE = Path(__file__).parent / "templates" / "chart.mplstyle"
 FORMS = {"pct": "{:.1%}", "fine_pct": "{:.2%}", "signed": "{:+,.1%}", "fine_signed": "{:+.2%}"}
 FORMS |= {"whole_pct": "{:.0%}", "signed_fine": "{:+.3f}", "any": "{:.4g}"}
-FORMS |= {"num": "{:,.2f}", "fine": "{:.3f}", "fine4": "{:.4f}", "int": "{:,.0f}"}
+FORMS |= {"num": "{:,.2f}", "fine": "{:.3f}", "fine4": "{:.4f}", "int": "{:,.0f}", "p": "{:.3f}"}
+SMALLEST_P = 0.001
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
 
@@ -140,6 +141,8 @@ def cell(value: object, form: str = "any", reason: str = "") -> Cell:
         text = {"pass": ("fail", "pass"), "flag": ("no", "raised")}[form][bool(value)]
         return Cell(text, "pass" if bool(value) == (form == "pass") else "fail")
     if form in FORMS and isinstance(value, int | float | np.number) and not isinstance(value, bool):
+        if form == "p" and value < SMALLEST_P:
+            return Cell("< .001")
         text = FORMS[form].format(value).replace("%", PERCENT).replace("-", MINUS)
         return Cell(text if re.search("[1-9]", text) else text.lstrip("+" + MINUS))
     return Cell(str(value), "word" if form == "word" else "")

@@ -275,7 +275,10 @@ def training_report(
         # One model of many symbols: what is of this one, and what of all of them, must not be mixed up.
         together = f", {len(universe['symbols'])} symbols together"
         fills |= {"alone": f", of {symbol} alone", "together": together}
-    page = _Trained("training", metadata, record, fills, summary or {})
+    # A network takes every feature in every fold, and no settings are searched for it.
+    lacks = {"feature_stability"} if epochs else set()
+    measures = {name: value for name, value in (summary or {}).items() if name not in lacks}
+    page = _Trained("training", metadata, record, fills, measures)
     words = page.words
     ics = (_floats([fold[name] for fold in folds]) for name in ("ic", "ic_low", "ic_high"))
     ic = words.on("ic", charts.fold_chart([fold["test_start"][:7] for fold in folds], *ics))
@@ -285,7 +288,9 @@ def training_report(
     best = sorted(trials, key=lambda trial: (trial["state"] == "pruned", trial["inner_rmse"] or np.inf))
     best = [{"why": words.table["stopped"], **trial} for trial in best[:SHOWN_TRIALS]]
     learned = [words.section("epochs", words.records("epochs", epochs), bullets=[_read(words, folds)])]
+    tried_out: dict[str, int] = {}
     if not epochs:
+        tried_out = {"trials": len(trials)}
         looked = words.section("features", _importance(words, importance, folds))
         tried = words.section("trials", words.records("trials", best))
         nothing = words.section("no_trials", bullets=words.table["no_trials"])
@@ -298,7 +303,7 @@ def training_report(
         *learned,
         *page.origin(findings),
     )
-    return _page(words, {"own": {**page.evidence, "trials": len(trials)}}, metadata["verdict"], sections)
+    return _page(words, {"own": {**page.evidence, **tried_out}}, metadata["verdict"], sections)
 
 
 def ensemble_report(
@@ -398,6 +403,8 @@ def _page(
     warning = (Banner(tone="bad", text=words.table["verdict"]["in_sample"]),) if stamp else ()
     headline = []
     for label, key, form, note in words.table["headline"]:
+        if key == "trials" and key not in figures["own"]:
+            continue
         shown = {name: cell(found.get(key), form).text for name, found in figures.items()}
         headline.append((label, shown["own"], note.format_map({**words.fills, **shown})))
     return Report(

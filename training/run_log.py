@@ -160,7 +160,7 @@ class RunLog(logging.Handler):
         known = {"verdict": verdict["label"], "evidence": verdict["evidence"], "metrics": metadata["metrics"]}
         lines = _lines({**facts, **known, **more})
         for gate in verdict["gates"]:
-            told = f"{_text(gate['value'])} (threshold {gate['threshold']})"
+            told = f"{_like(gate['threshold'], gate['value'])} (threshold {gate['threshold']})"
             result = "not computed" if gate["passed"] is None else ("failed", "passed")[gate["passed"]]
             lines.append(f"gate {gate['name']}: {told} {result}")
         self._sections |= {"FOLD METRICS": fold_lines(metadata.get("folds", ())), "FINAL METRICS": lines}
@@ -302,6 +302,11 @@ def _text(value: object) -> str:
     if value is None:
         return "undefined"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _like(threshold: str, value: float | None) -> str:
+    """Return a value in the unit of its threshold."""
+    return _percent(value) if threshold.endswith("%") else _text(value)
 
 
 def _percent(value: float | None) -> str:

@@ -42,12 +42,14 @@ from utils.base import (
     AIStocksError,
     DataError,
     DeviceError,
+    InsufficientDataError,
     LockedError,
     Settings,
     StorageError,
     at_least,
     configure_logging,
     read_settings,
+    session,
 )
 from utils.model_paths import GBM, TRIALS, artifact_link, current_version, roll_back, training_lock
 from validation.gates import refuse_without_edge
@@ -126,7 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser, model = run_log.common_parser(GBM, "Train, validate and save the boosters of symbols.", program)
     add, flag = model.add_argument, "store_true"
-    add("--start", type=pd.Timestamp, metavar="DATE", help="leave earlier prices out")
+    add("--start", type=session, metavar="DATE", help="leave prices before YYYY-MM-DD out")
     add("--include-sentiment", action=flag, help="learn from headlines, too; see AI_STOCKS_NEWS")
     add(
         "--target-horizon",
@@ -264,7 +266,13 @@ def fetch(symbol: str, args: argparse.Namespace, settings: Settings) -> Bars:
     bars = fetch_stock_data(symbol, source=source, cache=cache, force_refresh=args.force_refresh)
     if source.is_live:
         refuse_delisted(bars, datetime.now(UTC))
-    bars = replace(bars, frame=bars.frame.loc[getattr(args, "start", None) :])
+    start: datetime | None = getattr(args, "start", None)
+    if start is not None and start > (last := bars.frame.index[-1]):
+        raise InsufficientDataError(
+            f"--start {start:%Y-%m-%d} leaves no prices of {symbol}: the last session is {last:%Y-%m-%d}; "
+            "choose an earlier start"
+        )
+    bars = replace(bars, frame=bars.frame.loc[start:])
     return with_enough_headlines(bars, MAX_WARMUP_BARS) if wants_news else bars
 
 

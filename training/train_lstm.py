@@ -407,7 +407,6 @@ class LSTMTrainer(Trainer[FittedLSTM, LSTMBundle]):
     def facts(self) -> dict[str, object]:
         """Versions and device, see `Trainer.facts`."""
         return {
-            "n_trials": 1,
             "versions": library_versions([*LIBRARIES, "scikit-learn", "tensorflow", "keras"]),
             "device": "cpu",
             "device_reason": "a small network gains little elsewhere, and comes out the same here every time",

@@ -155,7 +155,7 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
     @property
     @abstractmethod
     def facts(self) -> Mapping[str, object]:
-        """What the metadata of this kind tell: ``n_trials``, ``versions``, ``device``, ``device_reason``."""
+        """What the metadata of a kind tell: ``versions``, ``device``, the reason; ``n_trials`` of search."""
 
     def identity(self) -> dict[str, Any]:
         """Return what of the configuration may change what is judged: not further horizons, not threads."""

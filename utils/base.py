@@ -22,6 +22,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
@@ -353,6 +354,14 @@ def at_least(lowest: int, highest: int = sys.maxsize) -> Callable[[str], int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {lowest}{upper}")
 
     return read
+
+
+def session(text: str) -> datetime:
+    """Read a date of the command line; words such as ``now`` are none."""
+    try:
+        return datetime.strptime(text, "%Y-%m-%d")  # noqa: DTZ007 sessions have no time zone
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a date: write YYYY-MM-DD") from error
 
 
 def below(limit: float) -> Callable[[str], float]:

@@ -107,7 +107,8 @@ class FoldMeasures:
     `ResolvedRows.causal_ic_by_session`. ``test_`` and bare names are of test rows, ranked among those of
     earlier folds and of the fold so far; ``fit_`` of the last rows that the model was fitted on, ranked among
     themselves so far, since no fit has forecast the rows before them. Hits are those of the uncalibrated
-    forecast, base those of "always up". ``share_positive``: signals above the drift.
+    forecast, base those of "always up". ``share_positive``: of the raw signals above
+    zero, before calibration takes their mean away.
     """
 
     ic: float | None

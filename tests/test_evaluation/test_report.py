@@ -248,6 +248,25 @@ def test_further_horizons_have_a_section_where_there_are_some(bars: pd.DataFrame
     assert "Further horizons" not in training_page
     assert "Further horizons" in page
     assert all(figure in page for figure in ("0.031", "0.27", "1,721"))
+    assert "of the same kind as the main one" in page
+
+
+def test_no_p_value_of_a_report_is_rounded_to_zero(bars: pd.DataFrame) -> None:
+    inputs = training_inputs(bars)
+    tiny = dict.fromkeys(("p_ic", "p_return", "universe_p_ic", "universe_p_return"), 1.5e-09)
+    found = {"ic": 0.03, "p_ic": 1.5e-09, "calibration_slope": 1.0, "skill_over_drift": 0.1, "n_rows": 9}
+    verdict = VERDICT | {"evidence": VERDICT["evidence"] | tiny}
+    metadata = {**inputs["metadata"], "path_models": {"20": found}, "verdict": verdict}
+    page = render(training_report(symbol="AAPL", **{**inputs, "metadata": metadata}))
+    assert page.count("&lt; .001") == 6  # the headline, the evidence, the further horizon
+    assert ">0.000<" not in page
+
+
+def test_signals_above_zero_are_not_called_above_the_drift(training_page: str) -> None:
+    """They are counted before calibration takes their mean away: how many forecasts lie above is another."""
+    for words in ("Above drift", "above the drift", "Signals above drift"):
+        assert words not in training_page
+    assert "Raw above 0: share of the raw signals above zero" in training_page
 
 
 def test_a_network_shows_how_it_learned_in_the_place_of_trials(
@@ -256,13 +275,18 @@ def test_a_network_shows_how_it_learned_in_the_place_of_trials(
     learned = {"trainLoss": 0.4321, "valLoss": 0.5678, "learningRate": 1e-3, "directionalAccuracy": 0.513}
     inputs = {**training_inputs(bars), "importance": {}, "trials": ()}
     page = render(training_report(symbol="AAPL", epochs=[{"epoch": 1, **learned}], **inputs))
-    for heading in ("How the network learned", "What the search tried", "What the model looks at"):
+    absent = ("Trials of all searches", "What the search tried", "What the model looks at")
+    for heading in ("How the network learned", *absent):
         assert (heading in page) == (heading == "How the network learned") != (heading in training_page)
     assert all(figure in page for figure in ("0.4321", "0.5678", "51.3"))
     folds = inputs["metadata"]["folds"]
     name = folds[0]["selected_features"][0]
     assert f"Features read in {len(folds)} folds" in page
     assert f"{name} ({sum(name in fold['selected_features'] for fold in folds)})" in page
+    stable = {"feature_stability": 1.0}
+    with_epochs = training_report(symbol="AAPL", summary=stable, epochs=[{"epoch": 1, **learned}], **inputs)
+    assert "Stability of the features" not in render(with_epochs)
+    assert "Stability of the features" in render(training_report(symbol="AAPL", summary=stable, **inputs))
 
 
 def test_other_data_give_another_page(bars: pd.DataFrame, honest_page: str) -> None:
@@ -638,6 +662,11 @@ def test_the_reliability_chart_tells_calibrated_from_overconfident() -> None:
         (0.05, "signed", "+5.0\N{NO-BREAK SPACE}%"),
         (1234.6, "int", "1,235"),
         (np.float64(0.5), "fine", "0.500"),
+        (0.0009, "p", "< .001"),
+        (1.5e-09, "p", "< .001"),
+        (0.001, "p", "0.001"),
+        (np.float64(0.0471), "p", "0.047"),
+        (None, "p", "\N{EN DASH}"),
         (True, "pass", "pass"),
         (False, "pass", "fail"),
         (True, "flag", "raised"),

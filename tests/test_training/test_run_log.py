@@ -64,6 +64,11 @@ def test_the_log_has_all_sections_in_order(tmp_path, trained):
     gates = [line for line in found["FINAL METRICS"] if line.startswith("gate ")]
     assert len(gates) == len(trained.verdict.gates)
     assert all("threshold" in line and line.endswith(("passed", "failed", "not computed")) for line in gates)
+    shown = next(line for line in gates if "direction accuracy" in line).removeprefix(
+        "gate direction accuracy: "
+    )
+    value = {gate.name: gate.value for gate in trained.verdict.gates}["direction accuracy"]
+    assert shown.startswith(f"{value:.2%} (threshold > 51%)"), "in the unit of its threshold"
     assert "lightgbm: planted warning" in found["WARNINGS"]
     assert any("doubled rows" in line for line in found["WARNINGS"])
     assert found["STATUS"][0] == {"edge": "SUCCESS"}.get(trained.verdict.label, "NO_EDGE")

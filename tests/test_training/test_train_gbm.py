@@ -97,12 +97,18 @@ def test_gates_that_a_saved_bundle_bypasses_are_stored_and_told(places, capsys):
         (["NOISE", "--source", "nowhere"], 2, "csv:DIR"),
         (["NOISE", "--target-horizon", "900"], 2, "horizon"),
         (["NOISE", "--target-horizon", "5,900"], 2, "horizon"),
+        (["NOISE", "--start", "2100-01-01"], 4, "--start 2100-01-01 leaves no prices of NOISE: the last"),
+        (["NOISE", "--start", "LAST"], 4, "and there are 1"),
     ],
 )
-def test_errors_name_the_remedy_and_leave_nothing(places, capsys, argv: list[str], code: int, words: str):
-    assert main([*argv, "--n-trials", "1"]) == code
+def test_errors_name_the_remedy_and_leave_nothing(
+    places, short_dir, capsys, argv: list[str], code: int, words: str
+):
+    last = pd.read_csv(short_dir / "NOISE.csv")["Date"].iloc[-1][:10]
+    assert main([last if word == "LAST" else word for word in (*argv, "--n-trials", "1")]) == code
     shown = capsys.readouterr()
     assert words in shown.err
+    assert ("2100-01-01" in argv) == (f"the last session is {last}" in shown.err)
     assert "Traceback" not in shown.err
     assert not list((places / "models").glob("[A-Z]*/gbm"))
     if code == 3:
@@ -239,6 +245,10 @@ def test_flags_that_cannot_be_meant_together_are_usage_errors(places, capsys, ar
         (["--target-horizon", "1,-5"], "at least 1"),
         (["--n-trials", "-1"], "at least 0"),
         (["--device", "tpu"], "invalid choice"),
+        (["--start", "2013-13-01"], "'2013-13-01' is not a date: write YYYY-MM-DD"),
+        (["--start", "now"], "'now' is not a date: write YYYY-MM-DD"),
+        (["--start", "today"], "'today' is not a date: write YYYY-MM-DD"),
+        (["--start", "1"], "'1' is not a date: write YYYY-MM-DD"),
     ],
 )
 def test_values_that_make_no_sense_are_usage_errors(capsys, argv, words):

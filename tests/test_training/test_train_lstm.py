@@ -193,6 +193,7 @@ def test_the_bundle_tells_what_the_boosters_tells(trained):
     assert metadata["model_id"] == "TEST-lstm"
     assert {"verdict", "metrics", "folds", "path_models", "summary", "trained_through"} <= set(metadata)
     assert metadata["versions"]["tensorflow"]
+    assert "n_trials" not in metadata, "nothing is searched"
     assert {*RECORD_COLUMNS, "symbol", "label_end", "model_lstm"} == set(record.columns)
     assert (record["trained_through"] < record["date"]).all()
     assert {"epochs", "best_epoch", "slope"} <= set(metadata["folds"][0]["notes"])
