@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import os
+import pickle
 import re
 import sys
 from pathlib import Path
@@ -256,6 +257,34 @@ def test_compiled_code_is_kept_where_it_can_be(tmp_path, monkeypatch):
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
     assert cached(numba.njit(double))(21) == 42
     assert list(tmp_path.rglob("*.nbi"))
+
+
+@pytest.mark.parametrize("kind", ["nbi", "nbc"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda whole: b"",
+        lambda whole: whole[:-1],
+        lambda whole: whole[: len(whole) // 2],
+        lambda whole: b"\x00" * len(whole),
+        lambda whole: b"<html>the disk is full</html>",
+        lambda whole: b"Inumber\n",
+        lambda whole: b"cno.such.module\nname\n.",
+        lambda whole: pickle.dumps(numba.__version__) + pickle.dumps(None),
+    ],
+    ids=["empty", "cut by one", "cut in half", "zeros", "text", "no number", "no module", "no pair"],
+)
+def test_fault_27_kept_code_that_cannot_be_read_is_compiled_and_kept_anew(
+    tmp_path, monkeypatch, kind, damage
+):
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    assert cached(numba.njit(double))(21) == 42
+    (file,) = tmp_path.rglob(f"*.{kind}")
+    file.write_bytes(damage(file.read_bytes()))
+    assert cached(numba.njit(double))(21) == 42
+    again = cached(numba.njit(double))
+    assert again(21) == 42
+    assert sum(again.stats.cache_hits.values()) == 1, "what was compiled anew is kept"
 
 
 def test_no_source_ends_where_compiled_code_cannot_be_kept():
