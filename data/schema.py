@@ -12,7 +12,6 @@ import importlib.metadata
 import importlib.util
 import io
 import re
-import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
@@ -27,6 +26,7 @@ from numpy.typing import NDArray
 from utils.base import DataError, InsufficientDataError, InvalidSymbolError, UsageError
 from utils.model_paths import write_whole
 
+SOURCE, DIGEST = Path(__file__), hashlib.sha256().digest_size
 Days = NDArray[np.datetime64]
 BAR_COLUMNS = ("Open", "High", "Low", "Close", "Volume")
 RAW_COLUMNS = ("Open", "High", "Low", "Close", "Adj Close", "Volume")
@@ -207,21 +207,26 @@ def _load(name: str, last_year: int) -> SessionCalendar:
 def _kept(name: str, end: np.datetime64) -> dict[str, Any]:
     """Return `_from_exchange`, from the file of an earlier process where there is one.
 
-    It lies with compiled code: like that it depends on what is installed, and on no setting.
+    It lies with compiled code: like that it depends on what is installed, and on no setting. Its name tells
+    by what it was made, and a digest comes first in it: nothing is parsed that is not what was written.
     """
-    release = importlib.metadata.version("exchange_calendars")
-    file = Path(importlib.util.cache_from_source(__file__)).with_name(f"{name}-{end}-{release}.npz")
-    try:
-        with file.open("rb") as stream, np.load(stream) as kept:
-            return {name: kept[name][()] for name in kept.files}
-    except (OSError, ValueError, EOFError, LookupError, zipfile.BadZipFile):
-        built = _from_exchange(name, end)
+    made_by = hashlib.sha256(SOURCE.read_bytes() + importlib.metadata.version("exchange_calendars").encode())
+    folder = Path(importlib.util.cache_from_source(str(SOURCE))).parent
+    file = folder / f"{name}-{end}-{made_by.hexdigest()[:16]}.kept"
+    with suppress(OSError):
+        content = file.read_bytes()
+        if content[:DIGEST] == hashlib.sha256(content[DIGEST:]).digest():
+            with np.load(io.BytesIO(content[DIGEST:])) as kept:
+                return {name: kept[name][()] for name in kept.files}
+    built, stream = _from_exchange(name, end), io.BytesIO()
+    np.savez(stream, **built)
+    content = stream.getvalue()
     # Who cannot write here builds it again in the next process.
     with suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        content = io.BytesIO()
-        np.savez(content, **built)
-        write_whole(file, content.getvalue())
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(file, hashlib.sha256(content).digest() + content)
+        for old in {*folder.glob(f"{name}-{end}-*")} - {file}:
+            old.unlink(missing_ok=True)
     return built
 
 

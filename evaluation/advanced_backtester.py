@@ -75,7 +75,8 @@ class Trade(NamedTuple):
     it (else NaT). ``shares`` is what was traded, >= 0; ``position`` the weight afterwards. ``pnl`` is what an
     order that reduces realised against the mean cost of the shares, after trading costs on both sides. An
     order ``is_decided`` when the target has moved by more than `DECIDED` or the no-trade band since the last
-    that was, or changed its sign; others bring back what drifted.
+    that was, or changed its sign; others bring back what drifted or follow a small move of the target, and
+    their ``reason`` alone begins with "rebalanced".
     """
 
     date: np.datetime64
@@ -334,8 +335,6 @@ def _trades(window: _Window, ledger: Ledger, band: float) -> Iterator[Trade]:
         for shares in parts:
             commission, slippage = (float(fee) for fee in fees * abs(shares))
             action, words, pnl = holding.trade(date, shares, price, commission + slippage)
-            if words in {"added", "reduced"} and abs(held[row] - held[row - 1]) <= 1e-9:
-                words = "rebalanced"
             yield Trade(
                 date,
                 holding.since,
@@ -349,7 +348,7 @@ def _trades(window: _Window, ledger: Ledger, band: float) -> Iterator[Trade]:
                 commission,
                 slippage,
                 bool(moved),
-                f"{words}, weight {held[row]:.2f}",
+                f"{words if moved else 'rebalanced'}, weight {held[row]:.2f}",
             )
 
 
@@ -424,7 +423,7 @@ def by_month(result: BacktestReport) -> pd.DataFrame:
 def by_action(result: BacktestReport) -> pd.DataFrame:
     """Return orders by action: how many, and what those that closed realised, money.
 
-    Orders that bring back what drifted are REBALANCE, whatever their side: they count to no win rate.
+    Orders that were not decided are REBALANCE, whatever their side: they count to no win rate.
     """
     trades, decided = result.trades, result.trades["is_decided"].astype(bool)
     named = trades.assign(action=trades["action"].where(decided, "REBALANCE"))

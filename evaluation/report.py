@@ -29,6 +29,7 @@ from evaluation.charts import TIMES, Banner, Block, Cell, Drawing, FloatArray, R
 from evaluation.forward_simulator import BLOCK_BARS, CONFIDENCE, RESAMPLES, Evidence, summarise
 from evaluation.metrics import Metrics, values
 from utils.base import DataError, StorageError
+from utils.model_paths import write_whole
 
 Facts = Mapping[str, Any]
 AnyBlock = TypeVar("AnyBlock", Drawing, Table)
@@ -90,14 +91,14 @@ def render(report: Report) -> str:
 
 
 def write_report(report: Report, path: Path) -> Path:
-    """Write the report beside ``path`` and move it there; raises `StorageError` if that cannot be done."""
-    html, part = render(report), path.with_name(f".{path.name}.part")
+    """Write the report whole, see `write_whole`; raises `StorageError` if that cannot be done."""
+    html = render(report)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(html, encoding="utf-8")
-        return part.replace(path)
+        write_whole(path, html.encode())
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}; choose another folder") from error
+    return path
 
 
 def provenance_of(metadata: Facts) -> dict[str, str]:

@@ -379,7 +379,7 @@ class EnsembleBundle(Saved):
             members=members,
             weights=self.weights,
             stacked=self.stacked,
-            distrusted_after=None if trusted else self.record["date"].iloc[-1],
+            distrusted_after=None if trusted else self.record.dropna(subset="realised_log")["date"].iloc[-1],
         )
 
 

@@ -46,7 +46,7 @@ class Calibration:
     """What earlier out-of-sample rows say about the raw signal.
 
     In units of the h-day volatility, the calibrated forecast is ``drift + slope * (raw - raw_mean)``. The
-    drift, the mean target of the training rows, is the forecast of a model without skill. The slope of
+    drift, what training rows and long experience say, is the forecast of a model without skill. The slope of
     realised on raw is shrunk towards zero by its own standard error, within [0, `MAX_SLOPE`]; ``skill_lower``
     is its lower confidence bound over itself, within [0, 1]: at 0 the ``n_rows`` behind it do not rule out no
     skill at all.
@@ -78,8 +78,8 @@ def calibrate(
     The least-squares slope of realised on raw is a normal posterior with prior N(`prior_slope`, `prior_std`),
     clipped into [0, `MAX_SLOPE`]: a few small trees may be too humble. Its standard error sums over the
     symbols of a session (`session_code`, from 0; None where every row is a session of its own), which move
-    together, and allows for labels that overlap, see `overlap_error`. ``drift`` is the mean of the scaled
-    target over the training rows.
+    together, and allows for labels that overlap, see `overlap_error`. ``drift`` is the
+    forecast without skill.
     """
     n_rows, slope, lower = len(raw_scaled), prior_slope, 0.0
     code = np.arange(n_rows) if session_code is None else session_code

@@ -333,7 +333,8 @@ def backtest_decisions(
         np.asarray(frame["target_weight"], dtype=np.float64),
         is_out_of_sample=np.asarray(frame["is_out_of_sample"], dtype=np.bool_),
         include_in_sample=include_in_sample,
-        expected_return=np.asarray(frame["expected_return"], dtype=np.float64),
+        # The forecast that is drawn, not its mean: half a variance above it, that is up nearly always.
+        expected_return=np.expm1(np.asarray(frame["expected_log"], dtype=np.float64)),
         horizon_bars=decisions.horizon_bars,
     )
 
@@ -345,7 +346,8 @@ class BundleForecaster:
     With ``include_in_sample`` it also forecasts bars that the final model was trained on and the record does
     not cover; such rows carry ``is_out_of_sample`` False. With ``as_lived`` every row uses the skill that its
     fold knew of, whatever the verdict: what a verdict is made from. Otherwise a model whose verdict is not
-    ``edge`` has no skill on any row, and its forecasts of bars after the record are the drift.
+    ``edge`` has no skill on any row, and its forecasts of what had not come when the verdict was reached are
+    the drift.
     """
 
     bundle: Bundle
@@ -403,9 +405,13 @@ class BundleForecaster:
         replayed = np.asarray(record["predicted_log"].notna())
         wanted = after | (~replayed if self.include_in_sample else False)
         signals = ["raw_scaled", *(f"model_{name}" for name in bundle.models)]
-        skill = record["skill_lower"].fillna(0.0) if self._is_trusted else np.zeros(len(index))
+        skill, expected = record["skill_lower"].fillna(0.0), record["predicted_log"]
+        if not self._is_trusted:
+            # What had not come when the verdict was reached is forecast by it, as all that follows is.
+            had_come = record["realised_log"].notna()
+            skill, expected = 0.0 * skill, expected.where(had_come, record["baseline_log"])
         columns = {
-            "expected_log": record["predicted_log"],
+            "expected_log": expected,
             "baseline_log": record["baseline_log"],
             "sigma_log": record["sigma_log"].fillna(pd.Series(sigma_log, index=index)),
             "skill_lower": skill,

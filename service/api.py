@@ -49,10 +49,8 @@ logger = logging.getLogger(__name__)
 VERSION, ERRORS_IN_DETAIL, TRAINING = "0.1.0", 5, r"(`python -m training\.[^`]+)`"
 # Seconds after which asking again may help.
 RETRY_AFTER_S: Mapping[type[AIStocksError], int] = {errors.UpstreamError: 30, errors.OverloadError: 2}
-# Longer than a stream of events sleeps.
-STREAM_END_S = 2.0
-# Each asks the database twice a second.
-MAX_STREAMS = 32
+# A stream of events asks the database twice a second, and sleeps between: its end takes longer than that.
+MAX_STREAMS, STREAM_END_S = 32, 2.0
 
 PREFLIGHT = {"origin", "access-control-request-method"}
 WHO_MAY_ASK = "GET, POST and DELETE are served, to the origins that PYTHON_API_ALLOW_ORIGINS names"
@@ -82,9 +80,8 @@ DOCS_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'n
 
 Days = Annotated[int, Query(ge=1, le=wire.MAX_CHART_BARS)]
 VersionInQuery = Annotated[str | None, Query(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
-SymbolInPath = Annotated[
-    str, PathParameter(json_schema_extra={"pattern": wire.SYMBOL_PATTERN, "maxLength": 64})
-]
+SYMBOL = PathParameter(json_schema_extra={"pattern": wire.SYMBOL_PATTERN, "maxLength": 64})
+SymbolInPath = Annotated[str, SYMBOL]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,19 +108,25 @@ class TextConvertor(StringConvertor):
 
 
 class CrossOrigin(CORSMiddleware):
-    """Cross-origin headers; what answers a preflight is empty, or a problem: the stock answers are text."""
+    """Cross-origin headers, and no changes by pages from elsewhere: not all of them are asked for before.
+
+    What answers a preflight is empty, or a problem: the stock answers are text.
+    """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
-        given = Headers(raw=scope.get("headers", []))
-        if scope.get("method") != "OPTIONS" or not set(given) >= PREFLIGHT:
+        given, changes = Headers(raw=scope.get("headers", [])), edge.changes_something(scope)
+        if scope.get("method") == "OPTIONS" and set(given) >= PREFLIGHT:
+            stock = self.preflight_response(given)
+            status, refused = stock.status_code, bytes(stock.body).decode().removeprefix("Disallowed CORS ")
+            kept = {name: stock.headers[name] for name in stock.headers if not name.startswith("content-")}
+        elif changes and edge.is_from_elsewhere(scope) and not self.is_allowed_origin(given["origin"]):
+            status, refused, kept = 403, "origin", {"Vary": "Origin"}
+        else:
             await super().__call__(scope, receive, send)
             return
-        stock = self.preflight_response(given)
-        kept = {name: stock.headers[name] for name in stock.headers if not name.startswith("content-")}
-        refused = bytes(stock.body).decode().removeprefix("Disallowed CORS ")
         detail = f"the browser may not ask this ({refused}): {WHO_MAY_ASK}"
-        answers = Response(headers=kept) if stock.status_code == 200 else problem(scope, 400, detail, kept)
+        answers = Response(headers=kept) if status == 200 else problem(scope, status, detail, kept)
         await answers(scope, receive, send)
 
 
@@ -214,9 +217,8 @@ def _outermost(api: FastAPI, services: Services, metrics: edge.Metrics) -> edge.
 
     ready = services.predictions.ready_answer
     shortcut = edge.Shortcut(cors, rules=services.rules, rate=rate, ready=ready, cross_origin=cross_origin)
-    return edge.Observer(
-        shortcut, metrics=metrics, stopping=services.stopping, known_paths=lambda: api.openapi()["paths"]
-    )
+    paths, stopping = lambda: api.openapi()["paths"], services.stopping
+    return edge.Observer(shortcut, metrics=metrics, stopping=stopping, known_paths=paths)
 
 
 def _add_pages(api: FastAPI, metrics: edge.Metrics) -> None:
@@ -244,12 +246,10 @@ def document_errors(schema: dict[str, Any]) -> dict[str, Any]:
     schema["components"]["schemas"] |= jsonable_encoder(posted["$defs"], exclude_none=True)
     for path, item in schema["paths"].items():
         for method, operation in item.items():
-            wanted = {*ERRORS_OF_ALL, *ERRORS_OF[method], *([404] if "{" in path else ())}
-            for status in sorted(wanted):
-                operation["responses"].setdefault(
-                    str(status), {"description": http.HTTPStatus(status).phrase}
-                )
-            for status, response in operation["responses"].items():
+            told = operation["responses"]
+            for status in sorted({*ERRORS_OF_ALL, *ERRORS_OF[method], *([404] if "{" in path else ())}):
+                told.setdefault(str(status), {"description": http.HTTPStatus(status).phrase})
+            for status, response in told.items():
                 if not status.startswith("2"):
                     response["content"] = problems
     return schema

@@ -158,7 +158,9 @@ def client_of(scope: Scope) -> str:
     if ":" not in host:
         return host
     try:
-        return ipaddress.ip_address(host.partition("%")[0]).exploded[:19]
+        address = ipaddress.IPv6Address(host.partition("%")[0])
+        # A caller of version 4, as a socket of both writes it, is not in one network with all others.
+        return str(address.ipv4_mapped or address.exploded[:19])
     except ValueError:
         return host
 
@@ -235,6 +237,17 @@ def header(scope: Scope, name: bytes) -> bytes:
         if key == name:
             return value
     return b""
+
+
+def changes_something(scope: Scope) -> bool:
+    """Say whether a request may change what is kept here."""
+    return scope.get("method", "GET") not in SAFE_METHODS and scope["path"] not in READING_POSTS
+
+
+def is_from_elsewhere(scope: Scope) -> bool:
+    """Say whether a page of another host asks, or one that does not tell its host (``null``)."""
+    origin, host = header(scope, b"origin"), header(scope, b"host")
+    return origin != b"" and (not host or origin.partition(b"://")[2] != host)
 
 
 def methods_of(path: str, documented: Mapping[str, Mapping[str, object]]) -> str:
@@ -353,8 +366,7 @@ class Guard:
         if wait_s:
             detail = f"more than {rules.rate_per_s:g} requests a second: slow down"
             return Refusal(429, detail, {"Retry-After": str(math.ceil(wait_s))})
-        writes = scope["method"] not in SAFE_METHODS and path not in READING_POSTS
-        if writes and self._keys and (refusal := self._key_refusal(scope)):
+        if self._keys and changes_something(scope) and (refusal := self._key_refusal(scope)):
             return refusal
         most, announced = rules.most_bytes(path), header(scope, b"content-length")
         is_number = announced.isdigit() and len(announced) < 20

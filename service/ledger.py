@@ -278,12 +278,13 @@ class ForecastLedger:
         ]
 
     def audit(self, known: Audit = START) -> Audit:
-        """Follow the chain from the last row that is known to be good, by default from the first one."""
-        head, entries = self._head(), self.entries(after=known.good)
-        while head != (again := self._head()):
-            # Somebody wrote in between.
-            head, entries = again, self.entries(after=known.good)
+        """Follow the chain from the last row that is known to be good, by default from the first one.
+
+        Others may write meanwhile: the head before has its row in the chain, the one after is not behind it.
+        """
+        head, entries, after = self._head(), self.entries(after=known.good), self._head()
         good, previous, rows = known.good, known.row_hash, known.good + len(entries)
+        is_held = head == (good, previous)
         for entry in entries:
             at = f"row {entry.sequence} ({entry.forecast.symbol}, {entry.forecast.as_of})"
             wrong = {
@@ -294,8 +295,11 @@ class ForecastLedger:
             if any(wrong.values()):
                 return Audit(good, previous, rows, next(words for words, is_so in wrong.items() if is_so))
             good, previous = good + 1, entry.row_hash
-        fault = None if head == (good, previous) else f"{good} rows are not the {head[0]} of its head"
-        return Audit(good, previous, rows, fault)
+            is_held |= head == (good, previous)
+        if is_held and (after == (good, previous) or (isinstance(after[0], int) and after[0] > good)):
+            return Audit(good, previous, rows)
+        head = after if is_held else head
+        return Audit(good, previous, rows, f"{good} rows are not the {head[0]} of its head")
 
     def audit_new(self, own: Iterable[Entry]) -> Audit:
         """Audit what came since the last call; all where a row is gone, or one of ``own`` was changed."""

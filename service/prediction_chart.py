@@ -319,7 +319,7 @@ def model_notes(
         if f"weight_{name}" in last and np.isfinite(last[f"model_{name}"])
     ]
     reason = UNSURE.get(meta.verdict or "insufficient")
-    passive = "the forecast is the drift of the past and the position the passive one"
+    passive = "the forecast is the drift and the position the passive one"
     mode, expected = request.fusion.mode, {wire.FusionSettings().mode, meta.fusion_mode_default}
     notes = {
         f"not sure: {reason}, so {passive}": reason,

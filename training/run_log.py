@@ -155,8 +155,10 @@ class RunLog(logging.Handler):
     def end(self, metadata: Mapping[str, Any], status: Status, more: Mapping[str, Any]) -> None:
         """Take down the verdict and the figures behind it, and what there is ``more``, by name."""
         verdict = metadata["verdict"]
+        facts = {name: metadata[name] for name in ("symbol", "source", "data_hash", "model_version")}
+        facts |= {name: metadata["data"][name] for name in ("first_session", "last_session")}
         known = {"verdict": verdict["label"], "evidence": verdict["evidence"], "metrics": metadata["metrics"]}
-        lines = _lines({**known, **more})
+        lines = _lines({**facts, **known, **more})
         for gate in verdict["gates"]:
             told = f"{_text(gate['value'])} (threshold {gate['threshold']})"
             result = "not computed" if gate["passed"] is None else ("failed", "passed")[gate["passed"]]

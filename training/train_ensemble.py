@@ -13,7 +13,7 @@ where it beats the simple ensemble on the rows that both scored.
 import argparse
 import hashlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, get_args
@@ -178,7 +178,8 @@ class EnsembleTrainer:
     def asked(self) -> dict[str, Any]:
         """What is joined, and how, as plain data."""
         versions = {name: one.model_version for name, one in self.members.items()}
-        return {"method": self.method, "members": versions, **asdict(self.config)}
+        facts = {"horizon_bars": self.members[MEMBERS[0]].horizon_bars, "method": self.method}
+        return {**facts, "members": versions, **asdict(self.config)}
 
     def run(self, bars: Bars) -> Run:
         """Return what identifies this look at the prices; members that were only saved anew are the same."""
@@ -319,12 +320,19 @@ def record_of(frame: pd.DataFrame, bars: Bars, horizon_bars: int, stacked: Stack
     return record[frame["is_out_of_sample"].to_numpy(dtype=bool)].reset_index(drop=True)
 
 
+def as_logged(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parts beside the whole as figures by name; the words stand in console and report."""
+    table = {row["part"]: {name: row[name] for name in row if name != "part"} for row in parts["table"]}
+    compared = {name: value for name, value in (parts["compared"] or {}).items() if name != "words"}
+    return {name: parts[name] for name in parts if name != "notes"} | {"table": table, "compared": compared}
+
+
 def weight_notes(weights: dict[str, float], n_rows: int) -> list[str]:
     """Say what the members count, and that one of them counts nothing."""
     told = ", ".join(f"{name} {weight:.2f}" for name, weight in weights.items())
     zero = (name for name, weight in weights.items() if weight == 0.0)
     return [
-        f"weights by what {n_rows} out-of-sample forecasts were worth, from .70 and .30: {told}",
+        f"weights at the last session, by what {n_rows} forecasts were worth, from .70 and .30: {told}",
         *(f"the weight of {name} is zero: on these forecasts it adds nothing clear" for name in zero),
     ]
 
@@ -351,7 +359,7 @@ def join_symbol(symbol: str, args: argparse.Namespace, settings: Settings) -> ru
         bundle = trainer.train(bars, earlier=look(settings, [trainer.run(bars)]))
         metadata, saved = bundle.metadata, None
         is_edge = metadata["verdict"]["label"] == "edge"
-        log.end(metadata, "SUCCESS" if is_edge else "NO_EDGE", {"parts": metadata["parts"]})
+        log.end(metadata, "SUCCESS" if is_edge else "NO_EDGE", as_logged(metadata["parts"]))
         page = ensemble_report(
             symbol=symbol, metadata=metadata, record=bundle.record, findings=bars.report.problems()
         )

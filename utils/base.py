@@ -390,12 +390,17 @@ def database_engine(url: str, wait_s: float) -> "Engine":
     try:
         address = sql.make_url(url)
         address = address.set(drivername=DATABASES[address.drivername])
-        place = f"{address.host}{address.database}"
+        place, file = f"{address.host}{address.database}", address.database or ":memory:"
     except (sql.exc.ArgumentError, LookupError, ValueError) as error:
         # Not its own words: they may hold the address, and with it a password.
         raise UsageError(f"AI_STOCKS_DATABASE_URL names no database: {DATABASE_FORMS}") from error
     limits: dict[str, object] = {"timeout": wait_s}
-    if address.drivername != "sqlite":
+    if address.drivername == "sqlite":
+        # In memory each connection would have a database of its own; options are no part of a file's name.
+        is_file = file != ":memory:" and not file.startswith("file:") and "\0" not in file
+        if not is_file or address != sql.URL.create("sqlite", database=file):
+            raise UsageError(f"AI_STOCKS_DATABASE_URL names no file: {DATABASE_FORMS}")
+    else:
         if "@" in place:
             # The rest of a password would be taken for the host, and shown.
             raise UsageError(f"AI_STOCKS_DATABASE_URL has an @ too many: {DATABASE_FORMS}")

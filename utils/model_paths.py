@@ -10,7 +10,6 @@ import logging
 import os
 import shutil
 import stat
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -171,9 +170,8 @@ def _target(link: Path, versions: Path) -> Path:
         return target
     target = link.resolve(strict=True)
     if target.parent != versions or target.name.startswith("."):
-        raise ModelCorruptError(
-            f"the {link.name} model of {link.parent.name} lies outside its folder: train again"
-        )
+        words = f"the {link.name} model of {link.parent.name} lies outside its folder: train again"
+        raise ModelCorruptError(words)
     return target
 
 
@@ -288,10 +286,8 @@ def storage_errors(symbol: str) -> Iterator[None]:
     except OSError as error:
         full = error.errno in {errno.ENOSPC, errno.EDQUOT}
         reason = "the disk is full" if full else error.strerror or type(error).__name__
-        raise StorageError(
-            f"cannot write the model of {symbol}: {reason}; what served before still serves: "
-            "make room or mend the permissions, and try again"
-        ) from error
+        words = f"cannot write the model of {symbol}: {reason}; what served before still serves: "
+        raise StorageError(words + "make room or mend the permissions, and try again") from error
 
 
 @contextmanager
@@ -394,11 +390,15 @@ def flush(folder: Path) -> None:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file aside and put it in its place: whoever reads finds the old one or the new one whole."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".writing-", delete=False) as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    Path(file.name).replace(path)
+    aside = path.with_name(f".writing-{uuid.uuid4().hex}")
+    try:
+        with aside.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def point(link: Path, version: Path) -> None:

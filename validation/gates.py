@@ -4,7 +4,8 @@ A model gets ``edge`` only if all of these hold on out-of-sample rows:
 
 - its signal ranks what followed better than chance, one-sided p of at most .05;
 - its positions earned more than the benchmark of equal exposure, one-sided p of at most .10;
-- its calibrated forecast has a smaller squared error than its own drift forecast.
+- its calibrated forecast has a smaller squared error than its own drift forecast moved to the same mean: a
+  forecast that is nearer to what came because it is higher throughout knows nothing.
 
 Both limits are divided by the square of the number of verdicts on the same prices, so that trying seeds is no
 way to an edge.
@@ -253,7 +254,7 @@ def _forecast_evidence(rows: ResolvedRows, horizon_bars: int, n_resamples: int) 
         "share_up": base,
         "skill_over_zero": skill(rows.forecast, nothing, rows.outcome),
         "skill_over_average": skill(rows.forecast, average, rows.outcome),
-        "skill_over_drift": skill(rows.forecast, rows.baseline, rows.outcome),
+        "skill_over_drift": skill(rows.forecast, rows.level_drift(), rows.outcome),
         "hits_over_always_up": less(hits, base),
         "calibration_slope": calibration_slope(rows.forecast, rows.outcome),
         "signal_std": float(rows.signal.std()) if len(rows.signal) else None,
@@ -325,7 +326,7 @@ def _edge_reasons(
         ),
         (
             gained is not None and gained > 0,
-            f"share of the drift forecast's squared error that is removed: {_text(gained)} (must be above 0)",
+            f"squared error of the drift, at the forecasts' mean, removed: {_text(gained)} (must be above 0)",
         ),
     )
     failed = tuple(f"not met: {text}" for holds, text in checks if not holds)

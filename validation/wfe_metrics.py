@@ -14,15 +14,17 @@ import json
 import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from math import comb
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from pydantic import Field, TypeAdapter
 from scipy.special import ndtr, ndtri, stdtr
 
 from utils.base import InsufficientDataError, StorageError, UsageError
@@ -117,6 +119,17 @@ class ResolvedRows:
             total = np.concatenate([[0.0], np.cumsum(self.outcome[own])])[n_known]
             drift[own] = total / np.maximum(n_known, 1)
         return drift
+
+    def level_drift(self) -> FloatArray:
+        """Return the drift moved, symbol by symbol, to the mean of the forecasts, (n,).
+
+        The drift is shrunk towards what is believed of all shares: on a series that rose faster a mere
+        constant on top of it would remove errors.
+        """
+        moved = self.baseline.copy()
+        for own in self.by_symbol():
+            moved[own] += float(np.mean(self.forecast[own] - self.baseline[own]))
+        return moved
 
 
 def _standard_ranks(values: FloatArray) -> FloatArray:
@@ -395,7 +408,7 @@ class Run:
     first_session: str
     last_session: str
     fingerprint: str
-    n_trials: int = 1
+    n_trials: Annotated[int, Field(ge=1, le=1_000_000)] = 1
     at: str = ""
     kind: str = ""
     settings: str = ""
@@ -423,7 +436,8 @@ def earlier_runs(path: Path, *runs: Run) -> tuple[Run, ...]:
     """Return the other runs, each once, on any of the symbols and an overlapping window.
 
     ``runs`` are one run as each symbol of its panel sees it: a look at a panel is a look at all of them.
-    Lines that cannot be read are passed over: a torn line must not stop a training.
+    Lines that are no run are passed over: a torn line must not stop a training. Further fields of a line, as
+    a later release may add them, are ignored.
     """
     now = {run.symbol: run for run in runs}
     others = {
@@ -461,8 +475,8 @@ def _read_runs(path: Path) -> Iterator[Run]:
         raise StorageError(
             f"cannot read the log of verdicts {path}, so earlier tries cannot be counted: {error.strerror}"
         ) from error
+    # Built here, and not where the module is imported.
+    of_a_line = TypeAdapter(Run)
     for line in text.splitlines():
-        try:
-            yield Run(**json.loads(line))
-        except (ValueError, TypeError):
-            continue
+        with suppress(ValueError):
+            yield of_a_line.validate_json(line, strict=True)

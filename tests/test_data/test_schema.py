@@ -1,5 +1,7 @@
 """What is mended, what is refused, that no symbol becomes a path; sessions from far past to far future."""
 
+import importlib.metadata
+import io
 import re
 import sys
 from datetime import UTC, date, datetime, timedelta, timezone
@@ -430,20 +432,86 @@ def test_gaps_are_those_of_the_set_difference(offsets: list[int]):
     assert list(NYSE.off_calendar(dates)) == sorted(set(dates) - set(inside))
 
 
-def test_a_calendar_is_built_once_for_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> schema.SessionCalendar:
+    """A calendar that was built, and whose only file lies below ``tmp_path``."""
     monkeypatch.setattr(sys, "pycache_prefix", str(tmp_path))
-    built = schema._load.__wrapped__("XNYS", 2027)
-    (file,) = tmp_path.rglob("*.npz")
+    return load()
+
+
+def load() -> schema.SessionCalendar:
+    return schema._load.__wrapped__("XNYS", 2027)
+
+
+def file_in(folder: Path) -> Path:
+    (file,) = (path for path in folder.rglob("*") if path.is_file())
+    return file
+
+
+def assert_same(one: schema.SessionCalendar, other: schema.SessionCalendar) -> None:
+    for now, then in ((one.days, other.days), (one.closes, other.closes)):
+        np.testing.assert_array_equal(now, then)
+        assert now.dtype == then.dtype
+    assert (one.known_to, one.timezone) == (other.known_to, other.timezone)
+
+
+def test_a_calendar_is_built_once_for_all_processes(
+    built: schema.SessionCalendar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(schema, "_from_exchange", lambda *_: pytest.fail("built again"))
-        kept = schema._load.__wrapped__("XNYS", 2027)
-    for now, then in ((built.days, kept.days), (built.closes, kept.closes)):
-        np.testing.assert_array_equal(now, then)
-    assert kept.known_to == built.known_to
-    assert kept.timezone == built.timezone
-    # A file that was cut off is built again, and a folder that cannot be written does no harm.
-    file.write_bytes(file.read_bytes()[:500])
-    assert len(schema._load.__wrapped__("XNYS", 2027).days) == len(built.days)
+        assert_same(load(), built)
+    # A folder that cannot be written does no harm.
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setattr(sys, "pycache_prefix", str(tmp_path / "file"))
-    assert len(schema._load.__wrapped__("XNYS", 2027).days) == len(built.days)
+    assert_same(load(), built)
+
+
+def test_a_kept_calendar_that_is_not_what_was_written_is_built_anew_and_replaced(
+    built: schema.SessionCalendar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    afresh = schema._from_exchange("XNYS", np.datetime64("2027-12-31"))
+    monkeypatch.setattr(schema, "_from_exchange", lambda *_: dict(afresh))
+    file = file_in(tmp_path)
+    whole = file.read_bytes()
+    archive, array = io.BytesIO(), io.BytesIO()
+    np.savez(archive, days=built.days[:9], closes=built.closes[:9], timezone="UTC", known_to=built.known_to)
+    np.save(array, built.days)
+    bad = {f"cut off at {n}": whole[:n] for n in (0, 1, 31, 32, 33, 40, 100, 500, len(whole) - 1)}
+    bad |= {"archive": archive.getvalue(), "array": array.getvalue(), "longer": whole + b"x"}
+    bad |= {"without a digest": whole[32:], "zeros": bytes(len(whole)), "of another": b"0" * 32 + whole[32:]}
+    # The heads of an archive and of each of its arrays, and places all over.
+    heads = [match.start() + n for match in re.finditer(b"PK|NUMPY", whole) for n in (4, 10, 30, 50, 90)]
+    for place in {*range(0, 100, 4), *heads, *range(0, len(whole), len(whole) // 60)}:
+        if place < len(whole):
+            flipped = bytes([whole[place] ^ (1 << place % 8)])
+            bad[f"flipped at {place}"] = whole[:place] + flipped + whole[place + 1 :]
+    assert len(bad) > 100
+    for kind, content in bad.items():
+        file.write_bytes(content)
+        assert_same(load(), built)
+        assert file_in(tmp_path).read_bytes() == whole, kind
+
+
+@pytest.mark.parametrize("whose", ["exchange_calendars", "ours"])
+def test_a_calendar_of_another_release_is_not_read_and_makes_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whose: str
+) -> None:
+    source = tmp_path / "schema.py"
+    source.write_bytes(schema.SOURCE.read_bytes())
+    monkeypatch.setattr(schema, "SOURCE", source)
+    monkeypatch.setattr(sys, "pycache_prefix", str(tmp_path))
+    built = load()
+    (file,) = tmp_path.rglob("XNYS-*")
+    # Of an earlier release, which wrote no digest; and what belongs to others.
+    (old := file.with_name("XNYS-2027-12-31-4.13.2.npz")).write_bytes(b"old")
+    for name in ("schema.cpython-311.pyc", "XNYS-2028-12-31-1.kept", "XHKG-2027-12-31-1.kept"):
+        file.with_name(name).write_bytes(b"of others")
+    if whose == "ours":
+        source.write_bytes(source.read_bytes() + b"# changed")
+    else:
+        monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.1")
+    assert_same(load(), built)
+    assert not file.exists()
+    assert not old.exists()
+    assert len([path for path in file.parent.iterdir() if path != source]) == 4

@@ -105,6 +105,19 @@ def test_orders_that_bring_back_what_drifted_are_logged_and_not_judged() -> None
     assert run(np.array([0.5, 0.5, 0.2, 0.0, 0.0]), rising[:5]).metrics["total_trades"].value == 2.0
 
 
+@pytest.mark.parametrize("band", [0.0, 0.01, 0.1])
+@pytest.mark.parametrize("seed", range(6))
+def test_what_was_not_decided_is_rebalanced_and_nothing_else(seed: int, band: float) -> None:
+    rng, n = np.random.default_rng(seed), 200
+    wide, slow = np.repeat(rng.uniform(-1.0, 1.8, n // 10), 10), np.cumsum(rng.normal(0.0, 0.01, n))
+    for target in (wide, slow, wide + slow, np.linspace(1.0, 0.4, n)):
+        simulator = AdvancedBacktester(costs=COSTS, no_trade_band=band)
+        trades = simulator.backtest_with_positions(
+            DATES[:n], prices(seed, n), target, include_in_sample=True
+        ).trades
+        assert trades["reason"].str.startswith("rebalanced").tolist() == (~trades["is_decided"]).tolist()
+
+
 def test_buy_and_hold_equals_its_benchmark() -> None:
     report = run(np.ones(N), prices())
     for benchmark in report.benchmarks.values():

@@ -434,7 +434,13 @@ def whole(pair) -> Parts:
         method="simple",
         members={"gbm": "g1", "lstm": "l1"},
         weights=SimpleEnsemble(),
-        record=pd.DataFrame({"date": pd.bdate_range("2020-01-01", periods=3), "raw_scaled": np.zeros(3)}),
+        record=pd.DataFrame(
+            {
+                "date": pd.bdate_range("2020-01-01", periods=3),
+                "raw_scaled": np.zeros(3),
+                "realised_log": [0.01, 0.02, np.nan],
+            }
+        ),
         metadata={
             "model_version": "e1",
             "verdict": {"label": "edge"},
@@ -455,13 +461,13 @@ def test_the_ensemble_serves_where_its_members_are_those_it_was_judged_with(whol
     assert chosen.forecaster.distrusted_after is None
 
 
-def test_an_ensemble_without_an_edge_is_not_trusted_after_its_record(whole: Parts):
+def test_an_ensemble_without_an_edge_is_not_trusted_with_what_had_not_come(whole: Parts):
     ensemble = whole.ensemble
     assert ensemble is not None
     no_edge = replace(ensemble, metadata={**ensemble.metadata, "verdict": {"label": "no-edge"}})
     forecaster = forecaster_for("ensemble", replace(whole, ensemble=no_edge)).forecaster
     assert isinstance(forecaster, EnsembleForecaster)
-    assert forecaster.distrusted_after == pd.Timestamp("2020-01-03")
+    assert forecaster.distrusted_after == pd.Timestamp("2020-01-02")
 
 
 def test_each_member_alone(whole: Parts):

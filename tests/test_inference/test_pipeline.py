@@ -286,8 +286,21 @@ def test_without_an_edge_every_row_is_passive_and_live_forecasts_are_the_drift(b
     live = np.asarray(frame.index > bundle.record["date"].max())
     assert live.any()
     np.testing.assert_allclose(frame["expected_log"][live], frame["baseline_log"][live])
+    # The day of the training included: what it forecasts had not come either.
+    open_ended = bundle.record["date"][bundle.record["realised_log"].isna()]
+    assert len(open_ended)
+    served = frame.loc[pd.DatetimeIndex(open_ended)]
+    np.testing.assert_allclose(served["expected_log"], served["baseline_log"])
     lived = decide("AAPL", bars, BundleForecaster(bundle=no_edge, as_lived=True), make_sizer()).frame
     assert not np.allclose(lived["expected_log"][live], lived["baseline_log"][live])
+
+
+def test_the_direction_is_that_of_the_forecast_that_is_drawn(bars, bundle):
+    """Half a variance above it lies the mean, which is up on nearly every day."""
+    decisions = decide("AAPL", bars, BundleForecaster(bundle=bundle, as_lived=True), make_sizer())
+    daily = backtest_decisions(decisions, CostModel()).daily
+    drawn = decisions.frame["expected_log"].reindex(daily.index)
+    np.testing.assert_allclose(daily["expected_return"], np.expm1(drawn))
 
 
 def test_a_backtest_begins_behind_the_last_forecast_of_other_prices(bars, bundle, make_bars):

@@ -554,6 +554,45 @@ def test_trap_11_a_refused_preflight_is_a_problem(
     assert "Origin" in response.headers["vary"]
 
 
+@pytest.mark.parametrize("origin", ["http://evil.example", "https://testserver.evil.example", "null"])
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/api/models/AAPL-gbm/rollback"),
+        ("POST", "/api/models/AAPL-gbm/restore"),
+        ("DELETE", "/api/models/AAPL-gbm"),
+        ("PUT", "/api/models/AAPL-gbm"),
+        ("PATCH", "/nowhere"),
+    ],
+)
+def test_no_page_from_elsewhere_changes_anything(
+    client: TestClient, origin: str, method: str, path: str
+) -> None:
+    """What has no body and no header of its own is sent by a browser without a preflight."""
+    response = client.request(method, path, headers={"Origin": origin})
+    detail = check_problem(response, 403)
+    assert "(origin)" in detail
+    assert "PYTHON_API_ALLOW_ORIGINS" in detail
+    assert "access-control-allow-origin" not in response.headers
+    assert response.headers["vary"] == "Origin"
+
+
+@pytest.mark.parametrize("origin", [None, "http://localhost:3000", "http://testserver", "https://testserver"])
+def test_our_own_pages_and_who_is_no_browser_may_change_things(
+    client: TestClient, origin: str | None
+) -> None:
+    headers = {} if origin is None else {"Origin": origin}
+    assert check_problem(client.post("/api/models/NOBODY-gbm/restore", headers=headers), 404)
+    assert check_problem(client.delete("/api/models/NOBODY-gbm", headers=headers), 404)
+
+
+def test_a_page_from_elsewhere_may_ask_what_changes_nothing(client: TestClient) -> None:
+    """It reads no answer, and what it sends beside JSON is no forecast."""
+    response = client.post("/api/predict", content=b"{}", headers={"Origin": "null"})
+    check_problem(response, 422)
+    assert "access-control-allow-origin" not in response.headers
+
+
 def test_fault_28_health_answers_while_predictions_run(client: TestClient, source: FakeSource) -> None:
     working, finish = threading.Event(), threading.Event()
 

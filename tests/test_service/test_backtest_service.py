@@ -1,6 +1,7 @@
 """What stands beside a backtest, and the backtest of a prediction that the page sends back."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -336,6 +337,38 @@ def test_daily_trims_are_no_trades_by_action_either() -> None:
     assert sum(row.count for row in rows.values()) == len(result.trade_log)
     total = sum(row.total_pnl for row in rows.values())
     assert total == pytest.approx(result.trade_log[-1].cumulative_pnl)
+
+
+def positions_like(kind: str, rng: np.random.Generator, n: int) -> list[float]:
+    drawn = {
+        "noise": rng.uniform(-1.0, 1.8, n),
+        "held": np.ones(n),
+        "steps": np.repeat(rng.uniform(-1.0, 1.8, n // 10 + 1), 10)[:n],
+        "slow": np.linspace(1.5, 0.0, n),
+        "creeping": np.cumsum(rng.normal(0.0, 0.01, n)).clip(-1.0, 1.8),
+        "flips": np.round(rng.uniform(-1.0, 1.0, n)),
+    }
+    return [float(weight) for weight in drawn[kind]]
+
+
+@pytest.mark.parametrize("band", [None, 0.1])
+@pytest.mark.parametrize("kind", ["noise", "held", "steps", "slow", "creeping", "flips"])
+def test_what_counts_as_a_trade_is_told_by_the_log(kind: str, band: float | None) -> None:
+    rng = np.random.default_rng(len(kind))
+    for n in (12, 60, 110):
+        prices = [float(price) for price in 100.0 * np.exp(np.cumsum(rng.normal(0.0, 0.03, n)))]
+        told = posted(n, prices=prices, predictedPrices=prices, fusedPositions=positions_like(kind, rng, n))
+        result = posted_backtest(asked(told, **({} if band is None else {"minPositionChange": band})))
+        assert result.diagnostics is not None
+        named = [
+            "REBALANCE"
+            if str(trade.explanation and trade.explanation.notes).startswith("rebalanced")
+            else trade.action
+            for trade in result.trade_log
+        ]
+        rows = {row.action: row.count for row in result.diagnostics.action_breakdown}
+        assert rows == dict(Counter(named))
+        assert named.count("SELL") + named.count("COVER") == result.metrics.total_trades
 
 
 def test_without_an_order_there_is_nothing_by_action() -> None:

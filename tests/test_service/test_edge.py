@@ -124,6 +124,8 @@ def test_many_clients_take_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> No
         ("2001:db8::1", "2001:0db8:0000:0000"),
         ("2001:db8::2", "2001:0db8:0000:0000"),
         ("fe80::1%eth0", "fe80:0000:0000:0000"),
+        ("::ffff:7.7.7.1", "7.7.7.1"),
+        ("::ffff:7.7.7.2", "7.7.7.2"),
         ("not:an:address", "not:an:address"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -12,10 +13,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -231,6 +233,94 @@ def test_a_row_deleted_from_the_end_stays_missed(ledger: ForecastLedger) -> None
     ledger.record(told(position=3.0))
     with pytest.raises(DataError, match="row 5 is missing"):
         ledger.verify()
+
+
+# ---------------------------------------------------------------- beside somebody who writes all the time
+
+
+@pytest.fixture
+def begin_to_write(ledger: ForecastLedger, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Let another write a row after whatever is read, where the ledger takes it."""
+    written, other, read = itertools.count(), ForecastLedger(url_of(ledger)), module.Database.read
+
+    def read_and_write(database: module.Database, query: sql.Select[Any]) -> Sequence[sql.RowMapping]:
+        found, n = read(database, query), next(written)
+        assert n < 100, "it reads on and on"
+        with contextlib.suppress(StorageError):
+            other.record(told(horizon_bars=100 + n), now=THEN)
+        return found
+
+    def begin() -> None:
+        monkeypatch.setattr(module, "ATTEMPTS", 2)
+        monkeypatch.setattr(module.Database, "read", read_and_write)
+
+    return begin
+
+
+@BOTH
+def test_who_reads_beside_a_steady_writer_comes_to_an_end(
+    shell: ForecastLedger,
+    prices: Bars,
+    begin_to_write: Callable[[], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    filled(shell)
+    begin_to_write()
+    rows, head = shell.verify()
+    assert 5 <= rows < shell.verify(head)[0]
+    for _ in range(3):
+        notes = track_record(shell, lambda _: prices, "AAPL", 99).notes
+        assert "broken" not in "".join(notes)
+    for command in ("verify", "show", "score"):
+        assert main([command, "--json"]) in {0, 3}
+    said = "".join(capsys.readouterr())
+    assert "broken" not in said
+    assert module.AFTER_BREAK not in said
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("statement", "words"),
+    [
+        ("UPDATE served_forecasts SET position = 2 WHERE sequence = 3", "row 3 .* not what was"),
+        ("DELETE FROM served_forecasts WHERE sequence = 3", "row 3 is missing"),
+        ("DELETE FROM served_forecasts WHERE sequence = 5", "row 5 is missing"),
+        ("DELETE FROM served_forecasts", "row 1 is missing"),
+        ("DELETE FROM served_forecasts_head", "5 rows are not the 0"),
+        ("DROP TABLE served_forecasts_head", "5 rows are not the 0"),
+        ("UPDATE served_forecasts_head SET row_hash = 'x'", "row 6 .* does not follow"),
+        ("UPDATE served_forecasts_head SET rows = 4", "5 rows are not the 4"),
+    ],
+)
+def test_a_planted_fault_is_found_beside_a_steady_writer(
+    ledger: ForecastLedger, begin_to_write: Callable[[], None], statement: str, words: str
+) -> None:
+    change(filled(ledger), statement)
+    begin_to_write()
+    for _ in range(2):
+        with pytest.raises(DataError, match=words):
+            ledger.verify()
+
+
+@BOTH
+@pytest.mark.parametrize("is_written_to", [True, False])
+def test_a_row_that_was_added_is_found(
+    ledger: ForecastLedger, begin_to_write: Callable[[], None], *, is_written_to: bool
+) -> None:
+    assert filled(ledger).audit_new([]).fault is None
+    last, forecast = ledger.entries()[-1], told(position=0.9)
+    link = {"sequence": 6, "served_at": last.served_at, "previous_hash": last.row_hash}
+    row = {**forecast.columns, **link, "digest": forecast.digest}
+    row |= {"row_hash": module._chained(6, last.served_at, last.row_hash, forecast)}
+    engine = sql.create_engine(url_of(ledger))
+    with engine.begin() as connection:
+        connection.execute(sql.insert(module._ROWS).values(**row))
+    engine.dispose()
+    if is_written_to:
+        begin_to_write()
+    with pytest.raises(DataError, match="6 rows are not the 5 of its head"):
+        ledger.verify()
+    assert ledger.audit_new([]).fault == "6 rows are not the 5 of its head"
 
 
 # ---------------------------------------------------------------- nothing can be written

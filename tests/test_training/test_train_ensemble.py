@@ -224,7 +224,10 @@ def test_the_command_leaves_an_ensemble_a_report_and_one_json_on_stdout(places: 
     log = Path(result["log"]).read_text()
     assert Path(result["log"]).name.startswith("SIGNAL_ensemble_")
     assert "method: stacking" in log
-    assert "parts.weights.gbm" in log
+    assert "weights.gbm: " in log
+    assert "table.lstm.ic: " in log
+    assert "[{" not in log
+    assert f"model_version: {result['model_version']}" in log
     assert f"=== STATUS ===\n{result['status']}\n" in log
     saved = load_ensemble(places / "models", "SIGNAL")
     assert bundles["SIGNAL"].model_version in saved.model_version
@@ -232,7 +235,7 @@ def test_the_command_leaves_an_ensemble_a_report_and_one_json_on_stdout(places: 
     assert main(["SIGNAL"]) == 6
     assert "--overwrite" in capsys.readouterr().err
     assert main(["SIGNAL", "--method", "simple", "--overwrite"]) == 0
-    assert "weights by what" in capsys.readouterr().out
+    assert "weights at the last session, by what" in capsys.readouterr().out
 
 
 def test_a_meta_learner_beside_the_simple_one_is_two_tries_and_a_repetition_is_none(places: Path, capsys):

@@ -200,6 +200,20 @@ def test_a_number_out_of_bounds_is_no_argument(text):
         "postgresql://u:s3cret@h:port/n",
         "postgresql://u:s3@cret@h/n",
         "postgresql://u:s3@cret/3@h/n",
+        # Every connection would have a database of its own, or there is no such file.
+        "sqlite://",
+        "sqlite:///",
+        "sqlite:///?uri=true",
+        "sqlite:///:memory:",
+        "sqlite:///%3Amemory%3A",
+        "sqlite:///file::memory:?uri=true",
+        "sqlite:///file:jobs?mode=memory&cache=shared&uri=true",
+        "sqlite:///file:jobs.sqlite",
+        "sqlite:///jobs.sqlite?mode=memory",
+        "sqlite:///jobs.sqlite?timeout=s3cret",
+        "sqlite:///jobs%00.sqlite",
+        "sqlite://host/jobs.sqlite",
+        "sqlite://u:s3cret@/jobs.sqlite",
     ],
 )
 def test_an_address_that_cannot_be_used_is_refused_without_its_password(url: str) -> None:
@@ -207,6 +221,15 @@ def test_an_address_that_cannot_be_used_is_refused_without_its_password(url: str
         database_engine(url, 1.0)
     assert "s3" not in str(caught.value)
     assert "cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["jobs.sqlite", "a file", ":memory", "of file:x", "50%25"])
+def test_a_file_may_have_any_name(tmp_path, name):
+    engine = database_engine(f"sqlite:///{tmp_path}/{name}", 1.0)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE kept (x INTEGER)")
+    engine.dispose()
+    assert [path.name for path in tmp_path.iterdir()] == [name.replace("%25", "%")]
 
 
 @pytest.mark.parametrize("name", ["postgresql", "postgres", "postgresql+psycopg"])

@@ -323,6 +323,17 @@ def test_an_overconfident_forecast_is_refused_whatever_its_ranks():
     assert any("must be above 0" in reason for reason in verdict.reasons)
 
 
+def test_a_forecast_that_is_only_higher_than_the_drift_removes_no_error():
+    """On a series that rose faster than is believed of shares, any constant is nearer to what came."""
+    rng = np.random.default_rng(20)
+    history = make_history(rng, drift=0.003)
+    signal = 0.01 * make_signal("white", history, rng)
+    higher = (0.4 + signal) * history.sigma_log
+    evidence = judged(history, signal, forecast=higher).evidence
+    assert evidence["skill_over_zero"] > 0.01
+    assert evidence["skill_over_drift"] < 0.001
+
+
 def test_a_leak_alarm_is_told_first_beside_the_label():
     rng = np.random.default_rng(19)
     history = make_history(rng)

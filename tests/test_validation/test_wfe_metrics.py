@@ -1,7 +1,7 @@
 """Measures of forecasts and of luck: oracles, published figures, and a plant for each that must show."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -383,6 +383,48 @@ def test_a_torn_line_does_not_stop_the_count(tmp_path):
     assert [run.at for run in earlier_runs(path, RUN)] == ["", ""], (
         "lines of before tell no more than they did"
     )
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"first_session": 1},
+        {"last_session": None},
+        {"symbol": ["AAPL"]},
+        {"fingerprint": ["a list"]},
+        {"n_trials": "many"},
+        {"n_trials": "3"},
+        {"n_trials": -50},
+        {"n_trials": 0},
+        {"n_trials": True},
+        {"n_trials": 1.5},
+        {"n_trials": float("nan")},
+        {"n_trials": 10**12},
+        {"at": 5},
+    ],
+    ids=str,
+)
+def test_a_line_that_is_json_and_no_run_is_passed_over(tmp_path, wrong):
+    path = tmp_path / "trials.jsonl"
+    record_run(path, replace(RUN, fingerprint="b"))
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(replace(RUN, fingerprint="z")) | wrong) + "\n")
+    record_run(path, replace(RUN, fingerprint="c"))
+    assert [run.fingerprint for run in earlier_runs(path, RUN)] == ["b", "c"]
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"a":' * 100_000, "1" * 5_000, "null", '"x"', '"\\ud800"'])
+def test_no_line_ends_the_count(tmp_path, line):
+    path = tmp_path / "trials.jsonl"
+    path.write_text(line + "\n", encoding="utf-8")
+    record_run(path, replace(RUN, fingerprint="b"))
+    assert count_verdicts(path, RUN) == 2
+
+
+def test_a_run_of_a_newer_release_counts(tmp_path):
+    path = tmp_path / "trials.jsonl"
+    path.write_text(json.dumps(asdict(replace(RUN, fingerprint="b", n_trials=3)) | {"later": 1}) + "\n")
+    assert earlier_runs(path, RUN) == (replace(RUN, fingerprint="b", n_trials=3),)
 
 
 def test_a_log_that_cannot_be_written_is_told(tmp_path):
