@@ -20,10 +20,9 @@ planted. What counts is the label.
 search with three trials a library (``--n-trials``) in place of the usual 30. The network is the usual one,
 and ``--epochs`` makes it a cheaper one; its final fit, which no verdict sees, is left out. Boosters and
 network are judged as if each were the first to look at the prices. What joins them is judged as the command
-does it, after the looks of both and with the two verdicts that a meta-learner offers to choose from: its
-limits are a sixteenth of theirs. A network that has collapsed is no edge, and leaves the boosters to
-forecast alone. Seeds from 1000 on are for choosing settings, so that what is reported, of seeds below, was
-not chosen on itself.
+does it, simply, after the looks of both: its limits are a ninth of theirs. A network that has collapsed is
+no edge, and leaves the boosters to forecast alone. Seeds from 1000 on are for choosing settings, so that what
+is reported, of seeds below, was not chosen on itself.
 """
 
 import argparse

@@ -167,7 +167,7 @@ class EnsembleTrainer:
     """
 
     def __init__(
-        self, gbm: Bundle, lstm: Bundle, *, method: Method = "stacking", config: MetaConfig | None = None
+        self, gbm: Bundle, lstm: Bundle, *, method: Method = "simple", config: MetaConfig | None = None
     ) -> None:
         self.members = dict(zip(MEMBERS, (gbm, lstm), strict=True))
         self.method = method
@@ -341,7 +341,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser, model = run_log.common_parser(ENSEMBLE, "Join boosters and network, and judge the whole.")
     model.add_argument(
-        "--method", choices=get_args(Method), default="stacking", help="what is tried (default: stacking)"
+        "--method", choices=get_args(Method), default="simple", help="what is tried (default: simple)"
     )
     return parser
 

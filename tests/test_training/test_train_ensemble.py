@@ -21,6 +21,7 @@ from training.train_ensemble import (
     CommonRows,
     EnsembleTrainer,
     MetaConfig,
+    build_parser,
     compare,
     fit_meta,
     main,
@@ -211,7 +212,7 @@ def test_no_member_is_ever_turned_around():
 
 
 def test_the_command_leaves_an_ensemble_a_report_and_one_json_on_stdout(places: Path, capsys, bundles):
-    assert main(["signal", "--json"]) == 0
+    assert main(["signal", "--method", "stacking", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)[0]
     assert result["asked"] == "stacking"
     assert result["verdict"] in {"edge", "no-edge"}
@@ -234,11 +235,12 @@ def test_the_command_leaves_an_ensemble_a_report_and_one_json_on_stdout(places: 
     assert "lstm0001" in saved.model_version
     assert main(["SIGNAL"]) == 6
     assert "--overwrite" in capsys.readouterr().err
-    assert main(["SIGNAL", "--method", "simple", "--overwrite"]) == 0
+    assert main(["SIGNAL", "--overwrite"]) == 0
     assert "weights at the last session, by what" in capsys.readouterr().out
 
 
 def test_a_meta_learner_beside_the_simple_one_is_two_tries_and_a_repetition_is_none(places: Path, capsys):
+    assert build_parser().parse_args(["NOISE"]).method == "simple"
     for method, tries in (("simple", 1), ("simple", 1), ("stacking", 3), ("simple", 3)):
         assert main(["NOISE", "--method", method, "--validate-only", "--json"]) == 0
         assert json.loads(capsys.readouterr().out)[0]["evidence"]["n_trials"] == tries
