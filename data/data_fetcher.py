@@ -39,6 +39,7 @@ from data.schema import (
     clean_bars,
     normalise_symbol,
     refuse_above,
+    written_dates,
 )
 from utils.base import (
     AIStocksError,
@@ -48,6 +49,7 @@ from utils.base import (
     UnknownSymbolError,
     UpstreamError,
     UsageError,
+    existing_folder,
 )
 from utils.model_paths import write_whole
 
@@ -86,9 +88,7 @@ class CsvNews:
     """A folder that holds ``<SYMBOL>.csv`` with the columns ``date,headline,source``."""
 
     def __init__(self, directory: Path) -> None:
-        if not directory.is_dir():
-            raise UsageError(f"AI_STOCKS_NEWS=csv:{directory}: there is no such folder")
-        self._directory = directory
+        self._directory = existing_folder(directory, "AI_STOCKS_NEWS=csv:")
         self.name = f"csv:{directory.resolve().name}"
 
     def read(self, symbol: str) -> pd.DataFrame:
@@ -198,7 +198,7 @@ def _headlines_of(path: Path) -> pd.DataFrame:
             raise DataError(
                 f"{path.name} has no column {', '.join(absent)}: headlines need {','.join(HEADLINE_COLUMNS)}"
             )
-        table["date"] = pd.to_datetime(table["date"].str[:10], format="%Y-%m-%d")
+        table["date"] = written_dates(table["date"], path.name)
     except (ValueError, pd.errors.ParserError) as error:
         raise DataError(f"{path.name} cannot be read as headlines: {error}") from error
     return _by_date(table.loc[:, list(HEADLINE_COLUMNS)])
@@ -471,9 +471,7 @@ class CsvSource(RevisionedSource):
     """A folder with ``<SYMBOL>.csv`` of ``Date`` and ``RAW_COLUMNS``; its last part goes into the name."""
 
     def __init__(self, directory: Path) -> None:
-        if not directory.is_dir():
-            raise UsageError(f"--source csv:{directory}: there is no such folder")
-        self._directory = directory
+        self._directory = existing_folder(directory, "--source csv:")
         self.name = f"csv:{directory.resolve().name}"
 
     def fetch_revised(self, symbol: str) -> tuple[pd.DataFrame, str]:
@@ -483,8 +481,7 @@ class CsvSource(RevisionedSource):
             table = pd.read_csv(io.BytesIO(content), encoding="utf-8")
             if "Date" not in table.columns:
                 raise DataError(f"{name} has no column Date")
-            # The first ten characters: what follows is a time of day, whose offset changes with summer time.
-            table["Date"] = pd.to_datetime(table["Date"].astype(str).str[:10], format="%Y-%m-%d")
+            table["Date"] = written_dates(table["Date"], name)
         except (ValueError, pd.errors.ParserError) as error:
             raise DataError(f"{name} cannot be read as prices: {error}") from error
         return table.set_index("Date"), hashlib.sha256(content).hexdigest()

@@ -445,6 +445,20 @@ def bars_hash(frame: pd.DataFrame) -> str:
     return digest.hexdigest()
 
 
+def written_dates(column: "pd.Series[str]", name: str) -> "pd.Series[pd.Timestamp]":
+    """Return the dates that a column of the file ``name`` says; `DataError` names the first that is none.
+
+    What follows the first ten characters is a time of day, whose offset changes with summer time.
+    """
+    dates = pd.to_datetime(column.astype(str).str[:10], format="%Y-%m-%d", errors="coerce")
+    if (bad := np.flatnonzero(dates.isna())).size:
+        value = column.iloc[bad[0]]
+        said = "" if pd.isna(value) else str(value)
+        at = f"{name}, row {bad[0] + 2:,} (of the rows that are not empty; the heading is the first)"
+        raise DataError(f"{at}: {said[:40]!r} is not a date: write YYYY-MM-DD")
+    return dates
+
+
 def check_enough(frame: pd.DataFrame, needed_bars: int, purpose: str) -> None:
     """Raise ``InsufficientDataError`` when ``frame`` has fewer rows than ``purpose`` needs."""
     if (have := len(frame)) < needed_bars:

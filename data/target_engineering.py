@@ -30,7 +30,7 @@ from data.feature_engineer import (
 )
 from data.indicators import MIN_SIGMA_LOG, FloatArray, bar_moves
 from data.schema import Bars, calendar_name, normalise_symbol
-from utils.base import AIStocksError, DataError, InsufficientDataError, UsageError, cached
+from utils.base import AIStocksError, DataError, InsufficientDataError, UnknownSymbolError, UsageError, cached
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +160,15 @@ def resolve_universe(spec: str) -> tuple[str, ...]:
     if not symbols:
         raise UsageError(f"--universe {spec!r} names no symbol: use {', '.join(named)}, A,B,C or a file")
     return symbols
+
+
+def refuse_unknown_universe(spec: str, failures: Mapping[str, AIStocksError]) -> None:
+    """Raise ``UsageError`` where ``spec`` is one symbol that nobody knows: the name of a set, misspelt."""
+    symbols = resolve_universe(spec)
+    error = failures.get(symbols[0])
+    if len(symbols) == 1 and isinstance(error, UnknownSymbolError):
+        names = ", ".join(tomllib.loads(UNIVERSES_FILE.read_text(encoding="utf-8")))
+        raise UsageError(f"--universe {spec} is no set, there are {names}; as a symbol: {error}")
 
 
 def load_panel(

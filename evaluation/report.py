@@ -275,10 +275,7 @@ def training_report(
         # One model of many symbols: what is of this one, and what of all of them, must not be mixed up.
         together = f", {len(universe['symbols'])} symbols together"
         fills |= {"alone": f", of {symbol} alone", "together": together}
-    # A network takes every feature in every fold, and no settings are searched for it.
-    lacks = {"feature_stability"} if epochs else set()
-    measures = {name: value for name, value in (summary or {}).items() if name not in lacks}
-    page = _Trained("training", metadata, record, fills, measures)
+    page = _Trained("training", metadata, record, fills, summary or {})
     words = page.words
     ics = (_floats([fold[name] for fold in folds]) for name in ("ic", "ic_low", "ic_high"))
     ic = words.on("ic", charts.fold_chart([fold["test_start"][:7] for fold in folds], *ics))
@@ -288,7 +285,7 @@ def training_report(
     best = sorted(trials, key=lambda trial: (trial["state"] == "pruned", trial["inner_rmse"] or np.inf))
     best = [{"why": words.table["stopped"], **trial} for trial in best[:SHOWN_TRIALS]]
     learned = [words.section("epochs", words.records("epochs", epochs), bullets=[_read(words, folds)])]
-    tried_out: dict[str, int] = {}
+    tried_out: dict[str, int] = {}  # nothing is searched for a network
     if not epochs:
         tried_out = {"trials": len(trials)}
         looked = words.section("features", _importance(words, importance, folds))

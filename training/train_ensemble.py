@@ -12,6 +12,7 @@ where it beats the simple ensemble on the rows that both scored.
 
 import argparse
 import hashlib
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -53,8 +54,8 @@ from inference.position_sizing import make_sizer
 from training import run_log
 from training.train_gbm import fetch, look
 from training.trainer import OnEvent, as_told, facts_of, figures_of, headline_metrics, judge_lived, run_of
-from utils.base import AIStocksError, InsufficientDataError, Settings, read_settings
-from utils.model_paths import ENSEMBLE, artifact_link, training_lock
+from utils.base import AIStocksError, InsufficientDataError, ModelMissingError, Settings, read_settings
+from utils.model_paths import ENSEMBLE, GBM, LSTM, artifact_link, training_lock
 from validation.gates import judge, ranks_better_p_value, refuse_without_edge
 from validation.wfe_metrics import Run
 
@@ -346,10 +347,22 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def members_of(symbol: str, args: argparse.Namespace, settings: Settings) -> tuple[Bundle, Bundle]:
+    """Load both members; say which of them is missing, and what makes it from the same prices."""
+    kind, options = GBM, f" --source {shlex.quote(args.source)}" if args.source else ""
+    try:
+        gbm = load_bundle(settings.models_dir, symbol)
+        kind = LSTM
+        return gbm, load_lstm(settings.models_dir, symbol)
+    except ModelMissingError as error:
+        command = kind.train(symbol, options=options)
+        raise ModelMissingError(f"no {kind.name} model of {symbol}: run {command}") from error
+
+
 def join_symbol(symbol: str, args: argparse.Namespace, settings: Settings) -> run_log.Outcome:
     """Load both members, join, judge, save and report; return the result as plain data."""
     run_log.refuse_existing(symbol, args, settings)
-    gbm, lstm = load_bundle(settings.models_dir, symbol), load_lstm(settings.models_dir, symbol)
+    gbm, lstm = members_of(symbol, args, settings)
     bars = fetch(symbol, args, settings)
     trainer = EnsembleTrainer(gbm, lstm, method=args.method, config=MetaConfig(seed=args.seed))
     with (

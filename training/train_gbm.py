@@ -31,6 +31,7 @@ from data.target_engineering import (
     Dataset,
     check_horizon,
     load_panel,
+    refuse_unknown_universe,
     resolve_universe,
 )
 from inference.load_gbm_models import GBMBundle, PathModel, load_folder, save_bundle, versions_of
@@ -327,6 +328,7 @@ def with_others(
 
     wanted = sorted(set(resolve_universe(args.universe)) - set(symbols))
     others, failures = load_panel(wanted, usable, args.jobs)
+    refuse_unknown_universe(args.universe, failures)
     for symbol, error in failures.items():
         logger.warning("%s is left out of the universe: %s", symbol, error)
     panel = dict(sorted({**others, **named}.items()))

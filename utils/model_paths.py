@@ -57,9 +57,9 @@ class ArtifactKind:
     versions: str
     trainer: str
 
-    def train(self, symbol: str, *, anew: bool = False) -> str:
+    def train(self, symbol: str, *, anew: bool = False, options: str = "") -> str:
         """Return the command that makes an artifact of ``symbol``, for messages."""
-        return f"`python -m {self.trainer} {symbol}{' --overwrite' if anew else ''}`"
+        return f"`python -m {self.trainer} {symbol}{' --overwrite' if anew else ''}{options}`"
 
     def manage(self, command: str, symbol: str, options: str = "") -> str:
         """Return the command that shows or changes what is saved of ``symbol``, for messages."""

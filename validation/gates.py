@@ -78,7 +78,7 @@ IMPLAUSIBLE_IC, IMPLAUSIBLE_HITS, IMPLAUSIBLE_OVER_UP = 0.10, 0.57, 0.02
 # Outcomes beyond so many volatilities count as this many: one crash must not decide a test of a mean.
 OUTCOME_LIMIT_SIGMA = 4.0
 SEED, PERIODS_PER_YEAR = 7, 252
-# Classic gates: name, figure, the open interval in which it passes, and that in words.
+# Classic gates (signals: raw, not calibrated): name, figure, the open interval in which it passes, in words.
 CLASSIC = (
     ("walk-forward efficiency", "walk_forward_efficiency", 0.40, float("inf"), "> 40%"),
     ("direction accuracy", "direction_accuracy", 0.51, float("inf"), "> 51%"),

@@ -314,6 +314,8 @@ def test_make_source_makes_each_and_names_them_all_otherwise(csv_folder, tmp_pat
             make_source(bad)
     with pytest.raises(UsageError, match="no such folder"):
         make_source(f"csv:{tmp_path}/absent")
+    with pytest.raises(UsageError, match=r"AAPL.csv: that is a file; name its folder: csv:\S*prices$"):
+        make_source(f"csv:{csv_folder}/AAPL.csv")
 
 
 def test_a_csv_folder_says_what_it_has(csv_folder):
@@ -367,7 +369,10 @@ def test_a_file_that_may_not_be_read_is_named(csv_folder):
     [
         ("", "cannot be read"),
         ("Open,High\n1,2\n", "no column Date"),
-        ("Date,Open\nyesterday,1\n", "cannot be read"),
+        ("Date,Open\nyesterday,1\n", r"BAD.csv, row 2 .*: 'yesterday' is not a date: write YYYY-MM-DD"),
+        ("Date,Open\n2024-01-02,1\n\n2024-02-30,1\n", r"BAD.csv, row 3 .*: '2024-02-30' is not a date"),
+        ("Date,Open\n2024-01-02,1\n,1\n", r"BAD.csv, row 3 .*: '' is not a date"),
+        ("Date,Open\n2024-01-02,1\n03/01/2024,1\n", r"BAD.csv, row 3 .*: '03/01/2024' is not a date"),
         ("Date,Open\n2024-01-02,1\n", "High, Low, Close, Adj Close, Volume are missing"),
         ("<html>503</html>", "no column Date"),
     ],

@@ -283,10 +283,6 @@ def test_a_network_shows_how_it_learned_in_the_place_of_trials(
     name = folds[0]["selected_features"][0]
     assert f"Features read in {len(folds)} folds" in page
     assert f"{name} ({sum(name in fold['selected_features'] for fold in folds)})" in page
-    stable = {"feature_stability": 1.0}
-    with_epochs = training_report(symbol="AAPL", summary=stable, epochs=[{"epoch": 1, **learned}], **inputs)
-    assert "Stability of the features" not in render(with_epochs)
-    assert "Stability of the features" in render(training_report(symbol="AAPL", summary=stable, **inputs))
 
 
 def test_other_data_give_another_page(bars: pd.DataFrame, honest_page: str) -> None:

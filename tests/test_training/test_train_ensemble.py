@@ -264,10 +264,15 @@ def test_a_missing_member_names_the_command_that_makes_it(places: Path, capsys, 
     for name in ("models", "logs", "cache"):
         monkeypatch.setenv(f"AI_STOCKS_{name.upper()}_DIR", str(places / name))
     assert main(["SIGNAL"]) == 5
-    assert "python -m training.train_gbm SIGNAL" in " ".join(capsys.readouterr().err.split())
+    told = " ".join(capsys.readouterr().err.split())
+    assert "no gbm model of SIGNAL: run `python -m training.train_gbm SIGNAL`" in told
     monkeypatch.setattr(train_ensemble, "load_bundle", lambda _dir, symbol: bundles[symbol])
     assert main(["SIGNAL"]) == 5
-    assert "python -m training.train_lstm SIGNAL" in " ".join(capsys.readouterr().err.split())
+    told = " ".join(capsys.readouterr().err.split())
+    assert "no lstm model of SIGNAL: run `python -m training.train_lstm SIGNAL`" in told
+    assert main(["SIGNAL", "--source", "csv:my prices"]) == 5
+    told = " ".join(capsys.readouterr().err.split())
+    assert "run `python -m training.train_lstm SIGNAL --source 'csv:my prices'`" in told
     assert not list((places / "models").glob("[A-Z]*/ensemble"))
 
 

@@ -450,6 +450,14 @@ def test_leave_symbol_out_trains_without_its_rows(many, capsys, monkeypatch):
     assert "fewer than 2" in json.loads(capsys.readouterr().out)[0]["error"]
 
 
+@pytest.mark.parametrize(("word", "code", "is_named"), [("us500", 2, True), ("A,us500", 4, False)])
+def test_a_universe_of_one_word_that_is_no_symbol_is_told_the_sets(many, capsys, word, code, is_named):
+    for named in (["A"], ["A", "B"])[: 1 + is_named]:
+        assert main([*named, "--universe", word, "--json", "--validate-only"]) == code
+        error = json.loads(capsys.readouterr().out)[0]["error"]
+        assert ("us500 is no set, there are us50, sectors11, core5; as a symbol:" in error) is is_named
+
+
 def test_one_refused_symbol_of_a_pooled_run_stops_no_other(many, capsys):
     (many / "models" / "A").mkdir(parents=True)
     argv = ["GONE", "A", "B", "--universe", "C", "--validate-only", "--json"]
