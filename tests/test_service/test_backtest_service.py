@@ -41,7 +41,7 @@ class Momentum:
     def forecast(self, bars: pd.DataFrame) -> pd.DataFrame:
         returns = bars["Close"].pct_change()
         mean, sigma = returns.rolling(20).mean() * 5, returns.rolling(20).std() * np.sqrt(5)
-        frame = pd.DataFrame({"expected_return": mean, "sigma": sigma})
+        frame = pd.DataFrame({"expected_return": mean, "expected_log": np.log1p(mean), "sigma": sigma})
         constants = {"baseline_return": 0.001, "p_win": 0.53, "payoff_ratio": 1.05, "skill_lower": 0.3}
         frame = frame.assign(**constants, lower=mean - 1.28 * sigma, upper=mean + 1.28 * sigma)
         frame = frame.assign(prob_up=(0.5 + mean).clip(0.05, 0.95), is_of_other_prices=False)
