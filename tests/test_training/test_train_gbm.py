@@ -285,7 +285,7 @@ def test_the_path_passes_through_the_forecasts_of_every_horizon(places, capsys):
     single = load_bundle(places / "models", "SIGNAL")
     assert (single.path_models, alone["path_models"]) == ((), {})
     pd.testing.assert_frame_equal(single.record, bundle.record)
-    plain = decide("SIGNAL", frame, BundleForecaster(bundle=single), make_sizer()).frame
+    plain = decide("SIGNAL", frame, BundleForecaster(bundle=single, as_lived=True), make_sizer()).frame
     pd.testing.assert_frame_equal(plain, decisions.frame.drop(columns="expected_log_h1"))
 
 
