@@ -726,7 +726,7 @@ class Shelf:
         if name != "ensemble":
             models = SimpleNamespace(models={name: None})
             return replace(bundle_of("AAPL", version), ensemble=models, metadata=metadata)  # type: ignore[arg-type]
-        record = pd.DataFrame({"date": pd.bdate_range("2020-01-01", periods=3)})
+        record = pd.DataFrame({"date": pd.bdate_range("2020-01-01", periods=3), "realised_log": 0.01})
         return EnsembleBundle(
             symbol="AAPL",
             horizon_bars=5,
