@@ -28,9 +28,9 @@ from data.feature_engineer import (
     usable_rows,
     warmup_bars,
 )
-from data.indicators import MIN_SIGMA_LOG, FloatArray, bar_moves
+from data.indicators import MIN_SIGMA_LOG, FloatArray, bar_moves, cached
 from data.schema import Bars, calendar_name, normalise_symbol
-from utils.base import AIStocksError, DataError, InsufficientDataError, UnknownSymbolError, UsageError, cached
+from utils.base import AIStocksError, DataError, InsufficientDataError, UnknownSymbolError, UsageError
 
 logger = logging.getLogger(__name__)
 

@@ -406,7 +406,8 @@ def go_back(symbol: str, args: argparse.Namespace, settings: Settings) -> run_lo
     with training_lock(folder, symbol):
         before = current_version(folder, symbol, args.kind).name
         now = roll_back(folder, symbol, args.kind, args.program.load_folder).name
-    told = f"{symbol}: {now} serves, instead of {before}; undo: {args.kind.serve_again(symbol, before)}"
+    undo = args.kind.manage("rollback", symbol, f" --to {before}")
+    told = f"{symbol}: {now} serves, instead of {before}; undo: {undo}"
     return {"symbol": symbol, "model_version": now, "rolled_back_from": before, "message": told}
 
 
