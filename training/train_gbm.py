@@ -22,8 +22,8 @@ from joblib import Parallel, delayed
 from rich.console import Console
 
 from data.cache_manager import BarCache
-from data.data_fetcher import fetch_stock_data, make_news, make_source, refuse_delisted, with_enough_headlines
-from data.data_validator import findings
+from data.data_fetcher import fetch_stock_data, make_news, make_source
+from data.data_validator import findings, refuse_delisted, with_enough_headlines
 from data.feature_engineer import MAX_WARMUP_BARS, get_feature_columns
 from data.schema import Bars, check_enough, normalise_symbol
 from data.target_engineering import (

@@ -435,10 +435,6 @@ def print_rows(console: "Console", rows: Sequence[Mapping[str, object]]) -> None
     for name in rows[0]:
         table.add_column(name.replace("_", " "), overflow="fold")
     for row in rows:
-        table.add_row(
-            *(
-                f"{c:.4g}" if isinstance(c, float) else escape("" if c is None else str(c))
-                for c in row.values()
-            )
-        )
+        cells = (f"{c:.4g}" if isinstance(c, float) else str("" if c is None else c) for c in row.values())
+        table.add_row(*map(escape, cells))
     console.print(table)

@@ -24,10 +24,9 @@ from data.data_fetcher import (
     check_answer,
     fetch_stock_data,
     make_source,
-    refuse_delisted,
     settled_rows,
 )
-from data.schema import BAR_COLUMNS, RAW_COLUMNS, Bars, BarsReport, Provenance, bars_hash
+from data.schema import BAR_COLUMNS, RAW_COLUMNS, bars_hash
 from utils.base import DataError, UnknownSymbolError, UpstreamError, UsageError
 
 Answer = tuple[int, bytes]
@@ -584,18 +583,3 @@ def test_yahoos_failure_beside_a_cache_is_stale_bars(yahoo, make_bars, tmp_path,
     assert bars.provenance.stale
     assert bars.provenance.last_session == table.index[289]
     pd.testing.assert_frame_equal(bars.frame, good.frame)
-
-
-def as_bars(frame: pd.DataFrame) -> Bars:
-    seen = Provenance(
-        source="yahoo", fetched_at=datetime(2010, 1, 1, tzinfo=UTC), last_session=frame.index[-1], stale=True
-    )
-    return Bars(symbol="AAPL", frame=frame, provenance=seen, report=BarsReport())
-
-
-def test_what_stopped_trading_is_not_trained(make_bars):
-    bars = as_bars(make_bars(n=100))
-    last = bars.frame.index[-1]
-    refuse_delisted(bars, (last + pd.Timedelta(days=10)).tz_localize("UTC").to_pydatetime())
-    with pytest.raises(DataError, match=r"no bar since .* delisted .* --source csv:DIR"):
-        refuse_delisted(bars, (last + pd.Timedelta(days=30)).tz_localize("UTC").to_pydatetime())
