@@ -27,24 +27,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from data.data_fetcher import (
-    BarSource,
-    RawAnswer,
-    RevisionedSource,
-    check_answer,
-    last_due,
-    make_source,
-    settled_rows,
-)
+from data.data_fetcher import BarSource, FileSource, RawAnswer, check_answer, last_due, make_source, settled
 from data.schema import PRICE_COLUMNS, calendar_for, normalise_symbol
-from utils.base import (
-    DataError,
-    Settings,
-    StorageError,
-    UnknownSymbolError,
-    UpstreamError,
-    run_command,
-)
+from utils.base import DataError, Settings, StorageError, UnknownSymbolError, UpstreamError, run_command
 from utils.model_paths import holding, symbol_dir, write_whole
 
 logger = logging.getLogger(__name__)
@@ -228,7 +213,7 @@ class BarCache:
         return found
 
     def _is_fresh(self, meta: TableMeta, source: BarSource, now: datetime) -> bool:
-        if isinstance(source, RevisionedSource):
+        if isinstance(source, FileSource):
             return meta.revision == source.revision(meta.symbol)
         calendar = calendar_for(meta.symbol)
         last_closed = calendar.last_closed_session(now)
@@ -245,13 +230,13 @@ class BarCache:
         raw, revision = None, None
         if extend is not None and not whole:
             start = priced_rows(extend.frame).index[-OVERLAP_BARS:][0].date()
-            newer = settled_rows(source.fetch(symbol, start=start), last_closed)
+            newer = settled(source.fetch(symbol, start=start), last_closed)
             raw = join_raw(extend.frame, newer, tolerance=PRICE_TOLERANCE)
-        if isinstance(source, RevisionedSource):
+        if isinstance(source, FileSource):
             # A file is kept as it is: another ``now`` may want more of it. A live bar may still form.
             raw, revision = source.fetch_revised(symbol)
         elif raw is None:
-            raw = settled_rows(source.fetch(symbol), last_closed)
+            raw = settled(source.fetch(symbol), last_closed)
         try:
             check_answer(symbol, raw, source.name, now)
             if extend is not None:

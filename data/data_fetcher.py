@@ -234,7 +234,7 @@ class BarSource(ABC):
         """
 
 
-class RevisionedSource(BarSource):
+class FileSource(BarSource):
     """A source whose table is read whole, and that can say cheaply whether it is another one than before."""
 
     is_live = False
@@ -304,7 +304,7 @@ def fetch_stock_data(
     return with_headlines(Bars(symbol=symbol, frame=frame, provenance=seen, report=report), source.news)
 
 
-def settled_rows(raw: pd.DataFrame, last_closed: pd.Timestamp) -> pd.DataFrame:
+def settled(raw: pd.DataFrame, last_closed: pd.Timestamp) -> pd.DataFrame:
     """Return the rows of a raw table whose sessions had closed by ``last_closed`` (tz-naive)."""
     return raw.loc[bar_dates(raw) <= last_closed]
 
@@ -317,11 +317,11 @@ def check_answer(
     Raises ``DataError``, which names symbol and source, if the table cannot be used.
     """
     calendar = calendar_for(symbol)
-    settled = settled_rows(raw, calendar.last_closed_session(now))
-    if settled.empty:
+    ended = settled(raw, calendar.last_closed_session(now))
+    if ended.empty:
         raise DataError(f"{symbol}: {source_name} has no session that had closed by {now:%Y-%m-%d %H:%M} UTC")
     try:
-        frame, report = clean_bars(settled)
+        frame, report = clean_bars(ended)
         closed = calendar.off_calendar(pd.DatetimeIndex(frame.index))
         refuse_above(len(closed), len(frame), MAX_OFF_CALENDAR, "rows lie on days without a session")
         frame = frame.drop(index=closed) if len(closed) else frame
@@ -334,7 +334,7 @@ def check_answer(
         rows=len(frame),
         off_calendar=len(closed),
         missing_sessions=missing,
-        unfinished_dropped=len(raw) - len(settled),
+        unfinished_dropped=len(raw) - len(ended),
     )
 
 
@@ -383,6 +383,7 @@ def make_source(spec: str, *, cache_dir: Path | None = None, news: NewsSource | 
     return source
 
 
+@dataclass(eq=False)
 class YahooSource(BarSource):
     """Yahoo Finance by way of yfinance, whose caches lie in ours and whose errors are made to show.
 
@@ -393,27 +394,22 @@ class YahooSource(BarSource):
     name = "yahoo"
     is_live = True
 
-    def __init__(
-        self,
-        cache_dir: Path,
-        *,
-        attempts: int = 3,
-        backoff_s: float = 1.0,
-        timeout_s: float = 10.0,
-        session: object | None = None,
-    ) -> None:
-        self._cache_dir, self._timeout_s, self._session = cache_dir / "yfinance", timeout_s, session
-        self._retrying = Retrying(
-            stop=stop_after_attempt(attempts),
-            wait=wait_random_exponential(multiplier=backoff_s, max=30.0),
-            retry=retry_if_exception_type(UpstreamError),
-            reraise=True,
-        )
+    cache_dir: Path
+    attempts: int = 3
+    backoff_s: float = 1.0
+    timeout_s: float = 10.0
+    session: object | None = None
 
     def fetch(self, symbol: str, *, start: date | None = None) -> pd.DataFrame:
         """Return Yahoo's rows; see :class:`BarSource`."""
+        retrying = Retrying(
+            stop=stop_after_attempt(self.attempts),
+            wait=wait_random_exponential(multiplier=self.backoff_s, max=30.0),
+            retry=retry_if_exception_type(UpstreamError),
+            reraise=True,
+        )
         try:
-            table = self._retrying.copy()(self._ask, symbol, start)
+            table = retrying(self._ask, symbol, start)
         except UpstreamError as error:
             raise UpstreamError(
                 f"Yahoo cannot be reached for {symbol} ({error}): try again later, or work without it by "
@@ -431,9 +427,9 @@ class YahooSource(BarSource):
         yfinance.cache.get_tz_cache().store(symbol, calendar_for(symbol).timezone)
         yfinance.data.YfData.cache_get.cache_clear()
         try:
-            ticker = yfinance.Ticker(symbol, session=self._session)
+            ticker = yfinance.Ticker(symbol, session=self.session)
             span = {"period": "max"} if start is None else {"start": start.isoformat()}
-            table = ticker.history(**span, auto_adjust=False, actions=True, timeout=self._timeout_s)
+            table = ticker.history(**span, auto_adjust=False, actions=True, timeout=self.timeout_s)
             return pd.DataFrame(table)
         except yfinance.exceptions.YFTickerMissingError as error:
             if _UNKNOWN.search(str(error)) is None:
@@ -451,11 +447,11 @@ class YahooSource(BarSource):
         # Its own deprecations, which yfinance turns on for its users to read, are nobody's business here.
         warnings.filterwarnings("ignore", category=DeprecationWarning, module="^yfinance")
         yfinance.config.debug.hide_exceptions = False
-        yfinance.set_tz_cache_location(str(self._cache_dir))
+        yfinance.set_tz_cache_location(str(self.cache_dir / "yfinance"))
         return yfinance
 
 
-class CsvSource(RevisionedSource):
+class CsvSource(FileSource):
     """A folder with ``<SYMBOL>.csv`` of ``Date`` and ``RAW_COLUMNS``; its last part goes into the name."""
 
     def __init__(self, directory: Path) -> None:
@@ -476,7 +472,7 @@ class CsvSource(RevisionedSource):
             raise UpstreamError(f"{symbol}.csv of {self.name} cannot be read: {error.strerror}") from error
 
 
-class SampleSource(RevisionedSource):
+class SampleSource(FileSource):
     """Real prices of AAPL, FB, GOOG, IBM and MSFT from 2000 to March 2013, embedded in ``bokeh_sampledata``.
 
     The table (Quandl WIKI, public domain) holds prices and volumes as printed on the day, and ``Adj Close``

@@ -285,8 +285,7 @@ def cached_features(
     difference is logged as what it is, a feature that reads later bars.
 
     It is a check of the past and a record, not a shortcut: reading the features back, with their checksums,
-    takes longer than to compute them, as training and serving do. The key knows nothing of the optional
-    families' series.
+    takes longer than to compute them. The key knows nothing of the optional families' series.
     """
     symbol, source = bars.symbol, bars.provenance.source
     key = bars_hash(bars.frame)
@@ -328,9 +327,8 @@ def findings(bars: Bars, horizon_bars: int, cache: BarCache | None = None) -> tu
         features = cached_features(
             bars, cache, engineer_features, feature_set_hash=feature_set_hash(), horizon_bars=horizon_bars
         )
-    validator = DataValidator(
-        bars.frame, features, horizon_bars=horizon_bars, calendar=calendar_for(bars.symbol)
-    )
+    calendar = calendar_for(bars.symbol)
+    validator = DataValidator(bars.frame, features, horizon_bars=horizon_bars, calendar=calendar)
     why = bars.sentiment.get("reason")
     lacking = () if why is None else (f"trained without headlines: {why}",)
     return (*validator.run_all_validations().problems(), *lacking)
@@ -345,8 +343,7 @@ def adf_p_value(values: FloatArray, lags: int) -> float:
     except (ValueError, np.linalg.LinAlgError, SingularMatrixWarning):
         # A column of a few distinct values can leave the regression without rank: nothing is known about it.
         return 1.0
-    p_value = float(result[1])
-    return p_value if np.isfinite(p_value) else 1.0
+    return float(np.nan_to_num(result[1], nan=1.0, posinf=1.0, neginf=1.0))
 
 
 def _tie(left: FloatArray, right: FloatArray) -> float:

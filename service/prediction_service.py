@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from data.cache_manager import BarCache
-from data.data_fetcher import BarSource, Held, RevisionedSource, fetch_stock_data
+from data.data_fetcher import BarSource, FileSource, Held, fetch_stock_data
 from data.schema import bars_hash, calendar_for, check_enough, normalise_symbol
 from evaluation.metrics import Z_90
 from inference.pipeline import Decisions, decide, path_ahead
@@ -88,7 +88,7 @@ def hold_bars(
 ) -> Held:
     """Fetch bars to be kept in memory; where that fails, those from before, if any, marked stale."""
     try:
-        revision = source.revision(symbol) if isinstance(source, RevisionedSource) else None
+        revision = source.revision(symbol) if isinstance(source, FileSource) else None
         if before is not None and revision is not None and before.revision == revision:
             held = before.at(now)
         else:

@@ -409,11 +409,7 @@ def _swap(link: Path, target: Path) -> None:
 
 
 def roll_back(
-    models_dir: Path,
-    symbol: str,
-    kind: ArtifactKind,
-    load: Callable[[Path], object],
-    to: str | None = None,
+    models_dir: Path, symbol: str, kind: ArtifactKind, load: Callable[[Path], object], to: str | None = None
 ) -> Path:
     """Let the newest earlier version that loads serve again, or ``to``, which may be a newer one.
 

@@ -24,7 +24,7 @@ from data.data_fetcher import (
     check_answer,
     fetch_stock_data,
     make_source,
-    settled_rows,
+    settled,
 )
 from data.schema import BAR_COLUMNS, RAW_COLUMNS, bars_hash
 from utils.base import DataError, UnknownSymbolError, UpstreamError, UsageError
@@ -285,7 +285,7 @@ def test_a_past_moment_reveals_a_prefix(csv_folder):
 
 def test_bars_of_closed_days_go_and_gaps_are_counted(make_bars):
     raw = raw_table(make_bars(300))
-    assert len(settled_rows(raw, raw.index[99])) == 100
+    assert len(settled(raw, raw.index[99])) == 100
     saturday = raw.iloc[[4]].set_axis(raw.index[[4]] + pd.Timedelta(days=1))
     spoiled = pd.concat([raw.drop(raw.index[[50, 60]]), saturday])
     frame, report = check_answer("AAPL", spoiled, "yahoo", datetime.now(UTC))
@@ -519,7 +519,7 @@ def test_yfinance_keeps_its_files_in_our_cache(yahoo, make_bars):
     fake, source = yahoo
     fake.tables["AAPL"] = raw_table(make_bars(300))
     source.fetch("AAPL")
-    assert yfinance.cache._TzDBManager.get_location() == str(source._cache_dir)
+    assert yfinance.cache._TzDBManager.get_location() == str(source.cache_dir / "yfinance")
     assert yfinance.config.debug.hide_exceptions is False
 
 
