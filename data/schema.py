@@ -255,9 +255,8 @@ def _count(words: str) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BarsReport:
-    """What was found in a raw table, in rows: ``raw_rows`` came and ``rows`` are left."""
+    """What was found in a raw table, in rows; ``rows`` are left."""
 
-    raw_rows: int = 0
     rows: int = 0
     nan_tail_dropped: int = _count("row{|s} without prices at the end {was|were} dropped")
     unfinished_dropped: int = _count("row{|s} of sessions that had not closed yet {was|were} dropped")
@@ -323,7 +322,7 @@ def clean_bars(raw: pd.DataFrame) -> tuple[pd.DataFrame, BarsReport]:
     ``DataError`` if columns or dates are missing, nothing usable is left, or a limit is passed.
     """
     table = _as_numbers(raw)
-    counts = {"raw_rows": len(table)}
+    counts = dict[str, int]()
     for mend in (_order, _drop_missing, _drop_impossible):
         table = mend(table, counts)
     if table.empty:
