@@ -49,7 +49,6 @@ from utils.base import (
     UnknownSymbolError,
     UpstreamError,
     UsageError,
-    existing_folder,
 )
 from utils.model_paths import holding, write_whole
 
@@ -83,12 +82,21 @@ def make_news(settings: Settings) -> "NewsSource | None":
     raise UsageError(f"AI_STOCKS_NEWS={settings.news!r} is no source of headlines: use csv:DIR or finnhub")
 
 
+def _folder(path: Path, option: str) -> tuple[Path, str]:
+    """Return a folder that ``option`` names, and its source's name; `UsageError` where there is none."""
+    if path.is_file():
+        hint = f"name its folder: {option.rsplit(maxsplit=1)[-1]}{path.parent}"
+        raise UsageError(f"{option}{path}: that is a file; {hint}")
+    if not path.is_dir():
+        raise UsageError(f"{option}{path}: there is no such folder")
+    return path, f"csv:{path.resolve().name}"
+
+
 class CsvNews:
     """A folder that holds ``<SYMBOL>.csv`` with the columns ``date,headline,source``."""
 
     def __init__(self, directory: Path) -> None:
-        self._directory = existing_folder(directory, "AI_STOCKS_NEWS=csv:")
-        self.name = f"csv:{directory.resolve().name}"
+        self._directory, self.name = _folder(directory, "AI_STOCKS_NEWS=csv:")
 
     def read(self, symbol: str) -> pd.DataFrame:
         """Return a normalised symbol's headlines by date; raises `UpstreamError` or `DataError`."""
@@ -455,8 +463,7 @@ class CsvSource(FileSource):
     """A folder with ``<SYMBOL>.csv`` of ``Date`` and ``RAW_COLUMNS``; its last part goes into the name."""
 
     def __init__(self, directory: Path) -> None:
-        self._directory = existing_folder(directory, "--source csv:")
-        self.name = f"csv:{directory.resolve().name}"
+        self._directory, self.name = _folder(directory, "--source csv:")
 
     def _parse(self, symbol: str, content: bytes) -> pd.DataFrame:
         return _dated(io.BytesIO(content), f"{symbol}.csv", ["Date"], texts=False).set_index("Date")

@@ -343,17 +343,6 @@ def at_least(lowest: int, highest: int = sys.maxsize) -> Callable[[str], int]:
     return read
 
 
-def existing_folder(path: Path, option: str) -> Path:
-    """Return a folder that ``option`` names; `UsageError` where there is none."""
-    if path.is_file():
-        raise UsageError(
-            f"{option}{path}: that is a file; name its folder: {option.rsplit(maxsplit=1)[-1]}{path.parent}"
-        )
-    if not path.is_dir():
-        raise UsageError(f"{option}{path}: there is no such folder")
-    return path
-
-
 def session(text: str) -> datetime:
     """Read a date of the command line; words such as ``now`` are none."""
     try:
