@@ -1,7 +1,8 @@
 """Indicators on arrays: rolling windows without cancellation, and TA-Lib with its degenerate cases mended.
 
 Every kernel writes row t from rows 0..t only, in one fixed order of additions, so that the result on a prefix
-equals the prefix of the result to the last bit. No kernel uses ``fastmath``, which would void that.
+equals the prefix of the result to the last bit. No kernel uses ``fastmath``, which would void that. What
+numba compiles, of these and of other rooms' kernels, is kept by `cached`.
 """
 
 import logging
