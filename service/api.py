@@ -3,7 +3,7 @@
 Every answer is JSON and every error a problem (RFC 9457) whose ``detail`` is a string; `STATUS_OF` says which
 status an error becomes. Routes that compute do so in the bounded `WorkPool`, so that health never waits.
 
-From the outside in: `edge.Observer`, `edge.Shortcut`, cross-origin headers, `edge.Guard`, the routes.
+From the outside in: `edge.Observer`, cross-origin headers, `edge.Guard`, the routes.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -27,7 +27,7 @@ from pydantic import ValidationError
 from pydantic.json_schema import models_json_schema
 from sse_starlette import EventSourceResponse
 from starlette.convertors import StringConvertor, register_url_convertor
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
@@ -56,19 +56,13 @@ PREFLIGHT = {"origin", "access-control-request-method"}
 WHO_MAY_ASK = "GET, POST and DELETE are served, to the origins that PYTHON_API_ALLOW_ORIGINS names"
 # The nearest ancestor of an error decides.
 STATUS_OF: Mapping[type[AIStocksError], int] = {
-    errors.UsageError: 422,
-    errors.JobMissingError: 404,
-    errors.UnknownSymbolError: 404,
-    errors.UpstreamError: 503,
-    errors.DataError: 422,
-    errors.ModelMissingError: 404,
-    errors.ModelError: 503,
-    errors.ConflictError: 409,
-    errors.GateRefusedError: 409,
-    errors.StorageError: 507,
-    errors.OverloadError: 503,
-    errors.DeadlineError: 504,
+    **dict.fromkeys((errors.JobMissingError, errors.UnknownSymbolError, errors.ModelMissingError), 404),
+    **dict.fromkeys((errors.ConflictError, errors.GateRefusedError), 409),
+    **dict.fromkeys((errors.UsageError, errors.DataError), 422),
     AIStocksError: 500,
+    **dict.fromkeys((errors.UpstreamError, errors.ModelError, errors.OverloadError), 503),
+    errors.DeadlineError: 504,
+    errors.StorageError: 507,
 }
 
 # What any request may meet, and what one with a body or one that writes may meet besides.
@@ -80,8 +74,8 @@ DOCS_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'n
 
 Days = Annotated[int, Query(ge=1, le=wire.MAX_CHART_BARS)]
 VersionInQuery = Annotated[str | None, Query(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
-SYMBOL = PathParameter(json_schema_extra={"pattern": wire.SYMBOL_PATTERN, "maxLength": 64})
-SymbolInPath = Annotated[str, SYMBOL]
+_SYMBOL = {"pattern": wire.SYMBOL_PATTERN, "maxLength": 64}
+SymbolInPath = Annotated[str, PathParameter(json_schema_extra=_SYMBOL)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,16 +139,6 @@ class EventStream(EventSourceResponse):
             streams.discard(self)
 
 
-class Api(FastAPI):
-    """The framework behind the edge: what the edge answers costs none of the framework's own layers."""
-
-    outermost: edge.Application
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one connection."""
-        await self.outermost(scope, receive, send)
-
-
 def create_api(services: Services) -> FastAPI:
     """Build the application around its services."""
     register_url_convertor("text", TextConvertor())
@@ -162,7 +146,7 @@ def create_api(services: Services) -> FastAPI:
     pool = edge.WorkPool(threads=rules.work_threads, queue=rules.work_queue, deadline_s=rules.deadline_s)
     pending = ("Requests that compute or wait to", lambda: float(pool.pending))
     metrics = edge.Metrics({"work_pending": pending, **services.gauges})
-    api = Api(
+    api = FastAPI(
         title="AI-Stocks",
         version=VERSION,
         lifespan=partial(_running, services, pool),
@@ -172,70 +156,32 @@ def create_api(services: Services) -> FastAPI:
         redoc_url=None,
         responses={"default": {"model": wire.Problem, "description": "Every error"}},
     )
-    api.state.source = services.source_name
-    api.state.streams = set()
+    api.exception_handler(AIStocksError)(_on_our_error)
+    api.exception_handler(RequestValidationError)(_on_invalid)
+    api.exception_handler(StarletteHTTPException)(_on_http_error)
+    api.state.source, api.state.streams, api.state.ready = services.source_name, set(), False
     stock_openapi = api.openapi
     api.openapi = lambda: api.openapi_schema or document_errors(stock_openapi())  # type: ignore[method-assign]
     routers = {name: APIRouter(tags=[name]) for name in ("health", "models", "prices", "training", "judging")}
-    _add_health(routers["health"], services)
+    _add_health(routers["health"], services, metrics)
     _add_models(routers["models"], services, pool)
     _add_prices(routers["prices"], services.predictions, pool)
     _add_training(routers["training"], services.training)
     _add_judging(routers["judging"], services, pool)
     for router in routers.values():
         api.include_router(router)
-    _add_pages(api, metrics)
-    api.exception_handler(AIStocksError)(_on_our_error)
-    api.exception_handler(RequestValidationError)(_on_invalid)
-    api.exception_handler(StarletteHTTPException)(_on_http_error)
-    api.outermost = _outermost(api, services, metrics)
-    return api
-
-
-def _outermost(api: FastAPI, services: Services, metrics: edge.Metrics) -> edge.Application:
-    """Return the application from the outside in."""
-    rate = edge.RateLimit(services.rules.rate_per_s, services.rules.rate_burst)
-    # Not around the framework, which has an answer of its own to what nobody caught.
-    api.add_middleware(edge.Guard, rules=services.rules, rate=rate)
-    # What the guard answers carries cross-origin headers too.
-    cors = CrossOrigin(
-        partial(FastAPI.__call__, api),
+    # From the inside out. What the guard answers carries cross-origin headers, too.
+    api.add_middleware(edge.Guard, rules=rules, ready=services.predictions.ready_answer)
+    api.add_middleware(
+        CrossOrigin,
         allow_origins=services.origins,
         allow_methods=["GET", "POST", "DELETE"],
         allow_headers=["*"],
         expose_headers=["X-Request-ID", "Content-Disposition", "Retry-After"],
     )
-
-    @lru_cache(maxsize=100)
-    def cross_origin(origin: bytes) -> list[tuple[bytes, bytes]]:
-        headers = MutableHeaders(cors.simple_headers if origin else {})
-        if origin and cors.is_allowed_origin(origin.decode("latin-1")):
-            cors.allow_explicit_origin(headers, origin.decode("latin-1"))
-        else:
-            headers["Vary"] = "Origin"
-        return headers.raw
-
-    ready = services.predictions.ready_answer
-    shortcut = edge.Shortcut(cors, rules=services.rules, rate=rate, ready=ready, cross_origin=cross_origin)
     paths, stopping = lambda: api.openapi()["paths"], services.stopping
-    return edge.Observer(shortcut, metrics=metrics, stopping=stopping, known_paths=paths)
-
-
-def _add_pages(api: FastAPI, metrics: edge.Metrics) -> None:
-    """Add what is for people and machines beside the page: it is no part of the contract."""
-
-    @api.get("/metrics", include_in_schema=False)
-    def figures() -> Response:
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    @api.get("/docs", include_in_schema=False)
-    def docs() -> Response:
-        # Only who reads it pays for the template's library; nothing on the page comes from elsewhere.
-        import jinja2  # noqa: PLC0415
-
-        template = jinja2.Environment(autoescape=True).from_string(DOCS.read_text(encoding="utf-8"))
-        headers = {"Content-Security-Policy": DOCS_POLICY}
-        return Response(template.render(api=api.openapi()), headers=headers, media_type="text/html")
+    api.add_middleware(edge.Observer, metrics=metrics, stopping=stopping, known_paths=paths)
+    return api
 
 
 def document_errors(schema: dict[str, Any]) -> dict[str, Any]:
@@ -269,7 +215,7 @@ async def _running(services: Services, pool: edge.WorkPool, api: FastAPI) -> Asy
     await asyncio.to_thread(services.on_stop)
 
 
-def _add_health(router: APIRouter, services: Services) -> None:
+def _add_health(router: APIRouter, services: Services, metrics: edge.Metrics) -> None:
     @router.get("/", response_model=wire.Welcome)
     def welcome() -> Response:
         """Say what this is."""
@@ -288,9 +234,23 @@ def _add_health(router: APIRouter, services: Services) -> None:
     @router.get("/api/health/ready", response_model=wire.StatusAnswer)
     def ready(request: Request) -> Response:
         """Say whether requests are welcome: not before the start has ended, nor once it stops."""
-        if services.stopping() or not getattr(request.app.state, "ready", False):
+        if services.stopping() or not request.app.state.ready:
             raise HTTPException(503, "the service is starting or stopping", {"Retry-After": "1"})
         return answer(wire.StatusAnswer(status="ok", models=len(services.registry.list())))
+
+    # For people and machines beside the page: no part of the contract.
+    @router.get("/metrics", include_in_schema=False)
+    def figures() -> Response:
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @router.get("/docs", include_in_schema=False)
+    def docs(request: Request) -> Response:
+        # Only who reads it pays for the template's library; nothing on the page comes from elsewhere.
+        import jinja2  # noqa: PLC0415
+
+        template = jinja2.Environment(autoescape=True).from_string(DOCS.read_text(encoding="utf-8"))
+        said = template.render(api=request.app.openapi())
+        return Response(said, headers={"Content-Security-Policy": DOCS_POLICY}, media_type="text/html")
 
 
 def _unless_training(services: Services, model_id: str, change: Callable[[str], T]) -> T:
@@ -452,15 +412,14 @@ def problem(scope: Scope, status: int, detail: str, headers: Mapping[str, str] |
 
 
 def _on_our_error(request: Request, error: AIStocksError) -> Response:
-    status = next(STATUS_OF[cls] for cls in type(error).__mro__ if cls in STATUS_OF)
+    kind = next(cls for cls in type(error).__mro__ if cls in STATUS_OF)
+    status, wait_s = STATUS_OF[kind], RETRY_AFTER_S.get(kind)
     if status == 500:
         return problem(request.scope, 500, edge.unexpected_detail(request.scope, error))
     logger.info("%s %s: %s", status, request.url.path.encode("unicode_escape").decode(), error)
-    waits = [str(wait_s) for cls, wait_s in RETRY_AFTER_S.items() if isinstance(error, cls) and status == 503]
-    headers = {"Retry-After": waits[0]} if waits else None
     source = request.app.state.source
     said = re.sub(TRAINING, lambda found: _training(found[1], source), without_paths(str(error)))
-    return problem(request.scope, status, said, headers)
+    return problem(request.scope, status, said, {"Retry-After": str(wait_s)} if wait_s else None)
 
 
 def _training(command: str, source: str) -> str:
@@ -472,12 +431,15 @@ def _training(command: str, source: str) -> str:
 
 
 def _on_http_error(request: Request, error: StarletteHTTPException) -> Response:
-    details = {404: "no such route: see /docs", 405: f"{request.method} is not served here: see /docs"}
-    stock = error.detail == http.HTTPStatus(error.status_code).phrase
-    detail = details.get(error.status_code, str(error.detail)) if stock else str(error.detail)
-    allowed = edge.methods_of(request.scope["path"], request.app.openapi()["paths"])
-    headers = {"Allow": allowed} if allowed and error.status_code == 405 else error.headers
-    return problem(request.scope, error.status_code, detail, headers)
+    status, detail, path = error.status_code, str(error.detail), request.scope["path"]
+    if detail == http.HTTPStatus(status).phrase:
+        ours = {404: "no such route: see /docs", 405: f"{request.method} is not served here: see /docs"}
+        detail = ours.get(status, detail)
+    items = request.app.openapi()["paths"].items() if status == 405 else ()
+    fits = [item for known, item in items if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", known), path)]
+    # All of the path, and not those of the one route that the framework met first.
+    allowed = ", ".join(sorted({method.upper() for item in fits for method in item}))
+    return problem(request.scope, status, detail, {"Allow": allowed} if allowed else error.headers)
 
 
 def _on_invalid(request: Request, error: RequestValidationError) -> Response:
