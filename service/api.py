@@ -3,7 +3,7 @@
 Every answer is JSON and every error a problem (RFC 9457) whose ``detail`` is a string; `STATUS_OF` says which
 status an error becomes. Routes that compute do so in the bounded `WorkPool`, so that health never waits.
 
-From the outside in: `edge.Observer`, cross-origin headers, `edge.Guard`, the routes.
+From the outside in: `edge.Observer`, `edge.Shortcut`, cross-origin headers, `edge.Guard`, the routes.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -27,7 +27,7 @@ from pydantic import ValidationError
 from pydantic.json_schema import models_json_schema
 from sse_starlette import EventSourceResponse
 from starlette.convertors import StringConvertor, register_url_convertor
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
@@ -109,12 +109,11 @@ class CrossOrigin(CORSMiddleware):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
-        given, changes = Headers(raw=scope.get("headers", [])), edge.changes_something(scope)
-        if scope.get("method") == "OPTIONS" and set(given) >= PREFLIGHT:
+        if scope.get("method") == "OPTIONS" and set(given := Headers(scope=scope)) >= PREFLIGHT:
             stock = self.preflight_response(given)
             status, refused = stock.status_code, bytes(stock.body).decode().removeprefix("Disallowed CORS ")
             kept = {name: stock.headers[name] for name in stock.headers if not name.startswith("content-")}
-        elif changes and edge.is_from_elsewhere(scope) and not self.is_allowed_origin(given["origin"]):
+        elif edge.changes_something(scope) and edge.is_from_elsewhere(scope, self.is_allowed_origin):
             status, refused, kept = 403, "origin", {"Vary": "Origin"}
         else:
             await super().__call__(scope, receive, send)
@@ -139,6 +138,16 @@ class EventStream(EventSourceResponse):
             streams.discard(self)
 
 
+class Api(FastAPI):
+    """The framework behind the edge: what the edge answers costs none of the framework's own layers."""
+
+    outermost: edge.Application
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+        await self.outermost(scope, receive, send)
+
+
 def create_api(services: Services) -> FastAPI:
     """Build the application around its services."""
     register_url_convertor("text", TextConvertor())
@@ -146,7 +155,7 @@ def create_api(services: Services) -> FastAPI:
     pool = edge.WorkPool(threads=rules.work_threads, queue=rules.work_queue, deadline_s=rules.deadline_s)
     pending = ("Requests that compute or wait to", lambda: float(pool.pending))
     metrics = edge.Metrics({"work_pending": pending, **services.gauges})
-    api = FastAPI(
+    api = Api(
         title="AI-Stocks",
         version=VERSION,
         lifespan=partial(_running, services, pool),
@@ -170,18 +179,37 @@ def create_api(services: Services) -> FastAPI:
     _add_judging(routers["judging"], services, pool)
     for router in routers.values():
         api.include_router(router)
-    # From the inside out. What the guard answers carries cross-origin headers, too.
-    api.add_middleware(edge.Guard, rules=rules, ready=services.predictions.ready_answer)
-    api.add_middleware(
-        CrossOrigin,
+    api.outermost = _outermost(api, services, metrics)
+    return api
+
+
+def _outermost(api: FastAPI, services: Services, metrics: edge.Metrics) -> edge.Application:
+    """Return the application from the outside in."""
+    rate = edge.RateLimit(services.rules.rate_per_s, services.rules.rate_burst)
+    # Not around the framework, which has an answer of its own to what nobody caught.
+    api.add_middleware(edge.Guard, rules=services.rules, rate=rate)
+    # What the guard answers carries cross-origin headers too.
+    cors = CrossOrigin(
+        partial(FastAPI.__call__, api),
         allow_origins=services.origins,
         allow_methods=["GET", "POST", "DELETE"],
         allow_headers=["*"],
         expose_headers=["X-Request-ID", "Content-Disposition", "Retry-After"],
     )
+
+    @lru_cache(maxsize=100)
+    def cross_origin(origin: bytes) -> list[tuple[bytes, bytes]]:
+        headers = MutableHeaders(cors.simple_headers if origin else {})
+        if origin and cors.is_allowed_origin(origin.decode("latin-1")):
+            cors.allow_explicit_origin(headers, origin.decode("latin-1"))
+        else:
+            headers["Vary"] = "Origin"
+        return headers.raw
+
+    ready = services.predictions.ready_answer
+    shortcut = edge.Shortcut(cors, rules=services.rules, rate=rate, ready=ready, cross_origin=cross_origin)
     paths, stopping = lambda: api.openapi()["paths"], services.stopping
-    api.add_middleware(edge.Observer, metrics=metrics, stopping=stopping, known_paths=paths)
-    return api
+    return edge.Observer(shortcut, metrics=metrics, stopping=stopping, known_paths=paths)
 
 
 def document_errors(schema: dict[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from service.edge import (
     Receive,
     Scope,
     Send,
+    Shortcut,
     WorkPool,
     client_of,
 )
@@ -281,7 +282,8 @@ def call(app: Application, chunks: list[bytes | float], **scope: object) -> list
 
 
 def guard_of(app: Application, **rules: float) -> Guard:
-    return Guard(app, EdgeRules(**rules))  # type: ignore[arg-type]
+    bounds = EdgeRules(**rules)  # type: ignore[arg-type]
+    return Guard(app, bounds, RateLimit(bounds.rate_per_s, bounds.rate_burst))
 
 
 async def reads_all(scope: Scope, receive: Receive, send: Send) -> None:
@@ -357,8 +359,11 @@ def test_only_a_known_body_is_answered_without_the_framework(
     assert sent[1]["body"] == (b"at hand" if shortened else b"%d" % 5)
 
 
-def shortcut_of(ready: Callable[[bytes], bytes | None], **rules: float) -> Guard:
-    return Guard(reads_all, EdgeRules(**rules), ready)  # type: ignore[arg-type]
+def shortcut_of(ready: Callable[[bytes], bytes | None], **rules: float) -> Shortcut:
+    bounds = EdgeRules(**rules)  # type: ignore[arg-type]
+    rate = RateLimit(bounds.rate_per_s, bounds.rate_burst)
+    guard = Guard(reads_all, bounds, rate)
+    return Shortcut(guard, rules=bounds, rate=rate, ready=ready, cross_origin=lambda _: [])
 
 
 def test_what_keeps_the_shortcut_from_knowing_is_told_by_the_framework() -> None:
