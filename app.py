@@ -65,7 +65,7 @@ UNBOUNDED = (
 )
 
 # What a request may cost, by the names of `Settings` and `EdgeRules`.
-BOUNDS = ("rate_per_s", "rate_burst", "work_threads", "work_queue", "deadline_s")
+BOUNDS = {"rate_per_s", "rate_burst", "work_threads", "work_queue", "deadline_s"}
 # After the start a collection walks only what requests leave behind; the thresholds make it rare.
 GC_THRESHOLDS = (10_000, 20, 100)
 # A thread that computes keeps the interpreter so long; answers that need no computing wait for each of them.
@@ -101,7 +101,6 @@ def create_app(settings: Settings, listening: socket.socket | None = None) -> ed
         logger.warning("prices are fetched anew at every start: %s cannot be written", settings.cache_dir)
     cache, ledger = BarCache(settings.cache_dir) if is_kept else None, ForecastLedger(settings.database)
     outbox = Outbox(ledger.record)
-    predictions = PredictionService(registry=registry, source=source, cache=cache, on_served=outbox.keep)
     bars_of = functools.partial(fetch_stock_data, source=source, cache=cache)
     drain = Drain(settings.drain_s, listening)
 
@@ -112,7 +111,7 @@ def create_app(settings: Settings, listening: socket.socket | None = None) -> ed
     keys = tuple(key.get_secret_value() for key in settings.api_keys)
     services = Services(
         registry=registry,
-        predictions=predictions,
+        predictions=PredictionService(registry=registry, source=source, cache=cache, on_served=outbox.keep),
         training=training,
         track_record=functools.partial(track_record, ledger, bars_of),
         source_name=source.name,
@@ -120,7 +119,7 @@ def create_app(settings: Settings, listening: socket.socket | None = None) -> ed
         on_start=on_start,
         on_stop=outbox.close,
         stopping=lambda: drain.should_exit,
-        rules=edge.EdgeRules(**{name: getattr(settings, name) for name in BOUNDS}, api_keys=keys),
+        rules=edge.EdgeRules(**settings.model_dump(include=BOUNDS), api_keys=keys),
         gauges={
             "models_loaded": ("Models in memory", registry.loaded_count),
             "training_queue": ("Trainings that wait for a worker", training.waiting),
@@ -139,8 +138,6 @@ class Drain:
         self.should_exit = False
         self._seconds, self._listening = seconds, listening
         self._end: Callable[[], object] = lambda: None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._task: asyncio.Task[None] | None = None
 
     def install(self) -> None:
         """Take the place of the running server's handler; without one there is nothing to delay."""
@@ -148,7 +145,6 @@ class Drain:
             stop = signal.getsignal(signal.SIGTERM)
             if callable(stop) and hasattr(stop, "__self__"):
                 self._end = functools.partial(stop, signal.SIGTERM, None)
-                self._loop = asyncio.get_running_loop()
                 signal.signal(signal.SIGTERM, self.on_signal)
 
     def on_signal(self, _number: int, _frame: FrameType | None) -> None:
@@ -157,18 +153,14 @@ class Drain:
             self._end()
             return
         self.should_exit = True
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._begin)
+        threading.Thread(target=self._drain, daemon=True).start()
 
-    def _begin(self) -> None:
+    def _drain(self) -> None:
         logger.info("ending: serving on for %g s", self._seconds)
-        self._task = asyncio.create_task(self._drain())
-
-    async def _drain(self) -> None:
-        await asyncio.sleep(self._seconds)
+        time.sleep(self._seconds)
         if self._listening is not None:
             refuse_new_connections(self._listening)
-            await asyncio.sleep(SETTLE_S)
+            time.sleep(SETTLE_S)
         self._end()
 
 
@@ -209,8 +201,7 @@ class LazyApplication:
 
     async def __call__(self, scope: edge.Message, receive: edge.Receive, send: edge.Send) -> None:
         """Handle one connection; a server opens with its start-up message."""
-        if self._built is None:
-            self._built = self._build()
+        self._built = self._built or self._build()
         await self._built(scope, receive, send)
 
 
@@ -326,9 +317,8 @@ class BoundedHttp(HttpToolsProtocol):
     for a request or for an answer to be read, is closed: who opens many keeps nobody else out.
     """
 
-    _awaits_head, _refused, _fed = True, False, 0
-    waits_since = 0.0
-    _head_timer: asyncio.TimerHandle | None = None
+    _refused, _fed, waits_since = False, 0, 0.0
+    _head_timer: asyncio.TimerHandle
     _write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -336,17 +326,13 @@ class BoundedHttp(HttpToolsProtocol):
         super().connection_made(transport)
         # Beyond it writing is paused, and timed; small answers go out whole: a third faster than at 0.
         transport.set_write_buffer_limits(high=16 << 10)
-        self.waits_since = time.monotonic()
-        self._time_head()
+        self._await_head()
         if len(self.connections) > most_connections():
-            self._close_longest_idle()
-
-    def _close_longest_idle(self) -> None:
-        ours = (each for each in self.connections if isinstance(each, BoundedHttp))
-        longest = min((each for each in ours if each.waits_for_caller), key=lambda each: each.waits_since)
-        longest.transport.abort()
-        # It is counted until the loop comes around to it, and must not be chosen twice.
-        self.connections.discard(longest)
+            ours = (each for each in self.connections if isinstance(each, BoundedHttp))
+            longest = min((each for each in ours if each.waits_for_caller), key=lambda each: each.waits_since)
+            longest.transport.abort()
+            # It is counted until the loop comes around to it, and must not be chosen twice.
+            self.connections.discard(longest)
 
     @property
     def is_idle(self) -> bool:
@@ -356,11 +342,11 @@ class BoundedHttp(HttpToolsProtocol):
     @property
     def waits_for_caller(self) -> bool:
         """No request has come in as a whole, or its answer is not being read."""
-        return self.is_idle or not self._awaits_head or self.flow.write_paused
+        return self.is_idle or self.cycle.more_body or self.flow.write_paused
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End."""
-        self._time_head(again=False)
+        self._head_timer.cancel()
         self.resume_writing()
         super().connection_lost(exc)
 
@@ -375,44 +361,26 @@ class BoundedHttp(HttpToolsProtocol):
         super().resume_writing()
         if self._write_timer is not None:
             self._write_timer.cancel()
-            self._write_timer = None
 
-    def _time_head(self, *, again: bool = True) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-        self._head_timer = self.loop.call_later(HEAD_S, self._on_late_head) if again else None
-
-    def _on_late_head(self) -> None:
-        if self.is_idle:
-            self.transport.close()
-        else:
-            # The next request has begun to arrive while the one before is being answered.
-            self._time_head()
+    def _await_head(self) -> None:
+        self.waits_since = time.monotonic()
+        self._head_timer = self.loop.call_later(HEAD_S, self.transport.close)
 
     def data_received(self, data: bytes) -> None:
         """Read on, in pieces: what is too much is noticed before all of it is kept."""
         for start in range(0, len(data), FED_AT_ONCE):
             if self._refused or self.transport.is_closing():
                 return
-            if self._awaits_head and self._head_timer is None:
-                self._time_head()
             piece = data[start : start + FED_AT_ONCE]
             self._fed += len(piece)
             super().data_received(piece)
             if self._fed > MAX_HEAD_BYTES:
                 self.send_400_response("")
 
-    def on_message_begin(self) -> None:
-        """Expect headers; the bytes of the piece in which they begin count, up to `FED_AT_ONCE`."""
-        super().on_message_begin()
-        self._awaits_head = True
-        if self._head_timer is None:
-            self._time_head()
-
     def on_headers_complete(self) -> None:
         """Hand the request on."""
-        self._awaits_head, self._fed, self.waits_since = False, 0, time.monotonic()
-        self._time_head(again=False)
+        self._fed, self.waits_since = 0, time.monotonic()
+        self._head_timer.cancel()
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -420,26 +388,19 @@ class BoundedHttp(HttpToolsProtocol):
         self._fed = 0
         super().on_body(body)
 
-    def on_message_complete(self) -> None:
-        """Expect the next request."""
-        super().on_message_complete()
-        self._awaits_head, self._fed, self.waits_since = True, 0, time.monotonic()
-        # It ran where the answer was faster than the body.
-        self._time_head(again=False)
-
     def on_response_complete(self) -> None:
         """Expect the next request; what is left of a body that was refused unread comes in time, too."""
         super().on_response_complete()
-        if not self._awaits_head:
-            self._time_head()
+        if self.is_idle:
+            self._await_head()
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no HTTP, or endless, with a problem, and close."""
         if self._refused or self.transport.is_closing():
             return
         self._refused = True
-        self._time_head(again=False)
-        if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
+        self._head_timer.cancel()
+        if not self.is_idle and self.cycle.response_started:
             self.transport.close()
             return
         refusal = (400, "this is not valid HTTP/1.1")

@@ -56,19 +56,13 @@ PREFLIGHT = {"origin", "access-control-request-method"}
 WHO_MAY_ASK = "GET, POST and DELETE are served, to the origins that PYTHON_API_ALLOW_ORIGINS names"
 # The nearest ancestor of an error decides.
 STATUS_OF: Mapping[type[AIStocksError], int] = {
-    errors.UsageError: 422,
-    errors.JobMissingError: 404,
-    errors.UnknownSymbolError: 404,
-    errors.UpstreamError: 503,
-    errors.DataError: 422,
-    errors.ModelMissingError: 404,
-    errors.ModelError: 503,
-    errors.ConflictError: 409,
-    errors.GateRefusedError: 409,
-    errors.StorageError: 507,
-    errors.OverloadError: 503,
-    errors.DeadlineError: 504,
+    **dict.fromkeys((errors.JobMissingError, errors.UnknownSymbolError, errors.ModelMissingError), 404),
+    **dict.fromkeys((errors.ConflictError, errors.GateRefusedError), 409),
+    **dict.fromkeys((errors.UsageError, errors.DataError), 422),
     AIStocksError: 500,
+    **dict.fromkeys((errors.UpstreamError, errors.ModelError, errors.OverloadError), 503),
+    errors.DeadlineError: 504,
+    errors.StorageError: 507,
 }
 
 # What any request may meet, and what one with a body or one that writes may meet besides.
@@ -80,8 +74,8 @@ DOCS_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'n
 
 Days = Annotated[int, Query(ge=1, le=wire.MAX_CHART_BARS)]
 VersionInQuery = Annotated[str | None, Query(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
-SYMBOL = PathParameter(json_schema_extra={"pattern": wire.SYMBOL_PATTERN, "maxLength": 64})
-SymbolInPath = Annotated[str, SYMBOL]
+_SYMBOL = {"pattern": wire.SYMBOL_PATTERN, "maxLength": 64}
+SymbolInPath = Annotated[str, PathParameter(json_schema_extra=_SYMBOL)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,12 +109,11 @@ class CrossOrigin(CORSMiddleware):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
-        given, changes = Headers(raw=scope.get("headers", [])), edge.changes_something(scope)
-        if scope.get("method") == "OPTIONS" and set(given) >= PREFLIGHT:
+        if scope.get("method") == "OPTIONS" and set(given := Headers(scope=scope)) >= PREFLIGHT:
             stock = self.preflight_response(given)
             status, refused = stock.status_code, bytes(stock.body).decode().removeprefix("Disallowed CORS ")
             kept = {name: stock.headers[name] for name in stock.headers if not name.startswith("content-")}
-        elif changes and edge.is_from_elsewhere(scope) and not self.is_allowed_origin(given["origin"]):
+        elif edge.changes_something(scope) and edge.is_from_elsewhere(scope, self.is_allowed_origin):
             status, refused, kept = 403, "origin", {"Vary": "Origin"}
         else:
             await super().__call__(scope, receive, send)
@@ -172,22 +165,20 @@ def create_api(services: Services) -> FastAPI:
         redoc_url=None,
         responses={"default": {"model": wire.Problem, "description": "Every error"}},
     )
-    api.state.source = services.source_name
-    api.state.streams = set()
+    api.exception_handler(AIStocksError)(_on_our_error)
+    api.exception_handler(RequestValidationError)(_on_invalid)
+    api.exception_handler(StarletteHTTPException)(_on_http_error)
+    api.state.source, api.state.streams, api.state.ready = services.source_name, set(), False
     stock_openapi = api.openapi
     api.openapi = lambda: api.openapi_schema or document_errors(stock_openapi())  # type: ignore[method-assign]
     routers = {name: APIRouter(tags=[name]) for name in ("health", "models", "prices", "training", "judging")}
-    _add_health(routers["health"], services)
+    _add_health(routers["health"], services, metrics)
     _add_models(routers["models"], services, pool)
     _add_prices(routers["prices"], services.predictions, pool)
     _add_training(routers["training"], services.training)
     _add_judging(routers["judging"], services, pool)
     for router in routers.values():
         api.include_router(router)
-    _add_pages(api, metrics)
-    api.exception_handler(AIStocksError)(_on_our_error)
-    api.exception_handler(RequestValidationError)(_on_invalid)
-    api.exception_handler(StarletteHTTPException)(_on_http_error)
     api.outermost = _outermost(api, services, metrics)
     return api
 
@@ -221,23 +212,6 @@ def _outermost(api: FastAPI, services: Services, metrics: edge.Metrics) -> edge.
     return edge.Observer(shortcut, metrics=metrics, stopping=stopping, known_paths=paths)
 
 
-def _add_pages(api: FastAPI, metrics: edge.Metrics) -> None:
-    """Add what is for people and machines beside the page: it is no part of the contract."""
-
-    @api.get("/metrics", include_in_schema=False)
-    def figures() -> Response:
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    @api.get("/docs", include_in_schema=False)
-    def docs() -> Response:
-        # Only who reads it pays for the template's library; nothing on the page comes from elsewhere.
-        import jinja2  # noqa: PLC0415
-
-        template = jinja2.Environment(autoescape=True).from_string(DOCS.read_text(encoding="utf-8"))
-        headers = {"Content-Security-Policy": DOCS_POLICY}
-        return Response(template.render(api=api.openapi()), headers=headers, media_type="text/html")
-
-
 def document_errors(schema: dict[str, Any]) -> dict[str, Any]:
     """Say in an OpenAPI document what every error looks like, and which ones there are."""
     problems = {edge.PROBLEM_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
@@ -269,7 +243,7 @@ async def _running(services: Services, pool: edge.WorkPool, api: FastAPI) -> Asy
     await asyncio.to_thread(services.on_stop)
 
 
-def _add_health(router: APIRouter, services: Services) -> None:
+def _add_health(router: APIRouter, services: Services, metrics: edge.Metrics) -> None:
     @router.get("/", response_model=wire.Welcome)
     def welcome() -> Response:
         """Say what this is."""
@@ -288,9 +262,23 @@ def _add_health(router: APIRouter, services: Services) -> None:
     @router.get("/api/health/ready", response_model=wire.StatusAnswer)
     def ready(request: Request) -> Response:
         """Say whether requests are welcome: not before the start has ended, nor once it stops."""
-        if services.stopping() or not getattr(request.app.state, "ready", False):
+        if services.stopping() or not request.app.state.ready:
             raise HTTPException(503, "the service is starting or stopping", {"Retry-After": "1"})
         return answer(wire.StatusAnswer(status="ok", models=len(services.registry.list())))
+
+    # For people and machines beside the page: no part of the contract.
+    @router.get("/metrics", include_in_schema=False)
+    def figures() -> Response:
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @router.get("/docs", include_in_schema=False)
+    def docs(request: Request) -> Response:
+        # Only who reads it pays for the template's library; nothing on the page comes from elsewhere.
+        import jinja2  # noqa: PLC0415
+
+        template = jinja2.Environment(autoescape=True).from_string(DOCS.read_text(encoding="utf-8"))
+        said = template.render(api=request.app.openapi())
+        return Response(said, headers={"Content-Security-Policy": DOCS_POLICY}, media_type="text/html")
 
 
 def _unless_training(services: Services, model_id: str, change: Callable[[str], T]) -> T:
@@ -452,15 +440,14 @@ def problem(scope: Scope, status: int, detail: str, headers: Mapping[str, str] |
 
 
 def _on_our_error(request: Request, error: AIStocksError) -> Response:
-    status = next(STATUS_OF[cls] for cls in type(error).__mro__ if cls in STATUS_OF)
+    kind = next(cls for cls in type(error).__mro__ if cls in STATUS_OF)
+    status, wait_s = STATUS_OF[kind], RETRY_AFTER_S.get(kind)
     if status == 500:
         return problem(request.scope, 500, edge.unexpected_detail(request.scope, error))
     logger.info("%s %s: %s", status, request.url.path.encode("unicode_escape").decode(), error)
-    waits = [str(wait_s) for cls, wait_s in RETRY_AFTER_S.items() if isinstance(error, cls) and status == 503]
-    headers = {"Retry-After": waits[0]} if waits else None
     source = request.app.state.source
     said = re.sub(TRAINING, lambda found: _training(found[1], source), without_paths(str(error)))
-    return problem(request.scope, status, said, headers)
+    return problem(request.scope, status, said, {"Retry-After": str(wait_s)} if wait_s else None)
 
 
 def _training(command: str, source: str) -> str:
@@ -472,12 +459,15 @@ def _training(command: str, source: str) -> str:
 
 
 def _on_http_error(request: Request, error: StarletteHTTPException) -> Response:
-    details = {404: "no such route: see /docs", 405: f"{request.method} is not served here: see /docs"}
-    stock = error.detail == http.HTTPStatus(error.status_code).phrase
-    detail = details.get(error.status_code, str(error.detail)) if stock else str(error.detail)
-    allowed = edge.methods_of(request.scope["path"], request.app.openapi()["paths"])
-    headers = {"Allow": allowed} if allowed and error.status_code == 405 else error.headers
-    return problem(request.scope, error.status_code, detail, headers)
+    status, detail, path = error.status_code, str(error.detail), request.scope["path"]
+    if detail == http.HTTPStatus(status).phrase:
+        ours = {404: "no such route: see /docs", 405: f"{request.method} is not served here: see /docs"}
+        detail = ours.get(status, detail)
+    items = request.app.openapi()["paths"].items() if status == 405 else ()
+    fits = [item for known, item in items if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", known), path)]
+    # All of the path, and not those of the one route that the framework met first.
+    allowed = ", ".join(sorted({method.upper() for item in fits for method in item}))
+    return problem(request.scope, status, detail, {"Allow": allowed} if allowed else error.headers)
 
 
 def _on_invalid(request: Request, error: RequestValidationError) -> Response:

@@ -57,17 +57,14 @@ NEVER_LIMITED = "/api/health"
 UNROUTED = "other"
 CLIENT_LEFT = 499
 BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+# Where an answer says something else, that stands.
 SECURITY_HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
     (b"referrer-policy", b"no-referrer"),
-)
-# Where an answer says something else, that stands.
-DEFAULT_HEADERS = (
     (b"cache-control", b"no-store"),
     (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
 )
-PARAMETER = re.compile(r"\{\w+\}")
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
@@ -159,10 +156,10 @@ def client_of(scope: Scope) -> str:
         return host
     try:
         address = ipaddress.IPv6Address(host.partition("%")[0])
-        # A caller of version 4, as a socket of both writes it, is not in one network with all others.
-        return str(address.ipv4_mapped or address.exploded[:19])
     except ValueError:
         return host
+    # A caller of version 4, as a socket of both writes it, is not in one network with all others.
+    return str(address.ipv4_mapped or address.exploded[:19])
 
 
 class Metrics:
@@ -217,10 +214,10 @@ def whole_problem(status: int, detail: str) -> bytes:
     """Return all bytes of the answer to what never became a request."""
     request_id = os.urandom(16).hex()
     body = problem_bytes({"state": {"request_id": request_id}}, status, detail)
-    headers = [(b"content-type", PROBLEM_TYPE.encode()), (b"content-length", b"%d" % len(body))]
-    headers += [(b"connection", b"close"), (b"x-request-id", request_id.encode())]
-    lines = b"".join(b"%s: %s\r\n" % pair for pair in [*headers, *SECURITY_HEADERS, *DEFAULT_HEADERS])
-    return f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\n".encode() + lines + b"\r\n" + body
+    head = f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\ncontent-type: {PROBLEM_TYPE}\r\n"
+    head += f"content-length: {len(body)}\r\nconnection: close\r\nx-request-id: {request_id}\r\n"
+    lines = b"".join(b"%s: %s\r\n" % pair for pair in SECURITY_HEADERS)
+    return head.encode() + lines + b"\r\n" + body
 
 
 def unexpected_detail(scope: Scope, error: Exception) -> str:
@@ -244,16 +241,11 @@ def changes_something(scope: Scope) -> bool:
     return scope.get("method", "GET") not in SAFE_METHODS and scope["path"] not in READING_POSTS
 
 
-def is_from_elsewhere(scope: Scope) -> bool:
-    """Say whether a page of another host asks, or one that does not tell its host (``null``)."""
+def is_from_elsewhere(scope: Scope, is_known: Callable[[str], bool]) -> bool:
+    """Say whether an unknown page of another host asks, or one that does not tell its host (``null``)."""
     origin, host = header(scope, b"origin"), header(scope, b"host")
-    return origin != b"" and (not host or origin.partition(b"://")[2] != host)
-
-
-def methods_of(path: str, documented: Mapping[str, Mapping[str, object]]) -> str:
-    """Return all methods of a path, as an ``Allow`` header names them; "" of one that no template fits."""
-    fits = [item for known, item in documented.items() if re.fullmatch(PARAMETER.sub("[^/]+", known), path)]
-    return ", ".join(sorted({method.upper() for item in fits for method in item}))
+    is_ours = origin.partition(b"://")[2] == host != b""
+    return origin != b"" and not is_ours and not is_known(origin.decode("latin-1"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,10 +273,11 @@ class Observer:
             if message["type"] == "http.response.start":
                 status, answered = message["status"], time.perf_counter()
                 message["headers"] = self._headers(message.get("headers", ()), request_id)
-            if len(message.get("body", b"")) > PIECE_BYTES:
-                await _send_in_pieces(message, send)
-            else:
-                await send(message)
+            body, sent = message.get("body", b""), 0
+            while len(body) - sent > PIECE_BYTES:
+                await send({**message, "body": body[sent : sent + PIECE_BYTES], "more_body": True})
+                sent += PIECE_BYTES
+            await send({"more_body": False, **message, "body": body[sent:]} if sent else message)
 
         self.metrics.in_flight += 1
         try:
@@ -299,24 +292,15 @@ class Observer:
 
     def _headers(self, given: Sequence[tuple[bytes, bytes]], request_id: str) -> list[tuple[bytes, bytes]]:
         names = {name for name, _ in given}
-        headers = [*given, *SECURITY_HEADERS, (b"x-request-id", request_id.encode())]
-        headers += [pair for pair in DEFAULT_HEADERS if pair[0] not in names]
-        if self.stopping() and b"connection" not in names:
-            headers.append((b"connection", b"close"))
-        return headers
+        ours = (*SECURITY_HEADERS, (b"connection", b"close")) if self.stopping() else SECURITY_HEADERS
+        missing = [pair for pair in ours if pair[0] not in names]
+        return [*given, (b"x-request-id", request_id.encode()), *missing]
 
     def _route(self, scope: Scope) -> str:
         template, path = getattr(scope.get("route"), "path_format", None), str(scope["path"])
         if isinstance(template, str):
             return template
         return path if "{" not in path and path in self.known_paths() else UNROUTED
-
-
-async def _send_in_pieces(message: Message, send: Send) -> None:
-    body = memoryview(message["body"])
-    for start in range(0, len(body), PIECE_BYTES):
-        piece, more = body[start : start + PIECE_BYTES], start + PIECE_BYTES < len(body)
-        await send({**message, "body": bytes(piece), "more_body": more or message.get("more_body", False)})
 
 
 def _log_request(method: str, route: str, status: int, taken_ms: float, request_id: str) -> None:
@@ -385,10 +369,8 @@ class Guard:
 
 def _body_until(scope: Scope, rules: EdgeRules) -> float:
     # The same for whoever asks: by then the whole body is here, in however many parts it comes.
-    until: float = scope.setdefault("state", {}).setdefault(
-        "body_until", asyncio.get_running_loop().time() + rules.body_s
-    )
-    return until
+    until = asyncio.get_running_loop().time() + rules.body_s
+    return float(scope.setdefault("state", {}).setdefault("body_until", until))
 
 
 def _too_large(most: int) -> Refusal:
@@ -446,9 +428,8 @@ class _Exchange:
     def __init__(self, scope: Scope, receive: Receive, send: Send, rules: EdgeRules) -> None:
         self._scope, self._receive, self._send, self._rules = scope, receive, send, rules
         self._left, self._until = rules.most_bytes(scope["path"]), _body_until(scope, rules)
-        self._begin, self._body_ended = b"", False
+        self._body_ended, self.started = False, False
         self.refusal: Refusal | None = None
-        self.started = False
 
     async def receive(self) -> Message:
         if self._body_ended:
@@ -457,16 +438,14 @@ class _Exchange:
             async with asyncio.timeout_at(self._until):
                 message = await self._receive()
         except TimeoutError:
-            late = f"the body did not arrive within {self._rules.body_s:g} s"
-            self.refusal = Refusal(408, late, CLOSE)
+            self.refusal = Refusal(408, f"the body did not arrive within {self._rules.body_s:g} s", CLOSE)
             return {"type": "http.disconnect"}
         self._body_ended = not message.get("more_body", False)
         body = message.get("body", b"")
         self._left -= len(body)
-        self._begin = (self._begin + body[:4])[:4]
         if self._left < 0:
             self.refusal = _too_large(self._rules.most_bytes(self._scope["path"]))
-        elif 0 in self._begin:
+        elif 0 in body:
             self.refusal = Refusal(400, "the body is not JSON in UTF-8")
         return message if self.refusal is None else {"type": "http.disconnect"}
 

@@ -15,7 +15,6 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,23 +93,19 @@ class Database:
 
     def read(self, query: sql.Select[Any]) -> Sequence[sql.RowMapping]:
         """Return the rows of a table, none where there is no such table or no database yet."""
+        names = [table.name for table in query.get_final_froms() if isinstance(table, sql.Table)]
         with self._errors("read"):
-            try:
-                # SQLite would make an empty file of a missing one.
-                return self._rows(query) if self._is_there() else []
-            except (exc.OperationalError, exc.ProgrammingError):
-                names = [table.name for table in query.get_final_froms() if isinstance(table, sql.Table)]
-                # Where there is one now, somebody has just made it.
-                is_made = all(map(sql.inspect(self._engine).has_table, names))
-                return self._rows(query) if is_made else []
-
-    def _rows(self, query: sql.Select[Any]) -> Sequence[sql.RowMapping]:
-        with self._engine.connect() as connection:
-            if self.file is not None:
-                # Bytes that are no text are for `data.schema.holds` to find.
-                driver: Any = connection.connection.dbapi_connection
-                driver.text_factory = lambda text: str(text, "utf-8", "replace")
-            return connection.execute(query).mappings().all()
+            # SQLite would make an empty file of a missing one.
+            if not self._is_there():
+                return []
+            with self._engine.connect() as connection:
+                if not all(map(sql.inspect(connection).has_table, names)):
+                    return []
+                if self.file is not None:
+                    # Bytes that are no text are for `data.schema.holds` to find.
+                    driver: Any = connection.connection.dbapi_connection
+                    driver.text_factory = lambda text: str(text, "utf-8", "replace")
+                return connection.execute(query).mappings().all()
 
     def _is_there(self) -> bool:
         """Whether there is a database; what was open of one that was removed or replaced is closed."""
@@ -152,8 +147,7 @@ class ServedForecast(wire.ForecastContent):
         return {FIRST_NAMES.get(name, name): value for name, value in self}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class Entry(NamedTuple):
     """A row of the ledger."""
 
     sequence: int
@@ -268,14 +262,11 @@ class ForecastLedger:
         """Return the rows behind a place in the order of writing; raises `StorageError` if it cannot."""
         query = sql.select(_ROWS) if symbol is None else sql.select(_ROWS).where(_ROWS.c.symbol == symbol)
         query = query.where(_ROWS.c.sequence > after) if after else query
-        return [
-            Entry(
-                sequence=row["sequence"],
-                **{name: row[name] for name in _CHAIN},
-                forecast=ServedForecast.model_construct(**{n: row[cell] for n, cell in _CELLS.items()}),
-            )
-            for row in self._database.read(query.order_by(_ROWS.c.sequence))
-        ]
+        found = []
+        for row in self._database.read(query.order_by(_ROWS.c.sequence)):
+            forecast = ServedForecast.model_construct(**{n: row[cell] for n, cell in _CELLS.items()})
+            found.append(Entry(sequence=row["sequence"], forecast=forecast, **{n: row[n] for n in _CHAIN}))
+        return found
 
     def audit(self, known: Audit = START) -> Audit:
         """Follow the chain from the last row that is known to be good, by default from the first one.
@@ -286,14 +277,15 @@ class ForecastLedger:
         good, previous, rows = known.good, known.row_hash, known.good + len(entries)
         is_held = head == (good, previous)
         for entry in entries:
-            at = f"row {entry.sequence} ({entry.forecast.symbol}, {entry.forecast.as_of})"
-            wrong = {
-                f"row {good + 1} is missing, {at} stands in its place": entry.sequence != good + 1,
-                f"{at} is not what was written": entry.damage is not None,
-                f"{at} does not follow the row before it": entry.previous_hash != previous,
-            }
-            if any(wrong.values()):
-                return Audit(good, previous, rows, next(words for words, is_so in wrong.items() if is_so))
+            at, fault = f"row {entry.sequence} ({entry.forecast.symbol}, {entry.forecast.as_of})", None
+            if entry.sequence != good + 1:
+                fault = f"row {good + 1} is missing, {at} stands in its place"
+            elif entry.damage is not None:
+                fault = f"{at} is not what was written"
+            elif entry.previous_hash != previous:
+                fault = f"{at} does not follow the row before it"
+            if fault is not None:
+                return Audit(good, previous, rows, fault)
             good, previous = good + 1, entry.row_hash
             is_held |= head == (good, previous)
         if is_held and (after == (good, previous) or (isinstance(after[0], int) and after[0] > good)):
@@ -305,12 +297,12 @@ class ForecastLedger:
         """Audit what came since the last call; all where a row is gone, or one of ``own`` was changed."""
         # What was done since to a row of others in its place is found by `verify`.
         known = self._audited
-        before = sql.select(sql.func.count().label("rows")).select_from(_ROWS)
-        left = self._database.read(before.where(_ROWS.c.sequence.between(1, known.good)))
-        is_whole = sum(row["rows"] for row in left) == known.good
-        is_whole = is_whole and all(entry.damage is None for entry in own if entry.sequence <= known.good)
-        found = self.audit(known if is_whole else START)
-        if found.fault is not None and is_whole and known.good:
+        count = sql.select(sql.func.count().label("rows")).where(_ROWS.c.sequence.between(1, known.good))
+        is_whole = sum(row["rows"] for row in self._database.read(count)) == known.good
+        if not is_whole or any(entry.damage for entry in own if entry.sequence <= known.good):
+            known = START
+        found = self.audit(known)
+        if found.fault is not None and known.good:
             found = self.audit()
         self._audited = found if found.fault is None else START
         return found
@@ -404,9 +396,8 @@ def track_record(
     notes = [OVERLAP] if own else [f"nothing of {symbol} was served yet"]
     if found.fault is not None:
         notes.append(f"the ledger is broken: {found.fault}" + f"; {AFTER_BREAK}" * (found.good < found.rows))
-    return wire.TrackRecord(
-        symbol=symbol, summaries=summarise(scored), forecasts=scored[-limit:], notes=notes
-    )
+    last, summaries = scored[-limit:], summarise(scored)
+    return wire.TrackRecord(symbol=symbol, summaries=summaries, forecasts=last, notes=notes)
 
 
 def build_parser() -> argparse.ArgumentParser:

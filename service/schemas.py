@@ -18,11 +18,7 @@ FusionMode = Literal["gbm_only", "lstm_only", "ensemble", "classifier", "weighte
 Smoothing = Literal["none", "ema", "moving-average"]
 VerdictLabel = Literal["edge", "no-edge", "insufficient"]
 ForecastActionName = Literal["BUY", "SELL", "SHORT", "COVER", "HOLD"]
-MarkerType = Literal["buy", "sell", "hold"]
 MarkerSegment = Literal["history", "forecast"]
-MarkerScope = Literal["prediction", "backtest"]
-TrackRecordStatus = Literal["open", "scored", "unscored"]
-OverlayType = Literal["bollinger", "moving-average", "predicted-path", "volume"]
 
 
 def _refuse_lookalikes(value: object) -> object:
@@ -150,11 +146,11 @@ class TradeMarker(Dated):
     """A mark on the chart; `shares` is negative when sold."""
 
     price: float
-    type: MarkerType
+    type: Literal["buy", "sell", "hold"]
     shares: float
     confidence: float
     segment: MarkerSegment | None = None
-    scope: MarkerScope | None = None
+    scope: Literal["prediction", "backtest"] | None = None
     explanation: str | None = None
 
 
@@ -163,7 +159,7 @@ class OverlayPoint(Dated):
 
 
 class OverlaySeries(Wire):
-    type: OverlayType
+    type: Literal["bollinger", "moving-average", "predicted-path", "volume"]
     points: list[OverlayPoint]
     upper: list[float] | None = None
     lower: list[float] | None = None
@@ -244,13 +240,9 @@ class PredictionResult(Wire):
     metadata: PredictionMetadata
 
 
-class HistoricalBar(Dated):
+class HistoricalBar(Candle):
     """One session; the volume is whole."""
 
-    open: float
-    high: float
-    low: float
-    close: float
     volume: int
 
 
@@ -306,9 +298,6 @@ class Problem(Wire):
 Loss = Literal["huber", "mae", "balanced", "quantile"]
 ModelType = Literal["gbm", "lstm", "ensemble", "lstm_transformer", "stacking"]
 JobStatus = Literal["queued", "running", "completed", "failed", "cancelled"]
-TrainingEventType = Literal[
-    "started", "stage", "epoch", "log", "completed", "failed", "cancelled", "heartbeat"
-]
 
 
 class BacktestParams(Wire):
@@ -548,7 +537,7 @@ class TrainingJob(Wire):
 
 
 class TrainingEvent(Wire):
-    type: TrainingEventType
+    type: Literal["started", "stage", "epoch", "log", "completed", "failed", "cancelled", "heartbeat"]
     status: JobStatus
     progress: Annotated[float, Field(ge=0, le=1)]
     epoch: int | None = None
@@ -590,7 +579,7 @@ class TrackRecordForecast(ForecastContent):
     """One served forecast and what became of it; returns are simple, from the as-of to the target session."""
 
     served_at: str
-    status: TrackRecordStatus
+    status: Literal["open", "scored", "unscored"]
     counts: bool
     realised_return: float | None = None
     direction_hit: bool | None = None
