@@ -30,6 +30,7 @@ from training.trainer import OnEvent, RowsConfig, Trained, Trainer, WalkConfig, 
 from utils import base as errors
 from utils.base import Settings, at_least, configure_logging, json_lines, print_rows
 from utils.model_paths import ArtifactKind, artifact_link
+from validation.gates import in_words
 
 logger = logging.getLogger(__name__)
 
@@ -144,13 +145,9 @@ class RunLog(logging.Handler):
 
     def conclude(self, trained: Trained[Any]) -> None:
         """Take down what came out of a walk-forward; the status follows from it."""
-        metadata = trained.bundle.metadata
-        more = {
-            "path models": metadata["path_models"],
-            "across folds": asdict(trained.walk_forward.summary),
-            "duration_s": metadata["duration_s"],
-        }
-        self.end(metadata, status_of(trained), more)
+        metadata, across = trained.bundle.metadata, asdict(trained.walk_forward.summary)
+        more = {"path models": metadata["path_models"], "across folds": across}
+        self.end(metadata, status_of(trained), {**more, "duration_s": metadata["duration_s"]})
 
     def end(self, metadata: Mapping[str, Any], status: Status, more: Mapping[str, Any]) -> None:
         """Take down the verdict and the figures behind it, and what there is ``more``, by name."""
@@ -160,9 +157,10 @@ class RunLog(logging.Handler):
         known = {"verdict": verdict["label"], "evidence": verdict["evidence"], "metrics": metadata["metrics"]}
         lines = _lines({**facts, **known, **more})
         for gate in verdict["gates"]:
-            told = f"{_like(gate['threshold'], gate['value'])} (threshold {gate['threshold']})"
-            result = "not computed" if gate["passed"] is None else ("failed", "passed")[gate["passed"]]
-            lines.append(f"gate {gate['name']}: {told} {result}")
+            # In the unit of its threshold.
+            value = in_words(gate["value"], ".2%" if gate["threshold"].endswith("%") else ".4g")
+            result = {None: "not computed", False: "failed", True: "passed"}[gate["passed"]]
+            lines.append(f"gate {gate['name']}: {value} (threshold {gate['threshold']}) {result}")
         self._sections |= {"FOLD METRICS": fold_lines(metadata.get("folds", ())), "FINAL METRICS": lines}
         for problem in metadata["data"].get("problems", ()):
             self.warn(str(problem))
@@ -299,18 +297,7 @@ def publish_report(trained: Trained[Any], folder: Path) -> Path | None:
 
 
 def _text(value: object) -> str:
-    if value is None:
-        return "undefined"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _like(threshold: str, value: float | None) -> str:
-    """Return a value in the unit of its threshold."""
-    return _percent(value) if threshold.endswith("%") else _text(value)
-
-
-def _percent(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.2%}"
+    return in_words(value, ".4g") if value is None or isinstance(value, float) else str(value)
 
 
 def outcome_of(
@@ -363,7 +350,7 @@ def show(outcome: Outcome, console: Console, *, in_full: bool) -> None:
 def summary(result: Outcome) -> list[dict[str, str]]:
     """Return what a person wants to know of one symbol first, by name."""
     evidence = {name: _text(value) for name, value in result["evidence"].items()}
-    percent = {name: _percent(result["evidence"][name]) for name in SHOWN_IN_PERCENT}
+    percent = {name: in_words(result["evidence"][name], ".2%") for name in SHOWN_IN_PERCENT}
     rows = {
         "out of sample": f"from {result['out_of_sample_from']}, {result['evidence']['n_rows']:,} forecasts",
         "horizon": f"{result['horizon_bars']} sessions",

@@ -56,7 +56,7 @@ from training.train_gbm import fetch, look, record_verdict
 from training.trainer import OnEvent, as_told, facts_of, figures_of, headline_metrics, judge_lived, run_of
 from utils.base import AIStocksError, InsufficientDataError, ModelMissingError, Settings, read_settings
 from utils.model_paths import ENSEMBLE, GBM, LSTM, artifact_link, training_lock
-from validation.gates import judge, ranks_better_p_value, refuse_without_edge
+from validation.gates import in_words, judge, ranks_better_p_value, refuse_without_edge
 from validation.wfe_metrics import Run
 
 # A year of rows that both members forecast, below which joining them teaches nothing.
@@ -146,7 +146,7 @@ def compare(method: Method, said: "pd.Series[float]", rows: CommonRows, config: 
         "is_kept": p_value is not None and p_value <= config.max_p,
     }
     ending = "it stands" if found["is_kept"] else "it does not win, and the simple ensemble stands"
-    told = {name: "undefined" if one is None else f"{one:.4g}" for name, one in [*found.items()][1:]}
+    told = {name: in_words(found[name], ".4g") for name in ("ic", "simple_ic", "p_value")}
     found["words"] = (
         f"{method} against the simple ensemble on {scored.sum()} rows that it was not fitted on: IC "
         f"{told['ic']} against {told['simple_ic']}, p {told['p_value']} (at most {config.max_p:g}): {ending}"
