@@ -41,7 +41,6 @@ INTERRUPTED = 130
 INTERRUPTED_LINE = "interrupted: what was not saved yet is lost, what served before still serves\n"
 GRACE_S = 2.0
 MAX_SEED = 2**31 - 1  # what every library takes
-SHOWN_IN_PERCENT = ("active_return_annual", "direction_accuracy", "share_up")
 Outcome = dict[str, Any]
 IN_EVERY_OUTCOME = (
     "model_version", "out_of_sample_from", "trained_through", "horizon_bars", "data_hash", "tries",
@@ -136,12 +135,7 @@ class RunLog(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Take down a warning of a library."""
-        self.warn(f"{record.name}: {record.getMessage()}")
-
-    def warn(self, text: str) -> None:
-        """Take down what should make a reader wary, once."""
-        if text not in self._sections["WARNINGS"]:
-            self._sections["WARNINGS"].append(text)
+        self._sections["WARNINGS"].append(f"{record.name}: {record.getMessage()}")
 
     def conclude(self, trained: Trained[Any]) -> None:
         """Take down what came out of a walk-forward; the status follows from it."""
@@ -151,9 +145,9 @@ class RunLog(logging.Handler):
 
     def end(self, metadata: Mapping[str, Any], status: Status, more: Mapping[str, Any]) -> None:
         """Take down the verdict and the figures behind it, and what there is ``more``, by name."""
-        verdict = metadata["verdict"]
+        verdict, data = metadata["verdict"], metadata["data"]
         facts = {name: metadata[name] for name in ("symbol", "source", "data_hash", "model_version")}
-        facts |= {name: metadata["data"][name] for name in ("first_session", "last_session")}
+        facts |= {name: data[name] for name in ("first_session", "last_session")}
         known = {"verdict": verdict["label"], "evidence": verdict["evidence"], "metrics": metadata["metrics"]}
         lines = _lines({**facts, **known, **more})
         for gate in verdict["gates"]:
@@ -162,8 +156,7 @@ class RunLog(logging.Handler):
             result = {None: "not computed", False: "failed", True: "passed"}[gate["passed"]]
             lines.append(f"gate {gate['name']}: {value} (threshold {gate['threshold']}) {result}")
         self._sections |= {"FOLD METRICS": fold_lines(metadata.get("folds", ())), "FINAL METRICS": lines}
-        for problem in metadata["data"].get("problems", ()):
-            self.warn(str(problem))
+        self._sections["WARNINGS"] += data.get("problems", ())
         self._finish(status, verdict["reasons"])
 
     def fail(self, error: BaseException) -> None:
@@ -186,9 +179,9 @@ class RunLog(logging.Handler):
             return
         lines = []
         for name, content in self._sections.items():
-            # No STATUS yet means that the run is not over, or was killed.
+            # No STATUS yet means that the run is not over, or was killed. What is said twice is told once.
             if name != "STATUS" or content:
-                lines += [f"=== {name} ===", *(content or ["none"]), ""]
+                lines += [f"=== {name} ===", *(dict.fromkeys(content) or ["none"]), ""]
         folder, part = self.path.parent, self.path.with_name(f".{self.path.name}.part")
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -350,13 +343,14 @@ def show(outcome: Outcome, console: Console, *, in_full: bool) -> None:
 def summary(result: Outcome) -> list[dict[str, str]]:
     """Return what a person wants to know of one symbol first, by name."""
     evidence = {name: _text(value) for name, value in result["evidence"].items()}
-    percent = {name: in_words(result["evidence"][name], ".2%") for name in SHOWN_IN_PERCENT}
+    names = "active_return_annual", "direction_accuracy", "share_up"
+    active, hits, always_up = (in_words(result["evidence"][name], ".2%") for name in names)
     rows = {
         "out of sample": f"from {result['out_of_sample_from']}, {result['evidence']['n_rows']:,} forecasts",
         "horizon": f"{result['horizon_bars']} sessions",
         "information coefficient (signal)": f"{evidence['ic']} (p {evidence['p_ic']})",
-        "a year over equal exposure": f"{percent['active_return_annual']} (p {evidence['p_return']})",
-        "direction accuracy": f"{percent['direction_accuracy']} (always up: {percent['share_up']})",
+        "a year over equal exposure": f"{active} (p {evidence['p_return']})",
+        "direction accuracy": f"{hits} (always up: {always_up})",
         "verdicts on these prices": evidence["n_trials"],
         "trained in": f"{result['duration_s']} s on {result['device']}, seed {result['seed']}",
     }

@@ -299,7 +299,7 @@ def _edge_reasons(
     """Return what speaks against an edge and what speaks for it, in words."""
     p_ic, p_return, gained = (evidence[name] for name in ("p_ic", "p_return", "skill_over_drift"))
     annual = evidence["active_return_annual"]
-    is_worth_it = annual is not None and annual >= MIN_ACTIVE_RETURN
+    is_worth_it, share = annual is not None and annual >= MIN_ACTIVE_RETURN, in_words(gained)
     checks = (
         (
             p_ic is not None and p_ic <= limits[0],
@@ -316,8 +316,7 @@ def _edge_reasons(
         ),
         (
             gained is not None and gained > 0,
-            "squared error of the drift, at the forecasts' mean, removed: "
-            f"{in_words(gained)} (must be above 0)",
+            f"squared error of the drift, at the forecasts' mean, removed: {share} (must be above 0)",
         ),
     )
     failed = tuple(f"not met: {text}" for holds, text in checks if not holds)
