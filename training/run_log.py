@@ -1,7 +1,7 @@
 """How a command that trains is asked, and what it tells: a plain log per run, the report, the terminal.
 
 The log is written anew after every event: a run that is killed leaves what it had come to, without its last
-section, STATUS: one word, see `status_of`, and why. Trouble with log or report is a warning, no failure.
+section, STATUS: one word, and why. Trouble with log or report is a warning, no failure.
 """
 
 import argparse
@@ -138,12 +138,15 @@ class RunLog(logging.Handler):
         self._sections["WARNINGS"].append(f"{record.name}: {record.getMessage()}")
 
     def conclude(self, trained: Trained[Any]) -> None:
-        """Take down what came out of a walk-forward; the status follows from it."""
-        metadata, across = trained.bundle.metadata, asdict(trained.walk_forward.summary)
-        more = {"path models": metadata["path_models"], "across folds": across}
-        self.end(metadata, status_of(trained), {**more, "duration_s": metadata["duration_s"]})
+        """Take down what came out of a walk-forward."""
+        metadata, summary = trained.bundle.metadata, trained.walk_forward.summary
+        more = {"path models": metadata["path_models"], "across folds": asdict(summary)}
+        has_collapsed = (summary.collapsed_folds or 0.0) >= COLLAPSED_SHARE
+        self.end(metadata, {**more, "duration_s": metadata["duration_s"]}, has_collapsed=has_collapsed)
 
-    def end(self, metadata: Mapping[str, Any], status: Status, more: Mapping[str, Any]) -> None:
+    def end(
+        self, metadata: Mapping[str, Any], more: Mapping[str, Any], *, has_collapsed: bool = False
+    ) -> None:
         """Take down the verdict and the figures behind it, and what there is ``more``, by name."""
         verdict, data = metadata["verdict"], metadata["data"]
         facts = {name: metadata[name] for name in ("symbol", "source", "data_hash", "model_version")}
@@ -157,7 +160,8 @@ class RunLog(logging.Handler):
             lines.append(f"gate {gate['name']}: {value} (threshold {gate['threshold']}) {result}")
         self._sections |= {"FOLD METRICS": fold_lines(metadata.get("folds", ())), "FINAL METRICS": lines}
         self._sections["WARNINGS"] += data.get("problems", ())
-        self._finish(status, verdict["reasons"])
+        word: Status = "SUCCESS" if verdict["label"] == "edge" else "NO_EDGE"
+        self._finish("COLLAPSED" if has_collapsed else word, verdict["reasons"])
 
     def fail(self, error: BaseException) -> None:
         """Take down how the run ended; a refused verdict keeps its status."""
@@ -190,13 +194,6 @@ class RunLog(logging.Handler):
         except OSError as error:
             logger.warning("no training log in %s: %s; the training goes on", folder, error.strerror)
             self.path = None
-
-
-def status_of(trained: Trained[Any]) -> Status:
-    """Return the one word for a training that ran to its end."""
-    if (trained.walk_forward.summary.collapsed_folds or 0.0) >= COLLAPSED_SHARE:
-        return "COLLAPSED"
-    return "SUCCESS" if trained.verdict.label == "edge" else "NO_EDGE"
 
 
 def fold_lines(folds: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -303,7 +300,7 @@ def outcome_of(
         "verdict": verdict["label"],
         **{name: verdict[name] for name in ("reasons", "evidence", "bypassed_gates")},
         **{name: metadata[name] for name in (*IN_EVERY_OUTCOME, *names)},
-        **{name: None if path is None else str(path) for name, path in paths.items()},
+        **{name: path and str(path) for name, path in paths.items()},
     }
 
 
@@ -336,7 +333,7 @@ def show(outcome: Outcome, console: Console, *, in_full: bool) -> None:
         bypassed = [f"saved although these classic gates fail: {gates}"] if gates else []
         for text in (*parts["notes"], *outcome["reasons"], *bypassed):
             console.print(f"  - {escape(text)}", soft_wrap=True)
-        for name in (name for name in ("bundle", "report", "log") if name in outcome):
+        for name in ("bundle", "report", "log"):
             console.print(f"{name}: {escape(str(outcome[name] or 'none'))}", soft_wrap=True)
 
 

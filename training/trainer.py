@@ -171,15 +171,13 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
     def runs(self, panel: Mapping[str, Bars]) -> list[Run]:
         """Return what identifies this run among all that looked at the panel, as each symbol sees it."""
         hashes = {symbol: bars_hash(bars.frame) for symbol, bars in panel.items()}
+        prices = hashes if len(panel) > 1 else next(iter(hashes.values()))
         plain = type(self.config)(recipe=type(self.config.recipe)())
         usual, ours = (list(leaves(type(self)(config).identity())) for config in (plain, self.config))
         unlike = [f"{name} {value}" for name, value in ours if (name, value) not in usual]
         settings = ", ".join([f"{len(panel)} symbols"] * (len(panel) > 1) + unlike)
-        found = []
-        for symbol, bars in panel.items():
-            content = [hashes if len(panel) > 1 else hashes[symbol], feature_set_hash(), self.identity()]
-            found.append(run_of(bars, content, self.kind, settings))
-        return found
+        content = [prices, feature_set_hash(), self.identity()]
+        return [run_of(bars, content, self.kind, settings) for bars in panel.values()]
 
     @property
     def needed_bars(self) -> int:
@@ -193,12 +191,9 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
         if len(panel) == 1:
             ((symbol, bars),) = panel.items()
             check_enough(bars.frame, self.needed_bars, f"training {symbol} alone with one year out of sample")
+        self._place = 0
         # Further horizons come first, each on its own: the rows of one are in memory at a time.
-        paths: dict[int, tuple[pd.DataFrame, FittedT]] = {}
-        for ahead in self.config.path_horizons_bars:
-            self._place = len(paths)
-            paths[ahead] = self._walk_path(panel, ahead)
-        self._place = len(paths)
+        paths = {ahead: self._walk_path(panel, ahead) for ahead in self.config.path_horizons_bars}
         dataset, result, fitted, trials = self.fit(panel)
         walked = Walked(
             dataset=dataset,
@@ -241,6 +236,7 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
 
         config = replace(self.config, horizon_bars=horizon_bars, path_horizons_bars=())
         _dataset, result, fitted, _trials = type(self)(config, tell).fit(panel)
+        self._place += 1
         return result.record, fitted
 
     def _book_together(self, walked: Walked[FittedT], panel: Mapping[str, Bars]) -> FloatArray:
@@ -318,7 +314,6 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
             **self.facts,
             "summary": asdict(walked.result.summary),
             "verdict": NOT_JUDGED_YET,
-            "folds": [fold.as_dict() for fold in walked.result.folds],
         }
         return self.bundle_of(walked, bars.symbol, own, metadata)
 
