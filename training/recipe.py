@@ -51,14 +51,11 @@ SCREEN_LIMIT = 3.0
 class RecipeConfig(RowsConfig):
     """Parameters of the boosters' recipe; see also `RowsConfig`.
 
-    The search is redone every ``tune_every_folds`` folds, and for the final fit. Features of a single symbol
-    are screened, by ``screen_t`` and ``screen_share``, see `screen`; SHAP keeps ``max_features``.
+    The search is redone every ``tune_every_folds`` folds, and for the final fit; SHAP keeps ``max_features``.
     """
 
     search: SearchConfig = field(default_factory=SearchConfig)
     tune_every_folds: int = 10
-    screen_t: float = 2.5
-    screen_share: float = 0.6
     max_features: int = 40
 
 
@@ -77,10 +74,10 @@ class NetworkConfig(RowsConfig):
     quantiles, whose median is the forecast. The rate rises from a tenth of ``learning_rate`` in
     ``warmup_epochs``, then falls along a cosine. The latest ``validation_share`` of the training sessions
     decides when to stop: after ``patience_epochs`` without gain. The network is fitted anew every
-    ``refit_every_folds``; scaled features count ``feature_limit`` at most. Those of a single symbol are
-    screened, see `screen`; an epoch over its few rows has ``least_steps``, where batches of 32 allow it; and
-    its forget gates begin with the bias ``forget_bias``: with Keras's usual 1, which a panel keeps, the two
-    layers begin as a mean of some eight bars, and a thousand rows are too few to unlearn that.
+    ``refit_every_folds``; scaled features count ``feature_limit`` at most. Of a single symbol, an epoch over
+    its few rows has ``least_steps``, where batches of 32 allow it, and the forget gates begin with the bias
+    ``forget_bias``: with Keras's usual 1, which a panel keeps, the two layers begin as a mean of some eight
+    bars, and a thousand rows are too few to unlearn that.
     """
 
     loss: Loss = "huber"
@@ -96,8 +93,6 @@ class NetworkConfig(RowsConfig):
     validation_share: float = 0.15
     refit_every_folds: int = 3
     feature_limit: float = 5.0
-    screen_t: float = 2.5
-    screen_share: float = 0.6
     least_steps: int = 30
     forget_bias: float = -2.0
 
@@ -380,7 +375,7 @@ def evidence(
     return shrunk_weights(dict(zip(models, said, strict=True)), realised), pooled, own
 
 
-def chooser(train: Dataset, config: RecipeConfig | NetworkConfig) -> Callable[[Rows], tuple[int, ...]]:
+def chooser(train: Dataset, config: RowsConfig) -> Callable[[Rows], tuple[int, ...]]:
     """Return what chooses the features to fit on: `screen` for one symbol, all of them for a panel.
 
     The rows of a panel are enough for all features; those of one symbol are not.

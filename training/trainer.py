@@ -54,12 +54,15 @@ class RowsConfig:
     all symbols do together is mostly noise to a model of each. A row counts half at the age of
     ``weight_half_life_sessions``. Training targets, never outcomes, are winsorised at ``target_limit_sigma``
     volatilities. Rows of ``leave_out`` train and calibrate nothing: they prove that the model generalises.
+    Features of a single symbol are screened, by ``screen_t`` and ``screen_share``, see `recipe.screen`.
     """
 
     common_move_share: float = 0.5
     weight_half_life_sessions: float = 252.0 * 20
     target_limit_sigma: float = 4.0
     leave_out: tuple[str, ...] = ()
+    screen_t: float = 2.5
+    screen_share: float = 0.6
     seed: int = 7
 
 
