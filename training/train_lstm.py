@@ -402,22 +402,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser, model = common_parser(LSTM, "Train, validate and save the network of symbols.", program)
     add, default, count = model.add_argument, NetworkConfig(), at_least(1)
-    add(
-        "--target-horizon",
-        type=lambda text: (count(text),),
-        default=(DEFAULT_HORIZON_BARS,),
-        metavar="BARS",
-        help="bars ahead",
-    )
+
+    def horizon(text: str) -> tuple[int]:
+        return (count(text),)
+
+    add("--target-horizon", type=horizon, default=(DEFAULT_HORIZON_BARS,), metavar="BARS", help="bars ahead")
     add("--loss", choices=get_args(Loss), default=default.loss)
-    numbers = {
-        "epochs": "epochs at most",
-        "batch_size": "sequences of one step",
-        "sequence_length": "bars that the network reads",
-        "refit_every_folds": "years between two fits of the walk-forward",
-    }
-    for name, words in numbers.items():
-        add(f"--{name.replace('_', '-')}", type=count, default=getattr(default, name), help=words)
+    add("--epochs", type=count, default=default.epochs, help="epochs at most")
+    add("--batch-size", type=count, default=default.batch_size, help="sequences of one step")
+    add("--sequence-length", type=count, default=default.sequence_length, help="bars that the network reads")
+    years = "years between two fits of the walk-forward"
+    add("--refit-every-folds", type=count, default=default.refit_every_folds, help=years)
     add("--dropout", type=below(0.9), default=default.dropout, help="share that is dropped")
     add("--learning-rate", type=below(1.0), default=default.learning_rate)
     return parser
