@@ -372,9 +372,11 @@ def leaves(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 def run_of(bars: Bars, content: object, kind: ArtifactKind, settings: str, n_trials: int = 1) -> Run:
     """Return what identifies a run, whose outcome is decided by ``content``, among the looks at a symbol."""
+    first, last = window(bars).values()
     return Run(
         symbol=bars.symbol,
-        **window(bars),
+        first_session=first,
+        last_session=last,
         fingerprint=hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16],
         n_trials=n_trials,
         at=datetime.now(UTC).isoformat(timespec="seconds"),
