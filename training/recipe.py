@@ -16,12 +16,12 @@ import pandas as pd
 import xgboost
 from sklearn.preprocessing import RobustScaler
 
-from data.target_engineering import Dataset
+from data.target_engineering import Dataset, DateArray
 from evaluation.metrics import overlap_error
 from inference.intervals import MIN_INDEPENDENT, Calibration, FloatArray, FloatMatrix, IntArray, calibrate
 from inference.load_gbm_models import Booster, BoosterEnsemble, select_scaled, shap_values, shrunk_weights
 from inference.load_lstm_model import Network
-from training.gbm_search import DateArray, Rows, SearchConfig, Tuned, all_columns, fit_boosters, tune
+from training.gbm_search import Rows, SearchConfig, Tuned, all_columns, fit_boosters, tune
 from training.trainer import FinalRecipe, RowsConfig, WalkConfig
 from utils.base import DataError
 from validation.walk_forward import RecipePrediction
@@ -131,11 +131,6 @@ class Fitted(Generic[ModelT]):
         """Names of the features that the model uses."""
         return self.model.selected_features
 
-    @property
-    def belief(self) -> dict[str, object]:
-        """How far the model is believed, for the fold table."""
-        return {name: getattr(self.model.calibration, name) for name in ("slope", "skill_lower")}
-
     def for_symbol(self, symbol: str) -> ModelT:
         """Return the same model with the calibration of one symbol."""
         return replace(self.model, calibration=self.calibrations.get(symbol, self.model.calibration))
@@ -169,7 +164,8 @@ class FittedGBM(Fitted[BoosterEnsemble]):
     def notes(self) -> Mapping[str, object]:
         """What the fold table shows beside the metrics."""
         return {
-            **self.belief,
+            "slope": self.model.calibration.slope,
+            "skill_lower": self.model.calibration.skill_lower,
             "weights": dict(self.model.weights),
             "rounds": {name: found.rounds for name, found in self.tuned.items()},
             "setting": {name: "careful" if t.is_careful else "tuned" for name, t in self.tuned.items()},
@@ -358,19 +354,13 @@ def evidence(
     raw, *said = (np.asarray(resolved[name], dtype=np.float64) for name in names[4:])
     session = pd.factorize(resolved["date"], sort=True)[0]
     pooled = calibrate(raw, realised, drift=drift, horizon_bars=horizon_bars, session_code=session)
+    near = partial(calibrate, horizon_bars=horizon_bars, prior_slope=pooled.slope, prior_std=SYMBOL_SLOPE_STD)
     own = dict.fromkeys(drifts, pooled)
     # Of a panel, each symbol by its own rows, shrunk towards the pooled slope; with few, as the panel.
     for name, mean in drifts.items() if len(drifts) > 1 else ():
         rows = np.flatnonzero(resolved["symbol"] == name)
-        one = calibrate(
-            raw[rows],
-            realised[rows],
-            drift=mean,
-            horizon_bars=horizon_bars,
-            session_code=np.unique(session[rows], return_inverse=True)[1],
-            prior_slope=pooled.slope,
-            prior_std=SYMBOL_SLOPE_STD,
-        )
+        code = np.unique(session[rows], return_inverse=True)[1]
+        one = near(raw[rows], realised[rows], drift=mean, session_code=code)
         own[name] = one if len(rows) / horizon_bars >= MIN_INDEPENDENT else replace(pooled, drift=mean)
     return shrunk_weights(dict(zip(models, said, strict=True)), realised), pooled, own
 

@@ -224,7 +224,8 @@ class FittedLSTM(Fitted[Network]):
     @property
     def notes(self) -> Mapping[str, object]:
         """What the fold table shows beside the metrics."""
-        return {**self.belief, "epochs": len(self.epochs), "best_epoch": self.best_epoch}
+        own, ran = self.model.calibration, {"epochs": len(self.epochs), "best_epoch": self.best_epoch}
+        return {"slope": own.slope, "skill_lower": own.skill_lower, **ran}
 
     def predict(self, rows: Dataset) -> RecipePrediction:
         """Forecast rows that were not seen."""

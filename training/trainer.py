@@ -124,7 +124,7 @@ class Walked(Generic[FittedT]):
     result: WalkForwardResult
     fitted: FittedT
     trials: Trials
-    started: float
+    started: float = 0.0
     universe: str = ""
     paths: Mapping[int, tuple[pd.DataFrame, FittedT]] = field(default_factory=dict)
     returns: FloatArray | None = None
@@ -197,20 +197,10 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
         self._place = 0
         # Further horizons come first, each on its own: the rows of one are in memory at a time.
         paths = {ahead: self._walk_path(panel, ahead) for ahead in self.config.path_horizons_bars}
-        dataset, result, fitted, trials = self.fit(panel)
-        walked = Walked(
-            dataset=dataset,
-            hashes={symbol: bars_hash(bars.frame) for symbol, bars in panel.items()},
-            result=result,
-            fitted=fitted,
-            trials=trials,
-            started=started,
-            universe=universe,
-            paths=paths,
-        )
+        walked = replace(self.fit(panel), universe=universe, paths=paths, started=started)
         return walked if len(panel) == 1 else replace(walked, returns=self._book_together(walked, panel))
 
-    def fit(self, panel: Mapping[str, Bars]) -> tuple[Dataset, WalkForwardResult, FittedT, Trials]:
+    def fit(self, panel: Mapping[str, Bars]) -> Walked[FittedT]:
         """Do `walk` for the one horizon that decides; nothing is booked."""
         self._stage("features", 0.0)
         frames = {symbol: bars.frame for symbol, bars in panel.items()}
@@ -218,7 +208,7 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
         dataset = begin_with_others(dataset, self.config.recipe.leave_out)
         recipe = self.recipe(dataset)
         validator = WalkForwardValidator(self.config.walk_forward)
-        n_folds = validator.n_folds(dataset)
+        n_folds = len(validator.folds(dataset))
 
         def on_fold(fold: FoldResult) -> None:
             done = fold.number + 1
@@ -227,8 +217,13 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
 
         result = validator.run(dataset, recipe, on_fold=on_fold)
         self._stage("final fit", WALKED_AT)
-        fitted = recipe.fit_all(dataset, result.record)
-        return dataset, result, fitted, recipe.trials
+        return Walked(
+            dataset=dataset,
+            hashes={symbol: bars_hash(bars.frame) for symbol, bars in panel.items()},
+            result=result,
+            fitted=recipe.fit_all(dataset, result.record),
+            trials=recipe.trials,
+        )
 
     def _walk_path(self, panel: Mapping[str, Bars], horizon_bars: int) -> tuple[pd.DataFrame, FittedT]:
         """Walk a further horizon, which nobody judges: its folds are told to nobody."""
@@ -238,9 +233,9 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
                 self._stage(f"{horizon_bars} bars, {event['stage']}", event["progress"])
 
         config = replace(self.config, horizon_bars=horizon_bars, path_horizons_bars=())
-        _dataset, result, fitted, _trials = type(self)(config, tell).fit(panel)
+        walked = type(self)(config, tell).fit(panel)
         self._place += 1
-        return result.record, fitted
+        return walked.result.record, walked.fitted
 
     def _book_together(self, walked: Walked[FittedT], panel: Mapping[str, Bars]) -> FloatArray:
         """Book the decided positions of every symbol with two forecasts or more; see `Walked.returns`."""

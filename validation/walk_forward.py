@@ -24,13 +24,13 @@ from validation.wfe_metrics import (
     FloatArray,
     Past,
     ResolvedRows,
-    block_bootstrap_means,
     block_length,
     calibration_slope,
     hit_rate,
     known_mean,
     less,
     ratio,
+    resampled_block_sums,
     share_up,
 )
 
@@ -242,10 +242,6 @@ class WalkForwardValidator:
         label_end = np.where(dataset.labelled, dataset.label_end, np.datetime64("NaT"))
         return self.config.folds(dataset.date, label_end, horizon_bars=dataset.horizon_bars)
 
-    def n_folds(self, dataset: Dataset) -> int:
-        """Return how many fits a run will make."""
-        return len(self.folds(dataset))
-
     def run(
         self, dataset: Dataset, recipe: Recipe, *, on_fold: Callable[[FoldResult], None] | None = None
     ) -> WalkForwardResult:
@@ -318,7 +314,7 @@ class WalkForwardValidator:
             return None, None
         rng = np.random.default_rng([self.config.seed, number])
         block = block_length(len(scores), horizon_bars)
-        means = block_bootstrap_means(scores, block, self.config.n_resamples, rng)
+        means = resampled_block_sums(scores, block, self.config.n_resamples, rng).mean(axis=1) / block
         tail = (1 - self.config.interval_level) / 2
         low, high = np.quantile(means, [tail, 1 - tail])
         return float(low), float(high)

@@ -148,17 +148,13 @@ def block_length(n_sessions: int, horizon_bars: int) -> int:
     return int(max(1, min(wanted, n_sessions // 2)))
 
 
-def block_bootstrap_means(
-    values: FloatArray, block_bars: int, n_resamples: int, rng: np.random.Generator
-) -> FloatArray:
-    """Return means of circular block resamples of ``values``, (n_resamples,), of whole blocks each."""
-    return np.asarray(resampled_block_sums(values, block_bars, n_resamples, rng).mean(axis=1) / block_bars)
-
-
 def resampled_block_sums(
     values: FloatArray, block_bars: int, n_resamples: int, rng: np.random.Generator
 ) -> FloatArray:
-    """Return the sums of the blocks of each resample, (n_resamples, n_blocks): Politis, Romano (1992)."""
+    """Return the sums of the circular blocks of each resample, (n_resamples, n_blocks).
+
+    A resample has whole blocks, of ``block_bars`` each: Politis, Romano (1992).
+    """
     n = len(values)
     n_blocks = -(-n // block_bars)
     cumulated = np.concatenate([[0.0], np.cumsum(np.concatenate([values, values[:block_bars]]))])
