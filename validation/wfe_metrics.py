@@ -98,12 +98,8 @@ class ResolvedRows:
         """Spread products of ranks, (k,) for the rows of each symbol, over sessions; see `ic_by_session`."""
         found, n_symbols = np.zeros(len(self.signal)), 0
         for rows in self.by_symbol():
-            own = products(rows) / len(rows)
-            if (
-                len(rows) >= MIN_ROWS_FOR_IC
-                and np.ptp(self.signal[rows]) > 0
-                and np.ptp(self.outcome[rows]) > 0
-            ):
+            signal, outcome, own = self.signal[rows], self.outcome[rows], products(rows) / len(rows)
+            if len(rows) >= MIN_ROWS_FOR_IC and np.ptp(signal) > 0 and np.ptp(outcome) > 0:
                 found[rows] = own
                 n_symbols += 1
         return self.sum_by_session(found) * (self.n_sessions / n_symbols) if n_symbols else np.empty(0)
@@ -311,16 +307,14 @@ def deflated_sharpe(moments: SharpeMoments, n_tried: int, variance: float | None
     return probabilistic_sharpe(moments, expected_maximum_sharpe(n_tried, spread))
 
 
-def minimum_track_record_length(
-    moments: SharpeMoments, benchmark_sharpe: float = 0.0, confidence: float = 0.95
-) -> float | None:
-    """Return how many bars it takes to be sure that the Sharpe ratio exceeds ``benchmark_sharpe``.
+def minimum_track_record_length(moments: SharpeMoments, benchmark_sharpe: float = 0.0) -> float | None:
+    """Return how many bars it takes to be 95 % sure that the Sharpe ratio exceeds ``benchmark_sharpe``.
 
     None when the estimate does not exceed it, whatever the length. Bailey, Lopez de Prado (2012), eq. 11.
     """
     if moments.sharpe <= benchmark_sharpe:
         return None
-    distance = float(ndtri(confidence)) / (moments.sharpe - benchmark_sharpe)
+    distance = float(ndtri(0.95)) / (moments.sharpe - benchmark_sharpe)
     return 1.0 + moments.variance_factor * distance**2
 
 
