@@ -46,8 +46,9 @@ from inference.ensemble import (
     meta_features,
 )
 from inference.intervals import FloatArray, IntArray
+from inference.load_lstm_model import Sequences
 from training.gbm_search import SearchConfig
-from training.recipe import GBMRecipe, NetworkConfig, RecipeConfig, Sequences
+from training.recipe import GBMRecipe, NetworkConfig, RecipeConfig
 from training.train_ensemble import CommonRows, MetaConfig, walk_meta
 from training.train_lstm import LSTMRecipe
 from training.trainer import begin_with_others

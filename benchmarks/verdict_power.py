@@ -44,8 +44,9 @@ from data.feature_engineer import engineer_features
 from data.schema import Bars
 from data.target_engineering import Dataset
 from evaluation.accounting import CostModel
+from inference.load_lstm_model import Sequences
 from training.gbm_search import SearchConfig
-from training.recipe import LSTMConfig, NetworkConfig, RecipeConfig, Sequences, TrainerConfig
+from training.recipe import LSTMConfig, NetworkConfig, RecipeConfig, TrainerConfig
 from training.train_ensemble import EnsembleTrainer
 from training.train_gbm import GBMTrainer
 from training.train_lstm import FittedLSTM, LSTMRecipe, LSTMTrainer

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 from numba import njit
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from scipy.special import expit
 
 from data.indicators import cached
+from data.target_engineering import Dataset
 from inference import artifact
 from inference.artifact import (
     COLUMNS,
@@ -116,6 +118,30 @@ def windows_of(ends: IntArray, starts: IntArray, length: int) -> IntArray:
     """
     back = np.arange(1 - length, 1)
     return np.asarray(np.maximum(ends[:, np.newaxis] + back, starts[:, np.newaxis]), dtype=np.intp)
+
+
+class Sequences:
+    """The features of all rows of a panel, symbol after symbol, and the sequence that ends at each of them.
+
+    Only features are kept: nothing here knows a target.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        order = np.lexsort((dataset.date, dataset.symbol_code))
+        self.features = dataset.features[order]
+        self._keys = _keys(dataset)[order]
+        codes = dataset.symbol_code[order]
+        self._starts = np.searchsorted(codes, codes, side="left")
+
+    def windows(self, rows: Dataset, length: int) -> IntArray:
+        """Return for each of ``rows`` the positions in `features` of its sequence, (n, length)."""
+        ends = np.searchsorted(self._keys, _keys(rows))
+        return windows_of(ends, self._starts[ends], length)
+
+
+def _keys(rows: Dataset) -> npt.NDArray[np.int64]:
+    days = rows.date.astype("datetime64[D]").astype(np.int64)
+    return np.asarray(rows.symbol_code.astype(np.int64) * 2**32 + days, dtype=np.int64)
 
 
 def batch_outputs(projected: FloatMatrix, windows: IntArray, weights: Weights) -> FloatMatrix:

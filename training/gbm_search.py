@@ -1,7 +1,7 @@
 """Tune and fit the boosters on prepared rows: binned once, stopped early, pruned, seeded.
 
-Everything here sees training rows only. Inner blocks come after their inner training rows and are purged by
-label end, so the search judges a setting the way the outer walk-forward judges the recipe.
+Everything here sees training rows only. A setting is judged on inner blocks the way the outer walk-forward
+judges the recipe.
 
 Each library has a *careful* setting, few small trees with large leaves, which grow with the rows. The best of
 many trials is the luckiest of many trials: a tuned setting is used only where it beats the careful one on the
@@ -10,26 +10,24 @@ inner blocks by more than `EARNED_T` standard errors; both are scored as they wo
 
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from math import log2
 from typing import Any, NamedTuple, TypeVar
 
 import lightgbm
 import numpy as np
-import numpy.typing as npt
 import optuna
 import xgboost
 
-from data.data_splitter import PurgedTimeSeriesSplit
+from data.data_splitter import DateArray, PurgedTimeSeriesSplit
 from evaluation.metrics import overlap_error
 from inference.intervals import FloatArray, FloatMatrix, IntArray
 from inference.load_gbm_models import Booster, predict_booster
 from utils.base import UsageError
 
 Params = Mapping[str, float | int]
-DateArray = npt.NDArray[np.datetime64]
 T = TypeVar("T")
 
 MAX_BIN = 64  # 1.7 to 2.8 times faster than 256 at no loss on return data
@@ -73,10 +71,9 @@ class Rows:
 class SearchConfig:
     """How the boosters are searched and fitted.
 
-    ``n_trials`` settings are drawn for each library (0 takes the careful ones as they are) and scored on
-    ``n_inner_blocks`` purged blocks, which stop them early, after ``max_rounds`` at most. ``models`` are any
-    of ``xgb``, ``lgb``, ``cat``; XGBoost alone is fitted on ``device``, ``cpu`` or ``cuda``. Results do not
-    depend on ``threads``.
+    ``n_trials`` settings are drawn for each library (0: the careful ones as they are) and scored on
+    ``n_inner_blocks`` purged blocks, which stop them early, after ``max_rounds`` at most. Only XGBoost is
+    fitted on ``device``, ``cpu`` or ``cuda``. Results do not depend on ``threads``.
     """
 
     n_trials: int = 30
@@ -87,9 +84,8 @@ class SearchConfig:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse libraries that nobody knows."""
-        unknown = [name for name in self.models if name not in LIBRARIES]
-        if unknown or not self.models or len(set(self.models)) != len(self.models):
+        """Refuse libraries that nobody knows, or that are named twice."""
+        if not self.models or len({*self.models} & {*LIBRARIES}) < len(self.models):
             raise UsageError(f"models {self.models}: name each of {', '.join(LIBRARIES)} at most once")
 
 
@@ -110,19 +106,16 @@ class Fitting(NamedTuple):
     device: str
 
 
-def _shared(trial: optuna.Trial) -> dict[str, float]:
-    return {
-        "learning_rate": trial.suggest_float("learning_rate", 0.01, 0.3, log=True),
-        "subsample": trial.suggest_float("subsample", 0.6, 1.0),
-        "colsample_bytree": trial.suggest_float("colsample_bytree", 0.5, 1.0),
-        "reg_alpha": trial.suggest_float("reg_alpha", 1e-4, 1.0, log=True),
-        "reg_lambda": trial.suggest_float("reg_lambda", 1e-4, 1.0, log=True),
-    }
-
-
-def _depth(leaves: int) -> int:
-    """Return the depth at which a full tree has about as many leaves."""
-    return round(float(np.log2(leaves)))
+def _shared(trial: optuna.Trial, *names: str) -> dict[str, float]:
+    """Draw what every library is asked first, in one order; ``names`` are what it calls them."""
+    drawn = (
+        trial.suggest_float("learning_rate", 0.01, 0.3, log=True),
+        trial.suggest_float("subsample", 0.6, 1.0),
+        trial.suggest_float("colsample_bytree", 0.5, 1.0),
+        trial.suggest_float("reg_alpha", 1e-4, 1.0, log=True),
+        trial.suggest_float("reg_lambda", 1e-4, 1.0, log=True),
+    )
+    return dict(zip(names, drawn, strict=False))
 
 
 class _XGBoost:
@@ -134,20 +127,16 @@ class _XGBoost:
     """
 
     def suggest(self, trial: optuna.Trial, n_rows: int) -> Params:
-        shared = _shared(trial)
         return {
-            "eta": shared["learning_rate"],
+            **_shared(trial, "eta", "subsample", "colsample_bytree", "alpha", "lambda"),
             "max_depth": trial.suggest_int("max_depth", 3, 8),
-            "subsample": shared["subsample"],
-            "colsample_bytree": shared["colsample_bytree"],
             "min_child_weight": trial.suggest_float("min_child_weight", 1.0, 10.0),
-            "alpha": shared["reg_alpha"],
-            "lambda": shared["reg_lambda"],
         }
 
     def careful(self, leaves: int, leaf_rows: int) -> Params:
-        trees = {"max_depth": _depth(leaves), "min_child_weight": leaf_rows / 2, "alpha": 0.0, "lambda": 1.0}
-        return {"eta": CAREFUL_RATE, "subsample": 0.7, "colsample_bytree": 0.5, **trees}
+        trees = {"max_depth": round(log2(leaves)), "min_child_weight": leaf_rows / 2}
+        shares = {"subsample": 0.7, "colsample_bytree": 0.5, "alpha": 0.0, "lambda": 1.0}
+        return {"eta": CAREFUL_RATE, **trees, **shares}
 
     def bin(self, rows: Rows, like: Any = None) -> Any:  # noqa: ANN401
         return xgboost.QuantileDMatrix(
@@ -169,17 +158,13 @@ class _XGBoost:
 
 class _LightGBM:
     def suggest(self, trial: optuna.Trial, n_rows: int) -> Params:
-        shared = _shared(trial)
+        names = "learning_rate", "bagging_fraction", "feature_fraction", "lambda_l1", "lambda_l2"
         scale = max(1, n_rows // 10_000)
         return {
-            "learning_rate": shared["learning_rate"],
+            **_shared(trial, *names),
             "max_depth": trial.suggest_int("max_depth", 3, 8),
             "num_leaves": trial.suggest_int("num_leaves", 20, 150),
             "min_data_in_leaf": trial.suggest_int("min_data_in_leaf", 5 * scale, 50 * scale),
-            "bagging_fraction": shared["subsample"],
-            "feature_fraction": shared["colsample_bytree"],
-            "lambda_l1": shared["reg_alpha"],
-            "lambda_l2": shared["reg_lambda"],
         }
 
     def careful(self, leaves: int, leaf_rows: int) -> Params:
@@ -208,30 +193,26 @@ class _LightGBM:
 
 class _CatBoost:
     def suggest(self, trial: optuna.Trial, n_rows: int) -> Params:
-        shared = _shared(trial)
         return {
-            "learning_rate": shared["learning_rate"],
+            **_shared(trial, "learning_rate", "subsample", "rsm"),
             "depth": trial.suggest_int("max_depth", 3, 8),
-            "subsample": shared["subsample"],
-            "rsm": shared["colsample_bytree"],
-            "l2_leaf_reg": 1.0 + 100.0 * shared["reg_lambda"],
+            "l2_leaf_reg": 1.0 + 100.0 * trial.params["reg_lambda"],
         }
 
     def careful(self, leaves: int, leaf_rows: int) -> Params:
-        trees = {"depth": _depth(leaves), "subsample": 0.7, "rsm": 0.5, "l2_leaf_reg": leaf_rows / 2}
-        return {"learning_rate": CAREFUL_RATE, **trees}
+        trees = {"depth": round(log2(leaves)), "l2_leaf_reg": leaf_rows / 2}
+        return {"learning_rate": CAREFUL_RATE, "subsample": 0.7, "rsm": 0.5, **trees}
 
     def bin(self, rows: Rows, like: Any = None) -> Any:  # noqa: ANN401 - it bins when it trains
         return catboost().Pool(rows.features, rows.target_scaled, weight=rows.weight)
 
     def fit(self, params: Params, binned: Any, rounds: int, how: Fitting, score: Any = None) -> Booster:  # noqa: ANN401
-        asked: dict[str, object] = {"iterations": rounds, "loss_function": "RMSE", "border_count": MAX_BIN}
-        asked |= {"bootstrap_type": "Bernoulli", "boost_from_average": False}
-        run: dict[str, object] = {"random_seed": how.seed, "thread_count": how.threads}
-        run |= {"allow_writing_files": False, "logging_level": "Silent"}
+        asked = {"loss_function": "RMSE", "bootstrap_type": "Bernoulli", "boost_from_average": False}
+        trees = {"iterations": rounds, "border_count": MAX_BIN, "random_seed": how.seed}
+        run = {"thread_count": how.threads, "allow_writing_files": False, "logging_level": "Silent"}
         if score is not None:
             run |= {"od_type": "Iter", "od_wait": STOP_AFTER_ROUNDS, "use_best_model": True}
-        model: Booster = catboost().train(binned, {**params, **asked, **run}, eval_set=score)
+        model: Booster = catboost().train(binned, {**params, **asked, **trees, **run}, eval_set=score)
         return model
 
     def stopped(self, model: Any) -> tuple[float, int]:  # noqa: ANN401
@@ -243,9 +224,8 @@ def catboost() -> Any:  # noqa: ANN401
     try:
         import catboost as library  # noqa: PLC0415 - large, and only there when asked for
     except ImportError as error:
-        raise UsageError(
-            "CatBoost was asked for and is not installed: pip install -e '.[catboost]'"
-        ) from error
+        told = "CatBoost was asked for and is not installed: pip install -e '.[catboost]'"
+        raise UsageError(told) from error
     return library
 
 
@@ -257,15 +237,13 @@ LIBRARIES: Mapping[str, Library] = {"xgb": _XGBoost(), "lgb": _LightGBM(), "cat"
 class Tuned:
     """The setting to fit with, careful where nothing was searched, or nothing better was found.
 
-    ``inner_rmse`` is the best trial's error on the inner blocks, and ``gain_t`` by how many standard errors
-    it beats the careful setting; None where nothing was searched. ``trials`` are plain data.
+    ``inner_rmse`` is the best trial's on the inner blocks, None without a search; ``trials`` are plain data.
     """
 
     params: Params
     rounds: int
     is_careful: bool
     inner_rmse: float | None = None
-    gain_t: float | None = None
     trials: tuple[Mapping[str, object], ...] = ()
 
 
@@ -282,21 +260,19 @@ def fit_boosters(
     rows: Rows, tuned: Mapping[str, Tuned], config: SearchConfig, seed: int
 ) -> dict[str, Booster]:
     """Fit every library with its setting; libraries run side by side."""
+    how = Fitting(seed, config.threads, config.device)
 
     def fit(name: str) -> Booster:
         library, found = LIBRARIES[name], tuned[name]
-        return library.fit(
-            found.params, library.bin(rows), found.rounds, Fitting(seed, config.threads, config.device)
-        )
+        return library.fit(found.params, library.bin(rows), found.rounds, how)
 
-    return _side_by_side({name: partial(fit, name) for name in config.models})
+    return _side_by_side(fit, config.models)
 
 
-def _side_by_side(jobs: Mapping[str, Callable[[], T]]) -> dict[str, T]:
-    """Run independent jobs in threads; the boosters release the GIL, and each job is seeded by itself."""
-    with ThreadPoolExecutor(max_workers=len(jobs)) as pool:
-        futures = {name: pool.submit(job) for name, job in jobs.items()}
-        return {name: future.result() for name, future in futures.items()}
+def _side_by_side(job: Callable[[str], T], names: Sequence[str]) -> dict[str, T]:
+    """Do a job for every name, in threads; the boosters release the GIL, and each job is seeded by itself."""
+    with ThreadPoolExecutor(max_workers=len(names)) as pool:
+        return dict(zip(names, pool.map(job, names), strict=True))
 
 
 def inner_blocks(rows: Rows, config: SearchConfig, choose: Chooser = all_columns) -> list[tuple[Rows, Rows]]:
@@ -304,9 +280,8 @@ def inner_blocks(rows: Rows, config: SearchConfig, choose: Chooser = all_columns
 
     The columns of a block are those that ``choose`` names when it sees the rows to fit alone.
     """
-    splitter = PurgedTimeSeriesSplit(
-        config.n_inner_blocks, test_size_bars=len(rows) // (2 * config.n_inner_blocks)
-    )
+    size = len(rows) // (2 * config.n_inner_blocks)
+    splitter = PurgedTimeSeriesSplit(config.n_inner_blocks, test_size_bars=size)
     blocks = []
     for fit_index, score_index in splitter.split(len(rows), rows.label_end_position, date=rows.date):
         fit = rows.take(fit_index)
@@ -332,8 +307,7 @@ def search(name: str, rows: Rows, config: SearchConfig, seed: int, choose: Choos
         params = library.suggest(trial, len(rows))
         scores, rounds = [], []
         for step, (fit, score, _score_rows) in enumerate(blocks):
-            model = library.fit(params, fit, config.max_rounds, how, score)
-            rmse, best_round = library.stopped(model)
+            rmse, best_round = library.stopped(library.fit(params, fit, config.max_rounds, how, score))
             scores.append(rmse)
             rounds.append(best_round)
             trial.report(float(np.mean(scores)), step)
@@ -348,13 +322,9 @@ def search(name: str, rows: Rows, config: SearchConfig, seed: int, choose: Choos
     study.optimize(objective, n_trials=config.n_trials)
     best = study.best_trial.user_attrs
     found = Tuned(params=best["params"], rounds=best["rounds"], is_careful=False)
-    gain_t = _gain_t(library, blocks, found, fallback, how)
-    return replace(
-        found if gain_t > EARNED_T else fallback,
-        inner_rmse=float(study.best_value),
-        gain_t=gain_t,
-        trials=tuple(_trial_record(name, trial) for trial in study.trials),
-    )
+    is_earned = _gain_t(library, blocks, found, fallback, how) > EARNED_T
+    trials = tuple(_trial_record(name, trial) for trial in study.trials)
+    return replace(found if is_earned else fallback, inner_rmse=float(study.best_value), trials=trials)
 
 
 def _gain_t(
@@ -389,7 +359,7 @@ def tune(rows: Rows, config: SearchConfig, seed: int, choose: Chooser = all_colu
     """Search every library of ``config``; libraries run side by side, each with its own seeded study."""
     # Optuna announces each trial at INFO on its own handler; the trials are recorded in the bundle instead.
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return _side_by_side({name: partial(search, name, rows, config, seed, choose) for name in config.models})
+    return _side_by_side(lambda name: search(name, rows, config, seed, choose), config.models)
 
 
 def probe_cuda() -> str | None:
@@ -401,9 +371,8 @@ def probe_cuda() -> str | None:
     params = {"device": "cuda", "tree_method": "hist", "max_depth": 1, "nthread": 1, "verbosity": 0}
     version = xgboost.__version__
     try:
-        with warnings.catch_warnings():
-            # The warning about the fallback is what the answer says.
-            warnings.simplefilter("ignore")
+        # The warning about the fallback is what the answer says.
+        with warnings.catch_warnings(action="ignore"):
             booster = xgboost.train(params, xgboost.DMatrix(rows, rows[:, 0]), num_boost_round=1)
     except xgboost.core.XGBoostError as error:
         return f"XGBoost {version} says: {str(error).strip().partition(chr(10))[0]}"

@@ -5,24 +5,23 @@ is carried over was chosen on still earlier rows. Everything else is redone in e
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import lightgbm
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import xgboost
 from sklearn.preprocessing import RobustScaler
 
-from data.target_engineering import Dataset
+from data.target_engineering import Dataset, DateArray
 from evaluation.metrics import overlap_error
 from inference.intervals import MIN_INDEPENDENT, Calibration, FloatArray, FloatMatrix, IntArray, calibrate
 from inference.load_gbm_models import Booster, BoosterEnsemble, select_scaled, shap_values, shrunk_weights
-from inference.load_lstm_model import windows_of
-from training.gbm_search import DateArray, Rows, SearchConfig, Tuned, all_columns, fit_boosters, tune
+from inference.load_lstm_model import Network
+from training.gbm_search import Rows, SearchConfig, Tuned, all_columns, fit_boosters, tune
 from training.trainer import FinalRecipe, RowsConfig, WalkConfig
 from utils.base import DataError
 from validation.walk_forward import RecipePrediction
@@ -30,6 +29,7 @@ from validation.walk_forward import RecipePrediction
 logger = logging.getLogger(__name__)
 
 Loss = Literal["huber", "mae", "balanced", "quantile"]
+ModelT = TypeVar("ModelT", BoosterEnsemble, Network)
 
 # A drift is hardly known from one history: 20 years tell a market's within .13 volatilities a year. What is
 # believed before the prices: shares rose by some 9 % a year (log) in a century at a volatility of some 30 %;
@@ -51,14 +51,11 @@ SCREEN_LIMIT = 3.0
 class RecipeConfig(RowsConfig):
     """Parameters of the boosters' recipe; see also `RowsConfig`.
 
-    The search is redone every ``tune_every_folds`` folds, and for the final fit. Features of a single symbol
-    are screened, by ``screen_t`` and ``screen_share``, see `screen`; SHAP keeps ``max_features``.
+    The search is redone every ``tune_every_folds`` folds, and for the final fit; SHAP keeps ``max_features``.
     """
 
     search: SearchConfig = field(default_factory=SearchConfig)
     tune_every_folds: int = 10
-    screen_t: float = 2.5
-    screen_share: float = 0.6
     max_features: int = 40
 
 
@@ -73,15 +70,14 @@ class TrainerConfig(WalkConfig):
 class NetworkConfig(RowsConfig):
     """Parameters of the network's recipe; see also `RowsConfig`.
 
-    ``loss``: ``huber``, ``mae``; ``balanced``: Huber's, rises and falls weighing alike; ``quantile``: the
-    pinball loss of three quantiles, whose median is the forecast. The rate rises from a tenth of
-    ``learning_rate`` in ``warmup_epochs``, then falls along a cosine. The latest ``validation_share`` of the
-    training sessions decides when to stop: after ``patience_epochs`` without gain. The network is fitted anew
-    every ``refit_every_folds``; scaled features count ``feature_limit`` at most. Those of a single symbol are
-    screened, by ``screen_t`` and ``screen_share``, see `screen`; an epoch over its few rows has
-    ``least_steps``, where batches of 32 allow it; and its forget gates begin with the bias ``forget_bias``:
-    with Keras's usual 1, which a panel keeps, the two layers begin as a mean of some eight bars, and a
-    thousand rows are too few to unlearn that.
+    ``loss``: ``balanced`` is Huber's, rises and falls weighing alike; ``quantile`` the pinball loss of three
+    quantiles, whose median is the forecast. The rate rises from a tenth of ``learning_rate`` in
+    ``warmup_epochs``, then falls along a cosine. The latest ``validation_share`` of the training sessions
+    decides when to stop: after ``patience_epochs`` without gain. The network is fitted anew every
+    ``refit_every_folds``; scaled features count ``feature_limit`` at most. Of a single symbol, an epoch over
+    its few rows has ``least_steps``, where batches of 32 allow it, and the forget gates begin with the bias
+    ``forget_bias``: with Keras's usual 1, which a panel keeps, the two layers begin as a mean of some eight
+    bars, and a thousand rows are too few to unlearn that.
     """
 
     loss: Loss = "huber"
@@ -97,8 +93,6 @@ class NetworkConfig(RowsConfig):
     validation_share: float = 0.15
     refit_every_folds: int = 3
     feature_limit: float = 5.0
-    screen_t: float = 2.5
-    screen_share: float = 0.6
     least_steps: int = 30
     forget_bias: float = -2.0
 
@@ -123,29 +117,56 @@ class Selection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FittedGBM:
-    """One fold's fit; see `validation.walk_forward.FittedRecipe`.
+class Fitted(Generic[ModelT]):
+    """One fold's fit of any kind of model; see `validation.walk_forward.FittedRecipe`.
 
-    The ensemble has the calibration of the panel as a whole; a symbol not in ``calibrations`` takes it.
+    The model has the calibration of the panel as a whole; a symbol not in ``calibrations`` takes it.
     """
 
-    ensemble: BoosterEnsemble
+    model: ModelT
     calibrations: Mapping[str, Calibration]
-    tuned: Mapping[str, Tuned]
-    selection: Selection
 
     @property
     def selected_features(self) -> tuple[str, ...]:
-        """Names of the features that the boosters use."""
-        return self.ensemble.selected_features
+        """Names of the features that the model uses."""
+        return self.model.selected_features
+
+    def for_symbol(self, symbol: str) -> ModelT:
+        """Return the same model with the calibration of one symbol."""
+        return replace(self.model, calibration=self.calibrations.get(symbol, self.model.calibration))
+
+    def calibrated(
+        self, rows: Dataset, per_model: Mapping[str, FloatArray], raw_scaled: FloatArray
+    ) -> RecipePrediction:
+        """Return the forecasts of ``rows`` from their signal and the calibration of their symbols."""
+        own = [self.for_symbol(name).calibration for name in rows.symbols]
+        drift, slope, centre, skill_lower = (
+            np.array([getattr(one, name) for one in own], dtype=np.float64)[rows.symbol_code]
+            for name in ("drift", "slope", "raw_mean", "skill_lower")
+        )
+        return RecipePrediction(
+            mean_log=(drift + slope * (raw_scaled - centre)) * rows.sigma_log,
+            baseline_log=drift * rows.sigma_log,
+            raw_scaled=raw_scaled,
+            per_model=per_model,
+            skill_lower=skill_lower,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FittedGBM(Fitted[BoosterEnsemble]):
+    """One fold's fit of the boosters."""
+
+    tuned: Mapping[str, Tuned]
+    selection: Selection
 
     @property
     def notes(self) -> Mapping[str, object]:
         """What the fold table shows beside the metrics."""
         return {
-            "slope": self.ensemble.calibration.slope,
-            "skill_lower": self.ensemble.calibration.skill_lower,
-            "weights": dict(self.ensemble.weights),
+            "slope": self.model.calibration.slope,
+            "skill_lower": self.model.calibration.skill_lower,
+            "weights": dict(self.model.weights),
             "rounds": {name: found.rounds for name, found in self.tuned.items()},
             "setting": {name: "careful" if t.is_careful else "tuned" for name, t in self.tuned.items()},
             "selection": self.selection.method,
@@ -159,37 +180,10 @@ class FittedGBM:
             for name, found in self.tuned.items()
         }
 
-    def for_symbol(self, symbol: str) -> BoosterEnsemble:
-        """Return the same boosters with the calibration of one symbol."""
-        return replace(self.ensemble, calibration=self.calibrations.get(symbol, self.ensemble.calibration))
-
     def predict(self, rows: Dataset) -> RecipePrediction:
-        """Forecast rows that were not seen; see `validation.walk_forward.RecipePrediction`."""
-        per_model = self.ensemble.per_model(rows.features)
-        by_symbol = [self.for_symbol(name).calibration for name in rows.symbols]
-        return calibrated(rows, per_model, self.ensemble.combine(per_model), by_symbol)
-
-
-def calibrated(
-    rows: Dataset,
-    per_model: Mapping[str, FloatArray],
-    raw_scaled: FloatArray,
-    by_symbol: Sequence[Calibration],
-) -> RecipePrediction:
-    """Return the forecasts of ``rows`` from their signal and the calibration of each of ``rows.symbols``."""
-
-    def by_row(values: list[float]) -> FloatArray:
-        return np.asarray(values, dtype=np.float64)[rows.symbol_code]
-
-    drift, slope = by_row([c.drift for c in by_symbol]), by_row([c.slope for c in by_symbol])
-    centre = by_row([c.raw_mean for c in by_symbol])
-    return RecipePrediction(
-        mean_log=(drift + slope * (raw_scaled - centre)) * rows.sigma_log,
-        baseline_log=drift * rows.sigma_log,
-        raw_scaled=raw_scaled,
-        per_model=per_model,
-        skill_lower=by_row([c.skill_lower for c in by_symbol]),
-    )
+        """Forecast rows that were not seen."""
+        per_model = self.model.per_model(rows.features)
+        return self.calibrated(rows, per_model, self.model.combine(per_model))
 
 
 class GBMRecipe(FinalRecipe[FittedGBM]):
@@ -211,7 +205,6 @@ class GBMRecipe(FinalRecipe[FittedGBM]):
         """
         config = self.config
         train, earlier = without_symbols(train, earlier, config.leave_out)
-        drifts, drift = drift_by_symbol(train, sample_weights(train, config.weight_half_life_sessions))
         seen = some_rows(train.features)
         # Before the first headline there is nothing to scale; no tree splits there.
         scaler = RobustScaler().fit(np.where(np.isnan(seen).all(axis=0), 0.0, seen))
@@ -223,9 +216,8 @@ class GBMRecipe(FinalRecipe[FittedGBM]):
             self.searches.append(tune(rows, config.search, config.seed, choose))
         tuned = self.searches[-1]
         models, selection = self._fit_selected(rows, screened, tuned)
-        weights, calibration, calibrations = evidence(
-            earlier, tuple(models), drift=drift, drifts=drifts, horizon_bars=train.horizon_bars
-        )
+        drifts = drift_by_symbol(train, rows.weight)
+        weights, calibration, own = evidence(earlier, tuple(models), *drifts, train.horizon_bars)
         ensemble = BoosterEnsemble(
             columns=train.columns,
             selected=selection.selected,
@@ -234,22 +226,22 @@ class GBMRecipe(FinalRecipe[FittedGBM]):
             weights=weights,
             calibration=calibration,
         )
-        return FittedGBM(ensemble=ensemble, calibrations=calibrations, tuned=tuned, selection=selection)
+        return FittedGBM(model=ensemble, calibrations=own, tuned=tuned, selection=selection)
 
     def _fit_selected(
         self, rows: Rows, screened: tuple[int, ...], tuned: Mapping[str, Tuned]
     ) -> tuple[dict[str, Booster], Selection]:
         """Fit on the screened features, keep those that SHAP values call for, and fit on these again."""
-        config = self.config
+        search, seed = self.config.search, self.config.seed
         sieved = rows.with_columns(screened)
-        models = fit_boosters(sieved, tuned, config.search, config.seed)
-        kept = select_features(models, sieved.features, max_features=config.max_features, seed=config.seed)
+        models = fit_boosters(sieved, tuned, search, seed)
+        kept = select_features(models, sieved.features, max_features=self.config.max_features, seed=seed)
         importance = np.zeros(rows.features.shape[1])
         importance[list(screened)] = kept.importance
         selected = tuple(screened[i] for i in kept.selected)
         if selected != screened:
-            models = fit_boosters(rows.with_columns(selected), tuned, config.search, config.seed)
-        return models, Selection(selected=selected, importance=importance, method=kept.method)
+            models = fit_boosters(rows.with_columns(selected), tuned, search, seed)
+        return models, replace(kept, selected=selected, importance=importance)
 
 
 def without_symbols(
@@ -258,11 +250,10 @@ def without_symbols(
     """Return training rows and earlier record without those of the given symbols."""
     if not symbols:
         return train, earlier
-    kept = np.flatnonzero(~np.isin(np.asarray(train.symbols)[train.symbol_code], symbols))
-    if not len(kept):
-        raise DataError(
-            f"leaving out {', '.join(symbols)} leaves no rows to train on: name a larger universe"
-        )
+    kept = ~np.isin(np.asarray(train.symbols)[train.symbol_code], symbols)
+    if not kept.any():
+        told = f"leaving out {', '.join(symbols)} leaves no rows to train on: name a larger universe"
+        raise DataError(told)
     return train.take(kept), earlier if earlier.empty else earlier[~earlier["symbol"].isin(symbols)]
 
 
@@ -347,45 +338,34 @@ def common_move(target: FloatArray, date: DateArray) -> FloatArray:
 def evidence(
     record: pd.DataFrame,
     models: tuple[str, ...],
-    *,
-    drift: float,
     drifts: Mapping[str, float],
+    drift: float,
     horizon_bars: int,
 ) -> tuple[dict[str, float], Calibration, dict[str, Calibration]]:
     """Weigh the models and calibrate their signal on the resolved rows of a walk-forward record.
 
-    ``drift`` and ``drifts`` are the forecast of a model without skill, in volatilities: of the panel, and by
-    symbol. Returns weights by model, the panel's calibration, and the calibration by symbol.
+    ``drifts`` by symbol, and ``drift`` of the panel, are the forecasts of a model without skill, in
+    volatilities. Returns weights by model, the panel's calibration, and the calibration by symbol.
     """
-    if record.empty:
-        nothing = np.empty(0)
-        pooled = calibrate(nothing, nothing, drift=drift, horizon_bars=horizon_bars)
-        weights = dict.fromkeys(models, 1.0 / len(models))
-        return weights, pooled, {name: replace(pooled, drift=own) for name, own in drifts.items()}
-    resolved = record[record["realised_log"].notna()]
+    names = ["date", "symbol", "realised_log", "sigma_log", "raw_scaled", *(f"model_{one}" for one in models)]
+    # Before the first fold the record has neither rows nor columns.
+    resolved = record.reindex(columns=names).dropna(subset=["realised_log"])
     realised = np.asarray(resolved["realised_log"] / resolved["sigma_log"], dtype=np.float64)
-    per_model = {name: np.asarray(resolved[f"model_{name}"], dtype=np.float64) for name in models}
-    raw = np.asarray(resolved["raw_scaled"], dtype=np.float64)
+    raw, *said = (np.asarray(resolved[name], dtype=np.float64) for name in names[4:])
     session = pd.factorize(resolved["date"], sort=True)[0]
     pooled = calibrate(raw, realised, drift=drift, horizon_bars=horizon_bars, session_code=session)
+    near = partial(calibrate, horizon_bars=horizon_bars, prior_slope=pooled.slope, prior_std=SYMBOL_SLOPE_STD)
     own = dict.fromkeys(drifts, pooled)
     # Of a panel, each symbol by its own rows, shrunk towards the pooled slope; with few, as the panel.
     for name, mean in drifts.items() if len(drifts) > 1 else ():
         rows = np.flatnonzero(resolved["symbol"] == name)
-        one = calibrate(
-            raw[rows],
-            realised[rows],
-            drift=mean,
-            horizon_bars=horizon_bars,
-            session_code=np.unique(session[rows], return_inverse=True)[1],
-            prior_slope=pooled.slope,
-            prior_std=SYMBOL_SLOPE_STD,
-        )
+        code = np.unique(session[rows], return_inverse=True)[1]
+        one = near(raw[rows], realised[rows], drift=mean, session_code=code)
         own[name] = one if len(rows) / horizon_bars >= MIN_INDEPENDENT else replace(pooled, drift=mean)
-    return shrunk_weights(per_model, realised), pooled, own
+    return shrunk_weights(dict(zip(models, said, strict=True)), realised), pooled, own
 
 
-def chooser(train: Dataset, config: RecipeConfig | NetworkConfig) -> Callable[[Rows], tuple[int, ...]]:
+def chooser(train: Dataset, config: RowsConfig) -> Callable[[Rows], tuple[int, ...]]:
     """Return what chooses the features to fit on: `screen` for one symbol, all of them for a panel.
 
     The rows of a panel are enough for all features; those of one symbol are not.
@@ -473,27 +453,3 @@ def direction_weights(target: FloatMatrix) -> FloatMatrix:
     rises = target[:, 0] > 0
     share = float(np.clip(rises.mean(), 0.01, 0.99))
     return np.where(rises, 0.5 / share, 0.5 / (1 - share)).astype(np.float32)
-
-
-class Sequences:
-    """The features of all rows of a panel, symbol after symbol, and the sequence that ends at each of them.
-
-    Only features are kept: nothing here knows a target.
-    """
-
-    def __init__(self, dataset: Dataset) -> None:
-        order = np.lexsort((dataset.date, dataset.symbol_code))
-        self.features = dataset.features[order]
-        self._keys = _keys(dataset)[order]
-        codes = dataset.symbol_code[order]
-        self._starts = np.searchsorted(codes, codes, side="left")
-
-    def windows(self, rows: Dataset, length: int) -> IntArray:
-        """Return for each of ``rows`` the positions in `features` of its sequence, (n, length)."""
-        ends = np.searchsorted(self._keys, _keys(rows))
-        return windows_of(ends, self._starts[ends], length)
-
-
-def _keys(rows: Dataset) -> npt.NDArray[np.int64]:
-    days = rows.date.astype("datetime64[D]").astype(np.int64)
-    return np.asarray(rows.symbol_code.astype(np.int64) * 2**32 + days, dtype=np.int64)

@@ -1,7 +1,7 @@
 """How a command that trains is asked, and what it tells: a plain log per run, the report, the terminal.
 
 The log is written anew after every event: a run that is killed leaves what it had come to, without its last
-section, STATUS: one word, see `status_of`, and why. Trouble with log or report is a warning, no failure.
+section, STATUS: one word, and why. Trouble with log or report is a warning, no failure.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from training.trainer import OnEvent, RowsConfig, Trained, Trainer, WalkConfig, 
 from utils import base as errors
 from utils.base import Settings, at_least, configure_logging, json_lines, print_rows
 from utils.model_paths import ArtifactKind, artifact_link
+from validation.gates import in_words
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,6 @@ INTERRUPTED = 130
 INTERRUPTED_LINE = "interrupted: what was not saved yet is lost, what served before still serves\n"
 GRACE_S = 2.0
 MAX_SEED = 2**31 - 1  # what every library takes
-SHOWN_IN_PERCENT = ("active_return_annual", "direction_accuracy", "share_up")
 Outcome = dict[str, Any]
 IN_EVERY_OUTCOME = (
     "model_version", "out_of_sample_from", "trained_through", "horizon_bars", "data_hash", "tries",
@@ -135,38 +135,33 @@ class RunLog(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Take down a warning of a library."""
-        self.warn(f"{record.name}: {record.getMessage()}")
-
-    def warn(self, text: str) -> None:
-        """Take down what should make a reader wary, once."""
-        if text not in self._sections["WARNINGS"]:
-            self._sections["WARNINGS"].append(text)
+        self._sections["WARNINGS"].append(f"{record.name}: {record.getMessage()}")
 
     def conclude(self, trained: Trained[Any]) -> None:
-        """Take down what came out of a walk-forward; the status follows from it."""
-        metadata = trained.bundle.metadata
-        more = {
-            "path models": metadata["path_models"],
-            "across folds": asdict(trained.walk_forward.summary),
-            "duration_s": metadata["duration_s"],
-        }
-        self.end(metadata, status_of(trained), more)
+        """Take down what came out of a walk-forward."""
+        metadata, summary = trained.bundle.metadata, trained.walk_forward.summary
+        more = {"path models": metadata["path_models"], "across folds": asdict(summary)}
+        has_collapsed = (summary.collapsed_folds or 0.0) >= COLLAPSED_SHARE
+        self.end(metadata, {**more, "duration_s": metadata["duration_s"]}, has_collapsed=has_collapsed)
 
-    def end(self, metadata: Mapping[str, Any], status: Status, more: Mapping[str, Any]) -> None:
+    def end(
+        self, metadata: Mapping[str, Any], more: Mapping[str, Any], *, has_collapsed: bool = False
+    ) -> None:
         """Take down the verdict and the figures behind it, and what there is ``more``, by name."""
-        verdict = metadata["verdict"]
+        verdict, data = metadata["verdict"], metadata["data"]
         facts = {name: metadata[name] for name in ("symbol", "source", "data_hash", "model_version")}
-        facts |= {name: metadata["data"][name] for name in ("first_session", "last_session")}
+        facts |= {name: data[name] for name in ("first_session", "last_session")}
         known = {"verdict": verdict["label"], "evidence": verdict["evidence"], "metrics": metadata["metrics"]}
         lines = _lines({**facts, **known, **more})
         for gate in verdict["gates"]:
-            told = f"{_like(gate['threshold'], gate['value'])} (threshold {gate['threshold']})"
-            result = "not computed" if gate["passed"] is None else ("failed", "passed")[gate["passed"]]
-            lines.append(f"gate {gate['name']}: {told} {result}")
+            # In the unit of its threshold.
+            value = in_words(gate["value"], ".2%" if gate["threshold"].endswith("%") else ".4g")
+            result = {None: "not computed", False: "failed", True: "passed"}[gate["passed"]]
+            lines.append(f"gate {gate['name']}: {value} (threshold {gate['threshold']}) {result}")
         self._sections |= {"FOLD METRICS": fold_lines(metadata.get("folds", ())), "FINAL METRICS": lines}
-        for problem in metadata["data"].get("problems", ()):
-            self.warn(str(problem))
-        self._finish(status, verdict["reasons"])
+        self._sections["WARNINGS"] += data.get("problems", ())
+        word: Status = "SUCCESS" if verdict["label"] == "edge" else "NO_EDGE"
+        self._finish("COLLAPSED" if has_collapsed else word, verdict["reasons"])
 
     def fail(self, error: BaseException) -> None:
         """Take down how the run ended; a refused verdict keeps its status."""
@@ -188,9 +183,9 @@ class RunLog(logging.Handler):
             return
         lines = []
         for name, content in self._sections.items():
-            # No STATUS yet means that the run is not over, or was killed.
+            # No STATUS yet means that the run is not over, or was killed. What is said twice is told once.
             if name != "STATUS" or content:
-                lines += [f"=== {name} ===", *(content or ["none"]), ""]
+                lines += [f"=== {name} ===", *(dict.fromkeys(content) or ["none"]), ""]
         folder, part = self.path.parent, self.path.with_name(f".{self.path.name}.part")
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -199,13 +194,6 @@ class RunLog(logging.Handler):
         except OSError as error:
             logger.warning("no training log in %s: %s; the training goes on", folder, error.strerror)
             self.path = None
-
-
-def status_of(trained: Trained[Any]) -> Status:
-    """Return the one word for a training that ran to its end."""
-    if (trained.walk_forward.summary.collapsed_folds or 0.0) >= COLLAPSED_SHARE:
-        return "COLLAPSED"
-    return "SUCCESS" if trained.verdict.label == "edge" else "NO_EDGE"
 
 
 def fold_lines(folds: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -299,18 +287,7 @@ def publish_report(trained: Trained[Any], folder: Path) -> Path | None:
 
 
 def _text(value: object) -> str:
-    if value is None:
-        return "undefined"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _like(threshold: str, value: float | None) -> str:
-    """Return a value in the unit of its threshold."""
-    return _percent(value) if threshold.endswith("%") else _text(value)
-
-
-def _percent(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.2%}"
+    return in_words(value, ".4g") if value is None or isinstance(value, float) else str(value)
 
 
 def outcome_of(
@@ -323,7 +300,7 @@ def outcome_of(
         "verdict": verdict["label"],
         **{name: verdict[name] for name in ("reasons", "evidence", "bypassed_gates")},
         **{name: metadata[name] for name in (*IN_EVERY_OUTCOME, *names)},
-        **{name: None if path is None else str(path) for name, path in paths.items()},
+        **{name: path and str(path) for name, path in paths.items()},
     }
 
 
@@ -356,20 +333,21 @@ def show(outcome: Outcome, console: Console, *, in_full: bool) -> None:
         bypassed = [f"saved although these classic gates fail: {gates}"] if gates else []
         for text in (*parts["notes"], *outcome["reasons"], *bypassed):
             console.print(f"  - {escape(text)}", soft_wrap=True)
-        for name in (name for name in ("bundle", "report", "log") if name in outcome):
+        for name in ("bundle", "report", "log"):
             console.print(f"{name}: {escape(str(outcome[name] or 'none'))}", soft_wrap=True)
 
 
 def summary(result: Outcome) -> list[dict[str, str]]:
     """Return what a person wants to know of one symbol first, by name."""
     evidence = {name: _text(value) for name, value in result["evidence"].items()}
-    percent = {name: _percent(result["evidence"][name]) for name in SHOWN_IN_PERCENT}
+    names = "active_return_annual", "direction_accuracy", "share_up"
+    active, hits, always_up = (in_words(result["evidence"][name], ".2%") for name in names)
     rows = {
         "out of sample": f"from {result['out_of_sample_from']}, {result['evidence']['n_rows']:,} forecasts",
         "horizon": f"{result['horizon_bars']} sessions",
         "information coefficient (signal)": f"{evidence['ic']} (p {evidence['p_ic']})",
-        "a year over equal exposure": f"{percent['active_return_annual']} (p {evidence['p_return']})",
-        "direction accuracy": f"{percent['direction_accuracy']} (always up: {percent['share_up']})",
+        "a year over equal exposure": f"{active} (p {evidence['p_return']})",
+        "direction accuracy": f"{hits} (always up: {always_up})",
         "verdicts on these prices": evidence["n_trials"],
         "trained in": f"{result['duration_s']} s on {result['device']}, seed {result['seed']}",
     }

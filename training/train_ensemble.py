@@ -56,7 +56,7 @@ from training.train_gbm import fetch, look, record_verdict
 from training.trainer import OnEvent, as_told, facts_of, figures_of, headline_metrics, judge_lived, run_of
 from utils.base import AIStocksError, InsufficientDataError, ModelMissingError, Settings, read_settings
 from utils.model_paths import ENSEMBLE, GBM, LSTM, artifact_link, training_lock
-from validation.gates import judge, ranks_better_p_value, refuse_without_edge
+from validation.gates import in_words, judge, ranks_better_p_value, refuse_without_edge
 from validation.wfe_metrics import Run
 
 # A year of rows that both members forecast, below which joining them teaches nothing.
@@ -64,7 +64,6 @@ LEAST_COMMON_ROWS = 252
 # Few trees, flat and slow: there is little to learn, and nearly all of it is linear.
 TREES = {"max_depth": 2, "eta": 0.05, "min_child_weight": 100, "lambda": 10, "base_score": 0, "nthread": 1}
 N_TREES = 60
-LIBRARIES = ("xgboost", "scikit-learn", "numpy", "pandas")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,9 +111,8 @@ def fit_meta(method: Method, features: pd.DataFrame, outcome: FloatArray, config
         linear = ElasticNet(alpha=config.alpha, l1_ratio=config.l1_ratio, positive=True).fit(standard, target)
         return replace(found, coefficients=tuple(map(float, linear.coef_)))
     data = xgboost.DMatrix(standard.astype(np.float32), target)
-    return replace(
-        found, booster=xgboost.train({**TREES, "seed": config.seed}, data, num_boost_round=N_TREES)
-    )
+    booster = xgboost.train({**TREES, "seed": config.seed}, data, num_boost_round=N_TREES)
+    return replace(found, booster=booster)
 
 
 def walk_meta(method: Method, rows: CommonRows, config: MetaConfig) -> "pd.Series[float]":
@@ -146,7 +144,7 @@ def compare(method: Method, said: "pd.Series[float]", rows: CommonRows, config: 
         "is_kept": p_value is not None and p_value <= config.max_p,
     }
     ending = "it stands" if found["is_kept"] else "it does not win, and the simple ensemble stands"
-    told = {name: "undefined" if one is None else f"{one:.4g}" for name, one in [*found.items()][1:]}
+    told = {name: in_words(found[name], ".4g") for name in ("ic", "simple_ic", "p_value")}
     found["words"] = (
         f"{method} against the simple ensemble on {scored.sum()} rows that it was not fitted on: IC "
         f"{told['ic']} against {told['simple_ic']}, p {told['p_value']} (at most {config.max_p:g}): {ending}"
@@ -171,6 +169,7 @@ class EnsembleTrainer:
         self, gbm: Bundle, lstm: Bundle, *, method: Method = "simple", config: MetaConfig | None = None
     ) -> None:
         self.members = dict(zip(MEMBERS, (gbm, lstm), strict=True))
+        self.versions = {name: one.model_version for name, one in self.members.items()}
         self.method = method
         self.config = config or MetaConfig()
         self.costs = CostModel()
@@ -178,9 +177,8 @@ class EnsembleTrainer:
     @property
     def asked(self) -> dict[str, Any]:
         """What is joined, and how, as plain data."""
-        versions = {name: one.model_version for name, one in self.members.items()}
         facts = {"horizon_bars": self.members[MEMBERS[0]].horizon_bars, "method": self.method}
-        return {**facts, "members": versions, **asdict(self.config)}
+        return {**facts, "members": self.versions, **asdict(self.config)}
 
     def run(self, bars: Bars) -> Run:
         """Return what identifies this look at the prices; members that were only saved anew are the same."""
@@ -194,10 +192,9 @@ class EnsembleTrainer:
         return run_of(bars, content, ENSEMBLE, f"{self.method}, seed {self.config.seed}", n_trials)
 
     def train(self, bars: Bars, *, earlier: Sequence[Run] = ()) -> EnsembleBundle:
-        """Join, compare and judge; nothing is saved.
+        """Join, compare and judge; nothing is saved. `InsufficientDataError`: less than a year in common.
 
-        ``bars`` are those that the members were trained on, and later ones; ``earlier`` are the looks at them
-        before. Less than a year of common forecasts is an `InsufficientDataError`.
+        ``bars`` are those that the members were trained on, and later ones; ``earlier`` the looks before.
         """
         plain = self._bundle(bars)
         frame = self._join(plain).centre(bars.frame)
@@ -238,12 +235,11 @@ class EnsembleTrainer:
     def _bundle(self, bars: Bars) -> EnsembleBundle:
         """Return the simple ensemble of the members, not judged yet."""
         weights, (gbm, _lstm) = SimpleEnsemble(), self.members.values()
-        versions = {name: one.model_version for name, one in self.members.items()}
         return EnsembleBundle(
             symbol=bars.symbol,
             horizon_bars=gbm.horizon_bars,
             method="simple",
-            members=versions,
+            members=self.versions,
             weights=weights,
             record=pd.DataFrame(),
             metadata={
@@ -251,8 +247,8 @@ class EnsembleTrainer:
                 "trained_through": max(str(one.metadata["trained_through"]) for one in self.members.values()),
                 "feature_set_hash": gbm.metadata["feature_set_hash"],
                 "seed": self.config.seed,
-                "versions": library_versions(LIBRARIES),
-                "members": versions,
+                "versions": library_versions(["xgboost", "scikit-learn", "numpy", "pandas"]),
+                "members": self.versions,
                 "recipe": {"asked": self.method, "meta": asdict(self.config), "weights": asdict(weights)},
             },
         )
@@ -284,24 +280,19 @@ class EnsembleTrainer:
 
 
 def common_rows(frame: pd.DataFrame, bars: Bars, horizon_bars: int) -> CommonRows:
-    """Return the rows that both members forecast out of sample, from the centre of their ensemble.
-
-    Less than a year of them is an `InsufficientDataError`.
-    """
+    """Return the rows that both members forecast out of sample, a year at least, from their centre."""
     signals = {name: np.asarray(frame[f"model_{name}"], dtype=np.float64) for name in MEMBERS}
-    both = np.isfinite(np.column_stack(list(signals.values()))).all(axis=1)
-    rows = both & frame["is_out_of_sample"].to_numpy(dtype=bool)
+    rows = np.isfinite([*signals.values()]).all(axis=0) & frame["is_out_of_sample"].to_numpy(dtype=bool)
     if rows.sum() < LEAST_COMMON_ROWS:
         raise InsufficientDataError(
             f"the boosters and the LSTM of {bars.symbol} share {int(rows.sum())} out-of-sample forecasts of "
             f"these prices, {LEAST_COMMON_ROWS} (a year) are needed: train both on the same prices"
         )
     target = make_target(bars.frame, horizon_bars)[rows]
-    sigma_log = frame.loc[rows, "sigma_log"]
     return CommonRows(
         features=meta_features(bars.frame, signals)[rows],
         simple=np.asarray(frame.loc[rows, "raw_scaled"], dtype=np.float64),
-        outcome=np.asarray(target["target_log"] / sigma_log, dtype=np.float64),
+        outcome=np.asarray(target["target_log"] / frame.loc[rows, "sigma_log"], dtype=np.float64),
         date=np.asarray(target.index, dtype="datetime64[D]"),
         label_end=np.asarray(target["label_end"], dtype="datetime64[D]"),
         horizon_bars=horizon_bars,
@@ -371,16 +362,15 @@ def join_symbol(symbol: str, args: argparse.Namespace, settings: Settings) -> ru
     ):
         run = trainer.run(bars)
         bundle = trainer.train(bars, earlier=look(settings, [run]))
-        metadata, saved = bundle.metadata, None
-        record_verdict(settings, run, metadata["verdict"])
-        is_edge = metadata["verdict"]["label"] == "edge"
-        log.end(metadata, "SUCCESS" if is_edge else "NO_EDGE", as_logged(metadata["parts"]))
+        metadata, verdict, saved = bundle.metadata, bundle.metadata["verdict"], None
+        record_verdict(settings, run, verdict)
+        log.end(metadata, as_logged(metadata["parts"]))
         page = ensemble_report(
             symbol=symbol, metadata=metadata, record=bundle.record, findings=bars.report.problems()
         )
         report = run_log.publish(page, settings.logs_dir, metadata)
         if args.strict:
-            refuse_without_edge(symbol, metadata["verdict"], report)
+            refuse_without_edge(symbol, verdict, report)
         if not args.validate_only:
             save_ensemble(bundle, settings.models_dir)
             saved = artifact_link(settings.models_dir, symbol, ENSEMBLE)

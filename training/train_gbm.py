@@ -39,19 +39,8 @@ from training import run_log
 from training.gbm_search import SearchConfig, catboost, probe_cuda, probe_lightgbm_opencl
 from training.recipe import FittedGBM, GBMRecipe, RecipeConfig, TrainerConfig
 from training.trainer import MINIMUM_TEST_BARS, OnEvent, Trained, Trainer, Walked
-from utils.base import (
-    AIStocksError,
-    DataError,
-    DeviceError,
-    InsufficientDataError,
-    LockedError,
-    Settings,
-    StorageError,
-    at_least,
-    configure_logging,
-    read_settings,
-    session,
-)
+from utils import base as errors
+from utils.base import Settings, at_least, configure_logging, read_settings, session
 from utils.model_paths import GBM, TRIALS, artifact_link, current_version, roll_back, training_lock
 from validation.gates import refuse_without_edge
 from validation.wfe_metrics import Run, earlier_runs, record_run
@@ -97,25 +86,25 @@ def choose_device(
     is_wanted = require_gpu or requested == "cuda"
     size = f"{n_rows:,} rows x {n_features} features"
     if "xgb" not in models:
-        return DeviceChoice(device="cpu", reason="XGBoost, which alone can use a GPU here, is not asked for")
-    if requested == "cpu":
-        return DeviceChoice(device="cpu", reason="the CPU was asked for")
-    if not is_wanted and n_rows * n_features < AUTO_CELLS:
-        pays = f"{size}: a GPU pays from {AUTO_CELLS / 1e6:g} million cells on"
-        return DeviceChoice(device="cpu", reason=pays)
-    missing = probe_cuda()
-    if missing is None:
+        reason = "XGBoost, which alone can use a GPU here, is not asked for"
+    elif requested == "cpu":
+        reason = "the CPU was asked for"
+    elif not is_wanted and n_rows * n_features < AUTO_CELLS:
+        reason = f"{size}: a GPU pays from {AUTO_CELLS / 1e6:g} million cells on"
+    elif (missing := probe_cuda()) is None:
         why = f"{'a GPU was asked for' if is_wanted else f'{size}: a GPU pays'}, and a probe trained on it"
         if "lgb" in models:
             lacks = probe_lightgbm_opencl() or "its OpenCL sums in an order that changes"
             why += f"; LightGBM stays on the CPU: {lacks}"
         return DeviceChoice(device="cuda", reason=why)
-    if is_wanted and not allow_cpu_fallback:
-        raise DeviceError(
+    elif is_wanted and not allow_cpu_fallback:
+        raise errors.DeviceError(
             f"a GPU was asked for and cannot be used: {missing}; train with --device cpu, or with "
             "--device cuda --allow-cpu-fallback where either will do"
         )
-    return DeviceChoice(device="cpu", reason=f"no GPU: {missing}")
+    else:
+        reason = f"no GPU: {missing}"
+    return DeviceChoice(device="cpu", reason=reason)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -269,7 +258,7 @@ def fetch(symbol: str, args: argparse.Namespace, settings: Settings) -> Bars:
         refuse_delisted(bars, datetime.now(UTC))
     start: datetime | None = getattr(args, "start", None)
     if start is not None and start > (last := bars.frame.index[-1]):
-        raise InsufficientDataError(
+        raise errors.InsufficientDataError(
             f"--start {start:%Y-%m-%d} leaves no prices of {symbol}: the last session is {last:%Y-%m-%d}; "
             "choose an earlier start"
         )
@@ -309,14 +298,14 @@ def train_symbols(
             if args.universe:
                 check_enough(bars.frame, needed, f"judging {symbol}")
             named[symbol] = bars
-        except AIStocksError as error:
+        except errors.AIStocksError as error:
             outcomes[symbol] = run_log.refused(symbol, error)
     panel = with_others(named, symbols, args, settings) if named and args.universe else named
     groups = [{name: bars} for name, bars in named.items()] if args.leave_symbol_out else [named]
     for group in filter(None, groups):
         try:
             outcomes |= train_group(group, panel, args, settings, on_event)
-        except AIStocksError as error:
+        except errors.AIStocksError as error:
             outcomes |= {symbol: run_log.refused(symbol, error) for symbol in group}
     return [outcomes[symbol] for symbol in symbols]
 
@@ -340,7 +329,7 @@ def with_others(
     panel = dict(sorted({**others, **named}.items()))
     if len(panel) - args.leave_symbol_out < 2:
         few = "fewer than 2 symbols are left to train on: name more, or train without --universe"
-        raise DataError(f"--universe {args.universe}: {few}")
+        raise errors.DataError(f"--universe {args.universe}: {few}")
     return panel
 
 
@@ -365,7 +354,7 @@ def train_group(
                 held.enter_context(training_lock(settings.models_dir, symbol))
                 run = run_log.logged_run(settings.logs_dir, symbol, facts, args.kind.name)
                 logs[symbol] = held.enter_context(run)
-            except (LockedError, StorageError) as error:
+            except (errors.LockedError, errors.StorageError) as error:
                 outcomes[symbol] = run_log.refused(symbol, error)
         if not logs:
             return outcomes
@@ -383,7 +372,7 @@ def train_group(
                 trained = trainer.conclude(walked, bars, earlier=earlier, problems=problems)
                 record_verdict(settings, runs[symbol], trained.verdict.as_dict())
                 outcomes[symbol] = deliver(trained, log, args, settings, on_event)
-            except AIStocksError as error:
+            except errors.AIStocksError as error:
                 log.fail(error)
                 outcomes[symbol] = run_log.refused(symbol, error)
     return outcomes
@@ -426,11 +415,11 @@ def one(raw: str, args: argparse.Namespace, settings: Settings, on_event: OnEven
         if args.rollback:
             return go_back(symbol, args, settings)
         return train_symbols([symbol], args, settings, on_event)[0]
-    except AIStocksError as error:
+    except errors.AIStocksError as error:
         return run_log.refused(raw, error)
     except Exception as error:
         logger.exception("%s: an error that nobody foresaw", raw)
-        return run_log.refused(raw, AIStocksError(f"{raw}: {type(error).__name__}: {error}"))
+        return run_log.refused(raw, errors.AIStocksError(f"{raw}: {type(error).__name__}: {error}"))
 
 
 def in_worker(raw: str, args: argparse.Namespace, settings: Settings) -> run_log.Outcome:

@@ -33,17 +33,16 @@ from inference.load_lstm_model import (
     MODEL,
     LSTMBundle,
     Network,
-    columns_at,
+    Sequences,
     load_folder,
     save_bundle,
     scale_features,
 )
 from training.recipe import (
+    Fitted,
     Loss,
     LSTMConfig,
     NetworkConfig,
-    Sequences,
-    calibrated,
     chooser,
     direction_weights,
     drift_by_symbol,
@@ -211,43 +210,29 @@ class KerasNetwork:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FittedLSTM:
-    """One fold's fit; see `validation.walk_forward.FittedRecipe`.
+class FittedLSTM(Fitted[Network]):
+    """One fold's fit of the network.
 
-    The network has the calibration of the panel; a symbol not in ``calibrations`` takes it. ``best_epoch`` is
-    counted from 1. ``keras`` is the network as Keras saves it, of the final fit alone.
+    ``best_epoch`` is counted from 1. ``keras`` is the network as Keras saves it, of the final fit alone.
     """
 
-    network: Network
-    calibrations: Mapping[str, Calibration]
     sequences: Sequences
     epochs: tuple[Mapping[str, Any], ...]
     best_epoch: int
     keras: bytes = b""
 
     @property
-    def selected_features(self) -> tuple[str, ...]:
-        """Names of the features that the network reads."""
-        return self.network.selected_features
-
-    @property
     def notes(self) -> Mapping[str, object]:
         """What the fold table shows beside the metrics."""
-        own, ran = self.network.calibration, {"epochs": len(self.epochs), "best_epoch": self.best_epoch}
+        own, ran = self.model.calibration, {"epochs": len(self.epochs), "best_epoch": self.best_epoch}
         return {"slope": own.slope, "skill_lower": own.skill_lower, **ran}
 
-    def for_symbol(self, symbol: str) -> Network:
-        """Return the network with the calibration of one symbol."""
-        own = self.calibrations.get(symbol, self.network.calibration)
-        return replace(self.network, calibration=own)
-
     def predict(self, rows: Dataset) -> RecipePrediction:
-        """Forecast rows that were not seen; see `validation.walk_forward.RecipePrediction`."""
-        windows = self.sequences.windows(rows, self.network.sequence_length)
+        """Forecast rows that were not seen."""
+        windows = self.sequences.windows(rows, self.model.sequence_length)
         used, place = np.unique(windows, return_inverse=True)
-        raw_scaled = self.network.raw_scaled(self.sequences.features[used], place.reshape(windows.shape))
-        by_symbol = [self.for_symbol(name).calibration for name in rows.symbols]
-        return calibrated(rows, {MODEL: raw_scaled}, raw_scaled, by_symbol)
+        raw_scaled = self.model.raw_scaled(self.sequences.features[used], place.reshape(windows.shape))
+        return self.calibrated(rows, {MODEL: raw_scaled}, raw_scaled)
 
 
 class LSTMRecipe(FinalRecipe[FittedLSTM]):
@@ -266,21 +251,17 @@ class LSTMRecipe(FinalRecipe[FittedLSTM]):
     def fit(self, train: Dataset, *, fold: int, earlier: pd.DataFrame, name: str | None = None) -> FittedLSTM:
         """Fit, see `training.recipe.GBMRecipe.fit`; a network that has collapsed is a `CollapsedError`."""
         train, earlier = without_symbols(train, earlier, self.config.leave_out)
-        drifts, drift = drift_by_symbol(train, sample_weights(train, self.config.weight_half_life_sessions))
         if self._fitted is None or fold % self.config.refit_every_folds == 0:
             self._fitted = self._fit_network(train, name or f"fold {fold}")
-        _, pooled, own = evidence(
-            earlier, (MODEL,), drift=drift, drifts=drifts, horizon_bars=train.horizon_bars
-        )
-        network = replace(self._fitted.network, calibration=pooled)
-        return replace(self._fitted, network=network, calibrations=own)
+        drifts = drift_by_symbol(train, sample_weights(train, self.config.weight_half_life_sessions))
+        _, pooled, own = evidence(earlier, (MODEL,), *drifts, train.horizon_bars)
+        return replace(self._fitted, model=replace(self._fitted.model, calibration=pooled), calibrations=own)
 
     def fit_all(self, dataset: Dataset, record: pd.DataFrame) -> FittedLSTM:
         """Fit on every labelled row, calibrated on the whole walk-forward record."""
         labelled = dataset.take(np.flatnonzero(dataset.labelled))
         fitted = self.fit(labelled, fold=0, earlier=record, name="final fit")
-        keras = self._keras_of(len(fitted.network.selected))
-        return replace(fitted, keras=keras.saved(fitted.network))
+        return replace(fitted, keras=self._keras_of(len(fitted.model.selected)).saved(fitted.model))
 
     def _fit_network(self, train: Dataset, name: str) -> FittedLSTM:
         config = self.config
@@ -293,12 +274,20 @@ class LSTMRecipe(FinalRecipe[FittedLSTM]):
         # The rows that decide when to stop choose no features.
         scaled = scale_features(train.features[inner], centre, scale, config.feature_limit)
         selected = chooser(train, config)(replace(rows.take(inner), features=scaled))
-        centre, scale = centre[list(selected)], scale[list(selected)]
-        target_scale = float(rows.target_scaled[inner].std()) or 1.0
-        read = columns_at(self._sequences.features, selected)
-        features = scale_features(read, centre, scale, config.feature_limit)
+        network = Network(
+            columns=train.columns,
+            selected=selected,
+            sequence_length=config.sequence_length,
+            centre=centre[list(selected)],
+            scale=scale[list(selected)],
+            limit=config.feature_limit,
+            target_scale=float(rows.target_scaled[inner].std()) or 1.0,
+            weights={},
+            calibration=Calibration(drift=0.0, raw_mean=0.0, slope=0.0, skill_lower=0.0, n_rows=0),
+        )
+        features = network.prepare(self._sequences.features)
         windows = self._sequences.windows(train, config.sequence_length)
-        target = (rows.target_scaled / target_scale).astype(np.float32)[:, np.newaxis]
+        target = (rows.target_scaled / network.target_scale).astype(np.float32)[:, np.newaxis]
         weight = (rows.weight / rows.weight[inner].mean()).astype(np.float32)
         if config.loss == "balanced":
             weight = weight * direction_weights(target)
@@ -307,19 +296,9 @@ class LSTMRecipe(FinalRecipe[FittedLSTM]):
             for part in (inner, later)
         )
         weights, epochs, best = self._run(batches, checked, name, is_alone=len(train.symbols) == 1)
-        network = Network(
-            columns=train.columns,
-            selected=selected,
-            sequence_length=config.sequence_length,
-            centre=centre,
-            scale=scale,
-            limit=config.feature_limit,
-            target_scale=target_scale,
-            weights=dict(zip(ARRAYS, weights, strict=True)),
-            calibration=Calibration(drift=0.0, raw_mean=0.0, slope=0.0, skill_lower=0.0, n_rows=0),
-        )
+        network = replace(network, weights=dict(zip(ARRAYS, weights, strict=True)))
         return FittedLSTM(
-            network=network, calibrations={}, sequences=self._sequences, epochs=epochs, best_epoch=best
+            model=network, calibrations={}, sequences=self._sequences, epochs=epochs, best_epoch=best
         )
 
     def _keras_of(self, n_features: int) -> KerasNetwork:
@@ -424,22 +403,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser, model = common_parser(LSTM, "Train, validate and save the network of symbols.", program)
     add, default, count = model.add_argument, NetworkConfig(), at_least(1)
-    add(
-        "--target-horizon",
-        type=lambda text: (count(text),),
-        default=(DEFAULT_HORIZON_BARS,),
-        metavar="BARS",
-        help="bars ahead",
-    )
+
+    def horizon(text: str) -> tuple[int]:
+        return (count(text),)
+
+    add("--target-horizon", type=horizon, default=(DEFAULT_HORIZON_BARS,), metavar="BARS", help="bars ahead")
     add("--loss", choices=get_args(Loss), default=default.loss)
-    numbers = {
-        "epochs": "epochs at most",
-        "batch_size": "sequences of one step",
-        "sequence_length": "bars that the network reads",
-        "refit_every_folds": "years between two fits of the walk-forward",
-    }
-    for name, words in numbers.items():
-        add(f"--{name.replace('_', '-')}", type=count, default=getattr(default, name), help=words)
+    add("--epochs", type=count, default=default.epochs, help="epochs at most")
+    add("--batch-size", type=count, default=default.batch_size, help="sequences of one step")
+    add("--sequence-length", type=count, default=default.sequence_length, help="bars that the network reads")
+    years = "years between two fits of the walk-forward"
+    add("--refit-every-folds", type=count, default=default.refit_every_folds, help=years)
     add("--dropout", type=below(0.9), default=default.dropout, help="share that is dropped")
     add("--learning-rate", type=below(1.0), default=default.learning_rate)
     return parser

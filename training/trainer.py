@@ -54,12 +54,15 @@ class RowsConfig:
     all symbols do together is mostly noise to a model of each. A row counts half at the age of
     ``weight_half_life_sessions``. Training targets, never outcomes, are winsorised at ``target_limit_sigma``
     volatilities. Rows of ``leave_out`` train and calibrate nothing: they prove that the model generalises.
+    Features of a single symbol are screened, by ``screen_t`` and ``screen_share``, see `recipe.screen`.
     """
 
     common_move_share: float = 0.5
     weight_half_life_sessions: float = 252.0 * 20
     target_limit_sigma: float = 4.0
     leave_out: tuple[str, ...] = ()
+    screen_t: float = 2.5
+    screen_share: float = 0.6
     seed: int = 7
 
 
@@ -121,7 +124,7 @@ class Walked(Generic[FittedT]):
     result: WalkForwardResult
     fitted: FittedT
     trials: Trials
-    started: float
+    started: float = 0.0
     universe: str = ""
     paths: Mapping[int, tuple[pd.DataFrame, FittedT]] = field(default_factory=dict)
     returns: FloatArray | None = None
@@ -171,15 +174,13 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
     def runs(self, panel: Mapping[str, Bars]) -> list[Run]:
         """Return what identifies this run among all that looked at the panel, as each symbol sees it."""
         hashes = {symbol: bars_hash(bars.frame) for symbol, bars in panel.items()}
+        prices = hashes if len(panel) > 1 else next(iter(hashes.values()))
         plain = type(self.config)(recipe=type(self.config.recipe)())
         usual, ours = (list(leaves(type(self)(config).identity())) for config in (plain, self.config))
         unlike = [f"{name} {value}" for name, value in ours if (name, value) not in usual]
         settings = ", ".join([f"{len(panel)} symbols"] * (len(panel) > 1) + unlike)
-        found = []
-        for symbol, bars in panel.items():
-            content = [hashes if len(panel) > 1 else hashes[symbol], feature_set_hash(), self.identity()]
-            found.append(run_of(bars, content, self.kind, settings))
-        return found
+        content = [prices, feature_set_hash(), self.identity()]
+        return [run_of(bars, content, self.kind, settings) for bars in panel.values()]
 
     @property
     def needed_bars(self) -> int:
@@ -193,26 +194,13 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
         if len(panel) == 1:
             ((symbol, bars),) = panel.items()
             check_enough(bars.frame, self.needed_bars, f"training {symbol} alone with one year out of sample")
+        self._place = 0
         # Further horizons come first, each on its own: the rows of one are in memory at a time.
-        paths: dict[int, tuple[pd.DataFrame, FittedT]] = {}
-        for ahead in self.config.path_horizons_bars:
-            self._place = len(paths)
-            paths[ahead] = self._walk_path(panel, ahead)
-        self._place = len(paths)
-        dataset, result, fitted, trials = self.fit(panel)
-        walked = Walked(
-            dataset=dataset,
-            hashes={symbol: bars_hash(bars.frame) for symbol, bars in panel.items()},
-            result=result,
-            fitted=fitted,
-            trials=trials,
-            started=started,
-            universe=universe,
-            paths=paths,
-        )
+        paths = {ahead: self._walk_path(panel, ahead) for ahead in self.config.path_horizons_bars}
+        walked = replace(self.fit(panel), universe=universe, paths=paths, started=started)
         return walked if len(panel) == 1 else replace(walked, returns=self._book_together(walked, panel))
 
-    def fit(self, panel: Mapping[str, Bars]) -> tuple[Dataset, WalkForwardResult, FittedT, Trials]:
+    def fit(self, panel: Mapping[str, Bars]) -> Walked[FittedT]:
         """Do `walk` for the one horizon that decides; nothing is booked."""
         self._stage("features", 0.0)
         frames = {symbol: bars.frame for symbol, bars in panel.items()}
@@ -220,7 +208,7 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
         dataset = begin_with_others(dataset, self.config.recipe.leave_out)
         recipe = self.recipe(dataset)
         validator = WalkForwardValidator(self.config.walk_forward)
-        n_folds = validator.n_folds(dataset)
+        n_folds = len(validator.folds(dataset))
 
         def on_fold(fold: FoldResult) -> None:
             done = fold.number + 1
@@ -229,8 +217,13 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
 
         result = validator.run(dataset, recipe, on_fold=on_fold)
         self._stage("final fit", WALKED_AT)
-        fitted = recipe.fit_all(dataset, result.record)
-        return dataset, result, fitted, recipe.trials
+        return Walked(
+            dataset=dataset,
+            hashes={symbol: bars_hash(bars.frame) for symbol, bars in panel.items()},
+            result=result,
+            fitted=recipe.fit_all(dataset, result.record),
+            trials=recipe.trials,
+        )
 
     def _walk_path(self, panel: Mapping[str, Bars], horizon_bars: int) -> tuple[pd.DataFrame, FittedT]:
         """Walk a further horizon, which nobody judges: its folds are told to nobody."""
@@ -240,8 +233,9 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
                 self._stage(f"{horizon_bars} bars, {event['stage']}", event["progress"])
 
         config = replace(self.config, horizon_bars=horizon_bars, path_horizons_bars=())
-        _dataset, result, fitted, _trials = type(self)(config, tell).fit(panel)
-        return result.record, fitted
+        walked = type(self)(config, tell).fit(panel)
+        self._place += 1
+        return walked.result.record, walked.fitted
 
     def _book_together(self, walked: Walked[FittedT], panel: Mapping[str, Bars]) -> FloatArray:
         """Book the decided positions of every symbol with two forecasts or more; see `Walked.returns`."""
@@ -318,7 +312,6 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
             **self.facts,
             "summary": asdict(walked.result.summary),
             "verdict": NOT_JUDGED_YET,
-            "folds": [fold.as_dict() for fold in walked.result.folds],
         }
         return self.bundle_of(walked, bars.symbol, own, metadata)
 

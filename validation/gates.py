@@ -139,7 +139,7 @@ def judge(
     tried_returns: FloatArray | None = None,
     n_resamples: int = 2_000,
 ) -> Verdict:
-    """Weigh the out-of-sample evidence.
+    """Weigh the out-of-sample evidence; `DataError` for returns that are not finite, or not of the same bars.
 
     Parameters
     ----------
@@ -155,11 +155,6 @@ def judge(
         Returns per bar of alternatives that were looked at, (m, k), for the probability of overfitting.
     n_resamples
         Of the bootstraps.
-
-    Raises
-    ------
-    DataError
-        If the returns do not belong together or are not finite.
     """
     strategy, benchmark = _checked(strategy_return, benchmark_return)
     rows, share = ResolvedRows(record), share_of_limits(earlier, n_own)
@@ -278,9 +273,10 @@ def leak_alarm(evidence: Mapping[str, EvidenceValue]) -> bool:
 
 
 def _alarm_reasons(evidence: Mapping[str, EvidenceValue]) -> tuple[str, ...]:
+    ic, hits = (in_words(evidence[name]) for name in ("ic", "direction_accuracy"))
     told = (
-        f"LEAK ALARM: IC {_text(evidence['ic'])}, hit rate {_text(evidence['direction_accuracy'])}: prices "
-        "do not give this much away, so this is no proof of an edge; look for a feature that knows the future"
+        f"LEAK ALARM: IC {ic}, hit rate {hits}: prices do not give this much away, so this is no proof of an "
+        "edge; look for a feature that knows the future"
     )
     return (told,) if evidence["leak_alarm"] else ()
 
@@ -303,24 +299,24 @@ def _edge_reasons(
     """Return what speaks against an edge and what speaks for it, in words."""
     p_ic, p_return, gained = (evidence[name] for name in ("p_ic", "p_return", "skill_over_drift"))
     annual = evidence["active_return_annual"]
-    is_worth_it = annual is not None and annual >= MIN_ACTIVE_RETURN
+    is_worth_it, share = annual is not None and annual >= MIN_ACTIVE_RETURN, in_words(gained)
     checks = (
         (
             p_ic is not None and p_ic <= limits[0],
-            f"IC {_text(evidence['ic'])} out of sample, p {_text(p_ic)} (at most {limits[0]:.3g})"
+            f"IC {in_words(evidence['ic'])} out of sample, p {in_words(p_ic)} (at most {limits[0]:.3g})"
             if p_ic is not None
             else "the signal does not vary, or varies too little to be tested",
         ),
         (
             p_return is not None and p_return <= limits[1] and is_worth_it,
-            f"{_percent(annual)} a year over the benchmark of equal exposure (at least "
-            f"{_percent(MIN_ACTIVE_RETURN)}), p {_text(p_return)} (at most {limits[1]:.3g})"
+            f"{in_words(annual, '+.2%')} a year over the benchmark of equal exposure (at least "
+            f"{MIN_ACTIVE_RETURN:+.2%}), p {in_words(p_return)} (at most {limits[1]:.3g})"
             if p_return is not None
             else "the positions do not differ from the benchmark of equal exposure",
         ),
         (
             gained is not None and gained > 0,
-            f"squared error of the drift, at the forecasts' mean, removed: {_text(gained)} (must be above 0)",
+            f"squared error of the drift, at the forecasts' mean, removed: {share} (must be above 0)",
         ),
     )
     failed = tuple(f"not met: {text}" for holds, text in checks if not holds)
@@ -337,12 +333,9 @@ def classic_gates(evidence: Mapping[str, EvidenceValue]) -> tuple[Gate, ...]:
     return tuple(gates)
 
 
-def _percent(value: EvidenceValue) -> str:
-    return "undefined" if value is None else f"{value:+.2%}"
-
-
-def _text(value: EvidenceValue) -> str:
-    return "undefined" if value is None else f"{value:.3g}"
+def in_words(value: EvidenceValue, form: str = ".3g") -> str:
+    """Return a figure in a given format, or that there is none."""
+    return "undefined" if value is None else format(value, form)
 
 
 def _checked(strategy: FloatArray, benchmark: FloatArray) -> tuple[FloatArray, FloatArray]:

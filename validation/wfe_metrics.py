@@ -13,11 +13,10 @@ the same prices; *results* are what one could choose a headline from, verdicts t
 import json
 import os
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import combinations
-from math import comb
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -40,6 +39,8 @@ MIN_ROWS_FOR_IC = 20
 MIN_SIGNAL_STD, MAX_ONE_SIDED = 0.005, 0.9
 MIN_SPREAD_FOR_SLOPE = 0.01
 MIN_RETURNS = 30
+# Stretches of time of which the probability of overfitting tries every half, so an even number.
+PBO_BLOCKS = 10
 
 
 class ResolvedRows:
@@ -73,13 +74,7 @@ class ResolvedRows:
         Its mean is the mean over symbols of each symbol's Spearman correlation of signal and outcome over
         time. Empty when no symbol has `MIN_ROWS_FOR_IC` rows in which both vary.
         """
-        products, n_symbols = np.zeros(len(self.signal)), 0
-        for rows in self.by_symbol():
-            signal, outcome = self.signal[rows], self.outcome[rows]
-            if len(rows) >= MIN_ROWS_FOR_IC and np.ptp(signal) > 0 and np.ptp(outcome) > 0:
-                products[rows] = _standard_ranks(signal) * _standard_ranks(outcome) / len(rows)
-                n_symbols += 1
-        return self._spread(products, n_symbols)
+        return self._ic(lambda rows: _standard_ranks(self.signal[rows]) * _standard_ranks(self.outcome[rows]))
 
     def causal_ic_by_session(self, past: Past) -> FloatArray:
         """Estimate what `ic_by_session` measures for a part of a record, from ranks as known at each row.
@@ -89,22 +84,25 @@ class ResolvedRows:
         perfect signal, by no mean nor deviation of the part itself: to rank the rows of a year among
         themselves is to know its end, and "far below its mean" shows an IC of .16 on random walks.
         """
-        products, n_symbols = np.zeros(len(self.signal)), 0
-        for rows in self.by_symbol():
-            signals, sizes = past.setdefault(self.symbols[self.symbol_code[rows[0]]], ([], []))
-            signal, excess = self.signal[rows], self.outcome[rows] - self.baseline[rows]
-            signal_rank = rank_among_past(signal, signals)
-            excess_rank = np.sign(excess) * (rank_among_past(np.abs(excess), sizes) + 0.5)
-            if len(rows) >= MIN_ROWS_FOR_IC and np.ptp(signal) > 0 and np.ptp(self.outcome[rows]) > 0:
-                # Of uniform variables on [-1/2, 1/2] and [-1, 1], 6 is one over the product of deviations.
-                products[rows] = 6.0 * signal_rank * excess_rank / len(rows)
-                n_symbols += 1
-        return self._spread(products, n_symbols)
 
-    def _spread(self, products: FloatArray, n_symbols: int) -> FloatArray:
-        if not n_symbols:
-            return np.empty(0)
-        return self.sum_by_session(products) * (self.n_sessions / n_symbols)
+        def products(rows: IntArray) -> FloatArray:
+            signals, sizes = past.setdefault(self.symbols[self.symbol_code[rows[0]]], ([], []))
+            excess = self.outcome[rows] - self.baseline[rows]
+            excess_rank = np.sign(excess) * (rank_among_past(np.abs(excess), sizes) + 0.5)
+            # Of uniform variables on [-1/2, 1/2] and [-1, 1], 6 is one over the product of deviations.
+            return 6.0 * rank_among_past(self.signal[rows], signals) * excess_rank
+
+        return self._ic(products)
+
+    def _ic(self, products: Callable[[IntArray], FloatArray]) -> FloatArray:
+        """Spread products of ranks, (k,) for the rows of each symbol, over sessions; see `ic_by_session`."""
+        found, n_symbols = np.zeros(len(self.signal)), 0
+        for rows in self.by_symbol():
+            signal, outcome, own = self.signal[rows], self.outcome[rows], products(rows) / len(rows)
+            if len(rows) >= MIN_ROWS_FOR_IC and np.ptp(signal) > 0 and np.ptp(outcome) > 0:
+                found[rows] = own
+                n_symbols += 1
+        return self.sum_by_session(found) * (self.n_sessions / n_symbols) if n_symbols else np.empty(0)
 
     def sum_by_session(self, values: FloatArray) -> FloatArray:
         """Return the sums of ``values`` (n,) over the rows of each session, (n_sessions,)."""
@@ -134,7 +132,7 @@ class ResolvedRows:
 
 def _standard_ranks(values: FloatArray) -> FloatArray:
     ranks = pd.Series(values).rank().to_numpy(dtype=np.float64)
-    return np.asarray((ranks - ranks.mean()) / ranks.std(), dtype=np.float64)
+    return np.asarray((ranks - ranks.mean()) / (ranks.std() or 1.0), dtype=np.float64)
 
 
 def block_length(n_sessions: int, horizon_bars: int) -> int:
@@ -146,17 +144,13 @@ def block_length(n_sessions: int, horizon_bars: int) -> int:
     return int(max(1, min(wanted, n_sessions // 2)))
 
 
-def block_bootstrap_means(
-    values: FloatArray, block_bars: int, n_resamples: int, rng: np.random.Generator
-) -> FloatArray:
-    """Return means of circular block resamples of ``values``, (n_resamples,), of whole blocks each."""
-    return np.asarray(resampled_block_sums(values, block_bars, n_resamples, rng).mean(axis=1) / block_bars)
-
-
 def resampled_block_sums(
     values: FloatArray, block_bars: int, n_resamples: int, rng: np.random.Generator
 ) -> FloatArray:
-    """Return the sums of the blocks of each resample, (n_resamples, n_blocks): Politis, Romano (1992)."""
+    """Return the sums of the circular blocks of each resample, (n_resamples, n_blocks).
+
+    A resample has whole blocks, of ``block_bars`` each: Politis, Romano (1992).
+    """
     n = len(values)
     n_blocks = -(-n // block_bars)
     cumulated = np.concatenate([[0.0], np.cumsum(np.concatenate([values, values[:block_bars]]))])
@@ -247,36 +241,6 @@ def ratio(numerator: float | None, denominator: float | None) -> float | None:
     return numerator / denominator
 
 
-def walk_forward_efficiency(
-    test_hits: float | None, test_base: float | None, fit_hits: float | None, fit_base: float | None
-) -> float | None:
-    """Return the share of the skill shown on known rows that is left on unknown ones (Pardo 2008).
-
-    ``(test_hits - test_base) / (fit_hits - fit_base)``, each a hit rate over that of "always up". None when
-    the model had no skill on the rows that it knew.
-    """
-    return ratio(less(test_hits, test_base), less(fit_hits, fit_base))
-
-
-def consistency(fold_ics: Sequence[float | None]) -> float | None:
-    """Return the share of folds with a positive IC; a fold without one counts as not positive."""
-    return None if not fold_ics else float(np.mean([ic is not None and ic > 0 for ic in fold_ics]))
-
-
-def overfitting_ratio(fit_ics: Sequence[float | None], test_ics: Sequence[float | None]) -> float | None:
-    """Return the share of the fitted rows' IC that is lost out of sample: 0 none, 1 all, above 1 reversed."""
-    kept = ratio(known_mean(test_ics), known_mean(fit_ics))
-    return None if kept is None else 1.0 - kept
-
-
-def feature_stability(selections: Sequence[Sequence[str]]) -> float | None:
-    """Return the mean Jaccard similarity of the folds' feature sets; None for fewer than two folds."""
-    sets = [frozenset(selection) for selection in selections]
-    if len(sets) < 2:
-        return None
-    return float(np.mean([len(a & b) / len(a | b) if a | b else 1.0 for a, b in combinations(sets, 2)]))
-
-
 def known_mean(values: Sequence[float | None] | npt.NDArray[np.generic]) -> float | None:
     """Return the mean of the values that are not None; None when there are none."""
     known = [value for value in values if value is not None]
@@ -327,8 +291,6 @@ def expected_maximum_sharpe(n_tried: int, variance: float) -> float:
     It is per bar, as is the ``variance`` of their Sharpe ratios. Bailey, Lopez de Prado (2014), The Deflated
     Sharpe Ratio, Journal of Portfolio Management 40 (5), eq. 1.
     """
-    if n_tried < 1:
-        raise UsageError(f"n_tried is {n_tried}, at least the one strategy at hand counts")
     if n_tried == 1:
         return 0.0
     upper, further = ndtri(1 - 1 / n_tried), ndtri(1 - 1 / (n_tried * np.e))
@@ -345,42 +307,36 @@ def deflated_sharpe(moments: SharpeMoments, n_tried: int, variance: float | None
     return probabilistic_sharpe(moments, expected_maximum_sharpe(n_tried, spread))
 
 
-def minimum_track_record_length(
-    moments: SharpeMoments, benchmark_sharpe: float = 0.0, confidence: float = 0.95
-) -> float | None:
-    """Return how many bars it takes to be sure that the Sharpe ratio exceeds ``benchmark_sharpe``.
+def minimum_track_record_length(moments: SharpeMoments, benchmark_sharpe: float = 0.0) -> float | None:
+    """Return how many bars it takes to be 95 % sure that the Sharpe ratio exceeds ``benchmark_sharpe``.
 
     None when the estimate does not exceed it, whatever the length. Bailey, Lopez de Prado (2012), eq. 11.
     """
     if moments.sharpe <= benchmark_sharpe:
         return None
-    distance = float(ndtri(confidence)) / (moments.sharpe - benchmark_sharpe)
+    distance = float(ndtri(0.95)) / (moments.sharpe - benchmark_sharpe)
     return 1.0 + moments.variance_factor * distance**2
 
 
-def probability_of_backtest_overfitting(tried_returns: FloatArray, n_blocks: int = 10) -> float:
+def probability_of_backtest_overfitting(tried_returns: FloatArray) -> float:
     """Return how often the best strategy of one half of time is below the median in the other (CSCV).
 
-    ``tried_returns`` (T, N) are returns per bar of every strategy that was tried; every half of the blocks,
-    an even number, is once the half to choose on. 1/2 is what strategies without skill give; near 0 the best
-    is best again, near 1 choosing does harm. Bailey, Borwein, Lopez de Prado, Zhu (2017), Journal of
-    Computational Finance 20 (4). Raises `InsufficientDataError` for fewer than two strategies, or two bars to
-    a block.
+    ``tried_returns`` (T, N) are returns per bar of every strategy that was tried; every half of `PBO_BLOCKS`
+    is once the half to choose on. 1/2 is what strategies without skill give; near 0 the best is best again,
+    near 1 choosing does harm. Bailey, Borwein, Lopez de Prado, Zhu (2017), Journal of Computational Finance
+    20 (4). Raises `InsufficientDataError` for fewer than two strategies, or two bars to a block.
     """
     n_bars, n_tried = tried_returns.shape
-    if n_blocks % 2 or n_blocks < 2:
-        raise UsageError(f"n_blocks is {n_blocks}, it must be even")
-    if n_tried < 2 or n_bars < 2 * n_blocks:
-        raise InsufficientDataError(
-            f"{n_tried} strategies of {n_bars} bars: at least 2 and {2 * n_blocks} bars are needed"
-        )
-    size = n_bars // n_blocks
-    blocks = tried_returns[n_bars - size * n_blocks :].reshape(n_blocks, size, n_tried)
+    if n_tried < 2 or n_bars < 2 * PBO_BLOCKS:
+        needed = f"at least 2 and {2 * PBO_BLOCKS} bars are needed"
+        raise InsufficientDataError(f"{n_tried} strategies of {n_bars} bars: {needed}")
+    size = n_bars // PBO_BLOCKS
+    blocks = tried_returns[n_bars - size * PBO_BLOCKS :].reshape(PBO_BLOCKS, size, n_tried)
     sums, squares = blocks.sum(axis=1), (blocks**2).sum(axis=1)
-    chosen = np.zeros((comb(n_blocks, n_blocks // 2), n_blocks))
-    for row, half in enumerate(combinations(range(n_blocks), n_blocks // 2)):
-        chosen[row, list(half)] = 1.0
-    half_bars = size * n_blocks // 2
+    halves = np.array([*combinations(range(PBO_BLOCKS), PBO_BLOCKS // 2)])
+    chosen = np.zeros((len(halves), PBO_BLOCKS))
+    np.put_along_axis(chosen, halves, 1.0, axis=1)
+    half_bars = size * PBO_BLOCKS // 2
     inside = _sharpes(chosen @ sums, chosen @ squares, half_bars)
     outside = _sharpes((1 - chosen) @ sums, (1 - chosen) @ squares, half_bars)
     best = inside.argmax(axis=1)
@@ -422,15 +378,12 @@ def record_run(path: Path, *runs: Run) -> None:
     lines = "".join(json.dumps(asdict(run), sort_keys=True) + "\n" for run in runs).encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # One write in append mode: two trainings at once do not mix.
-        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
+        # One write in append mode, without a buffer: two trainings at once do not mix.
+        with path.open("ab+", buffering=0) as log:
             # A line that was torn by a full disk must not take this one with it.
-            size = os.fstat(descriptor).st_size
-            is_torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-            os.write(descriptor, b"\n" * is_torn + lines)
-        finally:
-            os.close(descriptor)
+            size = log.seek(0, os.SEEK_END)
+            is_torn = size > 0 and os.pread(log.fileno(), 1, size - 1) != b"\n"
+            log.write(b"\n" * is_torn + lines)
     except OSError as error:
         raise StorageError(f"cannot write the log of verdicts {path.name}: {error.strerror}") from error
 

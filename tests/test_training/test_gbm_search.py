@@ -3,7 +3,6 @@ import pytest
 
 from inference.load_gbm_models import predict_booster, shap_values
 from training.gbm_search import (
-    EARNED_T,
     Rows,
     SearchConfig,
     careful,
@@ -63,7 +62,6 @@ def test_threads_do_not_change_a_fit(threads: int):
 def test_on_noise_the_careful_setting_stands(name: str):
     found = search(name, make_rows(signal=0.0), CONFIG, seed=1)
     assert found.is_careful
-    assert found.gain_t <= EARNED_T
     same = careful(name, 700, 5)
     assert (found.params, found.rounds) == (same.params, same.rounds)
     assert len(found.trials) == 3
@@ -84,7 +82,6 @@ def test_a_tuned_setting_that_is_clearly_better_is_used(name: str):
     )
     found = search(name, wavy, SearchConfig(n_trials=6, max_rounds=60), seed=1)
     assert not found.is_careful
-    assert found.gain_t > EARNED_T
 
 
 def test_columns_of_a_block_are_chosen_by_its_rows_to_fit_alone():

@@ -271,10 +271,10 @@ def test_a_panel_is_walked_forward_and_each_symbol_gets_its_own_calibration():
     assert set(result.record["symbol"]) == set(panel.symbols)
     fitted = GBMRecipe(UNTUNED).fit_all(panel, result.record)
     slopes = {name: fitted.for_symbol(name).calibration.slope for name in panel.symbols}
-    pooled = fitted.ensemble.calibration.slope
+    pooled = fitted.model.calibration.slope
     assert len(set(slopes.values())) == 3
     assert all(abs(slope - pooled) < 0.3 for slope in slopes.values())
-    assert fitted.for_symbol("UNKNOWN").calibration == fitted.ensemble.calibration
+    assert fitted.for_symbol("UNKNOWN").calibration == fitted.model.calibration
 
 
 def test_a_panel_s_forecast_carries_the_drift_of_its_symbol():

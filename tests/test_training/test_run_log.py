@@ -15,7 +15,7 @@ from data.schema import Bars, BarsReport, Provenance
 from training import run_log
 from training.gbm_search import SearchConfig
 from training.recipe import RecipeConfig, TrainerConfig
-from training.run_log import SECTIONS, RunLog, fold_lines, logged_run, publish_report, show, status_of
+from training.run_log import SECTIONS, RunLog, fold_lines, logged_run, publish_report, show
 from training.train_gbm import GBMTrainer
 from training.trainer import Trained
 from utils.base import DataError, GateRefusedError, UsageError
@@ -87,8 +87,10 @@ def with_collapsed(trained: Trained, share: float | None) -> Trained:
 @pytest.mark.parametrize(
     ("share", "collapsed"), [(None, False), (0.0, False), (0.49, False), (0.5, True), (1.0, True)]
 )
-def test_a_signal_that_hardly_varies_has_collapsed(trained, share, collapsed):
-    assert (status_of(with_collapsed(trained, share)) == "COLLAPSED") is collapsed
+def test_a_signal_that_hardly_varies_has_collapsed(tmp_path, trained, share, collapsed):
+    with logged_run(tmp_path, "TEST", CONFIG, "gbm") as log:
+        log.conclude(with_collapsed(trained, share))
+    assert (log.status == "COLLAPSED") is collapsed
 
 
 def test_an_error_ends_the_log_as_failed_and_goes_on(tmp_path):

@@ -17,11 +17,11 @@ import pytest
 
 from data.schema import Bars, BarsReport, Provenance
 from data.target_engineering import Dataset, build_dataset
+from inference import load_lstm_model
 from inference.artifact import RECORD_COLUMNS
-from inference.load_lstm_model import ARRAYS, load_bundle, windows_of
-from training import recipe as recipe_module
+from inference.load_lstm_model import ARRAYS, Sequences, load_bundle, windows_of
 from training import train_lstm
-from training.recipe import LSTMConfig, NetworkConfig, Sequences, direction_weights
+from training.recipe import LSTMConfig, NetworkConfig, direction_weights
 from training.train_lstm import (
     Batches,
     KerasNetwork,
@@ -118,10 +118,10 @@ def test_sequences_that_peek_or_cross_are_caught(make_bars, monkeypatch):
     data = panel_of(make_bars)
     last = len(data) - 1
     late = lambda ends, starts, length: windows_of(np.minimum(ends + 1, last), starts, length)  # noqa: E731
-    monkeypatch.setattr(recipe_module, "windows_of", late)
+    monkeypatch.setattr(load_lstm_model, "windows_of", late)
     assert "a later row" in rows_seen(data, Sequences(data), 7)
     crossing = lambda ends, starts, length: windows_of(ends, np.zeros_like(ends), length)  # noqa: E731
-    monkeypatch.setattr(recipe_module, "windows_of", crossing)
+    monkeypatch.setattr(load_lstm_model, "windows_of", crossing)
     assert "another symbol's row" in rows_seen(data, Sequences(data), 7)
 
 
@@ -282,7 +282,7 @@ def short_walk(bars: pd.DataFrame) -> pd.DataFrame:
     split = WalkForwardConfig(test_bars=150, min_train_bars=680)
     config = replace(QUICK, recipe=replace(SMALL, epochs=3), walk_forward=split)
     walked = LSTMTrainer(config).walk({"TEST": as_bars(bars)})
-    return walked.result.record.assign(weight=walked.fitted.network.weights[ARRAYS[0]].sum())
+    return walked.result.record.assign(weight=walked.fitted.model.weights[ARRAYS[0]].sum())
 
 
 @pytest.fixture(scope="module")

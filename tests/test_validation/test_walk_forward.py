@@ -205,7 +205,7 @@ def test_a_fold_without_outcomes_has_no_measures():
     result = WalkForwardValidator(QUICK).run(dataset, LineRecipe())
     last = result.folds[-1]
     assert (last.n, last.ic, last.ic_low, last.hit_minus_base, last.calibration_slope) == (0, *[None] * 4)
-    assert WalkForwardValidator(QUICK).n_folds(dataset) == len(result.folds)
+    assert len(WalkForwardValidator(QUICK).folds(dataset)) == len(result.folds)
 
 
 def test_forecasts_that_are_missing_are_refused():

@@ -17,6 +17,7 @@ from scipy.stats import spearmanr
 from utils.base import InsufficientDataError, StorageError, UsageError
 from validation import wfe_metrics
 from validation.gates import collapse_of, ranks_better_p_value
+from validation.walk_forward import walk_forward_efficiency
 from validation.wfe_metrics import (
     ResolvedRows,
     Run,
@@ -38,10 +39,14 @@ def moving_sums(rng, n, window=5):
     return np.convolve(rng.standard_t(5, n + window - 1), np.ones(window), mode="valid")
 
 
+def resampled_means(values, block, n_resamples, rng):
+    return wfe_metrics.resampled_block_sums(values, block, n_resamples, rng).mean(axis=1) / block
+
+
 @pytest.mark.parametrize("block", [1, 10, 63])
 def test_the_block_bootstrap_agrees_with_arch(block):
     values = moving_sums(np.random.default_rng(0), 800) + 0.3
-    ours = wfe_metrics.block_bootstrap_means(values, block, 4_000, np.random.default_rng(1))
+    ours = resampled_means(values, block, 4_000, np.random.default_rng(1))
     theirs = CircularBlockBootstrap(block, values, seed=2).apply(np.mean, 4_000).ravel()
     assert ours.std() == pytest.approx(theirs.std(), rel=0.06)
     assert ours.mean() == pytest.approx(values.mean(), abs=4 * theirs.std() / np.sqrt(4_000))
@@ -52,8 +57,8 @@ def test_the_block_bootstrap_agrees_with_arch(block):
 def test_blocks_see_the_overlap_that_single_rows_do_not():
     values = moving_sums(np.random.default_rng(3), 2_000)
     rng = np.random.default_rng(4)
-    single = wfe_metrics.block_bootstrap_means(values, 1, 1_000, rng).std()
-    blocks = wfe_metrics.block_bootstrap_means(values, 25, 1_000, rng).std()
+    single = resampled_means(values, 1, 1_000, rng).std()
+    blocks = resampled_means(values, 25, 1_000, rng).std()
     assert blocks / single == pytest.approx(np.sqrt(5), rel=0.25)
 
 
@@ -222,10 +227,10 @@ def test_slope_and_skill_of_known_forecasts():
 
 
 def test_an_undefined_efficiency_is_no_efficiency():
-    assert wfe_metrics.walk_forward_efficiency(0.54, 0.52, 0.56, 0.52) == pytest.approx(0.5)
-    assert wfe_metrics.walk_forward_efficiency(0.55, 0.55, 0.55, 0.55) is None
-    assert wfe_metrics.walk_forward_efficiency(0.55, 0.52, 0.50, 0.52) is None
-    assert wfe_metrics.walk_forward_efficiency(None, 0.5, 0.6, 0.5) is None
+    assert walk_forward_efficiency(0.54, 0.52, 0.56, 0.52) == pytest.approx(0.5)
+    assert walk_forward_efficiency(0.55, 0.55, 0.55, 0.55) is None
+    assert walk_forward_efficiency(0.55, 0.52, 0.50, 0.52) is None
+    assert walk_forward_efficiency(None, 0.5, 0.6, 0.5) is None
 
 
 def test_block_lengths_cover_the_overlap_and_fit_the_sample():
@@ -263,8 +268,6 @@ def test_the_best_of_fifty_coin_flips_over_five_years():
     # docs: about 1.0 a year is what the best of 50 strategies without skill shows over 5 years.
     assert expected_maximum_sharpe(50, 1 / 5) == pytest.approx(1.0, abs=0.05)
     assert expected_maximum_sharpe(1, 1.0) == 0.0
-    with pytest.raises(UsageError, match="n_tried is 0"):
-        expected_maximum_sharpe(0, 1.0)
 
 
 def test_the_expected_maximum_agrees_with_simulation():
@@ -320,7 +323,7 @@ def naive_pbo(returns, n_blocks):
 @pytest.mark.parametrize("n_trials", [2, 5, 12])
 def test_pbo_agrees_with_its_definition(n_trials):
     returns = np.random.default_rng(n_trials).normal(0.0002, 0.01, size=(400, n_trials))
-    assert probability_of_backtest_overfitting(returns, 8) == pytest.approx(naive_pbo(returns, 8))
+    assert probability_of_backtest_overfitting(returns) == pytest.approx(naive_pbo(returns, 10))
 
 
 def test_pbo_tells_luck_from_skill():
@@ -345,8 +348,6 @@ def test_a_trial_that_was_fitted_to_half_of_the_time_is_refused():
 
 def test_impossible_pbo_is_refused():
     returns = np.random.default_rng(0).normal(size=(100, 3))
-    with pytest.raises(UsageError, match="even"):
-        probability_of_backtest_overfitting(returns, 7)
     with pytest.raises(InsufficientDataError, match="1 strategies of 100 bars"):
         probability_of_backtest_overfitting(returns[:, :1])
     with pytest.raises(InsufficientDataError, match="20 bars"):
