@@ -39,6 +39,8 @@ MARKER_CAPITAL = 10_000.0
 REGIME_BARS = 200
 # How many trades are explained, and by how many features; the boosters take a while to take apart.
 EXPLAINED_TRADES, STRONGEST = 4, 3
+# The mode in which each kind of model serves: it is named after its last part.
+MODE_OF = {parts[-1].name: mode for mode, parts in PARTS.items()}
 MEMBERS = {GBM.name: "boosters", LSTM.name: "LSTM"}
 # Where the walk-forward tells no length of its blocks, a year.
 USUAL_BLOCK_BARS = 252
@@ -374,7 +376,7 @@ def model_meta(metadata: Mapping[str, Any], *, ensemble_size: int, warnings: Seq
         return ModelMeta(
             **{name: metadata[name] for name in TOLD},
             id=metadata["model_id"],
-            fusion_mode_default=next(mode for mode, parts in PARTS.items() if parts[-1].name == variant),
+            fusion_mode_default=MODE_OF[variant],
             metrics=metrics,
             sequence_length=recipe.get("sequence_length", 1),
             ensemble_size=ensemble_size,
