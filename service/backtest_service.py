@@ -5,6 +5,7 @@ The command line calls `backtest`. The page sends a prediction back, which `post
 """
 
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -70,8 +71,8 @@ class BacktestRequest:
     resamples of every scenario.
     """
 
-    start: pd.Timestamp | None = None
-    end: pd.Timestamp | None = None
+    start: datetime | None = None
+    end: datetime | None = None
     sizing: str = sizes.DEFAULT_SIZING
     max_long: float | None = None
     max_short: float | None = None
