@@ -157,7 +157,7 @@ def markers_of(
     The confidence is the chance that the price moves in the direction of the change within the horizon. A
     marker of the history lies on the session at whose close the change was decided.
     """
-    floors, fusion, wanted = request.confidence_floors, request.fusion, chart.columns["is_wanted"]
+    floors, fusion, wanted = request.confidence_floors, request.fusion, chart.columns["is_wanted"] > 0.0
     least = {"buy": max(floors.buy, fusion.buy_threshold), "sell": max(floors.sell, fusion.sell_threshold)}
     least["hold"], smallest = 0.0, request.trade_share_floor or 0.0
     acted = np.flatnonzero((np.abs(chart.columns["change"]) >= MIN_WEIGHT_CHANGE) & wanted).tolist()
