@@ -147,15 +147,12 @@ def backtest(
 def bookkeeper(history: Decisions, sizer: sizes.RuleSizer, capital: float) -> Book:
     """Return what sizes and books rows of the history in any order, see `Book`."""
     columns = {name: np.asarray(history.frame[name], dtype=np.float64) for name in SIZED_BY}
-    moves = np.nan_to_num(np.asarray(history.frame["asset_return"], dtype=np.float64))
+    columns["asset_return_simple"] = history.frame["asset_return"].fillna(0.0).to_numpy()
 
     def book(rows: IntArray, lead: int, costs: CostModel) -> tuple[Ledger, Ledger]:
-        inputs = sizes.SizingInputs(
-            **{name: column[rows] for name, column in columns.items()},
-            asset_return_simple=moves[rows],
-            horizon_bars=history.horizon_bars,
-        )
-        target, own = sizer.fold(inputs, costs)[lead:], moves[rows[lead:]]
+        known = {name: column[rows] for name, column in columns.items()}
+        inputs = sizes.SizingInputs(**known, horizon_bars=history.horizon_bars)
+        target, own = sizer.fold(inputs, costs)[lead:], inputs.asset_return_simple[lead:]
         market = account(np.ones(len(own)), own, costs, initial_capital=capital)
         return account(target, own, costs, initial_capital=capital), market
 
