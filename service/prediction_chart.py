@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -229,7 +229,7 @@ def overlays_of(bars: pd.DataFrame, chart: Chart, path: ForecastPath) -> list[wi
     band, last = {"upper": middle + spread, "lower": middle - spread}, chart.columns["close"][-1:]
     ahead = {"value": path.prices, "upper": path.upper, "lower": path.lower}
     coming = {name: np.concatenate([last, values]) for name, values in ahead.items()}
-    lines: dict[wire.OverlayType, pd.DataFrame] = {
+    lines: dict[Literal["bollinger", "moving-average", "predicted-path"], pd.DataFrame] = {
         "bollinger": pd.DataFrame({"value": middle, **band}, chart.sessions[-len(middle) :]),
         "moving-average": pd.DataFrame({"value": slow}, chart.sessions[-len(slow) :]),
         "predicted-path": pd.DataFrame(coming, chart.sessions[-1:].append(path.dates)),
@@ -392,7 +392,8 @@ def days_of(index: pd.Index) -> list[str]:
 
 
 def records(kind: type[AnyWire], frame: pd.DataFrame) -> list[AnyWire]:
-    """Return one ``kind`` a row, dated by the index; columns that it does not have are left out."""
+    """Return one ``kind`` a row, dated by the index; columns (in any case) that it lacks are left out."""
+    frame = frame.rename(columns=str.lower)
     columns = {name: frame[name].to_list() for name in kind.model_fields if name in frame.columns}
     if "date" in kind.model_fields:
         columns["date"] = days_of(frame.index)

@@ -264,10 +264,9 @@ class PredictionService:
     def history(self, symbol: str, days: int) -> wire.HistoricalResponse:
         """Return the last ``days`` sessions, adjusted; raises as `data.data_fetcher.fetch_stock_data`."""
         bars = self.bars.get(normalise_symbol(symbol)).bars
-        shown = bars.frame.tail(days).round({"Volume": 0}).rename(columns=str.lower)
         return wire.HistoricalResponse(
             symbol=bars.symbol,
-            data=page.records(wire.HistoricalBar, shown),
+            data=page.records(wire.HistoricalBar, bars.frame.tail(days).round({"Volume": 0})),
             data_as_of=f"{bars.provenance.last_session:%Y-%m-%d}",
             data_stale=bars.provenance.stale,
             data_source=bars.provenance.source,
@@ -357,7 +356,7 @@ class PredictionService:
             classifier_probabilities=page.classes_of(chart),
             trade_markers=page.markers_of(chart, forecast, request, reasons),
             overlays=page.overlays_of(bars.frame, chart, path),
-            candles=page.records(wire.Candle, bars.frame.tail(len(chart.dates)).rename(columns=str.lower)),
+            candles=page.records(wire.Candle, bars.frame.tail(len(chart.dates))),
             forecast=forecast,
             metadata=page.metadata_of(request, model, bars, decisions, chart),
         )
