@@ -25,8 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tenacity import retry, retry_if_exception_type, stop_after_attempt
-
 from data.schema import normalise_symbol
 from inference import ensemble, load_gbm_models, load_lstm_model
 from inference.artifact import MANIFEST, Format, read_version, sealed
@@ -39,13 +37,13 @@ from utils.base import ModelError, ModelIncompatibleError, ModelMissingError, Se
 from utils.model_paths import (
     GBM,
     PARTS,
-    READS,
     Linked,
     VersionPrunedError,
     discard,
     linked_version,
     list_symbols,
     list_versions,
+    reading_again,
     restore,
     roll_back,
     serve_linked,
@@ -251,8 +249,7 @@ class ModelRegistry:
         for other in self._formats:
             self._served.pop(_id(symbol, other), None)
 
-    # Replaced or deleted between the reading of the link and that of its files: the link is read again.
-    @retry(retry=retry_if_exception_type(VersionPrunedError), stop=stop_after_attempt(READS), reraise=True)
+    @reading_again
     def _part(self, symbol: str, form: AnyFormat) -> LoadedModel:
         key = _id(symbol, form.kind.name)
         try:
