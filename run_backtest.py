@@ -21,6 +21,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -56,9 +57,12 @@ from utils.base import (
 )
 from utils.model_paths import MODES, TRIALS, mode_of
 
+Told = dict[str, Any]
 DEFAULT_DAYS = 250
 # Times equity: no broker lends a private person more, and overnight gaps would ruin who had it.
 MOST_EXPOSURE = 5.0
+# Options that are called like what they ask for.
+ALIKE = ("start", "end", "sizing", "max_long", "max_short", "capital")
 BESIDE = ("total_return", "cagr", "sharpe_ratio", "max_drawdown", "exposure_mean", "turnover")
 SUMMARY_FIGURES = (
     "sharpe_ratio", "max_drawdown", "win_rate", "total_trades", "direction_accuracy", "turnover",
@@ -92,8 +96,8 @@ def build_parser() -> argparse.ArgumentParser:
     which.add_argument("--symbols", metavar="A,B,C", help="one backtest each")
     add = parser.add_argument
     add("--compare", action="store_true", help="set the symbols side by side: one table, one report")
-    add("--start", type=timestamp, help="first session, YYYY-MM-DD (default: first out of sample)")
-    add("--end", type=timestamp, help="last session, YYYY-MM-DD (default: last bar)")
+    add("--start", type=session, help="first session, YYYY-MM-DD (default: first out of sample)")
+    add("--end", type=session, help="last session, YYYY-MM-DD (default: last bar)")
     add("--source", help="yahoo, sample or csv:DIR (default: AI_STOCKS_SOURCE, or yahoo)")
     add("--mode", choices=MODES, default=service.MODE, help="which models forecast")
     add("--sizing", choices=sorted(PRESETS), default=DEFAULT_SIZING)
@@ -113,11 +117,6 @@ def build_parser() -> argparse.ArgumentParser:
     where.add_argument("--report", type=Path, metavar="PATH", help="where the HTML report goes")
     where.add_argument("--no-report", action="store_true", help="write figures and tables only")
     return parser
-
-
-def timestamp(text: str) -> pd.Timestamp:
-    """Read a date of the command line."""
-    return pd.Timestamp(session(text))
 
 
 def asked_symbols(args: argparse.Namespace) -> tuple[str, ...]:
@@ -151,17 +150,9 @@ def asked_symbols(args: argparse.Namespace) -> tuple[str, ...]:
 def request_of(args: argparse.Namespace) -> BacktestRequest:
     """Return what was asked for, apart from the symbol."""
     costs = CostModel(commission_bps=args.commission, slippage_bps=args.slippage, borrow_annual=args.borrow)
-    return BacktestRequest(
-        start=args.start,
-        end=args.end,
-        sizing=args.sizing,
-        max_long=args.max_long,
-        max_short=args.max_short,
-        costs=costs,
-        capital=args.capital,
-        include_in_sample=args.in_sample,
-        seeds=GRID_SEEDS if args.robustness else 0,
-    )
+    alike = {name: getattr(args, name) for name in ALIKE}
+    seeds = GRID_SEEDS if args.robustness else 0
+    return BacktestRequest(**alike, costs=costs, include_in_sample=args.in_sample, seeds=seeds)
 
 
 def load_parts(models_dir: Path, symbol: str, mode: str) -> Parts:
@@ -189,7 +180,7 @@ def make(args: argparse.Namespace, settings: Settings) -> list[Outcome]:
     return [service.backtest(one, source, cache, request, settings.models_dir / TRIALS) for one in chosen]
 
 
-def summary_of(outcome: Outcome) -> dict[str, object]:
+def summary_of(outcome: Outcome) -> Told:
     """Return the headline figures as plain data; None where a figure is undefined."""
     result, bundle = outcome.result, outcome.bundle
     found, weighed, verdict = values(result.metrics), outcome.evidence.plain(), bundle.metadata["verdict"]
@@ -225,12 +216,10 @@ def summary_of(outcome: Outcome) -> dict[str, object]:
     }
 
 
-def write_results(
-    folder: Path, outcome: Outcome, lived: Lived | None, args: argparse.Namespace
-) -> dict[str, object]:
+def write_results(folder: Path, outcome: Outcome, lived: Lived | None, args: argparse.Namespace) -> Told:
     """Write summary, figures, daily tables and report into ``folder``; return the summary."""
     result, summary = outcome.result, summary_of(outcome)
-    figures: dict[str, object] = {"strategy": values(result.metrics), "undefined": reasons(result.metrics)}
+    figures: Told = {"strategy": values(result.metrics), "undefined": reasons(result.metrics)}
     figures |= {name: values(item.metrics) for name, item in result.benchmarks.items()}
     figures |= {"by_year": by_year(result), "by_regime": by_regime(result)}
     equity = {"strategy": result.daily["equity"]}
@@ -254,17 +243,11 @@ def write_results(
     return told
 
 
-def compared(outcome: Outcome) -> dict[str, object]:
+def compared(outcome: Outcome, summary: Told) -> Told:
     """Return what stands side by side in a comparison."""
     result, apart = outcome.result, outcome.evidence.intervals["sharpe_difference"]
     own, passive = values(result.metrics), values(result.benchmarks["buy_hold"].metrics)
-    record: dict[str, object] = {
-        "symbol": outcome.bundle.symbol,
-        "start": f"{result.daily.index[0]:%Y-%m-%d}",
-        "end": f"{result.daily.index[-1]:%Y-%m-%d}",
-        "in_sample": result.is_in_sample,
-        "verdict": outcome.bundle.metadata["verdict"]["label"],
-    }
+    record = {name: summary[name] for name in ("symbol", "start", "end", "in_sample", "verdict")}
     for name in BESIDE:
         record |= {name: own[name], f"buy_hold_{name}": passive[name]}
     record["exposure_matched_cagr"] = values(result.benchmarks["exposure_matched"].metrics)["cagr"]
@@ -272,12 +255,11 @@ def compared(outcome: Outcome) -> dict[str, object]:
     return record | {f"sharpe_difference{end}": value for end, value in ends.items()}
 
 
-def comparison_report(outcomes: Sequence[Outcome]) -> Report:
+def comparison_report(outcomes: Sequence[Outcome], records: Sequence[Told]) -> Report:
     """Set backtests side by side: the figures of each symbol, and its gain over buy and hold."""
     stamp = IN_SAMPLE_STAMP if any(outcome.result.is_in_sample for outcome in outcomes) else ""
     words = words_of("comparison", {"rows": f"{'In-sample rows included' if stamp else 'Out of sample'}."})
-    records, why = [compared(outcome) for outcome in outcomes], words.table["not_computed"]
-    specs = words.table["beside"].items()
+    specs, why = words.table["beside"].items(), words.table["not_computed"]
     rows = ((Cell(label), *(cell(r[key], form, why) for r in records)) for key, (label, form) in specs)
     table = words.grid("beside", ("", *(str(record["symbol"]) for record in records)), rows)
     drawn = []
@@ -302,16 +284,15 @@ def comparison_report(outcomes: Sequence[Outcome]) -> Report:
 
 
 def write_comparison(
-    folder: Path, outcomes: Sequence[Outcome], args: argparse.Namespace
-) -> dict[str, object]:
+    folder: Path, outcomes: Sequence[Outcome], records: Sequence[Told], args: argparse.Namespace
+) -> Told:
     """Write the figures side by side, and their report, into ``folder``; return what is told about it."""
-    records = [compared(outcome) for outcome in outcomes]
     folder.mkdir(parents=True)
     write_json(folder / "comparison.json", records)
-    told: dict[str, object] = {"comparison": records, "files": str(folder)}
+    told: Told = {"comparison": records, "files": str(folder)}
     if not args.no_report:
         path = args.report or folder / "report.html"
-        told["report"] = str(write_report(comparison_report(outcomes), path))
+        told["report"] = str(write_report(comparison_report(outcomes, records), path))
     return told
 
 
@@ -375,13 +356,14 @@ def shown(value: float | None, style: str) -> str:
 def run(args: argparse.Namespace, settings: Settings) -> None:
     """Make every backtest, then write and print: nothing is written where one of them fails."""
     outcomes = make(args, settings)
-    days = args.days or DEFAULT_DAYS
-    lives = [service.live(outcome, days) if args.forward_sim else None for outcome in outcomes]
+    lives = [service.live(o, args.days or DEFAULT_DAYS) if args.forward_sim else None for o in outcomes]
     root, moment = settings.results_dir, f"{datetime.now(UTC):%Y%m%d_%H%M%S_%f}"
     pairs = list(zip(outcomes, lives, strict=True))
     try:
         results = [write_results(root / f"{o.bundle.symbol}_{moment}", o, lived, args) for o, lived in pairs]
-        beside = write_comparison(root / f"comparison_{moment}", outcomes, args) if args.compare else {}
+        records = [compared(outcome, told) for outcome, told in zip(outcomes, results, strict=True)]
+        folder = root / f"comparison_{moment}"
+        beside = write_comparison(folder, outcomes, records, args) if args.compare else {}
     except OSError as error:
         raise StorageError(f"cannot write {root}: {error.strerror}") from error
     if args.json:
@@ -392,7 +374,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     for outcome, lived in pairs:
         print_outcome(console, outcome, lived, args)
     if args.compare:
-        print_section(console, comparison_report(outcomes).sections[0])
+        print_section(console, comparison_report(outcomes, records).sections[0])
     for told in (*results, beside):
         for name in ("files", "report"):
             if name in told:

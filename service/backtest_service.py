@@ -5,8 +5,9 @@ The command line calls `backtest`. The page sends a prediction back, which `post
 """
 
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -26,12 +27,11 @@ from inference import position_sizing as sizes
 from inference.ensemble import Chosen
 from inference.pipeline import Decisions, backtest_decisions, decide
 from service import schemas as wire
-from service.prediction_chart import wire_metrics
+from service.prediction_chart import days_of, records, wire_metrics
 from utils.base import AIStocksError, DataError, UsageError
 from validation import gates
 from validation.wfe_metrics import verdicts_on
 
-AnyWire = TypeVar("AnyWire", bound=wire.Wire)
 MODE = "gbm_only"
 MODELS = {"gbm_only": "boosted trees", "lstm_only": "LSTM", "ensemble": "boosted trees and LSTM"}
 # Bar by bar and all at once must agree to rounding.
@@ -57,7 +57,7 @@ BPS_FROM, FORWARD_ROWS = 0.05, 20
 BORROWED = ("financing_cost", "borrow_cost")
 RISKS = {name: name for name in ("exposure_mean", "exposure_std")}
 RISKS |= {"tail_loss_p95": "var_95", "cvar95": "cvar_95"}
-CSV = ["date", "close", "target_weight", "held_weight", "net_return", "equity", "drawdown", "trade_cost"]
+CSV = ["close", "target_weight", "held_weight", "net_return", "equity", "drawdown", "trade_cost"]
 WIRE_NAMES = {"cumulative_return": "total_return", "directional_accuracy": "direction_accuracy"}
 WIRE_NAMES |= {"correlation": "information_coefficient", "transaction_costs": "total_transaction_costs"}
 
@@ -70,8 +70,8 @@ class BacktestRequest:
     resamples of every scenario.
     """
 
-    start: pd.Timestamp | None = None
-    end: pd.Timestamp | None = None
+    start: datetime | None = None
+    end: datetime | None = None
     sizing: str = sizes.DEFAULT_SIZING
     max_long: float | None = None
     max_short: float | None = None
@@ -147,15 +147,12 @@ def backtest(
 def bookkeeper(history: Decisions, sizer: sizes.RuleSizer, capital: float) -> Book:
     """Return what sizes and books rows of the history in any order, see `Book`."""
     columns = {name: np.asarray(history.frame[name], dtype=np.float64) for name in SIZED_BY}
-    moves = np.nan_to_num(np.asarray(history.frame["asset_return"], dtype=np.float64))
+    columns["asset_return_simple"] = history.frame["asset_return"].fillna(0.0).to_numpy()
 
     def book(rows: IntArray, lead: int, costs: CostModel) -> tuple[Ledger, Ledger]:
-        inputs = sizes.SizingInputs(
-            **{name: column[rows] for name, column in columns.items()},
-            asset_return_simple=moves[rows],
-            horizon_bars=history.horizon_bars,
-        )
-        target, own = sizer.fold(inputs, costs)[lead:], moves[rows[lead:]]
+        known = {name: column[rows] for name, column in columns.items()}
+        inputs = sizes.SizingInputs(**known, horizon_bars=history.horizon_bars)
+        target, own = sizer.fold(inputs, costs)[lead:], inputs.asset_return_simple[lead:]
         market = account(np.ones(len(own)), own, costs, initial_capital=capital)
         return account(target, own, costs, initial_capital=capital), market
 
@@ -268,10 +265,11 @@ def report_of(outcome: Outcome) -> Report:
 
 
 class Posted(NamedTuple):
-    """A posted prediction's rows that count, their books, and what must be known beside them."""
+    """A posted prediction's books, its orders (see `orders_of`) and figures, and what must be known."""
 
-    rows: pd.DataFrame
     result: BacktestReport
+    orders: pd.DataFrame
+    metrics: wire.BacktestMetrics
     notes: list[str]
 
 
@@ -373,6 +371,9 @@ def judge_posted(request: wire.BacktestRequest, n_rows: int) -> Posted:
         horizon_bars=horizon,
     )
     cut, lack = int(np.count_nonzero(asked != target)), len(rows) < n_rows
+    held, own = (result.metrics[name].value or 0.0 for name in ("exposure_mean", "total_return"))
+    same = result.benchmarks["exposure_matched"].metrics["total_return"].value or 0.0
+    factors = params.annualization_factor, meta.annualization_factor
     notes = {
         UNTRIED: True,
         f"commission was read as {fees[0]:g} bps and slippage as {fees[1]:g} bps of the traded value": True,
@@ -381,63 +382,58 @@ def judge_posted(request: wire.BacktestRequest, n_rows: int) -> Posted:
         f"{len(rows)} rows are there of the {n_rows} that were asked for": lack,
         f"{cut} positions were cut to {-short:g} to {params.max_long:g}": cut > 0,
         "flatAtDayEnd changes nothing: bars are daily": bool(params.flat_at_day_end),
+        HELD.format(held, same, own, own - same): True,
+        **{UNBELIEVED.format(n): not LEAST_BARS <= n <= MOST_BARS for n in factors if n is not None},
     }
-    same, own = (
-        values(each.metrics)["total_return"] for each in (result.benchmarks["exposure_matched"], result)
-    )
-    held = values(result.metrics)["exposure_mean"]
-    if held is not None and own is not None and same is not None:
-        notes[HELD.format(held, same, own, own - same)] = True
-    factors = [bars for bars in (params.annualization_factor, meta.annualization_factor) if bars is not None]
-    notes |= {UNBELIEVED.format(n): not LEAST_BARS <= n <= MOST_BARS for n in factors}
-    return Posted(rows, result, [*result.notes, *(text for text, holds in notes.items() if holds)])
+    metrics, undefined = posted_metrics(result)
+    orders = orders_of(result.trades, rows, meta.fusion_mode)
+    told = (text for text, holds in notes.items() if holds)
+    return Posted(result, orders, metrics, [*result.notes, *told, *undefined])
 
 
 def posted_backtest(request: wire.BacktestRequest) -> wire.BacktestResult:
     """Return the backtest of a posted prediction; see `judge_posted`."""
     posted = judge_posted(request, request.params.backtest_window)
-    result, daily = posted.result, dated(posted.result.daily)
-    metrics, undefined = posted_metrics(result)
-    orders = orders_of(posted, request.prediction.metadata.fusion_mode)
-    net, figures = result.daily["net_return"].iloc[1:], values(result.metrics)
+    result, daily, figures = posted.result, posted.result.daily, values(posted.result.metrics)
+    days, net = days_of(daily.index), daily["net_return"].iloc[1:]
     risk = {ours: figures[theirs] or 0.0 for ours, theirs in RISKS.items()}
     return wire.BacktestResult(
         equity_curve=records(wire.EquityPoint, daily),
         price_series=records(wire.PricePoint, daily.rename(columns={"close": "price"})),
-        trade_log=records(wire.TradeRecord, orders),
-        metrics=metrics,
-        annotations=markers_of(orders),
-        buy_hold_equity=records(wire.BuyHoldPoint, dated(result.benchmarks["buy_hold"].daily)),
-        csv=daily[CSV].to_csv(index=False, float_format="%.10g"),
+        trade_log=records(wire.TradeRecord, posted.orders),
+        metrics=posted.metrics,
+        annotations=markers_of(posted.orders),
+        buy_hold_equity=records(wire.BuyHoldPoint, result.benchmarks["buy_hold"].daily),
+        csv=daily[CSV].to_csv(index_label="date", date_format="%Y-%m-%d", float_format="%.10g"),
         forward_simulation=posted_forward_sim(request) if request.params.enable_forward_sim else None,
-        window_start=daily["date"].iloc[0],
-        window_end=daily["date"].iloc[-1],
+        window_start=days[0],
+        window_end=days[-1],
         diagnostics=wire.Diagnostics(
-            rolling=records(wire.RollingDiagnostics, dated(by_bar(result))),
+            rolling=records(wire.RollingDiagnostics, by_bar(result)),
             monthly=records(wire.MonthlyDiagnostics, by_month(result).reset_index(names="period")),
             action_breakdown=records(wire.ActionDiagnostics, by_action(result).reset_index(names="action")),
             hourly=[],
             risk=wire.RiskDiagnostics(**risk, best_bar=float(net.max()), worst_bar=float(net.min())),
         ),
-        notes=[*posted.notes, *undefined],
+        notes=posted.notes,
     )
 
 
 def posted_forward_sim(request: wire.BacktestRequest) -> wire.ForwardSimResult:
     """Return the books of the last rows of a posted prediction, begun with cash alone."""
     posted = judge_posted(request, request.params.forward_window or FORWARD_ROWS)
-    (metrics, undefined), daily = posted_metrics(posted.result), dated(posted.result.daily)
-    orders = orders_of(posted, request.prediction.metadata.fusion_mode)
+    daily, metrics, orders = posted.result.daily, posted.metrics, posted.orders
+    days = days_of(daily.index)
     return wire.ForwardSimResult(
-        dates=daily["date"].to_list(),
+        dates=days,
         prices=daily["close"].to_list(),
         equity_curve=daily["equity"].to_list(),
         sharpe=metrics.sharpe_ratio,
         max_drawdown=metrics.max_drawdown,
         trades=metrics.total_trades,
         source=None if posted.result.is_in_sample else "historical_holdout",
-        window_start=daily["date"].iloc[0],
-        window_end=daily["date"].iloc[-1],
+        window_start=days[0],
+        window_end=days[-1],
         cumulative_return=metrics.cumulative_return,
         win_rate=metrics.win_rate,
         profit_factor=metrics.profit_factor,
@@ -445,7 +441,7 @@ def posted_forward_sim(request: wire.BacktestRequest) -> wire.ForwardSimResult:
         markers=markers_of(orders),
         total_costs=float(daily[["trade_cost", *BORROWED]].to_numpy().sum()),
         borrow_fee=metrics.borrow_fee,
-        notes=[*posted.notes, *undefined],
+        notes=posted.notes,
     )
 
 
@@ -463,21 +459,16 @@ def posted_metrics(result: BacktestReport) -> tuple[wire.BacktestMetrics, list[s
     return metrics, [f"undefined, sent as 0: {', '.join(undefined)}"] if undefined else []
 
 
-def orders_of(posted: Posted, mode: wire.FusionMode) -> pd.DataFrame:
-    """Return the orders behind the books in the names of `TradeRecord`, and what the prediction said then."""
-    trades = posted.result.trades
-    said = posted.rows.reindex(pd.DatetimeIndex(trades["date"]))
-    rises = trades["action"].isin(("BUY", "COVER")).to_numpy(dtype=np.bool_)
-    likely = np.where(rises, said["buy"], said["sell"])
-    told = zip(likely.tolist(), said["predictedReturns"].to_list(), trades["reason"], strict=True)
-    why = [
-        wire.TradeExplanation(classifier_prob=prob, regressor_return=expected, fusion_mode=mode, notes=words)
-        for prob, expected, words in told
-    ]
-    numbers = [str(number) for number in range(1, len(trades) + 1)]
-    orders = dated(trades.set_index(said.index)).assign(
-        id=numbers, confidence=likely, explanation=pd.Series(why, dtype=object).to_numpy()
-    )
+def orders_of(trades: pd.DataFrame, rows: pd.DataFrame, mode: wire.FusionMode) -> pd.DataFrame:
+    """Return orders in the names of `TradeRecord`, by session, and what the prediction's ``rows`` said."""
+    orders = trades.set_index("date")
+    said = rows.reindex(orders.index)
+    rises = orders["action"].isin(("BUY", "COVER"))
+    orders["confidence"] = said["buy"].where(rises, said["sell"])
+    why = orders.assign(fusion_mode=mode, notes=orders["reason"], classifier_prob=orders["confidence"])
+    why["regressor_return"] = said["predictedReturns"]
+    orders["explanation"] = pd.Series(records(wire.TradeExplanation, why), orders.index, dtype=object)
+    orders["id"] = [str(number) for number in range(1, len(orders) + 1)]
     return orders.assign(type=np.where(rises, "buy", "sell"), sign=np.where(rises, 1.0, -1.0))
 
 
@@ -485,16 +476,3 @@ def markers_of(orders: pd.DataFrame) -> list[wire.TradeMarker]:
     """Mark each order on the session at whose close it was decided."""
     marks = orders.assign(shares=orders["shares"] * orders["sign"], segment="history", scope="backtest")
     return records(wire.TradeMarker, marks.assign(explanation=orders["action"] + ": " + orders["reason"]))
-
-
-def records(kind: type[AnyWire], frame: pd.DataFrame) -> list[AnyWire]:
-    """Return one ``kind`` a row; columns that it does not have are left out."""
-    names = [name for name in kind.model_fields if name in frame.columns]
-    rows = frame[names].itertuples(index=False, name=None)
-    return [kind(**dict(zip(names, row, strict=True))) for row in rows]
-
-
-def dated(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return a frame with its sessions in a column ``date``, ``YYYY-MM-DD``."""
-    days = pd.DatetimeIndex(frame.index).to_numpy(dtype="datetime64[D]")
-    return frame.assign(date=np.datetime_as_string(days).tolist())

@@ -20,46 +20,30 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.schema import normalise_symbol
-from inference import artifact
-from inference import ensemble as joint
-from inference import load_gbm_models as gbm
-from inference import load_lstm_model as lstm
-from inference.artifact import MANIFEST, Description, Manifest
+from inference import ensemble, load_gbm_models, load_lstm_model
+from inference.artifact import MANIFEST, Format, read_version, sealed
 from inference.ensemble import Parts, forecaster_for
 from inference.pipeline import Forecaster
-from service.prediction_chart import model_meta
+from service.prediction_chart import MODE_OF, model_meta
 from service.schemas import ModelMeta, ModelVersion
-from utils.base import (
-    AIStocksError,
-    ModelCorruptError,
-    ModelError,
-    ModelIncompatibleError,
-    ModelMissingError,
-    Settings,
-    StorageError,
-    UsageError,
-    run_command,
-)
+from utils import base as errors
+from utils.base import ModelError, ModelIncompatibleError, ModelMissingError, Settings, run_command
 from utils.model_paths import (
-    ENSEMBLE,
     GBM,
-    LSTM,
     PARTS,
-    READS,
-    ArtifactKind,
     Linked,
-    Mode,
     VersionPrunedError,
     discard,
     linked_version,
     list_symbols,
     list_versions,
+    reading_again,
     restore,
     roll_back,
     serve_linked,
@@ -71,32 +55,9 @@ LOOK_EVERY_S = 1.0
 LISTED = {"id", "symbol", "model_version", "trained_through", "verdict", "data_source"}
 # Archives of one version are equal to the last byte.
 ZIP_TIME = (1980, 1, 1, 0, 0, 0)
-
-
-class ModelKind(NamedTuple):
-    """How one sort of model is found, described, loaded and asked; a model's id is ``<SYMBOL>-<name>``.
-
-    ``load`` loads what a link names, ``describe`` tells of it without unpickling; ``check`` loads one folder,
-    before rolling back to it.
-    """
-
-    paths: ArtifactKind
-    manifest: type[Manifest]
-    load: Callable[[Linked], Any]
-    describe: Callable[[Linked], Description]
-    check: Callable[[Path], object]
-
-    @property
-    def mode(self) -> Mode:
-        """The fusion mode that it serves; its parts are `utils.model_paths.PARTS`."""
-        return next(mode for mode, parts in PARTS.items() if parts[-1].name == self.paths.name)
-
-
-KINDS = (
-    ModelKind(GBM, gbm.GBMManifest, gbm.load_linked, gbm.describe_linked, gbm.load_folder),
-    ModelKind(LSTM, lstm.LSTMManifest, lstm.load_linked, lstm.describe_linked, lstm.load_folder),
-    ModelKind(ENSEMBLE, joint.EnsembleManifest, joint.load_linked, joint.describe_linked, joint.load_folder),
-)
+AnyFormat = Format[Any, Any]
+# A model's id is ``<SYMBOL>-<kind>``.
+FORMATS: tuple[AnyFormat, ...] = (load_gbm_models.FORMAT, load_lstm_model.FORMAT, ensemble.FORMAT)
 
 
 class Place(NamedTuple):
@@ -114,14 +75,9 @@ UNUSABLE = Place(Path(), -1)
 class LoadedModel:
     """One loaded version; never changed, only replaced, so an answer comes from one version.
 
-    Attributes
-    ----------
-    meta, warnings
-        What the list of models says about it, and what was amiss while loading, in words.
-    bundle
-        What was loaded: has ``metadata``, ``record``, ``warnings`` and ``model_version``, whatever its kind.
-    place
-        What the symbol's link named when it was loaded, or when a newer version failed to load.
+    ``meta`` is what the list of models says about it, ``bundle`` an `inference.artifact.Saved`, ``warnings``
+    what was amiss while loading; ``place`` is what the symbol's link named then, or when a newer version
+    failed to load.
     """
 
     meta: ModelMeta
@@ -144,9 +100,9 @@ class ServedModel(LoadedModel):
 class ModelRegistry:
     """Thread-safe view of a folder of saved models, which need not exist."""
 
-    def __init__(self, models_dir: Path, kinds: Sequence[ModelKind] = KINDS) -> None:
+    def __init__(self, models_dir: Path, formats: Sequence[AnyFormat] = FORMATS) -> None:
         self._models_dir = models_dir
-        self._kinds = {kind.paths.name: kind for kind in kinds}
+        self._formats = {form.kind.name: form for form in formats}
         self._locks: dict[str, threading.Lock] = {}
         self._loaded: dict[str, LoadedModel] = {}
         self._served: dict[str, ServedModel] = {}
@@ -157,11 +113,11 @@ class ModelRegistry:
     def list(self) -> tuple[ModelMeta, ...]:
         """Return what is saved, by id; a damaged bundle is left out and logged."""
         metas = []
-        for kind in self._kinds.values():
-            for symbol in list_symbols(self._models_dir, kind.paths):
+        for form in self._formats.values():
+            for symbol in list_symbols(self._models_dir, form.kind):
                 try:
-                    metas.append(self._meta(symbol, kind))
-                except AIStocksError as error:
+                    metas.append(self._meta(symbol, form))
+                except errors.AIStocksError as error:
                     logger.warning("left out of the list of models: %s", error)
         return tuple(sorted(metas, key=lambda meta: meta.id))
 
@@ -179,33 +135,35 @@ class ModelRegistry:
     def get(self, symbol: str, kind: str = GBM.name) -> ServedModel:
         """Return what answers for a kind: its version that serves, or that before while another thread loads.
 
-        Where an ensemble cannot be joined, the boosters alone are returned, and the warnings say why.
-
-        Raises
-        ------
-        ModelMissingError
-            If the symbol was never trained, or its model was deleted.
-        ModelCorruptError, ModelIncompatibleError
-            If nothing usable was loaded before either.
+        Where an ensemble cannot be joined, the boosters alone are returned, and the warnings say why. Raises
+        `ModelMissingError` if the symbol was never trained, or its model was deleted; `ModelCorruptError` or
+        `ModelIncompatibleError` if nothing usable was loaded before either.
         """
-        if kind not in self._kinds:
-            raise ModelMissingError(f"no {kind.upper()} model of {symbol} is served")
-        wanted, found, amiss = self._kinds[kind], dict[str, LoadedModel](), ""
-        first, *_ = parts = [part.name for part in PARTS[wanted.mode]]
-        places: list[Place | None] = []
-        for name in parts:
+        mode, found, amiss = MODE_OF[kind], dict[str, LoadedModel](), ""
+        places = list[Place | None]()
+        for part in PARTS[mode]:
             try:
-                found[name] = self._part(symbol, self._kinds[name])
-                places.append(found[name].place)
+                found[part.name] = self._part(symbol, self._formats[part.name])
+                places.append(found[part.name].place)
             except ModelError as error:
-                if name == first:
+                if not places:
                     raise
                 places.append(None if isinstance(error, ModelMissingError) else UNUSABLE)
                 amiss = amiss or str(error)
         key, made_from = _id(symbol, kind), tuple(places)
         served = self._served.get(key)
         if served is None or served.made_from != made_from:
-            served = self._served[key] = _joined(symbol, wanted, found, amiss, made_from)
+            bundles = {name: one.bundle for name, one in found.items()}
+            chosen = forecaster_for(mode, Parts(symbol=symbol, amiss=amiss, **bundles))
+            *members, told = (found[part.name] for part in PARTS[chosen.mode])
+            served = self._served[key] = ServedModel(
+                meta=told.meta,
+                bundle=told.bundle,
+                place=told.place,
+                warnings=(*told.warnings, *chosen.notes, *(text for one in members for text in one.warnings)),
+                forecaster=chosen.forecaster,
+                made_from=made_from,
+            )
         return served
 
     def current(self, symbol: str, kind: str = GBM.name) -> ServedModel | None:
@@ -216,100 +174,88 @@ class ModelRegistry:
         key, now = _id(symbol, kind), time.monotonic()
         served = self._served.get(key)
         if served is not None and now - self._looked.get(key, -LOOK_EVERY_S) >= LOOK_EVERY_S:
-            if served.made_from != tuple(self._places(symbol, self._kinds[kind])):
+            if served.made_from != tuple(self._places(symbol, kind)):
                 return None
             self._looked[key] = now
         return served
 
     def archive(self, model_id: str) -> tuple[str, bytes]:
         """Return the name and the content of a zip of the version that serves: what its manifest lists."""
-        symbol, kind = self.parse(model_id)
-
-        def packed(folder: Path) -> bytes:
-            version = artifact.read_version(folder, kind.paths, kind.manifest)
-            contents = {**version.contents, MANIFEST: artifact.sealed(version.manifest)}
-            with zipfile.ZipFile(buffer := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as archive:
-                for name, content in sorted(contents.items()):
-                    archive.writestr(zipfile.ZipInfo(name, ZIP_TIME), content, zipfile.ZIP_DEFLATED)
-            return buffer.getvalue()
-
-        content, _ = serve_linked(linked_version(self._models_dir, symbol, kind.paths), packed)
-        name = f"{symbol}_artifacts.zip" if kind.paths == GBM else f"{symbol}_{kind.paths.name}_artifacts.zip"
-        return name, content
+        symbol, form = self.parse(model_id)
+        linked = linked_version(self._models_dir, symbol, form.kind)
+        version, _ = serve_linked(linked, lambda folder: read_version(folder, form.kind, form.manifest))
+        contents = {**version.contents, MANIFEST: sealed(version.manifest)}
+        with zipfile.ZipFile(buffer := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in sorted(contents.items()):
+                archive.writestr(zipfile.ZipInfo(name, ZIP_TIME), content, zipfile.ZIP_DEFLATED)
+        of_kind = "" if form.kind == GBM else f"_{form.kind.name}"
+        return f"{symbol}{of_kind}_artifacts.zip", buffer.getvalue()
 
     def versions(self, model_id: str) -> tuple[ModelVersion, ...]:
         """Return the kept versions of a model, the newest first; which serves, and which came after that."""
-        symbol, kind = self.parse(model_id)
-        serving = linked_version(self._models_dir, symbol, kind.paths).folder.name
-        folders = reversed(list_versions(self._models_dir, symbol, kind.paths))
-        return tuple(_version_of(folder, kind, serving) for folder in folders)
+        symbol, form = self.parse(model_id)
+        serving = linked_version(self._models_dir, symbol, form.kind).folder.name
+        folders = reversed(list_versions(self._models_dir, symbol, form.kind))
+        return tuple(_version_of(folder, form, serving) for folder in folders)
 
     def roll_back(self, model_id: str, to: str | None = None) -> ModelMeta:
         """Let an earlier version serve again, or the one that is named; see `utils.model_paths.roll_back`."""
-        symbol, kind = self.parse(model_id)
+        symbol, form = self.parse(model_id)
         # Before the lock makes a folder for a symbol that has no model.
-        linked_version(self._models_dir, symbol, kind.paths)
+        linked_version(self._models_dir, symbol, form.kind)
         try:
-            roll_back(self._models_dir, symbol, kind.paths, kind.check, to)
-        except StorageError:
+            roll_back(self._models_dir, symbol, form.kind, form.load_folder, to)
+        except errors.StorageError:
             # Whoever deletes takes the folder of the lock away too.
-            linked_version(self._models_dir, symbol, kind.paths)
+            linked_version(self._models_dir, symbol, form.kind)
             raise
-        return self._meta(symbol, kind)
+        return self._meta(symbol, form)
 
     def delete(self, model_id: str) -> None:
         """Move a model to the trash; answers under way are finished. See `utils.model_paths.discard`."""
-        symbol, kind = self.parse(model_id)
-        discard(self._models_dir, symbol, kind.paths)
-        self._forget(symbol, kind)
+        symbol, form = self.parse(model_id)
+        discard(self._models_dir, symbol, form.kind)
+        self._forget(symbol, form.kind.name)
 
     def restore(self, model_id: str) -> ModelMeta:
         """Undo the last deletion of a model; raises as `utils.model_paths.restore`."""
-        symbol, kind = self.parse(model_id)
-        restore(self._models_dir, symbol, kind.paths)
-        return self._meta(symbol, kind)
+        symbol, form = self.parse(model_id)
+        restore(self._models_dir, symbol, form.kind)
+        return self._meta(symbol, form)
 
-    def parse(self, model_id: str) -> tuple[str, ModelKind]:
-        """Return the normalised symbol and the kind that an id names, whether or not there is a model."""
+    def parse(self, model_id: str) -> tuple[str, AnyFormat]:
+        """Return the normalised symbol and the format that an id names, whether or not there is a model."""
         symbol, _, kind = model_id.rpartition("-")
-        if kind not in self._kinds or not symbol or normalise_symbol(symbol) != symbol:
+        if kind not in self._formats or not symbol or normalise_symbol(symbol) != symbol:
             raise _no_model(model_id)
-        return symbol, self._kinds[kind]
+        return symbol, self._formats[kind]
 
-    def _place(self, symbol: str, kind: ModelKind) -> tuple[Linked, Place]:
-        linked = linked_version(self._models_dir, symbol, kind.paths)
+    def _place(self, symbol: str, kind: str) -> tuple[Linked, Place]:
+        linked = linked_version(self._models_dir, symbol, self._formats[kind].kind)
         try:
             return linked, Place(linked.folder, (linked.folder / MANIFEST).stat().st_mtime_ns)
         except OSError:
             return linked, Place(linked.folder, 0)
 
-    def _places(self, symbol: str, kind: ModelKind) -> Iterator[Place | None]:
-        for part in PARTS[kind.mode]:
+    def _places(self, symbol: str, kind: str) -> Iterator[Place | None]:
+        for part in PARTS[MODE_OF[kind]]:
             try:
-                yield self._place(symbol, self._kinds[part.name])[1]
+                yield self._place(symbol, part.name)[1]
             except ModelError:
                 yield None
 
-    def _forget(self, symbol: str, kind: ModelKind) -> None:
-        self._loaded.pop(_id(symbol, kind.paths.name), None)
-        for other in self._kinds:
+    def _forget(self, symbol: str, kind: str) -> None:
+        self._loaded.pop(_id(symbol, kind), None)
+        for other in self._formats:
             self._served.pop(_id(symbol, other), None)
 
-    def _part(self, symbol: str, kind: ModelKind) -> LoadedModel:
-        for _ in range(READS - 1):
-            try:
-                return self._part_now(symbol, kind)
-            except VersionPrunedError:
-                # Replaced or deleted between the reading of the link and that of its files.
-                continue
-        return self._part_now(symbol, kind)
-
-    def _part_now(self, symbol: str, kind: ModelKind) -> LoadedModel:
-        key = _id(symbol, kind.paths.name)
+    @reading_again
+    def _part(self, symbol: str, form: AnyFormat) -> LoadedModel:
+        key = _id(symbol, form.kind.name)
         try:
-            linked, place = self._place(symbol, kind)
+            linked, place = self._place(symbol, form.kind.name)
         except ModelMissingError:
-            self._forget(symbol, kind)
+            self._forget(symbol, form.kind.name)
             raise
         loaded, lock = self._loaded.get(key), self._locks.setdefault(key, threading.Lock())
         if loaded is not None and loaded.place == place:
@@ -319,85 +265,61 @@ class ModelRegistry:
         try:
             loaded = self._loaded.get(key)
             if loaded is None or loaded.place != place:
-                loaded = self._loaded[key] = self._load(key, kind, linked, place, loaded)
+                loaded = self._loaded[key] = self._load(key, form, linked, place, loaded)
             return loaded
         finally:
             lock.release()
 
     def _load(
-        self, key: str, kind: ModelKind, linked: Linked, place: Place, before: LoadedModel | None
+        self, key: str, form: AnyFormat, linked: Linked, place: Place, before: LoadedModel | None
     ) -> LoadedModel:
         try:
-            bundle = self._bundle(key, kind, linked, place)
-            size, warnings = len(bundle.models), bundle.warnings
-            meta = model_meta(bundle.metadata, ensemble_size=size, warnings=warnings)
+            self._refuse_again(key, place)
+            return _loaded(self._bundle(key, form, linked), place)
         except ModelError as error:
+            # A running process keeps its libraries: trying again would fail again, at the price of a load.
+            if isinstance(error, ModelIncompatibleError):
+                self._refused[key] = (place, error)
             if before is None or isinstance(error, VersionPrunedError):
                 raise
             message = f"{error}; version {before.bundle.model_version} serves on"
             logger.warning(message)
             # Remembering the place keeps every request from trying it again; the next version has its own.
-            bundle, size = before.bundle, before.meta.ensemble_size
-            warnings = (*bundle.warnings, message)
-            meta = model_meta(bundle.metadata, ensemble_size=size, warnings=warnings)
-        return LoadedModel(meta=meta, bundle=bundle, place=place, warnings=warnings)
+            return _loaded(before.bundle, place, message)
 
-    def _bundle(self, key: str, kind: ModelKind, linked: Linked, place: Place) -> Any:  # noqa: ANN401
-        self._refuse_again(key, place)
+    def _bundle(self, key: str, form: AnyFormat, linked: Linked) -> Any:  # noqa: ANN401
         try:
-            return kind.load(linked)
+            return form.load_linked(linked)
         except OSError as error:
-            raise ModelCorruptError(f"the model {key} cannot be read ({error.strerror})") from error
-        except ModelIncompatibleError as error:
-            # A running process keeps its libraries: trying again would fail again, at the price of a load.
-            self._refused[key] = (place, error)
-            raise
+            raise errors.ModelCorruptError(f"the model {key} cannot be read ({error.strerror})") from error
 
     def _refuse_again(self, key: str, place: Place) -> None:
         refused = self._refused.get(key)
         if refused is not None and refused[0] == place:
             raise refused[1]
 
-    def _meta(self, symbol: str, kind: ModelKind) -> ModelMeta:
-        key, (linked, place) = _id(symbol, kind.paths.name), self._place(symbol, kind)
+    def _meta(self, symbol: str, form: AnyFormat) -> ModelMeta:
+        key, (linked, place) = _id(symbol, form.kind.name), self._place(symbol, form.kind.name)
         loaded, known = self._loaded.get(key), self._metas.get(key)
         if loaded is not None and loaded.place == place:
             return loaded.meta
         self._refuse_again(key, place)
-        if known is not None and known[0] == place:
-            return known[1]
-        found = kind.describe(linked)
-        meta = model_meta(found.metadata, ensemble_size=len(found.models), warnings=found.warnings)
-        self._metas[key] = (place, meta)
-        return meta
+        if known is None or known[0] != place:
+            found = form.describe(linked)
+            meta = model_meta(found.metadata, ensemble_size=len(found.models), warnings=found.warnings)
+            known = self._metas[key] = (place, meta)
+        return known[1]
 
 
-def _joined(
-    symbol: str,
-    wanted: ModelKind,
-    found: Mapping[str, LoadedModel],
-    amiss: str,
-    made_from: tuple[Place | None, ...],
-) -> ServedModel:
-    bundles = {name: one.bundle for name, one in found.items()}
-    chosen = forecaster_for(wanted.mode, Parts(symbol=symbol, amiss=amiss, **bundles))
-    told = found[PARTS[chosen.mode][-1].name]
-    warnings = [*told.warnings, *chosen.notes]
-    if chosen.mode == wanted.mode:
-        warnings += [text for one in found.values() if one is not told for text in one.warnings]
-    return ServedModel(
-        meta=told.meta,
-        bundle=told.bundle,
-        place=told.place,
-        warnings=tuple(warnings),
-        forecaster=chosen.forecaster,
-        made_from=made_from,
-    )
+def _loaded(bundle: Any, place: Place, *amiss: str) -> LoadedModel:  # noqa: ANN401
+    warnings = (*bundle.warnings, *amiss)
+    meta = model_meta(bundle.metadata, ensemble_size=len(bundle.models), warnings=warnings)
+    return LoadedModel(meta=meta, bundle=bundle, place=place, warnings=warnings)
 
 
-def _version_of(folder: Path, kind: ModelKind, serving: str) -> ModelVersion:
+def _version_of(folder: Path, form: AnyFormat, serving: str) -> ModelVersion:
     try:
-        told = kind.describe(Linked(folder=folder))
+        told = form.describe(Linked(folder=folder))
         says, damage = {} if told.warnings else told.metadata, "; ".join(told.warnings) or None
     except ModelError as error:
         says, damage = {}, str(error)
@@ -430,7 +352,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("command", choices=("list", "versions", "rollback", "delete", "restore"))
     parser.add_argument("symbol", nargs="?", metavar="SYMBOL", help="whose model; not for list")
-    parser.add_argument("--kind", choices=[kind.paths.name for kind in KINDS], default=GBM.name)
+    parser.add_argument("--kind", choices=[form.kind.name for form in FORMATS], default=GBM.name)
     parser.add_argument("--to", metavar="VERSION", help="rollback: a version that `versions` lists")
     parser.add_argument("--models-dir", type=Path, help="default: AI_STOCKS_MODELS_DIR, or saved_models")
     return parser
@@ -442,9 +364,9 @@ def run(args: argparse.Namespace, models_dir: Path) -> Sequence[Mapping[str, Any
     if args.command == "list":
         return [meta.model_dump(include=LISTED) for meta in registry.list()]
     if args.symbol is None:
-        raise UsageError(f"{args.command} needs a SYMBOL")
+        raise errors.UsageError(f"{args.command} needs a SYMBOL")
     if args.to is not None and args.command != "rollback":
-        raise UsageError(f"--to belongs to rollback: leave it out of {args.command}")
+        raise errors.UsageError(f"--to belongs to rollback: leave it out of {args.command}")
     model_id = _id(normalise_symbol(args.symbol), args.kind)
     if args.command == "versions":
         return [version.model_dump(exclude_none=True) for version in registry.versions(model_id)]

@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ import pandas as pd
 from pydantic import ValidationError
 
 from data.feature_engineer import FEATURE_WORDS
-from data.schema import BAR_COLUMNS, Bars, Provenance, calendar_for
+from data.schema import Bars, calendar_for
 from inference.intervals import ForecastPath
 from inference.pipeline import Decisions, Explains
 from service import schemas as wire
@@ -26,7 +26,7 @@ from utils.model_paths import GBM, LSTM, PARTS, mode_of
 if TYPE_CHECKING:
     from service.model_registry import ServedModel
 
-T = TypeVar("T", wire.HistoricalBar, wire.Candle)
+AnyWire = TypeVar("AnyWire", bound=wire.Wire)
 FloatArray = npt.NDArray[np.float64]
 
 SMOOTHING_BARS, MOVING_AVERAGE_BARS = 5, 50
@@ -39,6 +39,8 @@ MARKER_CAPITAL = 10_000.0
 REGIME_BARS = 200
 # How many trades are explained, and by how many features; the boosters take a while to take apart.
 EXPLAINED_TRADES, STRONGEST = 4, 3
+# The mode in which each kind of model serves: it is named after its last part.
+MODE_OF = {parts[-1].name: mode for mode, parts in PARTS.items()}
 MEMBERS = {GBM.name: "boosters", LSTM.name: "LSTM"}
 # Where the walk-forward tells no length of its blocks, a year.
 USUAL_BLOCK_BARS = 252
@@ -46,9 +48,7 @@ USUAL_BLOCK_BARS = 252
 NEUTRAL = dict.fromkeys(("asset_return", "expected_log", "lower", "upper"), 0.0) | {"prob_up": 0.5}
 NEUTRAL |= {"prob_gain": 1.0 / 3.0, "prob_loss": 1.0 / 3.0}
 MARKED = ("close", "weight_before", "target_weight", "change", "expected_log", "lower", "upper", "prob_up")
-REQUIRED_METRICS = {
-    name: str(field.alias) for name, field in BacktestMetrics.model_fields.items() if field.is_required()
-}
+REQUIRED_METRICS = {n: str(f.alias) for n, f in BacktestMetrics.model_fields.items() if f.is_required()}
 # Named alike in a request and in the answer; and in the metadata of a training and in those of a model.
 LIMITS = ("max_long", "max_short")
 ECHOED = ("horizon", "trade_share_floor", "data_period", "smoothing", "confidence_floors", *LIMITS)
@@ -64,9 +64,9 @@ class Chart:
     """The tail of the decisions, as it is drawn: n sessions, ``dates`` as ``YYYY-MM-DD``.
 
     ``columns`` are those of `Decisions.frame`, (n,) each, with ``weight_before`` (target of the session
-    before) and the ``change`` from it, ``shown_log`` (smoothed median h-day log forecast) and ``is_bull``
-    (see `REGIME_BARS`); finite wherever they are drawn. ``horizon_bars`` is how far a forecast looks ahead,
-    ``neutral_rows`` how many sessions without a forecast are shown as a forecast of no change.
+    before) and the ``change`` from it, ``shown_log`` (smoothed median h-day log forecast) and ``is_wanted``
+    (by the filters of its regime, see `REGIME_BARS`); finite wherever they are drawn. ``horizon_bars`` is how
+    far a forecast looks ahead, ``neutral_rows`` how many sessions without one are shown as one of no change.
     """
 
     sessions: pd.DatetimeIndex
@@ -76,8 +76,8 @@ class Chart:
     neutral_rows: int
 
 
-def chart_of(decisions: Decisions, *, days: int, smoothing: wire.Smoothing) -> Chart:
-    """Return the last ``days`` decisions from the first forecast on: the model has seen sessions before it.
+def chart_of(decisions: Decisions, request: PredictionRequest) -> Chart:
+    """Return the last decisions from the first forecast on: the model has seen the sessions before it.
 
     Raises `InsufficientDataError` if the last session has no forecast.
     """
@@ -88,16 +88,16 @@ def chart_of(decisions: Decisions, *, days: int, smoothing: wire.Smoothing) -> C
             f"{decisions.symbol} has {len(frame)} bars and no forecast for the last one: its features need a "
             "longer or more complete history"
         )
-    first = max(int(np.argmax(known)), len(frame) - days)
+    first = max(int(np.argmax(known)), len(frame) - request.days_on_chart)
     tail, before = frame.iloc[first:], max(first - REGIME_BARS, 0)
     columns = dict(zip(map(str, frame.columns), tail.to_numpy(dtype=np.float64).T, strict=True))
     columns |= {name: np.where(np.isnan(columns[name]), at, columns[name]) for name, at in NEUTRAL.items()}
-    target, close = np.asarray(frame["target_weight"]), frame["close"].iloc[before:]
-    columns["weight_before"] = np.concatenate([[0.0], target[:-1]])[first:]
+    columns["weight_before"] = frame["target_weight"].shift(fill_value=0.0).to_numpy()[first:]
     columns["change"] = columns["target_weight"] - columns["weight_before"]
-    columns["shown_log"] = smooth(frame["expected_log"], smoothing).iloc[first:].fillna(0.0).to_numpy()
-    mean = close.rolling(REGIME_BARS, min_periods=1).mean().to_numpy()
-    columns["is_bull"] = columns["close"] >= mean[first - before :]
+    columns["shown_log"] = smooth(frame["expected_log"], request.smoothing).fillna(0.0).to_numpy()[first:]
+    mean = frame["close"].iloc[before:].rolling(REGIME_BARS, min_periods=1).mean().to_numpy()
+    filters, is_bull = request.fusion.regime_filters, columns["close"] >= mean[first - before :]
+    columns["is_wanted"] = np.where(is_bull, filters.bull, filters.bear)
     return Chart(
         sessions=pd.DatetimeIndex(tail.index),
         dates=days_of(tail.index),
@@ -118,35 +118,25 @@ def smooth(values: pd.Series, how: wire.Smoothing) -> pd.Series:
 
 def classes_of(chart: Chart) -> list[wire.ClassProbabilities]:
     """Return the chances that the h-day return pays for a round trip upwards, downwards, or not at all."""
-    gains, losses = chart.columns["prob_gain"].tolist(), chart.columns["prob_loss"].tolist()
-    holds = np.maximum(1.0 - chart.columns["prob_gain"] - chart.columns["prob_loss"], 0.0).tolist()
-    chances = zip(gains, losses, holds, strict=True)
-    return [wire.ClassProbabilities(buy=gain, sell=loss, hold=hold) for gain, loss, hold in chances]
+    gain, loss = chart.columns["prob_gain"], chart.columns["prob_loss"]
+    chances = pd.DataFrame({"buy": gain, "sell": loss, "hold": np.maximum(1.0 - gain - loss, 0.0)})
+    return records(wire.ClassProbabilities, chances)
 
 
-def is_wanted(chart: Chart, request: PredictionRequest) -> npt.NDArray[np.bool_]:
-    """Whether the regime filters want trades decided at each close, (n,)."""
-    filters = request.fusion.regime_filters
-    return np.where(chart.columns["is_bull"], filters.bull, filters.bear)
-
-
-def forecast_of(chart: Chart, path: ForecastPath, request: PredictionRequest) -> wire.Forecast:
+def forecast_of(chart: Chart, path: ForecastPath) -> wire.Forecast:
     """Return the sessions to come: the target decided at the last close is reached at the first of them."""
-    dates, prices = days_of(path.dates), path.prices.tolist()
     before, target = (float(chart.columns[name][-1]) for name in ("weight_before", "target_weight"))
-    first = action_of(before, target) if is_wanted(chart, request)[-1] else "HOLD"
-    rest: list[wire.ForecastActionName] = ["HOLD"] * (len(dates) - 1)
+    actions = pd.DataFrame({"price": path.prices, "action": "HOLD", "target_position": target}, path.dates)
+    if chart.columns["is_wanted"][-1]:
+        actions.iloc[0, 1] = action_of(before, target)
     return wire.Forecast(
-        dates=dates,
-        prices=prices,
+        dates=days_of(path.dates),
+        prices=path.prices.tolist(),
         returns=path.returns.tolist(),
-        positions=[target] * len(dates),
+        positions=actions["target_position"].to_list(),
         lower_band=path.lower.tolist(),
         upper_band=path.upper.tolist(),
-        actions=[
-            wire.ForecastAction(date=date, action=name, price=price, target_position=target)
-            for date, name, price in zip(dates, [first, *rest], prices, strict=True)
-        ],
+        actions=records(wire.ForecastAction, actions),
     )
 
 
@@ -167,7 +157,7 @@ def markers_of(
     The confidence is the chance that the price moves in the direction of the change within the horizon. A
     marker of the history lies on the session at whose close the change was decided.
     """
-    floors, fusion, wanted = request.confidence_floors, request.fusion, is_wanted(chart, request)
+    floors, fusion, wanted = request.confidence_floors, request.fusion, chart.columns["is_wanted"] > 0.0
     least = {"buy": max(floors.buy, fusion.buy_threshold), "sell": max(floors.sell, fusion.sell_threshold)}
     least["hold"], smallest = 0.0, request.trade_share_floor or 0.0
     acted = np.flatnonzero((np.abs(chart.columns["change"]) >= MIN_WEIGHT_CHANGE) & wanted).tolist()
@@ -182,9 +172,8 @@ def marker_of(
     chart: Chart, row: int, date: str, segment: wire.MarkerSegment, reasons: Mapping[int, str]
 ) -> wire.TradeMarker:
     """Return the marker of what was decided at the close of ``row``, and why."""
-    close, before, target, change, median_log, lower, upper, up = (
-        float(chart.columns[name][row]) for name in MARKED
-    )
+    marked = (float(chart.columns[name][row]) for name in MARKED)
+    close, before, target, change, median_log, lower, upper, up = marked
     acts, rises = abs(change) >= MIN_WEIGHT_CHANGE, change > 0.0
     return wire.TradeMarker(
         date=date,
@@ -214,16 +203,16 @@ def reasons_of(model: "ServedModel", bars: pd.DataFrame, chart: Chart) -> dict[i
     rows = sorted({*acted[-EXPLAINED_TRADES:].tolist(), len(sessions) - 1} if sessions[-1] >= end else ())
     shares = model.forecaster.contributions(bars, sessions[rows]) if rows else pd.DataFrame()
     used = "" if model.meta.verdict == "edge" else "; without a proven edge no position rests on it"
-    told = enumerate(() if shares.empty else rows)
-    return {row: f". {in_words(shares.iloc[k])}{used}" for k, row in told}
+    return {} if shares.empty else {row: f". {in_words(shares.iloc[k])}{used}" for k, row in enumerate(rows)}
 
 
 def in_words(shares: pd.Series) -> str:
     """Name the features with the largest shares in a forecast, and the side that each speaks for."""
     largest = sorted(shares.items(), key=lambda share: -abs(share[1]))[:STRONGEST]
-    rising = [FEATURE_WORDS.get(str(name), str(name)) for name, share in largest if share > 0.0]
-    falling = [FEATURE_WORDS.get(str(name), str(name)) for name, share in largest if share < 0.0]
-    sides = {"for a rise: ": rising, "for a fall: ": falling}
+    sides = {
+        side: [FEATURE_WORDS.get(str(name), str(name)) for name, share in largest if share * sign > 0.0]
+        for side, sign in (("for a rise: ", 1.0), ("for a fall: ", -1.0))
+    }
     said = "; ".join(side + ", ".join(names) for side, names in sides.items() if names)
     return f"The model sees {said or 'nothing for either side'}"
 
@@ -235,23 +224,23 @@ def overlays_of(bars: pd.DataFrame, chart: Chart, path: ForecastPath) -> list[wi
         close = bars["Close"].to_numpy()[-len(chart.dates) - of + 1 :]
         return np.lib.stride_tricks.sliding_window_view(close, of)
 
-    last, near = float(chart.columns["close"][-1]), windows(BOLLINGER_BARS)
+    near, slow = windows(BOLLINGER_BARS), windows(MOVING_AVERAGE_BARS).mean(axis=1)
     middle, spread = near.mean(axis=1), BOLLINGER_STDS * near.std(axis=1)
-    slow = windows(MOVING_AVERAGE_BARS).mean(axis=1)
+    band, last = {"upper": middle + spread, "lower": middle - spread}, chart.columns["close"][-1:]
+    ahead = {"value": path.prices, "upper": path.upper, "lower": path.lower}
+    coming = {name: np.concatenate([last, values]) for name, values in ahead.items()}
+    lines: dict[Literal["bollinger", "moving-average", "predicted-path"], pd.DataFrame] = {
+        "bollinger": pd.DataFrame({"value": middle, **band}, chart.sessions[-len(middle) :]),
+        "moving-average": pd.DataFrame({"value": slow}, chart.sessions[-len(slow) :]),
+        "predicted-path": pd.DataFrame(coming, chart.sessions[-1:].append(path.dates)),
+    }
     return [
         wire.OverlaySeries(
-            type="bollinger",
-            points=_points(chart.dates, middle),
-            upper=(middle + spread).tolist(),
-            lower=(middle - spread).tolist(),
-        ),
-        wire.OverlaySeries(type="moving-average", points=_points(chart.dates, slow)),
-        wire.OverlaySeries(
-            type="predicted-path",
-            points=_points([chart.dates[-1], *days_of(path.dates)], np.array([last, *path.prices])),
-            upper=[last, *path.upper.tolist()],
-            lower=[last, *path.lower.tolist()],
-        ),
+            type=kind,
+            points=records(wire.OverlayPoint, line),
+            **{side: line[side].to_list() for side in band if side in line},
+        )
+        for kind, line in lines.items()
     ]
 
 
@@ -290,13 +279,7 @@ def metadata_of(
         evidence={name: value for name, value in evidence.items() if is_finite_number(value)},
         model_age_sessions=age,
         model_is_old=age > judged,
-        notes=[
-            *model.warnings,
-            *decisions.findings,
-            *model_notes(chart, request, meta, age, judged),
-            *bars.report.problems(),
-            *chart_notes(chart, request, meta, bars.provenance),
-        ],
+        notes=notes_of(request, model, bars, decisions, chart),
     )
 
 
@@ -308,51 +291,42 @@ def age_of(model: "ServedModel", bars: Bars) -> tuple[int, int]:
     return max(age, 0), max((fold["n"] for fold in metadata.get("folds", ())), default=USUAL_BLOCK_BARS)
 
 
-def model_notes(
-    chart: Chart, request: PredictionRequest, meta: ModelMeta, age: int, judged: int
+def notes_of(
+    request: PredictionRequest, model: "ServedModel", bars: Bars, decisions: Decisions, chart: Chart
 ) -> list[str]:
-    """Say in words how far the model may be believed, what its members forecast, and why it serves."""
+    """Say in words how far the model may be believed, why it serves, what is amiss, what changes nothing."""
+    meta, fusion, where, (age, judged) = model.meta, request.fusion, bars.provenance, age_of(model, bars)
     last = {name: float(column[-1]) for name, column in chart.columns.items()}
     told = [
         f"{words} {last[f'model_{name}']:+.3f} (weight {last[f'weight_{name}']:.2f})"
         for name, words in MEMBERS.items()
         if f"weight_{name}" in last and np.isfinite(last[f"model_{name}"])
     ]
-    reason = UNSURE.get(meta.verdict or "insufficient")
+    reason, usual = UNSURE.get(meta.verdict or "insufficient"), wire.FusionSettings()
     passive = "the forecast is the drift and the position the passive one"
-    mode, expected = request.fusion.mode, {wire.FusionSettings().mode, meta.fusion_mode_default}
+    trained, shown, neutral, horizon = meta.data_source, chart.dates, chart.neutral_rows, chart.horizon_bars
+    aged, is_short = age > judged, len(shown) < request.days_on_chart
+    is_scaled = fusion.regressor_scale != usual.regressor_scale
+    # The id decided what serves, and not the mode.
+    by_id = request.model_id == meta.id and mode_of(fusion.mode) not in {usual.mode, meta.fusion_mode_default}
+    left_out = " or ".join(name for name, kept in fusion.regime_filters if not kept)
     notes = {
         f"not sure: {reason}, so {passive}": reason,
-        f"the model was trained {age} sessions ago; none older than {judged} was judged: train again": (
-            age > judged
-        ),
+        f"the model was trained {age} sessions ago; none older than {judged} was judged: train again": aged,
         f"signals at the last close, in volatilities: {', '.join(told)}": told,
-        # The id decided what serves, and not the mode.
-        f"modelId {meta.id} was asked for and serves, not fusion mode {mode}": (
-            request.model_id == meta.id and mode_of(mode) not in expected
-        ),
-    }
-    return [note for note, applies in notes.items() if applies]
-
-
-def chart_notes(chart: Chart, request: PredictionRequest, meta: ModelMeta, where: Provenance) -> list[str]:
-    """Say in words what is amiss with bars and chart, and which settings change nothing in the answer."""
-    scale, usual = request.fusion.regressor_scale, wire.FusionSettings().regressor_scale
-    left_out = " or ".join(name for name, kept in request.fusion.regime_filters if not kept)
-    trained, shown, neutral, horizon = meta.data_source, chart.dates, chart.neutral_rows, chart.horizon_bars
-    is_short = len(shown) < request.days_on_chart
-    notes = {
+        f"modelId {meta.id} was asked for and serves, not fusion mode {fusion.mode}": by_id,
+        **dict.fromkeys(bars.report.problems(), True),
         f"prices end {shown[-1]}; the exchange has closed later sessions": where.stale,
         f"trained on prices of {trained}, serving prices of {where.source}": trained != where.source,
         f"the chart begins {shown[0]}: no out-of-sample forecast lies before it": is_short,
         f"{neutral} sessions without a forecast are drawn as a forecast of no change": neutral,
         f"past {horizon} sessions the forecast is the drift of the training rows": request.horizon > horizon,
-        "regressorScale changes nothing: positions are sized by Kelly's rule": scale != usual,
+        "regressorScale changes nothing: positions are sized by Kelly's rule": is_scaled,
         f"regimeFilters: trades decided in a {left_out} market (the close against its {REGIME_BARS}-"
         "session mean) are neither marked nor named; positions stay those that were decided": left_out,
         "dataPeriod changes nothing: the whole history is read": request.data_period is not None,
     }
-    return [note for note, applies in notes.items() if applies]
+    return [*model.warnings, *decisions.findings, *(note for note, applies in notes.items() if applies)]
 
 
 def std_ratio(record: pd.DataFrame) -> float | None:
@@ -374,7 +348,7 @@ def model_meta(metadata: Mapping[str, Any], *, ensemble_size: int, warnings: Seq
         return ModelMeta(
             **{name: metadata[name] for name in TOLD},
             id=metadata["model_id"],
-            fusion_mode_default=next(mode for mode, parts in PARTS.items() if parts[-1].name == variant),
+            fusion_mode_default=MODE_OF[variant],
             metrics=metrics,
             sequence_length=recipe.get("sequence_length", 1),
             ensemble_size=ensemble_size,
@@ -408,9 +382,7 @@ def wire_metrics(stored: Mapping[str, Any]) -> tuple[BacktestMetrics, tuple[str,
 
 def is_finite_number(value: object) -> TypeGuard[float]:
     """Whether ``value`` is a number that may go on the wire."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return -sys.float_info.max <= value <= sys.float_info.max
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def days_of(index: pd.Index) -> list[str]:
@@ -419,14 +391,10 @@ def days_of(index: pd.Index) -> list[str]:
     return days
 
 
-def sessions_of(kind: type[T], frame: pd.DataFrame) -> list[T]:
-    """Return date, open, high, low, close and volume of each session."""
-    columns = (days_of(frame.index), *(frame[name].to_list() for name in BAR_COLUMNS))
-    names = ("date", *(name.lower() for name in BAR_COLUMNS))
-    return [kind(**dict(zip(names, row, strict=True))) for row in zip(*columns, strict=True)]
-
-
-def _points(dates: Sequence[str], values: FloatArray) -> list[wire.OverlayPoint]:
-    """Return the values of the last dates."""
-    pairs = zip(dates[-len(values) :], values.tolist(), strict=True)
-    return [wire.OverlayPoint(date=date, value=value) for date, value in pairs]
+def records(kind: type[AnyWire], frame: pd.DataFrame) -> list[AnyWire]:
+    """Return one ``kind`` a row, dated by the index; columns (in any case) that it lacks are left out."""
+    frame = frame.rename(columns=str.lower)
+    columns = {name: frame[name].to_list() for name in kind.model_fields if name in frame.columns}
+    if "date" in kind.model_fields:
+        columns["date"] = days_of(frame.index)
+    return [kind(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]

@@ -11,9 +11,9 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 from pydantic import ValidationError
@@ -23,7 +23,7 @@ from data.data_fetcher import BarSource, FileSource, Held, fetch_stock_data
 from data.schema import bars_hash, calendar_for, check_enough, normalise_symbol
 from evaluation.metrics import Z_90
 from inference.pipeline import Decisions, decide, path_ahead
-from inference.position_sizing import RuleSizer, make_sizer
+from inference.position_sizing import make_sizer
 from service import prediction_chart as page
 from service import schemas as wire
 from service.ledger import ServedForecast
@@ -73,8 +73,7 @@ class Recent(Generic[K, V]):
                 self._total -= self._kept.popitem(last=False)[1][1]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReadyAnswer:
+class ReadyAnswer(NamedTuple):
     """The bytes of an answer, whose they are, and the model's version and the bars that they came from."""
 
     symbol: str
@@ -129,7 +128,7 @@ class BarKeeper:
         self._asked: dict[str, datetime] = {}
         self._flights: dict[str, threading.Lock] = {}
         self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread = threading.Thread(target=self._run, name="refresh-bars", daemon=True)
 
     def ready(self, symbol: str) -> Held | None:
         """Return what is in memory unless it is due; asks nobody and never waits."""
@@ -174,9 +173,7 @@ class BarKeeper:
 
     def start(self) -> None:
         """Refresh in the background, where the source is live, until `stop`."""
-        if self._source.is_live and self._thread is None:
-            self._stopping.clear()
-            self._thread = threading.Thread(target=self._run, name="refresh-bars", daemon=True)
+        if self._source.is_live:
             self._thread.start()
 
     def _run(self) -> None:
@@ -189,9 +186,8 @@ class BarKeeper:
     def stop(self) -> None:
         """End the refreshing; a fetch under way is not waited for."""
         self._stopping.set()
-        if self._thread is not None:
+        if self._thread.is_alive():
             self._thread.join(timeout=1.0)
-            self._thread = None
 
 
 class Outbox:
@@ -271,7 +267,7 @@ class PredictionService:
         bars = self.bars.get(normalise_symbol(symbol)).bars
         return wire.HistoricalResponse(
             symbol=bars.symbol,
-            data=page.sessions_of(wire.HistoricalBar, bars.frame.tail(days).round({"Volume": 0})),
+            data=page.records(wire.HistoricalBar, bars.frame.tail(days).round({"Volume": 0})),
             data_as_of=f"{bars.provenance.last_session:%Y-%m-%d}",
             data_stale=bars.provenance.stale,
             data_source=bars.provenance.source,
@@ -279,20 +275,17 @@ class PredictionService:
 
     def quote(self, symbol: str) -> wire.RealtimeQuote:
         """Return the last closed session in the shape of a quote; raises as `history`."""
-        bars = self.bars.get(normalise_symbol(symbol)).bars
-        check_enough(bars.frame, 2, "a quote")
-        (bar,) = page.sessions_of(wire.HistoricalBar, bars.frame.tail(1).round({"Volume": 0}))
+        check_enough(self.bars.get(normalise_symbol(symbol)).bars.frame, 2, "a quote")
+        told = self.history(symbol, 2)
+        before, last = told.data
         return wire.RealtimeQuote(
-            symbol=bars.symbol,
-            current_price=bar.close,
-            previous_close=float(bars.frame["Close"].iloc[-2]),
-            open=bar.open,
-            day_high=bar.high,
-            day_low=bar.low,
-            volume=bar.volume,
-            data_as_of=bar.date,
-            data_stale=bars.provenance.stale,
-            data_source=bars.provenance.source,
+            **told.model_dump(exclude={"data"}),
+            current_price=last.close,
+            previous_close=before.close,
+            open=last.open,
+            day_high=last.high,
+            day_low=last.low,
+            volume=last.volume,
         )
 
     def ready_answer(self, body: bytes) -> bytes | None:
@@ -302,52 +295,59 @@ class PredictionService:
         """
         ready = self._current(body)
         if ready is None:
-            try:
+            with suppress(ValidationError):
                 ready = self._current(PredictionRequest.model_validate_json(body))
-            except ValidationError:
-                return None
             if ready is not None:
                 self._answers.put(body, ready, len(body) + len(ready.body))
         return ready.body if ready is not None else None
 
     def _current(self, key: PredictionRequest | bytes) -> ReadyAnswer | None:
-        ready = self._answers.get(key)
-        if ready is None:
-            return None
-        model, held = self._registry.current(ready.symbol, ready.kind), self.bars.ready(ready.symbol)
-        is_current = model is not None and held is not None and ready.made_from == _made_from(model, held)
-        return ready if is_current else None
+        if (ready := self._answers.get(key)) is not None:
+            model, held = self._registry.current(ready.symbol, ready.kind), self.bars.ready(ready.symbol)
+            if model is not None and held is not None and ready.made_from == _made_from(model, held):
+                return ready
+        return None
 
     def answer(self, request: PredictionRequest) -> bytes:
         """Return history, decisions and forecast as they are sent, kept for who asks the same again.
 
         Raises `UsageError` for what is not served, and as `ModelRegistry.get` and `history`.
         """
-        symbol, model, held = self._found(request)
+        symbol, model_id = normalise_symbol(request.symbol), request.model_id
+        if request.data_interval not in {None, "1d"}:
+            raise UsageError(f"dataInterval {request.data_interval!a} is not served: leave it out or send 1d")
+        kind = kind_wanted(request, symbol)
+        # The model first, so that no price is asked for in vain.
+        model = self._registry.get(symbol, kind)
+        if model_id and model_id != model.meta.id:
+            other = self._registry.find(model_id)
+            if other.symbol != symbol:
+                raise UsageError(f"modelId {other.id} is a model of {other.symbol}, and symbol is {symbol}")
+        held = self.bars.get(symbol)
         made_from = _made_from(model, held)
         # Of many who ask the same at once, one computes and the others find it ready.
         with self._drawing.setdefault(symbol, threading.Lock()):
             ready = self._answers.get(request)
             if ready is None or ready.made_from != made_from:
-                body = self._predicted(request, symbol, model, held).wire_bytes()
-                kind = kind_wanted(request, symbol)
+                body = self._predicted(request, model, held).wire_bytes()
                 ready = ReadyAnswer(symbol=symbol, kind=kind, made_from=made_from, body=body)
                 self._answers.put(request, ready, len(body))
             return ready.body
 
-    def _predicted(
-        self, request: PredictionRequest, symbol: str, model: ServedModel, held: Held
-    ) -> PredictionResult:
+    def _predicted(self, request: PredictionRequest, model: ServedModel, held: Held) -> PredictionResult:
         bars, sizer = held.bars, make_sizer(max_long=request.max_long, max_short=request.max_short)
-        limits = {name: getattr(sizer.rules, name) for name in page.LIMITS}
-        request, decisions = request.model_copy(update=limits), self._decided(symbol, model, held, sizer)
-        chart = page.chart_of(decisions, days=request.days_on_chart, smoothing=request.smoothing)
-        ahead = calendar_for(symbol).next_sessions(bars.frame.index[-1], request.horizon)
-        path = path_ahead(decisions, ahead)
-        forecast, column = page.forecast_of(chart, path, request), chart.columns
-        reasons = page.reasons_of(model, bars.frame, chart)
+        # Decided once for all that is drawn of the same model, bars and limits.
+        key = (bars.symbol, *_made_from(model, held), sizer.config_id)
+        if (decisions := self._decisions.get(key)) is None:
+            decisions = decide(bars.symbol, bars.frame, model.forecaster, sizer)
+            self._decisions.put(key, decisions)
+        request = request.model_copy(update={name: getattr(sizer.rules, name) for name in page.LIMITS})
+        chart = page.chart_of(decisions, request)
+        ahead = calendar_for(bars.symbol).next_sessions(bars.frame.index[-1], request.horizon)
+        path, column = path_ahead(decisions, ahead), chart.columns
+        forecast, reasons = page.forecast_of(chart, path), page.reasons_of(model, bars.frame, chart)
         result = PredictionResult(
-            symbol=symbol,
+            symbol=bars.symbol,
             dates=chart.dates,
             prices=column["close"].tolist(),
             actual_returns=column["asset_return"].tolist(),
@@ -357,7 +357,7 @@ class PredictionService:
             classifier_probabilities=page.classes_of(chart),
             trade_markers=page.markers_of(chart, forecast, request, reasons),
             overlays=page.overlays_of(bars.frame, chart, path),
-            candles=page.sessions_of(wire.Candle, bars.frame.tail(len(chart.dates))),
+            candles=page.records(wire.Candle, bars.frame.tail(len(chart.dates))),
             forecast=forecast,
             metadata=page.metadata_of(request, model, bars, decisions, chart),
         )
@@ -365,35 +365,13 @@ class PredictionService:
             self._on_served(served_forecast(result))
         return result
 
-    def _decided(self, symbol: str, model: ServedModel, held: Held, sizer: RuleSizer) -> Decisions:
-        """Decide once for all that is drawn of the same model, bars and limits."""
-        key = (symbol, *_made_from(model, held), sizer.config_id)
-        decisions = self._decisions.get(key)
-        if decisions is None:
-            decisions = decide(symbol, held.bars.frame, model.forecaster, sizer)
-            self._decisions.put(key, decisions)
-        return decisions
-
-    def _found(self, request: PredictionRequest) -> tuple[str, ServedModel, Held]:
-        """Return what an answer is made from: the model first, so that no price is asked for in vain."""
-        symbol, model_id = normalise_symbol(request.symbol), request.model_id
-        if request.data_interval not in {None, "1d"}:
-            raise UsageError(f"dataInterval {request.data_interval!a} is not served: leave it out or send 1d")
-        model = self._registry.get(symbol, kind_wanted(request, symbol))
-        if model_id and model_id != model.meta.id:
-            other = self._registry.find(model_id)
-            if other.symbol != symbol:
-                raise UsageError(f"modelId {other.id} is a model of {other.symbol}, and symbol is {symbol}")
-        return symbol, model, self.bars.get(symbol)
-
 
 def served_forecast(answer: wire.PredictionResult) -> ServedForecast:
     """Return what a prediction says about its last session; raises `DataError` if it has no bands."""
     ahead, meta = answer.forecast, answer.metadata
     if ahead is None or not ahead.dates or not ahead.lower_band or not ahead.upper_band:
         raise DataError(f"the prediction of {answer.symbol} has no forecast with bands to keep")
-    close = answer.prices[-1]
-    lower, upper = ahead.lower_band[-1], ahead.upper_band[-1]
+    close, lower, upper = answer.prices[-1], ahead.lower_band[-1], ahead.upper_band[-1]
     # No database tells -0.0 from 0.0, and the hash must be that of what comes back.
     return ServedForecast(
         symbol=answer.symbol,
@@ -414,9 +392,8 @@ def served_forecast(answer: wire.PredictionResult) -> ServedForecast:
 
 def kind_wanted(request: PredictionRequest, symbol: str) -> str:
     """Return the kind of model asked for: by its id, and where that is the boosters', by the fusion mode."""
-    kinds = [parts[-1].name for parts in PARTS.values()]
-    by_id = (kind for kind in kinds if kind != GBM.name and request.model_id == f"{symbol}-{kind}")
-    return next(by_id, PARTS[mode_of(request.fusion.mode)][-1].name)
+    by_id = {f"{symbol}-{kind}": kind for kind in page.MODE_OF if kind != GBM.name}
+    return by_id.get(request.model_id or "", PARTS[mode_of(request.fusion.mode)][-1].name)
 
 
 def _made_from(model: ServedModel, held: Held) -> tuple[object, ...]:

@@ -19,12 +19,12 @@ from fastapi.testclient import TestClient
 
 import inference.load_gbm_models
 from data.feature_engineer import feature_set_hash, get_feature_columns
-from inference.artifact import publish, sha256_of
+from inference.artifact import Format, publish, sha256_of
 from inference.ensemble import EnsembleBundle, EnsembleForecaster, SimpleEnsemble
 from inference.load_gbm_models import SCHEMA_VERSION, GBMBundle, GBMManifest, load_linked
 from service.api import Services, create_api
 from service.model_registry import (
-    KINDS,
+    FORMATS,
     LOOK_EVERY_S,
     ModelRegistry,
     ServedModel,
@@ -95,8 +95,15 @@ def save_version(tmp_path: Path) -> Save:
     return save
 
 
+def replaced(form: Format, **changes: object) -> SimpleNamespace:
+    """Return a format of which some parts are other ones."""
+    parts = ("kind", "manifest", "load_linked", "load_folder", "describe")
+    return SimpleNamespace(**({name: getattr(form, name) for name in parts} | changes))
+
+
 def registry_of(tmp_path: Path, load: Callable[[Linked], GBMBundle]) -> ModelRegistry:
-    return ModelRegistry(tmp_path / "models", (KINDS[0]._replace(load=load, check=lambda folder: None),))
+    form = replaced(FORMATS[0], load_linked=load, load_folder=lambda folder: None)
+    return ModelRegistry(tmp_path / "models", (form,))
 
 
 @pytest.fixture
@@ -667,12 +674,17 @@ def test_a_rollback_beside_a_deletion_finds_no_model(
 
 def test_another_kind_of_model_needs_one_entry(tmp_path: Path, loader: Loader, save_version: Save) -> None:
     save_version("AAPL")
-    other = KINDS[1]._replace(paths=ArtifactKind(name="lstm", versions="versions", trainer="training.other"))
+    kind = ArtifactKind(name="lstm", versions="versions", trainer="training.other")
     (tmp_path / "models" / "AAPL" / "lstm").symlink_to("versions/v1")
-    described = replace(KINDS[0].describe(linked_version(tmp_path / "models", "AAPL")))
+    described = replace(FORMATS[0].describe(linked_version(tmp_path / "models", "AAPL")))
     metadata = {**described.metadata, "model_id": "AAPL-lstm"}
-    other = other._replace(load=loader, describe=lambda linked: replace(described, metadata=metadata))
-    registry = ModelRegistry(tmp_path / "models", (KINDS[0], other))
+    other = replaced(
+        FORMATS[1],
+        kind=kind,
+        load_linked=loader,
+        describe=lambda linked: replace(described, metadata=metadata),
+    )
+    registry = ModelRegistry(tmp_path / "models", (FORMATS[0], other))
     assert [meta.id for meta in registry.list()] == ["AAPL-gbm", "AAPL-lstm"]
     assert [meta.model_variant for meta in registry.list()] == ["gbm", "lstm"]
     assert registry.get("AAPL", "lstm").bundle.symbol == "AAPL"
@@ -706,7 +718,8 @@ class Shelf:
     def __init__(self, models_dir: Path) -> None:
         self.folder, self.members = models_dir / "AAPL", {"gbm": "g1", "lstm": "l1"}
         self.broken: set[str] = set()
-        self.registry = ModelRegistry(models_dir, tuple(kind._replace(load=self.load) for kind in KINDS))
+        formats = tuple(replaced(form, load_linked=self.load) for form in FORMATS)
+        self.registry = ModelRegistry(models_dir, formats)
 
     def put(self, name: str, version: str) -> None:
         versions = "versions" if name == "gbm" else f"{name}_versions"
