@@ -6,7 +6,6 @@ session on gets exactly one forecast, made by a fit whose labels had all ended b
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import combinations
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,12 +25,16 @@ from validation.wfe_metrics import (
     ResolvedRows,
     block_length,
     calibration_slope,
+    consistency,
+    feature_stability,
     hit_rate,
     known_mean,
     less,
+    overfitting_ratio,
     ratio,
     resampled_block_sums,
     share_up,
+    walk_forward_efficiency,
 )
 
 # Of a fold's result as plain data.
@@ -152,36 +155,6 @@ def summarise_folds(folds: Sequence[FoldMeasures]) -> WalkForwardSummary:
         collapsed_folds=known_mean([float(spread < MIN_SIGNAL_STD) for spread in spreads]),
         one_sided_folds=known_mean([float(max(share, 1 - share) > MAX_ONE_SIDED) for share in shares]),
     )
-
-
-def walk_forward_efficiency(
-    test_hits: float | None, test_base: float | None, fit_hits: float | None, fit_base: float | None
-) -> float | None:
-    """Return the share of the skill shown on known rows that is left on unknown ones (Pardo 2008).
-
-    ``(test_hits - test_base) / (fit_hits - fit_base)``, each a hit rate over that of "always up". None when
-    the model had no skill on the rows that it knew.
-    """
-    return ratio(less(test_hits, test_base), less(fit_hits, fit_base))
-
-
-def consistency(fold_ics: Sequence[float | None]) -> float | None:
-    """Return the share of folds with a positive IC; a fold without one counts as not positive."""
-    return None if not fold_ics else float(np.mean([ic is not None and ic > 0 for ic in fold_ics]))
-
-
-def overfitting_ratio(fit_ics: Sequence[float | None], test_ics: Sequence[float | None]) -> float | None:
-    """Return the share of the fitted rows' IC that is lost out of sample: 0 none, 1 all, above 1 reversed."""
-    kept = ratio(known_mean(test_ics), known_mean(fit_ics))
-    return None if kept is None else 1.0 - kept
-
-
-def feature_stability(selections: Sequence[Sequence[str]]) -> float | None:
-    """Return the mean Jaccard similarity of the folds' feature sets; None for fewer than two folds."""
-    sets = [frozenset(selection) for selection in selections]
-    if len(sets) < 2:
-        return None
-    return float(np.mean([len(a & b) / len(a | b) if a | b else 1.0 for a, b in combinations(sets, 2)]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -241,6 +241,36 @@ def ratio(numerator: float | None, denominator: float | None) -> float | None:
     return numerator / denominator
 
 
+def walk_forward_efficiency(
+    test_hits: float | None, test_base: float | None, fit_hits: float | None, fit_base: float | None
+) -> float | None:
+    """Return the share of the skill shown on known rows that is left on unknown ones (Pardo 2008).
+
+    ``(test_hits - test_base) / (fit_hits - fit_base)``, each a hit rate over that of "always up". None when
+    the model had no skill on the rows that it knew.
+    """
+    return ratio(less(test_hits, test_base), less(fit_hits, fit_base))
+
+
+def consistency(fold_ics: Sequence[float | None]) -> float | None:
+    """Return the share of folds with a positive IC; a fold without one counts as not positive."""
+    return None if not fold_ics else float(np.mean([ic is not None and ic > 0 for ic in fold_ics]))
+
+
+def overfitting_ratio(fit_ics: Sequence[float | None], test_ics: Sequence[float | None]) -> float | None:
+    """Return the share of the fitted rows' IC that is lost out of sample: 0 none, 1 all, above 1 reversed."""
+    kept = ratio(known_mean(test_ics), known_mean(fit_ics))
+    return None if kept is None else 1.0 - kept
+
+
+def feature_stability(selections: Sequence[Sequence[str]]) -> float | None:
+    """Return the mean Jaccard similarity of the folds' feature sets; None for fewer than two folds."""
+    sets = [frozenset(selection) for selection in selections]
+    if len(sets) < 2:
+        return None
+    return float(np.mean([len(a & b) / len(a | b) if a | b else 1.0 for a, b in combinations(sets, 2)]))
+
+
 def known_mean(values: Sequence[float | None] | npt.NDArray[np.generic]) -> float | None:
     """Return the mean of the values that are not None; None when there are none."""
     known = [value for value in values if value is not None]

@@ -17,7 +17,6 @@ from scipy.stats import spearmanr
 from utils.base import InsufficientDataError, StorageError, UsageError
 from validation import wfe_metrics
 from validation.gates import collapse_of, ranks_better_p_value
-from validation.walk_forward import walk_forward_efficiency
 from validation.wfe_metrics import (
     ResolvedRows,
     Run,
@@ -31,6 +30,7 @@ from validation.wfe_metrics import (
     record_run,
     share_of_limits,
     sharpe_moments,
+    walk_forward_efficiency,
 )
 
 
