@@ -20,7 +20,7 @@ import subprocess
 import sys
 import uuid
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -30,15 +30,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
 import pandas as pd
-from pydantic import (
-    AliasPath,
-    BaseModel,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AliasPath, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from data.feature_engineer import feature_set_hash, get_feature_columns
 from utils.base import ModelCorruptError, ModelExistsError, ModelIncompatibleError
@@ -73,7 +65,7 @@ DAMAGE: tuple[type[Exception], ...] = (*_WORDLESS, *_BROKEN, OSError, RuntimeErr
 
 Contents = Mapping[str, bytes]
 Verify = Callable[[Path], None]
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Manifest(BaseModel):
@@ -213,7 +205,9 @@ class Format(Generic[ManifestT, SavedT]):
         To ``contents``, the files of its own by name, record and metadata are added; ``promised`` are the
         fields of the manifest beside those that tell whose it is, and what its files are.
         """
-        contents = {**contents, METADATA: as_json(bundle.metadata), RECORD: record_bytes(bundle.record)}
+        # With checksums, or a flipped byte loads as a number.
+        bundle.record.to_parquet(record := io.BytesIO(), write_page_checksum=True)
+        contents = {**contents, METADATA: as_json(bundle.metadata), RECORD: record.getvalue()}
         identity = {
             "schema_version": self.manifest.SCHEMA,
             "kind": self.kind.name,
@@ -356,11 +350,7 @@ def checked_metadata(version: Version[Any]) -> dict[str, Any]:
     if COLUMNS in version.contents:
         known, expected_hash = expected_features()
         columns = document(version, COLUMNS, ColumnNames).columns
-        if missing := [name for name in columns if name not in known]:
-            raise ModelIncompatibleError(
-                f"the model of {promised.symbol} needs features that are not computed any more, "
-                f"{', '.join(missing)}: train again with --overwrite"
-            )
+        refuse_missing(promised.symbol, columns, known)
         if promised.feature_set_hash != expected_hash:
             raise ModelIncompatibleError(
                 f"the features of {promised.symbol} are computed differently since bundle {folder.name} was "
@@ -370,10 +360,13 @@ def checked_metadata(version: Version[Any]) -> dict[str, Any]:
         return dict(json.loads(version.contents[METADATA]))
 
 
-def record_bytes(record: pd.DataFrame) -> bytes:
-    """Return a record as the content of its file; with checksums, or a flipped byte loads as a number."""
-    record.to_parquet(buffer := io.BytesIO(), write_page_checksum=True)
-    return buffer.getvalue()
+def refuse_missing(symbol: str, columns: Iterable[str], known: Collection[str]) -> None:
+    """Refuse a model of features that are not ``known`` any more; they are never filled."""
+    if missing := [name for name in columns if name not in known]:
+        raise ModelIncompatibleError(
+            f"the model of {symbol} needs features that are not computed any more, "
+            f"{', '.join(missing)}: train again with --overwrite"
+        )
 
 
 def new_version_id(created_at: datetime) -> str:

@@ -17,7 +17,6 @@ conformal inference under distribution shift. Angelopoulos, Candes, Tibshirani (
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -233,21 +232,6 @@ class Calibrated:
     deciles_z: FloatArray
     above: FloatArray
 
-    @property
-    def probability_above(self) -> FloatArray:
-        """Probability that the outcome exceeds the first threshold, (n,)."""
-        return np.asarray(self.above[0])
-
-    @property
-    def lower_z(self) -> FloatArray:
-        """Lower edge of the 80 % band, (n,), in scales."""
-        return self.deciles_z[:, 0]
-
-    @property
-    def upper_z(self) -> FloatArray:
-        """Upper edge of the 80 % band, (n,), in scales."""
-        return self.deciles_z[:, -1]
-
 
 def calibrate_band(
     mean_log: FloatArray,
@@ -430,19 +414,18 @@ def with_bands(frame: pd.DataFrame, bars: pd.DataFrame, horizon_bars: int) -> pd
     The frame is indexed like ``bars`` and holds ``expected_log``, ``baseline_log``, ``sigma_log``, NaN
     without a forecast. What is added at t comes from forecasts that were resolved by t.
     """
-    volatility, close_log = forecast_volatility(bars), np.log(np.asarray(bars["Close"], dtype=np.float64))
+    volatility, close_log = forecast_volatility(bars), np.log(bars["Close"])
     expected, baseline = frame["expected_log"].to_numpy(), frame["baseline_log"].to_numpy()
     sigma_log, round_trip = frame["sigma_log"].to_numpy(), 2.0 * CostModel().one_way_rate
     thresholds = (0.0, float(np.log1p(round_trip)), float(np.log1p(-round_trip)))
     added: dict[str, FloatArray] = {}
     for ahead in sorted({*ANCHORS_BARS, horizon_bars}):
-        realised = np.full(len(frame), np.nan)
-        realised[:-ahead] = close_log[ahead:] - close_log[:-ahead]
+        realised = np.asarray(close_log.shift(-ahead) - close_log, dtype=np.float64)
         centre = centre_log(ahead, expected, baseline, horizon_bars=horizon_bars)
         scale = volatility.scale_log(ahead)
         asked = thresholds if ahead == horizon_bars else ()
         band = calibrate_band(centre, scale, realised, horizon_bars=ahead, thresholds_log=asked)
-        lower_log, upper_log = band.lower_z * scale, band.upper_z * scale
+        lower_log, upper_log = band.deciles_z[:, 0] * scale, band.deciles_z[:, -1] * scale
         if ahead != horizon_bars:
             added[f"lower_log_{ahead}"], added[f"upper_log_{ahead}"] = lower_log, upper_log
             continue
@@ -456,9 +439,4 @@ def with_bands(frame: pd.DataFrame, bars: pd.DataFrame, horizon_bars: int) -> pd
     added["baseline_return"] = np.expm1(baseline + sigma_log**2 / 2)
     added["sigma"] = sigma_log
     # At once: a frame that grows column by column takes longer than all that is computed here.
-    return pd.DataFrame({**columns_of(frame), **added}, index=frame.index)
-
-
-def columns_of(frame: pd.DataFrame) -> dict[str, npt.NDArray[Any]]:
-    """Return a frame's columns by name."""
-    return {str(name): column.to_numpy() for name, column in frame.items()}
+    return pd.concat([frame, pd.DataFrame(added, index=frame.index)], axis=1)

@@ -30,7 +30,7 @@ from inference.artifact import (
 from inference.intervals import Calibration, FloatArray, FloatMatrix, IntArray
 from inference.pipeline import Bundle, check_golden, read_record
 from utils.base import cached
-from utils.model_paths import LSTM, ArtifactKind
+from utils.model_paths import LSTM
 
 KERAS, WEIGHTS, SCALER = "network.keras", "weights.npz", "scaler.json"
 FILES = (RECORD, COLUMNS, HYPERPARAMETERS, METADATA, KERAS, WEIGHTS, SCALER)
@@ -173,8 +173,6 @@ def latest_output(sequence: FloatMatrix, weights: Weights) -> FloatMatrix:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LSTMBundle(Bundle):
     """A network with the out-of-sample record that vouches for it; ``keras`` is it as Keras saves it."""
-
-    KIND: ClassVar[ArtifactKind] = LSTM
 
     network: Network
     keras: bytes

@@ -28,7 +28,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -44,8 +44,6 @@ BoolArray = npt.NDArray[np.bool_]
 Number = TypeVar("Number")
 # Imagined forecasts behind the win rate before any is resolved: half of them right, wins as large as losses.
 PRIOR_FORECASTS = 50.0
-
-
 # Of Kelly's fraction in what else one could have chosen, for the probability of overfitting.
 BOLDNESS = (0.5, 1.0, 2.0)
 
@@ -69,6 +67,13 @@ class SizingInputs:
     skill_lower: FloatArray
     asset_return_simple: FloatArray
     horizon_bars: int
+
+    @classmethod
+    def of(cls, frame: pd.DataFrame, horizon_bars: int) -> Self:
+        """Take the inputs from the columns of a forecast that bear their names, and ``asset_return``."""
+        known = {name: np.asarray(frame[name], dtype=np.float64) for name in _Row._fields[:-1]}
+        moves = np.nan_to_num(np.asarray(frame["asset_return"], dtype=np.float64))
+        return cls(**known, asset_return_simple=moves, horizon_bars=horizon_bars)
 
 
 class SizingRules(NamedTuple):
@@ -109,11 +114,7 @@ class SizingRules(NamedTuple):
 PRESETS: Mapping[str, SizingRules] = MappingProxyType(
     {
         "half-kelly": SizingRules(
-            uses_odds=True,
-            max_short=0.3,
-            holds_without_forecast=True,
-            breaker_drawdown=0.15,
-            breaker_cap=0.25,
+            uses_odds=True, max_short=0.3, holds_without_forecast=True, breaker_drawdown=0.15
         ),
         "long-biased": SizingRules(
             uses_odds=True,
@@ -294,24 +295,9 @@ class SizingTrace:
     capped: BoolArray
 
 
-class Sizer(Protocol):
-    """Anything that turns forecasts into target weights, one bar after the other."""
-
-    @property
-    def name(self) -> str:
-        """Name for people."""
-
-    @property
-    def config_id(self) -> str:
-        """Hash of all that the weights depend on besides inputs and costs."""
-
-    def fold(self, inputs: SizingInputs, costs: CostModel) -> FloatArray:
-        """Return target_weight (n,); entry t depends on rows up to t only."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuleSizer:
-    """The `Sizer` that follows `SizingRules`; its capital matters only with a minimum commission."""
+    """Turns forecasts into target weights; its capital matters only with a minimum commission."""
 
     name: str
     rules: SizingRules
@@ -331,7 +317,7 @@ class RuleSizer:
         return hashlib.sha256(json.dumps([self.name, numbers], sort_keys=True).encode()).hexdigest()[:12]
 
     def fold(self, inputs: SizingInputs, costs: CostModel) -> FloatArray:
-        """Return target_weight (n,); see `trace`."""
+        """Return target_weight (n,); entry t depends on rows up to t only, see `trace`."""
         return self.trace(inputs, costs).target_weight
 
     def trace(self, inputs: SizingInputs, costs: CostModel) -> SizingTrace:
@@ -358,10 +344,9 @@ def make_sizer(
     """Return the preset of that name, with other limits where given; `UsageError` for what is none."""
     if name not in PRESETS:
         raise UsageError(f"no sizing preset {name!r}; use one of {', '.join(PRESETS)}")
-    rules = PRESETS[name]
-    long = rules.max_long if max_long is None else max_long
-    short = rules.max_short if max_short is None else max_short
-    return RuleSizer(name=name, rules=rules._replace(max_long=long, max_short=short))
+    limits = {"max_long": max_long, "max_short": max_short}
+    given = {side: limit for side, limit in limits.items() if limit is not None}
+    return RuleSizer(name=name, rules=PRESETS[name]._replace(**given))
 
 
 def _columns(inputs: SizingInputs) -> _Row[FloatArray]:
@@ -394,11 +379,9 @@ def alternative_returns(
     initial_capital: float = DEFAULT_CAPITAL,
 ) -> FloatArray:
     """Return what `alternatives` earn per bar, net, on the last bars of what was decided, (n_bars, k)."""
-    known = {name: np.asarray(decided[name], dtype=np.float64) for name in _Row._fields[:-1]}
-    moves = np.nan_to_num(np.asarray(decided["asset_return"], dtype=np.float64))
-    inputs = SizingInputs(**known, asset_return_simple=moves, horizon_bars=horizon_bars)
+    inputs = SizingInputs.of(decided, horizon_bars)
     weights = (sizer.fold(inputs, costs)[-n_bars:] for sizer in alternatives())
-    own = moves[-n_bars:]
+    own = inputs.asset_return_simple[-n_bars:]
     books = (accounting.account(each, own, costs, initial_capital=initial_capital) for each in weights)
     return np.column_stack([book.net_return for book in books])
 
