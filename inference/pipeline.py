@@ -11,25 +11,15 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from data.feature_engineer import MAX_WARMUP_BARS, SENTIMENT_COLUMNS, engineer_features, usable_rows
 from data.target_engineering import make_target, rescale_sigma
 from evaluation.accounting import DEFAULT_CAPITAL, CostModel
 from evaluation.advanced_backtester import AdvancedBacktester, BacktestReport
-from inference import artifact
+from inference import artifact, intervals
 from inference.artifact import GOLDEN_TOLERANCE, RECORD, Saved, Version, corrupt, unusable
-from inference.intervals import (
-    ANCHORS_BARS,
-    Calibration,
-    FloatArray,
-    FloatMatrix,
-    ForecastPath,
-    IntArray,
-    forecast_path,
-    with_bands,
-)
+from inference.intervals import Calibration, FloatArray, FloatMatrix, ForecastPath, IntArray
 from inference.position_sizing import RuleSizer, SizingInputs
 from utils.base import DataError, ModelIncompatibleError
 
@@ -221,10 +211,9 @@ def decide(
 
     The sizer's own equity pays ``costs``, so that its drawdown breaker follows the equity that is booked.
     """
-    close = bars["Close"].rename("close")
+    close, h = bars["Close"].rename("close"), forecaster.horizon_bars
     moves = close.pct_change().rename("asset_return")
     frame = pd.concat([close, moves, forecaster.forecast(bars)], axis=1)
-    h = forecaster.horizon_bars
     weights = sizer.fold(SizingInputs.of(frame, h), costs or CostModel())
     return Decisions(
         symbol=symbol,
@@ -242,12 +231,12 @@ def path_ahead(decisions: Decisions, dates: pd.DatetimeIndex) -> ForecastPath:
     last = decisions.frame.iloc[-1]
     edges = {
         bars: (last[f"lower_log_{bars}"], last[f"upper_log_{bars}"])
-        for bars in ANCHORS_BARS
+        for bars in intervals.ANCHORS_BARS
         if f"lower_log_{bars}" in last
     }
     edges[decisions.horizon_bars] = (last["lower_z"] * last["sigma_log"], last["upper_z"] * last["sigma_log"])
     further = last.filter(like=FURTHER).dropna()
-    return forecast_path(
+    return intervals.forecast_path(
         dates=dates,
         last_close=float(last["close"]),
         expected_log=float(last["expected_log"]),
@@ -272,8 +261,7 @@ def backtest_decisions(
     """
     frame = decisions.frame
     if not include_in_sample and bool(frame["is_of_other_prices"].any()):
-        last = int(np.flatnonzero(frame["is_of_other_prices"])[-1])
-        frame = frame.iloc[last + 1 :]
+        frame = frame.iloc[np.flatnonzero(frame["is_of_other_prices"])[-1] + 1 :]
         if not bool(frame["is_out_of_sample"].any()):
             raise DataError(f"no out-of-sample forecast fits these prices: {decisions.findings[0]}")
     return AdvancedBacktester(costs=costs, initial_capital=initial_capital).backtest_with_positions(
@@ -314,7 +302,7 @@ class BundleForecaster:
         Signals are uncalibrated, in units of the h-day volatility; returns are simple h-day returns, columns
         ``*_log`` log returns over h bars. What is said at t comes from forecasts that were resolved by t.
         """
-        return with_bands(self.centre(bars), bars, self.horizon_bars)
+        return intervals.with_bands(self.centre(bars), bars, self.horizon_bars)
 
     def centre(self, bars: pd.DataFrame) -> pd.DataFrame:
         """Return centre, scale, skill and raw signal per bar: the record's rows, then the final model's."""
@@ -325,7 +313,7 @@ class BundleForecaster:
         )
         record, newest = bundle.record.set_index("date").reindex(index), bundle.record["date"].max()
         replayed, after = record["predicted_log"].notna().to_numpy(), np.asarray(index > newest)
-        other_prices = replayed & self._is_of_other_prices(record, target["target_log"])
+        other_prices = replayed & self._restated(record, target["target_log"]).to_numpy()
         skill, expected = record["skill_lower"].fillna(0.0), record["predicted_log"]
         if not self._is_trusted:
             # What had not come when the verdict was reached is forecast by it, as all that follows is.
@@ -363,18 +351,15 @@ class BundleForecaster:
         features = self._features(bars.iloc[first : int(rows.max()) + 1])[rows - first]
         return self.bundle.contributions(features).set_axis(sessions)
 
-    def _is_of_other_prices(
-        self, record: pd.DataFrame, realised_log: "pd.Series[float]"
-    ) -> npt.NDArray[np.bool_]:
-        """Tell where the record was lately made from other prices, as far as each bar can know, (n,).
+    def _restated(self, record: pd.DataFrame, realised_log: "pd.Series[float]") -> "pd.Series[bool]":
+        """Tell where the record was lately made from other prices, as far as each bar can know.
 
         A forecast of the record is one of these bars only where the outcomes that the record holds are those
         of these bars. The outcome of bar t - h is known at t, so the mask at t depends on nothing later.
         """
         differs = (record["realised_log"] - realised_log).abs() > OTHER_PRICES_SIGMA * record["sigma_log"]
         known = differs.shift(self.horizon_bars, fill_value=False).astype(float)
-        recent = known.rolling(OTHER_PRICES_MEMORY_BARS, min_periods=1).max() > 0
-        return np.asarray(recent, dtype=np.bool_)
+        return known.rolling(OTHER_PRICES_MEMORY_BARS, min_periods=1).max() > 0
 
     def _features(self, bars: pd.DataFrame) -> FloatMatrix:
         """Return the columns that the model knows, by name, (n, p); NaN in the warm-up."""
