@@ -33,19 +33,9 @@ import pandas as pd
 from pydantic import AliasPath, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from data.feature_engineer import feature_set_hash, get_feature_columns
+from utils import model_paths
 from utils.base import ModelCorruptError, ModelExistsError, ModelIncompatibleError
-from utils.model_paths import (
-    ASIDE,
-    ArtifactKind,
-    Linked,
-    artifact_link,
-    flush,
-    promote,
-    saving,
-    serve,
-    serve_linked,
-    storage_errors,
-)
+from utils.model_paths import ArtifactKind, Linked
 
 MANIFEST = "manifest.json"
 VERIFY_WAIT_S = 300.0
@@ -65,7 +55,6 @@ DAMAGE: tuple[type[Exception], ...] = (*_WORDLESS, *_BROKEN, OSError, RuntimeErr
 
 Contents = Mapping[str, bytes]
 Verify = Callable[[Path], None]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Manifest(BaseModel):
@@ -85,7 +74,7 @@ class Manifest(BaseModel):
     kind: str
     symbol: str
     model_version: str
-    files: dict[str, Sha256]
+    files: dict[str, str]
     libraries: dict[str, str] = Field(default_factory=dict)
     data_hash: str = ""
     golden_inputs: list[list[float]] = Field(default_factory=list)
@@ -229,12 +218,12 @@ class Format(Generic[ManifestT, SavedT]):
 
         `ModelMissingError` if the symbol was never trained, another `ModelError` if no version can be used.
         """
-        bundle, warnings = serve(models_dir, symbol, self.kind, self.load_folder)
+        bundle, warnings = model_paths.serve(models_dir, symbol, self.kind, self.load_folder)
         return replace(bundle, warnings=warnings)
 
     def load_linked(self, linked: Linked) -> SavedT:
         """Load what a link names, see `load`; the link is not read again."""
-        bundle, warnings = serve_linked(linked, self.load_folder)
+        bundle, warnings = model_paths.serve_linked(linked, self.load_folder)
         return replace(bundle, warnings=warnings)
 
     def load_folder(self, folder: Path) -> SavedT:
@@ -249,7 +238,7 @@ class Format(Generic[ManifestT, SavedT]):
             version = read_version(folder, self.kind, self.manifest)
             return Description(metadata=checked_metadata(version), models=version.manifest.names)
 
-        description, warnings = serve_linked(linked, tell)
+        description, warnings = model_paths.serve_linked(linked, tell)
         return replace(description, warnings=warnings)
 
 
@@ -396,16 +385,16 @@ def publish(
     `StorageError` if the disk is full or not writable: what served before still serves. `LockedError` if
     another process saves the same symbol and does not come to an end.
     """
-    link = artifact_link(models_dir, manifest.symbol, kind)
+    link = model_paths.artifact_link(models_dir, manifest.symbol, kind)
     final = link.parent / kind.versions / manifest.model_version
-    aside = final.with_name(f"{ASIDE}{final.name}")
-    with storage_errors(manifest.symbol), saving(models_dir, manifest.symbol, kind):
+    aside = final.with_name(f"{model_paths.ASIDE}{final.name}")
+    with model_paths.storage_errors(manifest.symbol), model_paths.saving(models_dir, manifest.symbol, kind):
         if final.exists():
             raise ModelExistsError(f"version {final.name} of {manifest.symbol} is saved already")
         try:
             _write(aside, {**contents, MANIFEST: sealed(manifest)})
             verify(aside)
-            promote(aside, final, link)
+            model_paths.promote(aside, final, link)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             if not (link.is_symlink() and link.readlink().name == final.name):
@@ -421,7 +410,7 @@ def _write(folder: Path, contents: Contents) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-    flush(folder)
+    model_paths.flush(folder)
 
 
 def verify_in_fresh_process(folder: Path, module: str) -> None:
