@@ -249,7 +249,7 @@ def _drop_in_sample(rows: pd.DataFrame) -> pd.DataFrame:
             f"{int(strange.sum())} in-sample rows lie behind the first out-of-sample bar, the first on "
             f"{strange.idxmax():%Y-%m-%d}; drop them or pass include_in_sample=True"
         )
-    return rows.loc[strange.index].assign(is_out_of_sample=True)
+    return rows.iloc[-len(strange) :].assign(is_out_of_sample=True)
 
 
 def _daily(rows: pd.DataFrame, ledger: Ledger) -> pd.DataFrame:

@@ -291,14 +291,13 @@ def read_manifest(folder: Path, manifest_type: type[ManifestT]) -> ManifestT:
         raise corrupt(folder, "its manifest is not the one that was saved")
     with unusable(folder, "its manifest"):
         schema = dict(json.loads(body)).get("schema_version")
-    if isinstance(schema, int) and schema != manifest_type.SCHEMA:
-        raise ModelIncompatibleError(
-            f"bundle {folder.name} has schema {schema}, this program reads {manifest_type.SCHEMA}: "
-            "train again with --overwrite"
-        )
-    if not seal:
-        raise corrupt(folder, "its manifest has no seal")
-    with unusable(folder, "its manifest"):
+        if isinstance(schema, int) and schema != manifest_type.SCHEMA:
+            raise ModelIncompatibleError(
+                f"bundle {folder.name} has schema {schema}, this program reads {manifest_type.SCHEMA}: "
+                "train again with --overwrite"
+            )
+        if not seal:
+            raise corrupt(folder, "its manifest has no seal")
         return manifest_type.model_validate_json(body)
 
 

@@ -64,12 +64,10 @@ class SignalRows:
         """
         wanted = usable & self.is_out_of_sample
         learned = wanted & np.isfinite(self.outcome)
-        n, begin = len(wanted), 0
-        for start in range(int(np.argmax(wanted)) if wanted.any() else n, n, every):
-            yield np.flatnonzero(learned & (self.known_from <= start)), slice(begin, start + every)
-            begin = start + every
-        if begin == 0:
-            yield np.empty(0, dtype=np.intp), slice(0, n)
+        first = int(np.argmax(wanted))
+        for start in range(first, len(wanted), every):
+            now = slice(start if start > first else 0, start + every)
+            yield np.flatnonzero(learned & (self.known_from <= start)), now
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

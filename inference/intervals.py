@@ -131,8 +131,9 @@ def volatility_features(bars: pd.DataFrame) -> tuple[FloatArray, FloatArray]:
         session variance of the month; log variance of five years over the month's; the month's mean return in
         volatilities, downwards positive.
     """
-    moves = np.empty((11, len(bars)))
-    bar_moves(*(np.array(bars[name], dtype=np.float64) for name in ("Open", "High", "Low", "Close")), moves)
+    prices = (np.array(bars[name], dtype=np.float64) for name in ("Open", "High", "Low", "Close"))
+    (open_, high, low, close), moves = prices, np.empty((11, len(bars)))
+    bar_moves(open_, high, low, close, moves)
     ret, overnight, session = moves[7], moves[8] * moves[8], moves[10]
     least, ranged = MIN_SIGMA_LOG**2, overnight + session
     month = np.maximum(decayed_mean(ranged, 22.0), least)
@@ -394,7 +395,6 @@ def with_bands(frame: pd.DataFrame, bars: pd.DataFrame, horizon_bars: int) -> pd
         added["p_win"], added["payoff_ratio"] = win_record(expected, realised, horizon_bars=ahead)
     # The mean of a log-normal variable lies above its median; sizing wants the mean.
     added["expected_return"] = np.expm1(expected + sigma_log**2 / 2)
-    added["baseline_return"] = np.expm1(baseline + sigma_log**2 / 2)
-    added["sigma"] = sigma_log
+    added["baseline_return"], added["sigma"] = np.expm1(baseline + sigma_log**2 / 2), sigma_log
     # At once: a frame that grows column by column takes longer than all that is computed here.
     return pd.concat([frame, pd.DataFrame(added, index=frame.index)], axis=1)

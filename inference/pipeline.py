@@ -243,7 +243,7 @@ def path_ahead(decisions: Decisions, dates: pd.DatetimeIndex) -> ForecastPath:
         baseline_log=float(last["baseline_log"]),
         edges_log=edges,
         horizon_bars=decisions.horizon_bars,
-        further_log={int(name.removeprefix(FURTHER)): value for name, value in further.items()},
+        further_log={int(str(name).removeprefix(FURTHER)): value for name, value in further.items()},
     )
 
 
@@ -337,7 +337,7 @@ class BundleForecaster:
             features = self._features(bars)
             usable = usable_rows(features, bundle.columns) & np.isfinite(frame["sigma_log"].to_numpy())
             if reads := [i for i, name in enumerate(bundle.columns) if name in SENTIMENT_COLUMNS]:
-                frame["knows_news"] = np.isfinite(features[:, reads]).any(axis=1)
+                frame["knows_news"] = np.asarray(np.isfinite(features[:, reads]).any(axis=1), dtype=np.bool_)
             for fill, where in ((self._fill_from_model, wanted), (self._fill_further, ahead)):
                 if (where & usable).any():
                     fill(frame, features, np.flatnonzero(where & usable))

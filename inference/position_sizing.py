@@ -221,15 +221,13 @@ def _step(state: _State, booked: Booking, row: _Row[float], rules: SizingRules, 
     if capped < 0.0:
         peak = max(peak, watched)
         if watched < peak * (1.0 - rules.breaker_drawdown):
-            capped = 0.0
-            trough = watched
+            capped, trough = 0.0, watched
     else:
         trough = min(trough, watched)
         capped += 1.0
         recovered = watched >= trough * (1.0 + rules.breaker_drawdown / 2.0 * rules.breaker_cap)
         if recovered or capped >= rules.breaker_patience_bars:
-            capped = -1.0
-            peak = watched
+            capped, peak = -1.0, watched
     wanted = _exposure(row, rules, scales)
     known = not np.isnan(wanted)
     if not known:
@@ -338,15 +336,16 @@ def make_sizer(
     """Return the preset of that name, with other limits where given; `UsageError` for what is none."""
     if name not in PRESETS:
         raise UsageError(f"no sizing preset {name!r}; use one of {', '.join(PRESETS)}")
-    limits = {"max_long": max_long, "max_short": max_short}
-    given = {side: limit for side, limit in limits.items() if limit is not None}
-    return RuleSizer(name=name, rules=PRESETS[name]._replace(**given))
+    rules = PRESETS[name]
+    long = rules.max_long if max_long is None else max_long
+    short = rules.max_short if max_short is None else max_short
+    return RuleSizer(name=name, rules=rules._replace(max_long=long, max_short=short))
 
 
 def _columns(inputs: SizingInputs) -> _Row[FloatArray]:
     """Return the inputs as the kernel takes them, copied only where it must be."""
     given = (getattr(inputs, name) for name in _Row._fields)
-    columns = _Row._make(np.require(column, np.float64, ["C", "W"]) for column in given)
+    columns: _Row[FloatArray] = _Row._make(np.require(column, np.float64, ["C", "W"]) for column in given)
     for name, column in columns._asdict().items():
         if column.shape != columns[0].shape:
             raise DataError(f"{name} has shape {column.shape}; every input must be {columns[0].shape}")
