@@ -25,7 +25,7 @@ from utils.base import DataError, StorageError
 from utils.model_paths import write_whole
 
 Facts = Mapping[str, Any]
-Rows = Iterable[Iterable[Cell]]
+Rows, Sections = Iterable[Iterable[Cell]], Iterable[Section]
 AnyBlock = TypeVar("AnyBlock", Drawing, Table)
 STRATEGY = "Strategy"
 BENCHMARKS = {"buy_hold": ("Buy and hold", "hold"), "exposure_matched": ("Same exposure", "exposure")}
@@ -289,15 +289,9 @@ def training_report(
         learned = [looked, tried if trials else nothing]
     # Nothing is searched for a network.
     tried_out = {} if epochs else {"trials": len(trials)}
-    sections = (
-        words.section("network_folds" if epochs else "folds", ic, words.records("folds", periods)),
-        page.naive(),
-        *((words.section("paths", paths),) if further else ()),
-        page.gates(),
-        *learned,
-        *page.origin(findings),
-    )
-    return _page(words, {"own": {**page.evidence, **tried_out}}, metadata["verdict"], sections)
+    first = words.section("network_folds" if epochs else "folds", ic, words.records("folds", periods))
+    beside = [words.section("paths", paths)] if further else []
+    return page.report([first], beside, learned, findings, tried_out)
 
 
 def ensemble_report(
@@ -311,14 +305,9 @@ def ensemble_report(
     labels = words.table["members"].items()
     curves = {label: (role, _floats(record[f"weight_{name}"])) for name, (label, role) in labels}
     weights = charts.curve_chart(pd.DatetimeIndex(record["date"]), curves, span="full", form="pct")
-    sections = (
-        words.section("parts", words.records("parts", parts["table"]), bullets=parts["notes"]),
-        words.section("weights", words.on("weights", weights)),
-        page.naive(),
-        page.gates(),
-        *page.origin(findings),
-    )
-    return _page(words, {"own": {**page.evidence, **parts["weights"]}}, metadata["verdict"], sections)
+    beside = words.section("parts", words.records("parts", parts["table"]), bullets=parts["notes"])
+    first = beside, words.section("weights", words.on("weights", weights))
+    return page.report(first, (), (), findings, parts["weights"])
 
 
 class _Trained:
@@ -352,20 +341,24 @@ class _Trained:
 
     def gates(self) -> Section:
         words, verdict = self.words, self.metadata["verdict"]
-        rows = (
-            {"note": "", **words.table["gate"].get(gate["name"], {}), **gate} for gate in verdict["gates"]
-        )
-        before = self.metadata.get("tries")
-        tries = [words.records("tries", before)] if before else []
-        tables = words.records("gates", rows), _evidence(words, self.evidence), *tries
-        failed = ", ".join(verdict["bypassed_gates"])
-        bypassed = [words.table["bypassed"].format(gates=failed)] if failed else []
-        return words.section("gates", *tables, bullets=(*verdict["reasons"], *bypassed))
+        known = words.table["gate"]
+        rows = ({"note": "", **known.get(gate["name"], {}), **gate} for gate in verdict["gates"])
+        tables, said = [words.records("gates", rows), _evidence(words, self.evidence)], [*verdict["reasons"]]
+        if tries := self.metadata.get("tries"):
+            tables.append(words.records("tries", tries))
+        if failed := ", ".join(verdict["bypassed_gates"]):
+            said.append(words.table["bypassed"].format(gates=failed))
+        return words.section("gates", *tables, bullets=said)
 
-    def origin(self, findings: Sequence[str]) -> tuple[Section, Section]:
+    def report(
+        self, first: Sections, beside: Sections, learned: Sections, findings: Sequence[str], own: Facts
+    ) -> Report:
+        """Put a report's own sections around those that all have, and its own figures beside the evidence."""
         words = self.words
         data = words.section("data", bullets=findings or words.table["no_findings"])
-        return data, words.section("origin", _facts(words, provenance_of(self.metadata)))
+        origin = words.section("origin", _facts(words, provenance_of(self.metadata)))
+        sections = *first, self.naive(), *beside, self.gates(), *learned, data, origin
+        return _page(words, {"own": {**self.evidence, **own}}, self.metadata["verdict"], sections)
 
 
 def _importance(words: Words, importance: Mapping[str, float], folds: Iterable[Facts]) -> Table:
@@ -387,9 +380,7 @@ def _read(words: Words, folds: Sequence[Facts]) -> str:
     return str(words.table["read"]).format(total=len(found), folds=len(folds), most=most)
 
 
-def _page(
-    words: Words, figures: Mapping[str, Facts], verdict: Facts, sections: tuple[Section, ...]
-) -> Report:
+def _page(words: Words, figures: Mapping[str, Facts], verdict: Facts, sections: Sections) -> Report:
     (tone, text), stamp = words.table["verdict"][verdict["label"]], str(words.fills.get("stamp", ""))
     warning = (Banner(tone="bad", text=words.table["verdict"]["in_sample"]),) if stamp else ()
     headline = []
@@ -404,7 +395,7 @@ def _page(
         subtitle=str(words.fills["subtitle"]),
         headline=tuple(headline),
         banners=(*warning, Banner(tone=tone, text=text, reasons=tuple(verdict["reasons"]))),
-        sections=sections,
+        sections=tuple(sections),
         limits=tuple(words.table["limits"]),
         stamp=stamp,
     )

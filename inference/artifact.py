@@ -69,6 +69,7 @@ class Manifest(BaseModel):
 
     SCHEMA: ClassVar[int] = 0
     FILES: ClassVar[tuple[str, ...]] = ()
+    NAMES: ClassVar[tuple[str, ...]] = ()
 
     schema_version: int
     kind: str
@@ -83,7 +84,7 @@ class Manifest(BaseModel):
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the models that it is made of."""
-        return ()
+        return self.NAMES
 
     def needed(self) -> set[str]:
         """Return the files without which it is not whole."""

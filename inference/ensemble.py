@@ -309,11 +309,7 @@ class EnsembleManifest(artifact.Manifest):
 
     SCHEMA: ClassVar[int] = 1
     FILES: ClassVar[tuple[str, ...]] = (ENSEMBLE_FILE, METADATA, RECORD)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of its members."""
-        return MEMBERS
+    NAMES: ClassVar[tuple[str, ...]] = MEMBERS
 
 
 class EnsembleDocument(BaseModel):

@@ -131,8 +131,8 @@ def volatility_features(bars: pd.DataFrame) -> tuple[FloatArray, FloatArray]:
         session variance of the month; log variance of five years over the month's; the month's mean return in
         volatilities, downwards positive.
     """
-    prices = (np.array(bars[name], dtype=np.float64) for name in ("Open", "High", "Low", "Close"))
-    (open_, high, low, close), moves = prices, np.empty((11, len(bars)))
+    open_, high, low, close = np.array(bars[["Open", "High", "Low", "Close"]], dtype=np.float64).T.copy()
+    moves = np.empty((11, len(bars)))
     bar_moves(open_, high, low, close, moves)
     ret, overnight, session = moves[7], moves[8] * moves[8], moves[10]
     least, ranged = MIN_SIGMA_LOG**2, overnight + session

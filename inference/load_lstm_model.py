@@ -208,11 +208,7 @@ class LSTMManifest(artifact.Manifest):
 
     SCHEMA: ClassVar[int] = 1
     FILES: ClassVar[tuple[str, ...]] = FILES
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The network is one model."""
-        return (MODEL,)
+    NAMES: ClassVar[tuple[str, ...]] = (MODEL,)
 
 
 class ScalerDocument(BaseModel):
