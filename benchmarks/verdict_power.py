@@ -18,11 +18,11 @@ planted. What counts is the label.
 
 ``--model`` names what is judged: boosters, network, and both joined, all from the same fits. The boosters
 search with three trials a library (``--n-trials``) in place of the usual 30. The network is the usual one,
-and ``--epochs`` makes it a cheaper one; its final fit, which no verdict sees, is left out. Boosters and
-network are judged as if each were the first to look at the prices. What joins them is judged as the command
-does it, simply, after the looks of both: its limits are a ninth of theirs. A network that has collapsed is
-no edge, and leaves the boosters to forecast alone. Seeds from 1000 on are for choosing settings, so that what
-is reported, of seeds below, was not chosen on itself.
+and ``--epochs`` makes it a cheaper one; its final fit, which no verdict sees, is left out. Where several are
+named they look at the same prices one after the other, as the commands do, so that a later one is judged by
+the limits that the looks before leave it; beside it stands how often it would be an edge as the first look.
+A network that has collapsed is no edge, and leaves the boosters to forecast alone. Seeds from 1000 on are for
+choosing settings, so that what is reported, of seeds below, was not chosen on itself.
 """
 
 import argparse
@@ -50,7 +50,8 @@ from training.train_ensemble import EnsembleTrainer
 from training.train_gbm import GBMTrainer
 from training.train_lstm import FittedLSTM, LSTMRecipe, LSTMTrainer
 from utils.base import CollapsedError
-from validation.gates import MIN_ACTIVE_RETURN, p_limits
+from validation.gates import MAX_P_IC, MAX_P_RETURN, MIN_ACTIVE_RETURN
+from validation.wfe_metrics import Run
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -188,22 +189,25 @@ def verdicts_of(
     carrier = CARRIERS[seed % len(CARRIERS)]
     frame = noise(seed) if case == "null" else planted(seed, carrier, SINGLE_IC, horizon_bars)
     bars = fetched({"SIM": frame})["SIM"]
-    found, members, earlier = {}, {}, []
+    found, members = {}, {}
+    earlier: list[Run] = []
     if {GBM, ENSEMBLE} & set(models):
         recipe = RecipeConfig(search=SearchConfig(n_trials=n_trials), seed=1 + seed)
         boosters = GBMTrainer(TrainerConfig(horizon_bars=horizon_bars, recipe=recipe))
         members[GBM] = boosters.train(bars).bundle
         found[GBM] = told(members[GBM].metadata["verdict"])
-        earlier += boosters.runs({"SIM": bars})
+        earlier.append(seen_as(boosters.runs({"SIM": bars})[0], members[GBM].metadata["verdict"]))
     if {LSTM, ENSEMBLE} & set(models):
         own = replace(network or NetworkConfig(), seed=1 + seed)
         trainer = NetworkWalker(LSTMConfig(horizon_bars=horizon_bars, recipe=own))
-        earlier += trainer.runs({"SIM": bars})
+        (run,) = trainer.runs({"SIM": bars})
         try:
-            members[LSTM] = trainer.train(bars).bundle
+            members[LSTM] = trainer.train(bars, earlier=earlier).bundle
             found[LSTM] = told(members[LSTM].metadata["verdict"])
+            run = seen_as(run, members[LSTM].metadata["verdict"])
         except CollapsedError:
             found[LSTM] = COLLAPSED
+        earlier.append(run)
     if ENSEMBLE in models:
         found[ENSEMBLE] = found[GBM]
         if LSTM in members:
@@ -213,10 +217,15 @@ def verdicts_of(
     return {name: {"seed": seed, **found[name]} for name in models}
 
 
+def seen_as(run: Run, verdict: Mapping[str, Any]) -> Run:
+    """Return the run as the log of verdicts would have it after its verdict."""
+    return replace(run, label=verdict["label"], limits_share=verdict["evidence"]["limits_share"])
+
+
 def told(verdict: Mapping[str, Any]) -> dict[str, Any]:
     """Return what is kept of a verdict, and whether it would be `edge` if it were the first on its prices."""
     kept = {name: verdict["evidence"][name] for name in KEPT}
-    limits = dict(zip(("p_ic", "p_return"), p_limits(1), strict=True))
+    limits = {"p_ic": MAX_P_IC, "p_return": MAX_P_RETURN}
     is_sure = all(kept[name] is not None and kept[name] <= limit for name, limit in limits.items())
     at_first = is_sure and kept["active_return_annual"] >= MIN_ACTIVE_RETURN and kept["skill_over_drift"] > 0
     return {"label": verdict["label"], "is_edge_at_first": at_first, **kept}
@@ -290,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for case, bar in found["bars"].items():
         print_bar(f"{case}, share called an edge", bar)
         collapsed = f", {bar['collapsed']} networks collapsed" if bar["collapsed"] else ""
-        first = f", {bar['share_at_first']:.0%} as a first look" if case.endswith(ENSEMBLE) else ""
+        first = f", {bar['share_at_first']:.0%} as a first look" if case.endswith((LSTM, ENSEMBLE)) else ""
         print(f"    mean IC {bar['ic']:.4f}, {bar['run_s']:.1f} s each{first}{collapsed}")
     return finish(found, found["bars"].values(), as_json=args.json)
 

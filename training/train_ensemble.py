@@ -52,7 +52,7 @@ from inference.load_lstm_model import load_bundle as load_lstm
 from inference.pipeline import Bundle, BundleForecaster, Decisions, backtest_decisions, decide
 from inference.position_sizing import make_sizer
 from training import run_log
-from training.train_gbm import fetch, look
+from training.train_gbm import fetch, look, record_verdict
 from training.trainer import OnEvent, as_told, facts_of, figures_of, headline_metrics, judge_lived, run_of
 from utils.base import AIStocksError, InsufficientDataError, ModelMissingError, Settings, read_settings
 from utils.model_paths import ENSEMBLE, GBM, LSTM, artifact_link, training_lock
@@ -213,8 +213,8 @@ class EnsembleTrainer:
                 frame = self._join(bundle).centre(bars.frame)
         record = record_of(frame, bars, plain.horizon_bars, bundle.stacked)
         lived = self._decide(self._join(bundle), bars)
-        n_verdicts = self.run(bars).n_trials + sum(run.n_trials for run in earlier)
-        weigh = partial(judge, horizon_bars=bundle.horizon_bars, n_verdicts=n_verdicts)
+        n_own = self.run(bars).n_trials
+        weigh = partial(judge, horizon_bars=bundle.horizon_bars, earlier=earlier, n_own=n_own)
         verdict, _ = judge_lived(record, lived, self.costs, weigh)
         metadata = {
             **plain.metadata,
@@ -369,8 +369,10 @@ def join_symbol(symbol: str, args: argparse.Namespace, settings: Settings) -> ru
         training_lock(settings.models_dir, symbol),
         run_log.logged_run(settings.logs_dir, symbol, trainer.asked, ENSEMBLE.name) as log,
     ):
-        bundle = trainer.train(bars, earlier=look(settings, [trainer.run(bars)]))
+        run = trainer.run(bars)
+        bundle = trainer.train(bars, earlier=look(settings, [run]))
         metadata, saved = bundle.metadata, None
+        record_verdict(settings, run, metadata["verdict"])
         is_edge = metadata["verdict"]["label"] == "edge"
         log.end(metadata, "SUCCESS" if is_edge else "NO_EDGE", as_logged(metadata["parts"]))
         page = ensemble_report(

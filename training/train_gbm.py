@@ -285,6 +285,12 @@ def look(settings: Settings, runs: Sequence[Run]) -> tuple[Run, ...]:
     return earlier
 
 
+def record_verdict(settings: Settings, run: Run, verdict: Mapping[str, Any]) -> None:
+    """Record what a look has shown, a `Verdict.as_dict`: an edge hands its limits on to the next look."""
+    share = verdict["evidence"]["limits_share"]
+    record_run(settings.models_dir / TRIALS, replace(run, label=verdict["label"], limits_share=share))
+
+
 def train_symbols(
     symbols: Sequence[str], args: argparse.Namespace, settings: Settings, on_event: OnEvent
 ) -> list[run_log.Outcome]:
@@ -366,7 +372,8 @@ def train_group(
         n_rows = sum(len(bars.frame) - MAX_WARMUP_BARS for bars in panel.values())
         tell = run_log.together(*(log.on_event for log in logs.values()), on_event)
         trainer = program.trainer(config, args, n_rows, tell)
-        earlier = look(settings, trainer.runs(panel))
+        runs = {run.symbol: run for run in trainer.runs(panel)}
+        earlier = look(settings, [*runs.values()])
         walked = trainer.walk(panel, universe=Path(args.universe or "").name)
         cache = None if args.no_cache else BarCache(settings.cache_dir)
         for symbol, log in logs.items():
@@ -374,6 +381,7 @@ def train_group(
             try:
                 problems = findings(bars, config.horizon_bars, cache)
                 trained = trainer.conclude(walked, bars, earlier=earlier, problems=problems)
+                record_verdict(settings, runs[symbol], trained.verdict.as_dict())
                 outcomes[symbol] = deliver(trained, log, args, settings, on_event)
             except AIStocksError as error:
                 log.fail(error)

@@ -164,9 +164,9 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
         config["recipe"].get("search", {}).pop("threads", None)
         return config
 
-    def train(self, bars: Bars) -> "Trained[BundleT]":
+    def train(self, bars: Bars, earlier: Sequence[Run] = ()) -> "Trained[BundleT]":
         """Train one symbol on its own prices; see `walk` and `conclude`."""
-        return self.conclude(self.walk({bars.symbol: bars}), bars)
+        return self.conclude(self.walk({bars.symbol: bars}), bars, earlier)
 
     def runs(self, panel: Mapping[str, Bars]) -> list[Run]:
         """Return what identifies this run among all that looked at the panel, as each symbol sees it."""
@@ -273,8 +273,8 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
                 f"{MINIMUM_TEST_BARS} (a year) are needed: choose a symbol with later or more prices"
             )
         bundle = self._bundle(bars, walked)
-        n_verdicts, summary = 1 + sum(run.n_trials for run in earlier), walked.result.summary
-        weigh = partial(judge, horizon_bars=bundle.horizon_bars, summary=summary, n_verdicts=n_verdicts)
+        summary = walked.result.summary
+        weigh = partial(judge, horizon_bars=bundle.horizon_bars, summary=summary, earlier=earlier)
         lived = self._decide(bars, bundle, as_lived=True)
         verdict, backtest = judge_lived(bundle.record, lived, self.config.costs, weigh)
         if walked.returns is not None and bars.symbol not in self.config.recipe.leave_out:
@@ -374,9 +374,11 @@ def leaves(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 def run_of(bars: Bars, content: object, kind: ArtifactKind, settings: str, n_trials: int = 1) -> Run:
     """Return what identifies a run, whose outcome is decided by ``content``, among the looks at a symbol."""
+    first, last = window(bars).values()
     return Run(
         symbol=bars.symbol,
-        **window(bars),
+        first_session=first,
+        last_session=last,
         fingerprint=hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16],
         n_trials=n_trials,
         at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -393,7 +395,7 @@ def window(bars: Bars) -> dict[str, str]:
 
 def as_told(earlier: Sequence[Run]) -> list[dict[str, Any]]:
     """Return the earlier runs whose looks count in a verdict, as plain data."""
-    names = ("at", "kind", "symbol", "settings", "n_trials")
+    names = ("at", "kind", "symbol", "settings", "n_trials", "label")
     return [{name: getattr(run, name) or "not recorded" for name in names} for run in earlier]
 
 

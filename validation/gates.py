@@ -8,7 +8,7 @@ A model gets ``edge`` only if all of these hold on out-of-sample rows:
   forecast that is nearer to what came because it is higher throughout knows nothing.
 
 Both limits are divided by the square of the number of verdicts on the same prices, so that trying seeds is no
-way to an edge.
+way to an edge; a verdict that found one hands its share on to the next (`wfe_metrics.share_of_limits`).
 
 The chance that a model without skill gets ``edge`` is at most 5 %. The first test alone is made for that rate
 and the other two lower it. Overlapping labels, slow signals and drift are where such tests usually break.
@@ -31,7 +31,7 @@ The classic gates are computed and shown beside, and never change the label: a c
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -49,6 +49,7 @@ from validation.wfe_metrics import (
     MIN_SIGNAL_STD,
     FloatArray,
     ResolvedRows,
+    Run,
     block_bootstrap_p_value,
     calibration_slope,
     deflated_sharpe,
@@ -58,6 +59,7 @@ from validation.wfe_metrics import (
     minimum_track_record_length,
     probability_of_backtest_overfitting,
     rank_among_past,
+    share_of_limits,
     share_up,
     sharpe_moments,
     skill,
@@ -132,7 +134,8 @@ def judge(
     strategy_return: FloatArray,
     benchmark_return: FloatArray,
     summary: WalkForwardSummary | None = None,
-    n_verdicts: int = 1,
+    earlier: Sequence[Run] = (),
+    n_own: int = 1,
     tried_returns: FloatArray | None = None,
     n_resamples: int = 2_000,
 ) -> Verdict:
@@ -146,8 +149,8 @@ def judge(
     strategy_return, benchmark_return
         Simple returns per bar, after costs, of the decided positions and of the benchmark with the same
         average exposure, on the same out-of-sample bars, (m,).
-    n_verdicts
-        Verdicts on these prices, this one counted; see `validation.wfe_metrics.earlier_runs`.
+    earlier, n_own
+        Looks at these prices before, see `wfe_metrics.earlier_runs`; verdicts that this run brings.
     tried_returns
         Returns per bar of alternatives that were looked at, (m, k), for the probability of overfitting.
     n_resamples
@@ -159,7 +162,8 @@ def judge(
         If the returns do not belong together or are not finite.
     """
     strategy, benchmark = _checked(strategy_return, benchmark_return)
-    rows = ResolvedRows(record)
+    rows, share = ResolvedRows(record), share_of_limits(earlier, n_own)
+    n_verdicts = n_own + sum(run.n_trials for run in earlier)
     evidence: dict[str, EvidenceValue] = {
         "n_rows": len(rows.outcome),
         "n_sessions": rows.n_sessions,
@@ -168,10 +172,11 @@ def judge(
         **_return_evidence(strategy, benchmark, horizon_bars, n_verdicts, n_resamples),
         "pbo": None if tried_returns is None else probability_of_backtest_overfitting(tried_returns),
         "walk_forward_efficiency": summary.efficiency if summary else None,
+        "limits_share": share,
     }
     evidence["leak_alarm"] = leak_alarm(evidence)
     alarm, missing = _alarm_reasons(evidence), _missing_reasons(rows, horizon_bars)
-    failed, held = _edge_reasons(evidence, p_limits(n_verdicts))
+    failed, held = _edge_reasons(evidence, (MAX_P_IC * share, MAX_P_RETURN * share))
     label: Label = "insufficient" if missing else "no-edge" if failed else "edge"
     return Verdict(
         label=label,
@@ -218,17 +223,6 @@ def refuse_without_edge(symbol: str, verdict: Mapping[str, Any], report: Path | 
         told = f"the verdict is {verdict['label']}{alarm} and --strict was given: nothing was saved"
         found = {"verdict": verdict["label"], "reasons": verdict["reasons"], "report": report and str(report)}
         raise GateRefusedError(f"{symbol}: {told}; {against}; report: {report or 'none'}", found)
-
-
-def p_limits(n_verdicts: int) -> tuple[float, float]:
-    """Return the largest p-values of IC and return, divided by the square of the number of verdicts.
-
-    Divided by the number alone, the limits of all verdicts together would add up without bound, and whoever
-    stops at the first `edge` would find one. The squares add up to 1.64 of the limit of one verdict.
-    """
-    if n_verdicts < 1:
-        raise DataError(f"this verdict is one at least, got {n_verdicts}")
-    return MAX_P_IC / n_verdicts**2, MAX_P_RETURN / n_verdicts**2
 
 
 def _skill_scores(rows: ResolvedRows) -> FloatArray:

@@ -401,7 +401,8 @@ class Run:
 
     The ``fingerprint`` hashes data, recipe and seed: a repetition is no further verdict. ``n_trials`` are the
     verdicts that the run could choose from; trials of the search do not count, which test rows have not seen.
-    ``at``, ``kind`` and ``settings`` tell when, which kind of model, and what was not left as it comes.
+    ``at``, ``kind`` and ``settings`` tell when, which kind of model, and what was not left as it comes. A run
+    is recorded before it shows anything, and again with the verdict and the share of the limits that it had.
     """
 
     symbol: str
@@ -412,6 +413,8 @@ class Run:
     at: str = ""
     kind: str = ""
     settings: str = ""
+    label: str = ""
+    limits_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
 
 
 def record_run(path: Path, *runs: Run) -> None:
@@ -433,22 +436,39 @@ def record_run(path: Path, *runs: Run) -> None:
 
 
 def earlier_runs(path: Path, *runs: Run) -> tuple[Run, ...]:
-    """Return the other runs, each once, on any of the symbols and an overlapping window.
+    """Return the other runs, each once as it was told last, on any of the symbols and an overlapping window.
 
     ``runs`` are one run as each symbol of its panel sees it: a look at a panel is a look at all of them.
     Lines that are no run are passed over: a torn line must not stop a training. Further fields of a line, as
     a later release may add them, are ignored.
     """
     now = {run.symbol: run for run in runs}
-    others = {
-        past.fingerprint: past
-        for past in _read_runs(path)
-        if (run := now.get(past.symbol)) is not None
-        and past.first_session <= run.last_session
-        and past.last_session >= run.first_session
-        and past.fingerprint != run.fingerprint
-    }
+    others: dict[str, Run] = {}
+    for past in _read_runs(path):
+        run = now.get(past.symbol)
+        overlaps = run and past.first_session <= run.last_session and past.last_session >= run.first_session
+        if run and overlaps and past.fingerprint != run.fingerprint:
+            # A run that is told again comes last: only the verdict just before this one hands on.
+            others.pop(past.fingerprint, None)
+            others[past.fingerprint] = past
     return tuple(others.values())
+
+
+def share_of_limits(earlier: Sequence[Run] = (), n_own: int = 1) -> float:
+    """Return the share of a first verdict's limits that a verdict after ``earlier`` ones has.
+
+    One over the square of the number of verdicts, of which the run itself brings ``n_own``. Divided by the
+    number alone, the limits of all verdicts together would add up without bound, and whoever stops at the
+    first edge would find one; the squares add up to 1.64 limits. A verdict that found an edge did not use up
+    its share: it is handed on to the next. Up to the first edge nothing is handed on, so that the chance of a
+    first false one is what it was. Tian, Ramdas (2021), Online control of the familywise error rate,
+    Statistical Methods in Medical Research 30 (4), "online fallback"; never more than one limit here.
+    """
+    if n_own < 1:
+        raise UsageError(f"this verdict is one at least, got {n_own}")
+    handed_on = earlier[-1].limits_share if earlier and earlier[-1].label == "edge" else 0.0
+    n_verdicts = n_own + sum(run.n_trials for run in earlier)
+    return min(1.0, 1.0 / n_verdicts**2 + handed_on / n_own)
 
 
 def verdicts_on(metadata: Mapping[str, Any], log: Path | None) -> int:

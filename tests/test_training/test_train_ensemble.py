@@ -247,6 +247,16 @@ def test_a_meta_learner_beside_the_simple_one_is_two_tries_and_a_repetition_is_n
     assert not (places / "models" / "NOISE" / "ensemble").exists()
 
 
+def test_an_edge_hands_its_limits_on_and_noise_has_none_to_hand_on(places: Path, capsys):
+    for symbol, label, shares in (("SIGNAL", "edge", (1.0, 1.0)), ("NOISE", "no-edge", (1.0, 0.25))):
+        for seed, share in zip(("7", "8"), shares, strict=True):
+            assert main([symbol, "--seed", seed, "--validate-only", "--json"]) == 0
+            found = json.loads(capsys.readouterr().out)[0]
+            assert found["verdict"] == label
+            assert found["evidence"]["limits_share"] == share
+        assert [one["label"] for one in found["tries"]] == [label]
+
+
 def test_a_strict_run_saves_nothing_without_an_edge(places: Path, capsys, monkeypatch, bundles):
     monkeypatch.setattr(
         train_ensemble, "load_lstm", lambda _dir, symbol: network_like(bundles[symbol], skill=0.0)

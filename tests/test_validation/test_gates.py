@@ -13,16 +13,14 @@ from scipy.stats import rankdata
 
 from utils.base import DataError, GateRefusedError
 from validation.gates import (
-    MAX_P_IC,
     UNIVERSE_EVIDENCE,
     Verdict,
     judge,
     of_universe,
-    p_limits,
     refuse_without_edge,
 )
 from validation.walk_forward import FoldMeasures, summarise_folds
-from validation.wfe_metrics import block_bootstrap_p_value
+from validation.wfe_metrics import Run, block_bootstrap_p_value
 
 HORIZON = 5
 QUICK = 400
@@ -371,7 +369,7 @@ def test_the_evidence_is_plain_and_complete():
         horizon_bars=HORIZON,
         strategy_return=strategy,
         benchmark_return=benchmark,
-        n_verdicts=10,
+        earlier=(Run(symbol="TEST", first_session="", last_session="", fingerprint="a", n_trials=9),),
         tried_returns=tried,
         n_resamples=QUICK,
     )
@@ -381,6 +379,7 @@ def test_the_evidence_is_plain_and_complete():
     for name in ("ic", "p_ic", "p_return", "skill_over_zero", "skill_over_average", "deflated_sharpe", "pbo"):
         assert isinstance(evidence[name], float), name
     assert evidence["n_trials"] == 10
+    assert evidence["limits_share"] == pytest.approx(0.01)
     assert {gate["name"] for gate in plain["gates"]} == set(gates_of(verdict))
     assert judged(history, signal).evidence["deflated_sharpe"] > evidence["deflated_sharpe"], (
         "more verdicts, less"
@@ -417,16 +416,6 @@ def test_three_thousand_rows_are_judged_within_a_second():
     started = time.perf_counter()
     judged(history, signal, n_resamples=2_000)
     assert time.perf_counter() - started < 1.0
-
-
-def test_trying_seeds_is_no_way_to_an_edge():
-    """The limits shrink with the tries on the same prices, so that all of them together keep the rate."""
-    tenth = p_limits(10)
-    assert tenth == pytest.approx((0.0005, 0.001))
-    spent = sum(p_limits(number)[0] for number in range(1, 5_000))
-    assert spent < 1.65 * MAX_P_IC
-    with pytest.raises(DataError, match="got 0"):
-        p_limits(0)
 
 
 def verdict_with(label: str, ic: float, *, leak_alarm: bool = False) -> Verdict:

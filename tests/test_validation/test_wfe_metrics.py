@@ -28,6 +28,7 @@ from validation.wfe_metrics import (
     probabilistic_sharpe,
     probability_of_backtest_overfitting,
     record_run,
+    share_of_limits,
     sharpe_moments,
 )
 
@@ -373,6 +374,60 @@ def test_verdicts_are_counted_per_symbol_and_window(tmp_path):
     assert [run.fingerprint for run in earlier_runs(path, RUN)] == ["b"]
 
 
+def looks(p_values: list[float]) -> list[tuple[bool, float]]:
+    """Judge one p-value after the other by a limit of .05: was it an edge, and by which share of it."""
+    found: list[Run] = []
+    for number, p_value in enumerate(p_values):
+        share = share_of_limits(found)
+        label = "edge" if p_value <= 0.05 * share else "no-edge"
+        found.append(replace(RUN, fingerprint=str(number), label=label, limits_share=share))
+    return [(run.label == "edge", run.limits_share) for run in found]
+
+
+@given(st.lists(st.floats(0.0, 0.12), min_size=1, max_size=12))
+def test_an_edge_hands_its_limits_on_as_the_online_fallback_does(p_values):
+    """Oracle: the published recursion. Planted fault: whoever hands on without an edge differs from it."""
+    handed_on, expected = 0.0, []
+    for number, p_value in enumerate(p_values, start=1):
+        share = min(1.0, number**-2 + handed_on)
+        handed_on = share if p_value <= 0.05 * share else 0.0
+        expected.append((handed_on > 0, pytest.approx(share)))
+    assert looks(p_values) == expected
+
+
+@given(st.lists(st.floats(0.0, 0.12), min_size=1, max_size=12))
+def test_the_first_edge_comes_no_earlier_than_if_nothing_was_handed_on(p_values):
+    """So the chance of a false edge, ever, is what the shares 1, 1/4, 1/9 ... add up to: 1.64 limits."""
+    spent = [p_value <= 0.05 / number**2 for number, p_value in enumerate(p_values, start=1)]
+    found = [is_edge for is_edge, _share in looks(p_values)]
+    assert [*found, True].index(True) == [*spent, True].index(True)
+    assert all(share <= 1.0 for _is_edge, share in looks(p_values))
+
+
+def test_trying_seeds_is_no_way_to_an_edge():
+    """Noise all along, looked at again and again: the limits of all looks together keep the rate."""
+    shares = [share for _is_edge, share in looks([0.9] * 300)]
+    assert shares[9] == pytest.approx(0.01)
+    assert sum(shares) < 1.65
+    with pytest.raises(UsageError, match="got 0"):
+        share_of_limits(n_own=0)
+
+
+def test_only_the_verdict_just_before_hands_on_and_only_once(tmp_path):
+    path, edge = tmp_path / "trials.jsonl", {"label": "edge", "limits_share": 1.0}
+    now = replace(RUN, fingerprint="now")
+    record_run(path, RUN)
+    assert share_of_limits(earlier_runs(path, now)) == 0.25, "a run that was killed has shown nothing"
+    record_run(path, replace(RUN, **edge))
+    assert share_of_limits(earlier_runs(path, now)) == 1.0
+    assert share_of_limits(earlier_runs(path, now), 2) == pytest.approx(1 / 9 + 1 / 2), "two share it"
+    record_run(path, replace(RUN, fingerprint="b", label="no-edge", limits_share=1.0))
+    assert share_of_limits(earlier_runs(path, now)) == pytest.approx(1 / 9), "what was used is gone"
+    # The first once more, after what was handed on to the second is gone: it comes last, by its new share.
+    record_run(path, replace(RUN, label="edge", limits_share=0.25))
+    assert share_of_limits(earlier_runs(path, now)) == pytest.approx(1 / 9 + 1 / 4)
+
+
 def test_a_torn_line_does_not_stop_the_count(tmp_path):
     path = tmp_path / "trials.jsonl"
     record_run(path, replace(RUN, fingerprint="b"))
@@ -401,6 +456,11 @@ def test_a_torn_line_does_not_stop_the_count(tmp_path):
         {"n_trials": float("nan")},
         {"n_trials": 10**12},
         {"at": 5},
+        {"label": 1},
+        {"limits_share": 1.5},
+        {"limits_share": -0.1},
+        {"limits_share": float("nan")},
+        {"limits_share": "1"},
     ],
     ids=str,
 )
