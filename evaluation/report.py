@@ -25,7 +25,8 @@ from utils.base import DataError, StorageError
 from utils.model_paths import write_whole
 
 Facts = Mapping[str, Any]
-Rows, Sections = Iterable[Iterable[Cell]], Iterable[Section]
+Rows = Iterable[Iterable[Cell]]
+Sections = Iterable[Section]
 AnyBlock = TypeVar("AnyBlock", Drawing, Table)
 STRATEGY = "Strategy"
 BENCHMARKS = {"buy_hold": ("Buy and hold", "hold"), "exposure_matched": ("Same exposure", "exposure")}
