@@ -155,14 +155,13 @@ class Saved:
     """What a saved model of any kind has.
 
     It forecasts, and is judged, ``horizon_bars`` ahead; its ``record`` is what it said out of sample, a row a
-    session. ``path`` is None before it is saved; ``warnings`` tell what was amiss and did not prevent it.
+    session; ``warnings`` tell what was amiss when it was loaded and did not prevent it.
     """
 
     symbol: str
     horizon_bars: int
     record: pd.DataFrame
     metadata: Mapping[str, Any]
-    path: Path | None = None
     warnings: tuple[str, ...] = ()
 
     @property
@@ -230,7 +229,7 @@ class Format(Generic[ManifestT, SavedT]):
     def load_folder(self, folder: Path) -> SavedT:
         """Check one version's files against its manifest, which vouches for all of them, then load them."""
         version = read_version(folder, self.kind, self.manifest)
-        return replace(self.build(version, checked_metadata(version)), path=folder)
+        return self.build(version, checked_metadata(version))
 
     def describe(self, linked: Linked) -> Description:
         """Describe the version that `load_linked` would load: its files are checked, none is unpickled."""

@@ -326,7 +326,7 @@ class BundleForecaster:
             "skill_lower": skill,
             **{name: record[name] for name in ("raw_scaled", *(f"model_{name}" for name in bundle.models))},
             "is_out_of_sample": (replayed | after) & ~other_prices,
-            **{f"{FURTHER}{bars}": np.nan for bars in bundle.path_horizons},
+            **{f"{FURTHER}{further}": np.nan for further in bundle.path_horizons},
             "is_of_other_prices": other_prices,
         }
         frame = pd.DataFrame(columns, index=index)
