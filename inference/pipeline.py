@@ -306,11 +306,8 @@ class BundleForecaster:
 
     def centre(self, bars: pd.DataFrame) -> pd.DataFrame:
         """Return centre, scale, skill and raw signal per bar: the record's rows, then the final model's."""
-        bundle, target, index = (
-            self.bundle,
-            make_target(bars, self.horizon_bars),
-            pd.DatetimeIndex(bars.index),
-        )
+        bundle, index = self.bundle, pd.DatetimeIndex(bars.index)
+        target = make_target(bars, self.horizon_bars)
         record, newest = bundle.record.set_index("date").reindex(index), bundle.record["date"].max()
         replayed, after = record["predicted_log"].notna().to_numpy(), np.asarray(index > newest)
         other_prices = replayed & self._restated(record, target["target_log"]).to_numpy()
