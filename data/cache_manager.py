@@ -1,11 +1,5 @@
 """Prices and features on disk: checked to the last byte, extended by new sessions, safe for many processes.
 
-::
-
-    python -m data.cache_manager info AAPL
-    python -m data.cache_manager refresh AAPL MSFT --source yahoo
-    python -m data.cache_manager clear AAPL
-
 A table is a Parquet file named by its content, and a sealed JSON file that points to it and is replaced
 atomically: a reader sees the old pair or the new one. A damaged file is moved aside and fetched again.
 """
@@ -19,7 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -28,34 +22,15 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from data.data_fetcher import (
-    BarSource,
-    RawAnswer,
-    RevisionedSource,
-    check_answer,
-    last_due,
-    make_source,
-    settled_rows,
-)
+from data.data_fetcher import BarSource, FileSource, RawAnswer, check_answer, last_due, make_source, settled
 from data.schema import PRICE_COLUMNS, calendar_for, normalise_symbol
-from utils.base import (
-    AIStocksError,
-    DataError,
-    LockedError,
-    Settings,
-    StorageError,
-    UnknownSymbolError,
-    UpstreamError,
-    configure_logging,
-    read_settings,
-)
-from utils.model_paths import symbol_dir, write_whole
+from utils.base import DataError, Settings, StorageError, UnknownSymbolError, UpstreamError, run_command
+from utils.model_paths import holding, symbol_dir, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -124,8 +99,7 @@ def encode_table(frame: pd.DataFrame) -> bytes:
 def decode_table(content: bytes) -> pd.DataFrame:
     """Return the table that :func:`encode_table` wrote, after checking its pages."""
     table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
-    columns = {name: table[name].to_numpy() for name in table.column_names if name != "date"}
-    return pd.DataFrame(columns, index=pd.DatetimeIndex(table["date"].to_numpy(), name="date"))
+    return pd.DataFrame(table.to_pandas().set_index("date"))
 
 
 def _sha256(content: bytes) -> str:
@@ -188,7 +162,7 @@ class BarCache:
         with self.locked(symbol, source.name):
             cached = self.recover("bars", symbol, source.name)
             ended, error = self._flights.get((source.name, symbol), (0.0, None))
-            accept = cached is not None and (ended >= asked or not force_refresh)
+            accept = ended >= asked or not force_refresh
             if cached is not None and accept and self._is_fresh(cached.meta, source, now):
                 return cached.answer()
             since = asked if force_refresh else time.monotonic() - REMEMBER_FAILURE_S
@@ -234,12 +208,12 @@ class BarCache:
         found = []
         for path in sorted((self._root / "bars").glob("*/*/bars.json")):
             with suppress(CorruptTableError):
-                meta = unseal(path.read_bytes())
-                found += [(meta.symbol, meta.source)] if meta is not None else []
+                if meta := unseal(path.read_bytes()):
+                    found.append((meta.symbol, meta.source))
         return found
 
     def _is_fresh(self, meta: TableMeta, source: BarSource, now: datetime) -> bool:
-        if isinstance(source, RevisionedSource):
+        if isinstance(source, FileSource):
             return meta.revision == source.revision(meta.symbol)
         calendar = calendar_for(meta.symbol)
         last_closed = calendar.last_closed_session(now)
@@ -256,13 +230,13 @@ class BarCache:
         raw, revision = None, None
         if extend is not None and not whole:
             start = priced_rows(extend.frame).index[-OVERLAP_BARS:][0].date()
-            newer = settled_rows(source.fetch(symbol, start=start), last_closed)
+            newer = settled(source.fetch(symbol, start=start), last_closed)
             raw = join_raw(extend.frame, newer, tolerance=PRICE_TOLERANCE)
-        if isinstance(source, RevisionedSource):
+        if isinstance(source, FileSource):
             # A file is kept as it is: another ``now`` may want more of it. A live bar may still form.
             raw, revision = source.fetch_revised(symbol)
         elif raw is None:
-            raw = settled_rows(source.fetch(symbol), last_closed)
+            raw = settled(source.fetch(symbol), last_closed)
         try:
             check_answer(symbol, raw, source.name, now)
             if extend is not None:
@@ -300,14 +274,11 @@ class BarCache:
         """Keep other threads and processes off what is cached; ``LockedError`` after too long."""
         # As many files as a byte has values: symbols that nobody knows leave no trace of their own.
         path = self._root / "locks" / f"{_sha256(f'{source_name}/{symbol}'.encode())[:2]}.lock"
-        lock = FileLock(path, timeout=LOCK_TIMEOUT_S)
-        with self._writing():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-        try:
+        refusal = "another request for the symbol takes too long: try again later"
+        with ExitStack() as stack:
+            with self._writing():
+                stack.enter_context(holding(path, LOCK_TIMEOUT_S, refusal))
             yield
-        finally:
-            lock.release()
 
     def recover(self, kind: Kind, symbol: str, source_name: str) -> CachedTable | None:
         """Return a cached table, or move a corrupt one aside; the caller holds the lock."""
@@ -341,12 +312,11 @@ class BarCache:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except Timeout as error:
-            raise LockedError("another request for the symbol takes too long: try again later") from error
         except OSError as error:
-            raise StorageError(
+            words = (
                 f"the cache {self._root} cannot be written ({error.strerror}): make room, or use --no-cache"
-            ) from error
+            )
+            raise StorageError(words) from error
 
 
 def _refuse_fewer(symbol: str, cached: pd.DataFrame, raw: pd.DataFrame) -> None:
@@ -408,26 +378,22 @@ def run(args: argparse.Namespace, settings: Settings, now: datetime) -> list[dic
     return described
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Show, refresh or clear cached prices; return the exit code that ``utils.base`` lists."""
-    args = build_parser().parse_args(argv)
-    settings = read_settings()
-    configure_logging(settings.log_level if not args.json else "WARNING")
-    console = Console(stderr=args.json)
-    try:
-        described = run(args, settings, datetime.now(UTC))
-    except AIStocksError as error:
-        console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
-        return error.exit_code
+def show(described: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    """Print descriptions, for a program or for a person."""
     if args.json:
         sys.stdout.write(json.dumps(described, allow_nan=False) + "\n")
-        return 0
+        return
     for one in described:
         table = Table(show_header=False)
         for key, value in one.items():
             table.add_row(key, escape("; ".join(value) if isinstance(value, list) else str(value)))
-        console.print(table)
-    return 0
+        Console().print(table)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Show, refresh or clear cached prices; return the exit code that ``utils.base`` lists."""
+    args = build_parser().parse_args(argv)
+    return run_command(lambda settings: show(run(args, settings, datetime.now(UTC)), args), quiet=args.json)
 
 
 if __name__ == "__main__":

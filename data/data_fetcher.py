@@ -10,23 +10,23 @@ import importlib.util
 import io
 import logging
 import re
+import textwrap
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
-from functools import cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import requests
-from filelock import FileLock
 from pydantic import BaseModel, Field, SecretStr, TypeAdapter, ValidationError
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from data.feature_engineer import SENTIMENT_COLUMNS, sentiment_features
+from data.feature_engineer import MARKET_WORDS
 from data.schema import (
     MAX_MISSING_SESSIONS,
     MAX_OFF_CALENDAR,
@@ -49,9 +49,11 @@ from utils.base import (
     UnknownSymbolError,
     UpstreamError,
     UsageError,
-    existing_folder,
 )
-from utils.model_paths import write_whole
+from utils.model_paths import holding, write_whole
+
+if TYPE_CHECKING:
+    from data.cache_manager import BarCache
 
 logger = logging.getLogger(__name__)
 
@@ -60,16 +62,12 @@ _UNKNOWN = re.compile(
     r"no data found|not found|delisted|no price data|doesn't exist|invalid input", re.IGNORECASE
 )
 _NOT_A_CHART = (ValueError, LookupError, TypeError, AttributeError)
-# Who has had no bar for more sessions will have none any more.
-DELISTED_AFTER_SESSIONS = 10
 HEADLINE_COLUMNS = ("date", "headline", "source")
-# The least that training learns from. Two years (short of holidays): fewer sessions know the correlation with
-# a 5-day return to within 0.1 at best, more than any headline is worth. And two rows of five: else most folds
-# would train, and most of the verdict would be earned, on rows that know nothing of the news.
-LEAST_SESSIONS, LEAST_SHARE = 480, 0.4
 # How far back Finnhub tells; what is asked for at a time, what again (articles come late), and how often.
-FINNHUB_KNOWS, PAGE, OVERLAP = timedelta(days=365), timedelta(days=14), timedelta(days=3)
+FINNHUB_KNOWS, PAGE, OVERLAP = timedelta(days=365), timedelta(days=15), timedelta(days=3)
 ASK_EVERY_S = 3600.0
+# After so many sessions without a headline nothing is known, however many there were before.
+MAX_GAP_SESSIONS = 5
 
 
 def make_news(settings: Settings) -> "NewsSource | None":
@@ -84,12 +82,21 @@ def make_news(settings: Settings) -> "NewsSource | None":
     raise UsageError(f"AI_STOCKS_NEWS={settings.news!r} is no source of headlines: use csv:DIR or finnhub")
 
 
+def _folder(path: Path, option: str) -> tuple[Path, str]:
+    """Return a folder that ``option`` names, and its source's name; `UsageError` where there is none."""
+    if path.is_file():
+        hint = f"name its folder: {option.rsplit(maxsplit=1)[-1]}{path.parent}"
+        raise UsageError(f"{option}{path}: that is a file; {hint}")
+    if not path.is_dir():
+        raise UsageError(f"{option}{path}: there is no such folder")
+    return path, f"csv:{path.resolve().name}"
+
+
 class CsvNews:
     """A folder that holds ``<SYMBOL>.csv`` with the columns ``date,headline,source``."""
 
     def __init__(self, directory: Path) -> None:
-        self._directory = existing_folder(directory, "AI_STOCKS_NEWS=csv:")
-        self.name = f"csv:{directory.resolve().name}"
+        self._directory, self.name = _folder(directory, "AI_STOCKS_NEWS=csv:")
 
     def read(self, symbol: str) -> pd.DataFrame:
         """Return a normalised symbol's headlines by date; raises `UpstreamError` or `DataError`."""
@@ -129,8 +136,7 @@ class FinnhubNews:
         """Return what was kept and what is new; what was kept alone, with a warning, where asking fails."""
         path = self.cache_dir / "news" / f"{symbol}.csv"
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(path.with_suffix(".lock"), timeout=60.0):
+            with holding(path.with_suffix(".lock"), 60.0, f"headlines of {symbol} are being read: try later"):
                 return self._refreshed(symbol, path)
         except OSError as error:
             raise StorageError(f"headlines of {symbol} cannot be kept: {error.strerror or error}") from error
@@ -156,15 +162,13 @@ class FinnhubNews:
     def _ask(self, symbol: str, first: date, last: date) -> pd.DataFrame:
         if self.key is None:
             raise UpstreamError("Finnhub needs a key: set AI_STOCKS_FINNHUB_KEY")
-        found: list[_Item] = []
-        while first <= last:
-            # A long span would be answered with its newest articles only.
-            found += self._page(symbol, self.key, first, min(last, first + PAGE))
-            first += PAGE + timedelta(days=1)
+        # A long span would be answered with its newest articles only.
+        pages = [day.date() for day in pd.date_range(first, last, freq=PAGE)]
+        found = [item for day in pages for item in self._page(symbol, self.key, day, min(last, day + PAGE))]
         # The day in UTC: the first session after it ends later than the day, whatever the exchange.
-        rows = [(datetime.fromtimestamp(one.datetime, UTC).date(), one.headline, one.source) for one in found]
-        frame = pd.DataFrame(rows, columns=list(HEADLINE_COLUMNS))
-        return frame.assign(date=pd.to_datetime(frame["date"]))
+        days = pd.to_datetime([item.datetime for item in found], unit="s").normalize()
+        texts = [(item.headline, item.source) for item in found]
+        return pd.DataFrame(texts, columns=list(HEADLINE_COLUMNS[1:])).assign(date=days)
 
     def _page(self, symbol: str, key: SecretStr, first: date, last: date) -> list[_Item]:
         try:
@@ -179,9 +183,8 @@ class FinnhubNews:
             # The message of a header that cannot be sent holds the key.
             raise UpstreamError(f"Finnhub cannot be asked ({type(error).__name__}): try later") from None
         if answer.status_code != requests.codes.ok:
-            why = {401: "the key is wrong", 403: "the key may not", 429: "too many requests"}
-            said = why.get(answer.status_code, "no answer")
-            raise UpstreamError(f"Finnhub has no news of {symbol} for us ({answer.status_code}: {said})")
+            said = f"{answer.status_code}: {answer.reason}"
+            raise UpstreamError(f"Finnhub has no news of {symbol} for us ({said})")
         try:
             return _ITEMS.validate_json(answer.content)
         except ValidationError as error:
@@ -191,23 +194,26 @@ class FinnhubNews:
 NewsSource = CsvNews | FinnhubNews
 
 
-def _headlines_of(path: Path) -> pd.DataFrame:
+def _dated(file: Path | io.BytesIO, name: str, needed: Sequence[str], *, texts: bool) -> pd.DataFrame:
+    """Return a CSV file's rows, its first ``needed`` column as dates; `DataError` where it cannot be read."""
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
-        if absent := sorted(set(HEADLINE_COLUMNS) - set(table.columns)):
-            raise DataError(
-                f"{path.name} has no column {', '.join(absent)}: headlines need {','.join(HEADLINE_COLUMNS)}"
-            )
-        table["date"] = written_dates(table["date"], path.name)
+        table = pd.read_csv(file, dtype=str if texts else None, keep_default_na=not texts, encoding="utf-8")
+        if absent := [column for column in needed if column not in table.columns]:
+            raise DataError(f"{name} has no column {', '.join(absent)}: it needs {','.join(needed)}")
+        table[needed[0]] = written_dates(table[needed[0]], name)
     except (ValueError, pd.errors.ParserError) as error:
-        raise DataError(f"{path.name} cannot be read as headlines: {error}") from error
-    return _by_date(table.loc[:, list(HEADLINE_COLUMNS)])
+        raise DataError(f"{name} cannot be read: {error}") from error
+    return table
+
+
+def _headlines_of(path: Path) -> pd.DataFrame:
+    return _by_date(_dated(path, path.name, HEADLINE_COLUMNS, texts=True))
 
 
 def _by_date(table: pd.DataFrame) -> pd.DataFrame:
     """Return headlines by date; what several sources printed on one day counts once."""
-    table = table.loc[np.asarray(table["headline"].str.strip() != "")].sort_values("date", kind="stable")
-    return table.drop_duplicates(["date", "headline"], ignore_index=True)
+    told = table.loc[np.asarray(table["headline"].str.strip() != ""), list(HEADLINE_COLUMNS)]
+    return told.sort_values("date", kind="stable").drop_duplicates(["date", "headline"], ignore_index=True)
 
 
 def _kept_headlines(path: Path) -> pd.DataFrame | None:
@@ -236,18 +242,27 @@ class BarSource(ABC):
         """
 
 
-class RevisionedSource(BarSource):
+class FileSource(BarSource):
     """A source whose table is read whole, and that can say cheaply whether it is another one than before."""
 
     is_live = False
 
     @abstractmethod
-    def fetch_revised(self, symbol: str) -> tuple[pd.DataFrame, str]:
-        """Return all rows, and the sha256 of the very bytes they were read from."""
+    def _read(self, symbol: str) -> bytes:
+        """Return the very bytes that a symbol's rows are made of."""
 
     @abstractmethod
+    def _parse(self, symbol: str, content: bytes) -> pd.DataFrame:
+        """Return all rows."""
+
+    def fetch_revised(self, symbol: str) -> tuple[pd.DataFrame, str]:
+        """Return all rows, and the sha256 of the very bytes they were read from."""
+        content = self._read(symbol)
+        return self._parse(symbol, content), hashlib.sha256(content).hexdigest()
+
     def revision(self, symbol: str) -> str:
         """Return that sha256 alone, quickly."""
+        return hashlib.sha256(self._read(symbol)).hexdigest()
 
     def fetch(self, symbol: str, *, start: date | None = None) -> pd.DataFrame:
         """Return the rows from ``start`` on; see :class:`BarSource`."""
@@ -264,19 +279,11 @@ class RawAnswer:
     failure: str | None = None
 
 
-class ReadsThrough(Protocol):
-    """What :func:`fetch_stock_data` needs of a cache; see ``data.cache_manager.BarCache``."""
-
-    def read_through(  # noqa: D102
-        self, symbol: str, source: BarSource, *, now: datetime, force_refresh: bool
-    ) -> RawAnswer: ...
-
-
 def fetch_stock_data(
     symbol: str,
     *,
     source: BarSource,
-    cache: ReadsThrough | None = None,
+    cache: "BarCache | None" = None,
     force_refresh: bool = False,
     now: datetime | None = None,
 ) -> Bars:
@@ -305,7 +312,7 @@ def fetch_stock_data(
     return with_headlines(Bars(symbol=symbol, frame=frame, provenance=seen, report=report), source.news)
 
 
-def settled_rows(raw: pd.DataFrame, last_closed: pd.Timestamp) -> pd.DataFrame:
+def settled(raw: pd.DataFrame, last_closed: pd.Timestamp) -> pd.DataFrame:
     """Return the rows of a raw table whose sessions had closed by ``last_closed`` (tz-naive)."""
     return raw.loc[bar_dates(raw) <= last_closed]
 
@@ -318,11 +325,11 @@ def check_answer(
     Raises ``DataError``, which names symbol and source, if the table cannot be used.
     """
     calendar = calendar_for(symbol)
-    settled = settled_rows(raw, calendar.last_closed_session(now))
-    if settled.empty:
+    ended = settled(raw, calendar.last_closed_session(now))
+    if ended.empty:
         raise DataError(f"{symbol}: {source_name} has no session that had closed by {now:%Y-%m-%d %H:%M} UTC")
     try:
-        frame, report = clean_bars(settled)
+        frame, report = clean_bars(ended)
         closed = calendar.off_calendar(pd.DatetimeIndex(frame.index))
         refuse_above(len(closed), len(frame), MAX_OFF_CALENDAR, "rows lie on days without a session")
         frame = frame.drop(index=closed) if len(closed) else frame
@@ -335,7 +342,7 @@ def check_answer(
         rows=len(frame),
         off_calendar=len(closed),
         missing_sessions=missing,
-        unfinished_dropped=len(raw) - len(settled),
+        unfinished_dropped=len(raw) - len(ended),
     )
 
 
@@ -343,17 +350,6 @@ def last_due(symbol: str, source_name: str, now: datetime) -> pd.Timestamp:
     """Return the last session that had closed by ``now`` and that the source could know."""
     last_closed = calendar_for(symbol).last_closed_session(now)
     return min(last_closed, SampleSource.ENDS) if source_name == SampleSource.name else last_closed
-
-
-def refuse_delisted(bars: Bars, now: datetime) -> None:
-    """Refuse bars of a live source that ended long ago, by a ``DataError``: nothing is left to forecast."""
-    calendar, last = calendar_for(bars.symbol), bars.provenance.last_session
-    missed = calendar.sessions_between(last, calendar.last_closed_session(now))
-    if missed > DELISTED_AFTER_SESSIONS:
-        raise DataError(
-            f"{bars.symbol} has had no bar since {last:%Y-%m-%d}, {missed} sessions ago: it was delisted or "
-            "renamed; save its prices as a file and train with --source csv:DIR to study it all the same"
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -395,6 +391,7 @@ def make_source(spec: str, *, cache_dir: Path | None = None, news: NewsSource | 
     return source
 
 
+@dataclass(eq=False)
 class YahooSource(BarSource):
     """Yahoo Finance by way of yfinance, whose caches lie in ours and whose errors are made to show.
 
@@ -405,27 +402,22 @@ class YahooSource(BarSource):
     name = "yahoo"
     is_live = True
 
-    def __init__(
-        self,
-        cache_dir: Path,
-        *,
-        attempts: int = 3,
-        backoff_s: float = 1.0,
-        timeout_s: float = 10.0,
-        session: object | None = None,
-    ) -> None:
-        self._cache_dir, self._timeout_s, self._session = cache_dir / "yfinance", timeout_s, session
-        self._retrying = Retrying(
-            stop=stop_after_attempt(attempts),
-            wait=wait_random_exponential(multiplier=backoff_s, max=30.0),
-            retry=retry_if_exception_type(UpstreamError),
-            reraise=True,
-        )
+    cache_dir: Path
+    attempts: int = 3
+    backoff_s: float = 1.0
+    timeout_s: float = 10.0
+    session: object | None = None
 
     def fetch(self, symbol: str, *, start: date | None = None) -> pd.DataFrame:
         """Return Yahoo's rows; see :class:`BarSource`."""
+        retrying = Retrying(
+            stop=stop_after_attempt(self.attempts),
+            wait=wait_random_exponential(multiplier=self.backoff_s, max=30.0),
+            retry=retry_if_exception_type(UpstreamError),
+            reraise=True,
+        )
         try:
-            table = self._retrying.copy()(self._ask, symbol, start)
+            table = retrying(self._ask, symbol, start)
         except UpstreamError as error:
             raise UpstreamError(
                 f"Yahoo cannot be reached for {symbol} ({error}): try again later, or work without it by "
@@ -443,9 +435,9 @@ class YahooSource(BarSource):
         yfinance.cache.get_tz_cache().store(symbol, calendar_for(symbol).timezone)
         yfinance.data.YfData.cache_get.cache_clear()
         try:
-            ticker = yfinance.Ticker(symbol, session=self._session)
+            ticker = yfinance.Ticker(symbol, session=self.session)
             span = {"period": "max"} if start is None else {"start": start.isoformat()}
-            table = ticker.history(**span, auto_adjust=False, actions=True, timeout=self._timeout_s)
+            table = ticker.history(**span, auto_adjust=False, actions=True, timeout=self.timeout_s)
             return pd.DataFrame(table)
         except yfinance.exceptions.YFTickerMissingError as error:
             if _UNKNOWN.search(str(error)) is None:
@@ -463,44 +455,31 @@ class YahooSource(BarSource):
         # Its own deprecations, which yfinance turns on for its users to read, are nobody's business here.
         warnings.filterwarnings("ignore", category=DeprecationWarning, module="^yfinance")
         yfinance.config.debug.hide_exceptions = False
-        yfinance.set_tz_cache_location(str(self._cache_dir))
+        yfinance.set_tz_cache_location(str(self.cache_dir / "yfinance"))
         return yfinance
 
 
-class CsvSource(RevisionedSource):
+class CsvSource(FileSource):
     """A folder with ``<SYMBOL>.csv`` of ``Date`` and ``RAW_COLUMNS``; its last part goes into the name."""
 
     def __init__(self, directory: Path) -> None:
-        self._directory = existing_folder(directory, "--source csv:")
-        self.name = f"csv:{directory.resolve().name}"
+        self._directory, self.name = _folder(directory, "--source csv:")
 
-    def fetch_revised(self, symbol: str) -> tuple[pd.DataFrame, str]:
-        """Return the file's rows, and the sha256 of the bytes they were read from."""
-        name, content = f"{symbol}.csv", self._read(symbol)
-        try:
-            table = pd.read_csv(io.BytesIO(content), encoding="utf-8")
-            if "Date" not in table.columns:
-                raise DataError(f"{name} has no column Date")
-            table["Date"] = written_dates(table["Date"], name)
-        except (ValueError, pd.errors.ParserError) as error:
-            raise DataError(f"{name} cannot be read as prices: {error}") from error
-        return table.set_index("Date"), hashlib.sha256(content).hexdigest()
-
-    def revision(self, symbol: str) -> str:
-        """Return the sha256 of the file."""
-        return hashlib.sha256(self._read(symbol)).hexdigest()
+    def _parse(self, symbol: str, content: bytes) -> pd.DataFrame:
+        return _dated(io.BytesIO(content), f"{symbol}.csv", ["Date"], texts=False).set_index("Date")
 
     def _read(self, symbol: str) -> bytes:
         try:
             return (self._directory / f"{symbol}.csv").read_bytes()
         except FileNotFoundError:
-            there = sorted(file.stem for file in self._directory.glob("*.csv"))
-            raise UnknownSymbolError(f"{self.name} has no {symbol}.csv; it has {_listed(there)}") from None
+            there = ", ".join(sorted(file.stem for file in self._directory.glob("*.csv"))) or "no symbol"
+            has = textwrap.shorten(there, 100, placeholder=" and more")
+            raise UnknownSymbolError(f"{self.name} has no {symbol}.csv; it has {has}") from None
         except OSError as error:
             raise UpstreamError(f"{symbol}.csv of {self.name} cannot be read: {error.strerror}") from error
 
 
-class SampleSource(RevisionedSource):
+class SampleSource(FileSource):
     """Real prices of AAPL, FB, GOOG, IBM and MSFT from 2000 to March 2013, embedded in ``bokeh_sampledata``.
 
     The table (Quandl WIKI, public domain) holds prices and volumes as printed on the day, and ``Adj Close``
@@ -516,21 +495,9 @@ class SampleSource(RevisionedSource):
     # A factor jumps by 11 % at the largest special dividend (MSFT 2004), by 50 % at the smallest usual split.
     _SMALLEST_SPLIT = 1.25
 
-    def fetch_revised(self, symbol: str) -> tuple[pd.DataFrame, str]:
-        """Return the embedded rows, and the sha256 of the file."""
-        table, revision = self._everything
-        known = sorted(set(table["Ticker"]))
-        if symbol not in known:
-            raise UnknownSymbolError(f"the source sample has no {symbol}; it has {_listed(known)}")
-        one = table.loc[np.asarray(table["Ticker"] == symbol)].set_index("Date")
-        return self._in_yahoos_convention(one.loc[:, list(RAW_COLUMNS)].astype(np.float64)), revision
-
-    def revision(self, symbol: str) -> str:
-        """Return the sha256 of the embedded file."""
-        return self._everything[1]
-
-    @cached_property
-    def _everything(self) -> tuple[pd.DataFrame, str]:
+    def _read(self, symbol: str) -> bytes:
+        if symbol not in self.SYMBOLS:
+            raise UnknownSymbolError(f"the source sample has no {symbol}; it has {', '.join(self.SYMBOLS)}")
         spec = importlib.util.find_spec("bokeh_sampledata")
         folders = spec.submodule_search_locations if spec is not None else None
         if not folders:
@@ -538,9 +505,12 @@ class SampleSource(RevisionedSource):
         path = Path(folders[0]) / "_data" / "stocks.csv.gz"
         if not path.is_file():
             raise UsageError("--source sample needs bokeh_sampledata 2026.1 or later")
-        content = path.read_bytes()
+        return path.read_bytes()
+
+    def _parse(self, symbol: str, content: bytes) -> pd.DataFrame:
         table = pd.read_csv(io.BytesIO(content), compression="gzip", parse_dates=["Date"])
-        return table, hashlib.sha256(content).hexdigest()
+        one = table.loc[np.asarray(table["Ticker"] == symbol)].set_index("Date")
+        return self._in_yahoos_convention(one.loc[:, list(RAW_COLUMNS)].astype(np.float64))
 
     def _in_yahoos_convention(self, table: pd.DataFrame) -> pd.DataFrame:
         factor = np.asarray(table["Adj Close"] / table["Close"], dtype=np.float64)
@@ -552,11 +522,48 @@ class SampleSource(RevisionedSource):
         return table.assign(**prices, **rest)
 
 
-def _listed(names: Sequence[str], most: int = 12) -> str:
-    if not names:
-        return "no symbol"
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+@cache
+def _analyser() -> Any:  # noqa: ANN401 - the module has no types
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer  # noqa: PLC0415 - reads its lexicon
+
+    analyser = SentimentIntensityAnalyzer()
+    analyser.lexicon.update(MARKET_WORDS)
+    return analyser
+
+
+@lru_cache(maxsize=1 << 16)
+def score(headline: str) -> float:
+    """Return how a headline sounds, from -1 to 1; 0 where no word of it is in the lexicon.
+
+    References
+    ----------
+    Hutto, Gilbert (2014), VADER: a parsimonious rule-based model for sentiment analysis, ICWSM-14.
+    """
+    return float(_analyser().polarity_scores(headline)["compound"])
+
+
+def sentiment_features(bars: pd.DataFrame, headlines: pd.DataFrame) -> pd.DataFrame:
+    """Return what each session knows of the headlines dated before it, `SENTIMENT_COLUMNS` by bar.
+
+    ``sentiment_<k>d`` is the mean score of the headlines that became known in the last k sessions;
+    ``news_volume_5d`` compares their number in 5 sessions with that in 60, as a logarithm. NaN where none
+    became known within `MAX_GAP_SESSIONS`, or (the number) not in all 60.
+    """
+    sessions = np.asarray(bar_dates(bars), dtype="datetime64[D]")
+    # The first session after the date. What is dated before the first bar became known we know not when.
+    place = np.searchsorted(sessions, np.asarray(headlines["date"], dtype="datetime64[D]"), side="right")
+    known = (place > 0) & (place < len(sessions))
+    scores = np.fromiter(map(score, headlines["headline"][known]), dtype=np.float64)
+    n, total = (
+        pd.Series(np.bincount(place[known], weights=weights, minlength=len(sessions)), dtype=np.float64)
+        for weights in (None, scores)
+    )
+    count, said = ({w: each.rolling(w, min_periods=1).sum() for w in (1, 5, 20, 60)} for each in (n, total))
+    recent = n.rolling(MAX_GAP_SESSIONS, min_periods=1).sum() > 0
+    always = recent.astype(np.float64).rolling(60).min() > 0
+    made = {f"sentiment_{w}d": (said[w] / count[w]).where(recent) for w in (1, 5, 20)}
+    made["news_volume_5d"] = ((1.0 + count[5]) / (1.0 + count[60] / 12.0)).map(np.log).where(always)
+    return pd.DataFrame(made).set_axis(bars.index)
 
 
 def with_headlines(bars: Bars, news: NewsSource | None) -> Bars:
@@ -570,22 +577,3 @@ def with_headlines(bars: Bars, news: NewsSource | None) -> Bars:
         return replace(bars, sentiment={"used": False, "reason": str(error)})
     facts = {"used": True, "source": news.name, "headlines": len(headlines)}
     return replace(bars, frame=bars.frame.join(sentiment_features(bars.frame, headlines)), sentiment=facts)
-
-
-def with_enough_headlines(bars: Bars, warmup_bars: int) -> Bars:
-    """Return bars to train on, without the columns and with the reason where too few rows have them."""
-    if bars.sentiment and not bars.sentiment["used"]:
-        return bars
-    reason = "AI_STOCKS_NEWS names no source of headlines"
-    if bars.sentiment:
-        covered = bars.frame["sentiment_5d"].iloc[warmup_bars:].notna()
-        if covered.sum() >= max(LEAST_SESSIONS, LEAST_SHARE * len(covered)):
-            return bars
-        reason = (
-            f"{bars.sentiment['source']} has headlines for {covered.sum():,} of {len(covered):,} training "
-            f"sessions, and {LEAST_SESSIONS} and {LEAST_SHARE:.0%} are the least: add some, or leave earlier "
-            "prices out"
-        )
-    logger.warning("%s: trains without headlines: %s", bars.symbol, reason)
-    frame = bars.frame.drop(columns=list(SENTIMENT_COLUMNS), errors="ignore")
-    return replace(bars, frame=frame, sentiment={**bars.sentiment, "used": False, "reason": reason})

@@ -6,7 +6,7 @@ where many symbols share a session, are split by session, never by row.
 """
 
 from collections.abc import Callable, Iterator, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from itertools import combinations, pairwise
 from typing import cast
 
@@ -21,6 +21,7 @@ BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float64]
 
 
+@dataclass(frozen=True, slots=True)
 class PurgedTimeSeriesSplit:
     """Expanding (or rolling) training rows before successive test blocks, purged by label end.
 
@@ -41,17 +42,14 @@ class PurgedTimeSeriesSplit:
     Lopez de Prado (2018), Advances in Financial Machine Learning, chapter 7.
     """
 
-    def __init__(
-        self,
-        n_splits: int = 5,
-        *,
-        test_size_bars: int | None = None,
-        purge_bars: int = 0,
-        embargo_bars: int = 0,
-        max_train_bars: int | None = None,
-    ) -> None:
-        self.n_splits, self.test_size_bars, self.max_train_bars = n_splits, test_size_bars, max_train_bars
-        self.purge_bars, self.embargo_bars = purge_bars, embargo_bars
+    n_splits: int = 5
+    _: KW_ONLY
+    test_size_bars: int | None = None
+    purge_bars: int = 0
+    embargo_bars: int = 0
+    max_train_bars: int | None = None
+
+    def __post_init__(self) -> None:
         _check_at_least(1, self, "n_splits", "test_size_bars", "max_train_bars")
         _check_at_least(0, self, "purge_bars", "embargo_bars")
 
@@ -147,6 +145,7 @@ def split_latest(
     return earlier, later
 
 
+@dataclass(frozen=True, slots=True)
 class CombinatorialPurgedSplit:
     """Every choice of ``n_test_blocks`` out of ``n_blocks`` as the test, purged on both sides.
 
@@ -166,17 +165,15 @@ class CombinatorialPurgedSplit:
     Lopez de Prado (2018), Advances in Financial Machine Learning, chapter 12.
     """
 
-    def __init__(
-        self, n_blocks: int = 6, n_test_blocks: int = 2, *, purge_bars: int = 0, embargo_bars: int = 0
-    ) -> None:
-        if n_test_blocks >= n_blocks:
-            raise UsageError(
-                f"{n_test_blocks} of {n_blocks} blocks as the test: choose fewer than {n_blocks}"
-            )
-        self.n_blocks = n_blocks
-        self.n_test_blocks = n_test_blocks
-        self.purge_bars = purge_bars
-        self.embargo_bars = embargo_bars
+    n_blocks: int = 6
+    n_test_blocks: int = 2
+    _: KW_ONLY
+    purge_bars: int = 0
+    embargo_bars: int = 0
+
+    def __post_init__(self) -> None:
+        if (n := self.n_test_blocks) >= self.n_blocks:
+            raise UsageError(f"{n} of {self.n_blocks} blocks as the test: choose fewer than {self.n_blocks}")
         _check_at_least(1, self, "n_blocks", "n_test_blocks")
         _check_at_least(0, self, "purge_bars", "embargo_bars")
 

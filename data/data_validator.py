@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Literal
 
 import numpy as np
@@ -13,7 +14,7 @@ from statsmodels.tools.sm_exceptions import SingularMatrixWarning
 from statsmodels.tsa.stattools import adfuller
 
 from data.cache_manager import BarCache, TableMeta
-from data.feature_engineer import engineer_features, feature_set_hash
+from data.feature_engineer import SENTIMENT_COLUMNS, engineer_features, feature_set_hash
 from data.indicators import FloatArray
 from data.schema import BAR_COLUMNS, Bars, SessionCalendar, bars_hash, calendar_for
 from data.target_engineering import DEFAULT_HORIZON_BARS, make_target
@@ -38,6 +39,12 @@ MAX_ADF_P, ADF_ROWS, ADF_LAGS = 0.05, 2_520, 5
 OUTLIER_Z = 25.0
 # With fewer rows no check could tell anything.
 MIN_ROWS = 100
+# Who has had no bar for more sessions will have none any more.
+DELISTED_AFTER_SESSIONS = 10
+# The least that training learns from. Two years (short of holidays): fewer sessions know the correlation with
+# a 5-day return to within 0.1 at best, more than any headline is worth. And two rows of five: else most folds
+# would train, and most of the verdict would be earned, on rows that know nothing of the news.
+LEAST_SESSIONS, LEAST_SHARE = 480, 0.4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,8 +285,7 @@ def cached_features(
     difference is logged as what it is, a feature that reads later bars.
 
     It is a check of the past and a record, not a shortcut: reading the features back, with their checksums,
-    takes longer than to compute them, as training and serving do. The key knows nothing of the optional
-    families' series.
+    takes longer than to compute them. The key knows nothing of the optional families' series.
     """
     symbol, source = bars.symbol, bars.provenance.source
     key = bars_hash(bars.frame)
@@ -321,9 +327,8 @@ def findings(bars: Bars, horizon_bars: int, cache: BarCache | None = None) -> tu
         features = cached_features(
             bars, cache, engineer_features, feature_set_hash=feature_set_hash(), horizon_bars=horizon_bars
         )
-    validator = DataValidator(
-        bars.frame, features, horizon_bars=horizon_bars, calendar=calendar_for(bars.symbol)
-    )
+    calendar = calendar_for(bars.symbol)
+    validator = DataValidator(bars.frame, features, horizon_bars=horizon_bars, calendar=calendar)
     why = bars.sentiment.get("reason")
     lacking = () if why is None else (f"trained without headlines: {why}",)
     return (*validator.run_all_validations().problems(), *lacking)
@@ -338,8 +343,7 @@ def adf_p_value(values: FloatArray, lags: int) -> float:
     except (ValueError, np.linalg.LinAlgError, SingularMatrixWarning):
         # A column of a few distinct values can leave the regression without rank: nothing is known about it.
         return 1.0
-    p_value = float(result[1])
-    return p_value if np.isfinite(p_value) else 1.0
+    return float(np.nan_to_num(result[1], nan=1.0, posinf=1.0, neginf=1.0))
 
 
 def _tie(left: FloatArray, right: FloatArray) -> float:
@@ -364,3 +368,33 @@ def _named(names: Mapping[str, object] | list[str]) -> str:
     listed = list(names)
     more = f" and {len(listed) - MAX_NAMED} more" if len(listed) > MAX_NAMED else ""
     return ", ".join(listed[:MAX_NAMED]) + more
+
+
+def refuse_delisted(bars: Bars, now: datetime) -> None:
+    """Refuse bars of a live source that ended long ago, by a ``DataError``: nothing is left to forecast."""
+    calendar, last = calendar_for(bars.symbol), bars.provenance.last_session
+    missed = calendar.sessions_between(last, calendar.last_closed_session(now))
+    if missed > DELISTED_AFTER_SESSIONS:
+        raise DataError(
+            f"{bars.symbol} has had no bar since {last:%Y-%m-%d}, {missed} sessions ago: it was delisted or "
+            "renamed; save its prices as a file and train with --source csv:DIR to study it all the same"
+        )
+
+
+def with_enough_headlines(bars: Bars, warmup_bars: int) -> Bars:
+    """Return bars to train on, without the columns and with the reason where too few rows have them."""
+    if bars.sentiment and not bars.sentiment["used"]:
+        return bars
+    reason = "AI_STOCKS_NEWS names no source of headlines"
+    if bars.sentiment:
+        covered = bars.frame["sentiment_5d"].iloc[warmup_bars:].notna()
+        if covered.sum() >= max(LEAST_SESSIONS, LEAST_SHARE * len(covered)):
+            return bars
+        reason = (
+            f"{bars.sentiment['source']} has headlines for {covered.sum():,} of {len(covered):,} training "
+            f"sessions, and {LEAST_SESSIONS} and {LEAST_SHARE:.0%} are the least: add some, or leave earlier "
+            "prices out"
+        )
+    logger.warning("%s: trains without headlines: %s", bars.symbol, reason)
+    frame = bars.frame.drop(columns=list(SENTIMENT_COLUMNS), errors="ignore")
+    return replace(bars, frame=frame, sentiment={**bars.sentiment, "used": False, "reason": reason})

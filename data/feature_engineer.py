@@ -10,9 +10,7 @@ import hashlib
 import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
-from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,14 +22,6 @@ from data.indicators import NO_MOVE, BarArrays, FloatArray
 from data.schema import ALWAYS, BAR_COLUMNS, WEEKDAYS, bar_dates, calendar_name
 from utils.base import DataError, UsageError
 
-# After so many sessions without a headline nothing is known, however many there were before.
-MAX_GAP_SESSIONS = 5
-# The lexicon is that of everyday speech: what names things in headlines of markets, and what moves there.
-_UP = "beat beats bullish climb climbs jump jumps rallies rally rise rises soar soars surge surges upgrade"
-_DOWN = "bearish downgrade fall falls miss misses plunge plunges sink sinks slide slump slumps tumble tumbles"
-_THINGS = "amazon credit demand gross interest security share shares vision"
-MARKET_WORDS = {word: v for v, words in ((2.0, _UP), (0.0, _THINGS), (-2.0, _DOWN)) for word in words.split()}
-
 # Raised whenever values change while the words of a formula stay the same; part of the hash.
 FEATURE_SET_VERSION = 1
 REGIME_LOW, REGIME_HIGH = 0.75, 1.25
@@ -40,7 +30,6 @@ VIX_SERIES, MARKET_SERIES = "the series of ^VIX", "the market's series"
 MAX_AGE_SESSIONS = 5
 # Calendars whose sessions end with New York's (16:00 there) or later on the same date.
 _NOT_BEFORE_NEW_YORK = frozenset({"XNYS", "XTSE", "CMES", WEEKDAYS, ALWAYS})
-_SESSIONS_PER_YEAR = 252.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,8 +55,9 @@ _REGISTRY = tuple(
     for family in _TABLES["family"]
     for n, f, w, low, high, of in family["rows"]
 )
-# What a feature is called where people read it.
+# What a feature is called where people read it; how words of the markets sound, -2 to 2.
 FEATURE_WORDS: dict[str, str] = _TABLES["words"]
+MARKET_WORDS: dict[str, float] = {w: tone["value"] for tone in _TABLES["tone"] for w in tone["words"].split()}
 CROSS_ASSET, MARKET_CONTEXT, SENTIMENT = (
     tuple(spec for spec in _REGISTRY if spec.family == family)
     for family in ("cross_asset", "market_context", "sentiment")
@@ -78,15 +68,11 @@ MAX_WARMUP_BARS: int = max(spec.warmup_bars for spec in FEATURES)
 
 
 class FeatureRows:
-    """Rows of ``block``, (features, bars), by the names of the features.
-
-    What is stored is winsorised and its warm-up blanked; a row means nothing before it is ``stored``.
-    """
+    """Rows of ``block``, (features, bars), by the names of the features: winsorised, the warm-up blanked."""
 
     def __init__(self, n_bars: int, optional: tuple[FeatureSpec, ...] = ()) -> None:
         specs = FEATURES + optional
         self.block = np.empty((len(specs), n_bars))
-        self.stored: set[str] = set()
         self._specs = {spec.name: (spec, row) for spec, row in zip(specs, self.block, strict=True)}
 
     def __getitem__(self, name: str) -> FloatArray:
@@ -97,7 +83,6 @@ class FeatureRows:
         """Store a feature while its values are still in the cache of the processor."""
         spec, row = self._specs[name]
         ind.winsorise(values, spec.lower, spec.upper, spec.warmup_bars, row)
-        self.stored.add(name)
 
 
 def _returns_volatility(x: BarArrays, rows: FeatureRows) -> None:
@@ -221,10 +206,9 @@ def _std(ret: FloatArray, window: int) -> FloatArray:
 
 def _cross_asset(x: BarArrays, rows: FeatureRows, vix: FloatArray) -> None:
     """Store the family; ``vix`` as :func:`align_close` gives it."""
-    level = vix / 100.0
-    spread = np.sqrt(_SESSIONS_PER_YEAR) * _std(x.ret, 20) - level
+    rows["vix_level"] = level = vix / 100.0
+    spread = np.sqrt(252.0) * _std(x.ret, 20) - level
     mean, _, deviation = ind.rolling_deviations(spread, 120)
-    rows["vix_level"] = level
     rows["vix_change"] = ind.log_change(np.log(vix), 0, 5)
     rows["rv_iv_spread"] = spread
     rows["rv_iv_zscore"] = ind.guarded_ratio(spread - mean, deviation, NO_MOVE, 0.0)
@@ -268,8 +252,7 @@ def _closes(other: pd.DataFrame, name: str) -> "pd.Series[float]":
         raise DataError(f"{name} holds something that is not a number: {error}") from error
     if not (close.index.is_unique and close.index.is_monotonic_increasing):
         raise DataError(f"{name} has doubled or unsorted sessions: pass bars that `clean_bars` has mended")
-    close = close.dropna()
-    if close.empty:
+    if (close := close.dropna()).empty:
         raise DataError(f"{name} has no close at all: fetch it again")
     if not (np.isfinite(close) & (close > 0.0)).all():
         raise DataError(f"{name} has closes that are not positive numbers: fetch it again")
@@ -384,73 +367,19 @@ def feature_set_hash(*, cross_asset: bool = False, market_context: bool = False)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _table(specs: tuple[FeatureSpec, ...]) -> str:
-    head = "| name | family | formula | warm-up (bars) | bounds | source |\n|---|---|---|---|---|---|"
+def _rows_of(specs: tuple[FeatureSpec, ...]) -> str:
     rows = ((s, s.formula.replace("|", "\\|")) for s in specs)
-    lines = (
+    return "\n".join(
         f"| {s.name} | {s.family} | {formula} | {s.warmup_bars} | {s.lower:g} to {s.upper:g} | {s.source} |"
         for s, formula in rows
     )
-    return "\n".join([head, *lines])
 
 
 def features_table() -> str:
     """Return the registry as a Markdown page; ``docs/features.md`` is this text."""
-    legend = _TABLES["legend"]
-    parts = [
-        "# Features",
-        "Generated by `python -m data.feature_engineer --docs`; do not edit.",
-        f"{len(FEATURES)} columns, warm-up {MAX_WARMUP_BARS} bars. {legend['always']}",
-        _table(FEATURES),
-        "## Optional features",
-        legend["if_asked"].format(max_age=MAX_AGE_SESSIONS),
-        _table(CROSS_ASSET + MARKET_CONTEXT + SENTIMENT),
-    ]
-    return "\n\n".join(parts)
-
-
-@cache
-def _analyser() -> Any:  # noqa: ANN401 - the module has no types
-    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer  # noqa: PLC0415 - reads its lexicon
-
-    analyser = SentimentIntensityAnalyzer()
-    analyser.lexicon.update(MARKET_WORDS)
-    return analyser
-
-
-@lru_cache(maxsize=1 << 16)
-def score(headline: str) -> float:
-    """Return how a headline sounds, from -1 to 1; 0 where no word of it is in the lexicon.
-
-    References
-    ----------
-    Hutto, Gilbert (2014), VADER: a parsimonious rule-based model for sentiment analysis, ICWSM-14.
-    """
-    return float(_analyser().polarity_scores(headline)["compound"])
-
-
-def sentiment_features(bars: pd.DataFrame, headlines: pd.DataFrame) -> pd.DataFrame:
-    """Return what each session knows of the headlines dated before it, `SENTIMENT_COLUMNS` by bar.
-
-    ``sentiment_<k>d`` is the mean score of the headlines that became known in the last k sessions;
-    ``news_volume_5d`` compares their number in 5 sessions with that in 60, as a logarithm. NaN where none
-    became known within `MAX_GAP_SESSIONS`, or (the number) not in all 60.
-    """
-    sessions = np.asarray(bar_dates(bars), dtype="datetime64[D]")
-    # The first session after the date. What is dated before the first bar became known we know not when.
-    place = np.searchsorted(sessions, np.asarray(headlines["date"], dtype="datetime64[D]"), side="right")
-    known = (place > 0) & (place < len(sessions))
-    scores = np.fromiter(map(score, headlines["headline"][known]), dtype=np.float64)
-    n, total = (
-        pd.Series(np.bincount(place[known], weights=weights, minlength=len(sessions)), dtype=np.float64)
-        for weights in (None, scores)
-    )
-    count, said = ({w: each.rolling(w, min_periods=1).sum() for w in (1, 5, 20, 60)} for each in (n, total))
-    recent = n.rolling(MAX_GAP_SESSIONS, min_periods=1).sum() > 0
-    always = recent.astype(np.float64).rolling(60).min() > 0
-    made = {f"sentiment_{w}d": (said[w] / count[w]).where(recent) for w in (1, 5, 20)}
-    made["news_volume_5d"] = ((1.0 + count[5]) / (1.0 + count[60] / 12.0)).map(np.log).where(always)
-    return pd.DataFrame(made).set_axis(bars.index)
+    figures = {"n": len(FEATURES), "warmup_bars": MAX_WARMUP_BARS, "max_age": MAX_AGE_SESSIONS}
+    optional = _rows_of(CROSS_ASSET + MARKET_CONTEXT + SENTIMENT)
+    return str(_TABLES["page"].format(**figures, always=_rows_of(FEATURES), if_asked=optional))
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,19 +1,24 @@
 """Indicators on arrays: rolling windows without cancellation, and TA-Lib with its degenerate cases mended.
 
 Every kernel writes row t from rows 0..t only, in one fixed order of additions, so that the result on a prefix
-equals the prefix of the result to the last bit. No kernel uses ``fastmath``, which would void that.
+equals the prefix of the result to the last bit. No kernel uses ``fastmath``, which would void that. What
+numba compiles, of these and of other rooms' kernels, is kept by `cached`.
 """
 
+import logging
 import math
+import pickle
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import talib
 from numba import njit
 
-from utils.base import cached
-
+T = TypeVar("T")
 FloatArray = npt.NDArray[np.float64]
 
 # A hundredth of a basis point: less is no move and no range, only rounding.
@@ -22,6 +27,42 @@ NO_MOVE = 1e-6
 MIN_SIGMA_LOG = 5e-4
 _TILE = 512
 _GK_BODY = 2.0 * math.log(2.0) - 1.0
+# What numba raises, at every call, where a file of compiled code was emptied, cut off or written over.
+UNREADABLE = (
+    *(pickle.PickleError, EOFError, MemoryError, ArithmeticError),
+    *(AttributeError, ImportError, LookupError, TypeError, ValueError),
+)
+
+
+def cached(compiled: T) -> T:
+    """Let a function of numba keep what it compiles; where nothing can be written it compiles at every start.
+
+    numba's own option ends the import there, and each call where a file of its own is damaged: here that
+    counts as none. It writes beside the source, or where ``NUMBA_CACHE_DIR`` says.
+    """
+    # With NUMBA_DISABLE_JIT=1 it is a plain function.
+    keep = getattr(compiled, "enable_caching", lambda: None)
+    with suppress(RuntimeError):
+        keep()
+    kept: Any = getattr(compiled, "_cache", None)
+    # A name of numba's own: a release that calls it otherwise does as numba does.
+    if hasattr(kept, "load_overload"):
+        kept.load_overload = _or_nothing(kept.load_overload, kept.flush)
+    return compiled
+
+
+def _or_nothing(load: Callable[..., object], forget_all: Callable[[], None]) -> Callable[..., object]:
+    def load_or_forget(*asked: object) -> object:
+        try:
+            return load(*asked)
+        except UNREADABLE as error:
+            logging.getLogger(__name__).warning(
+                "compiled code is made anew, what was kept is damaged: %r", error
+            )
+            forget_all()
+            return None
+
+    return load_or_forget
 
 
 @cached

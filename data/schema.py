@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import io
 import re
+import tomllib
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
@@ -51,20 +52,7 @@ _WITHOUT_EXCHANGE = {WEEKDAYS: ("Europe/London", 260), ALWAYS: ("UTC", 365), UNM
 _FIRST_DAY = np.datetime64("1960-01-01")
 # Far enough for a forecast of 252 sessions made at any moment of the year after the current one.
 _YEARS_AHEAD = 3
-_SUFFIXES = {
-    "AS": "XAMS", "AX": "XASX", "BA": "XBUE", "BK": "XBKK", "BO": "XBOM", "BR": "XBRU", "CO": "XCSE",
-    "DE": "XETR", "F": "XFRA", "HE": "XHEL", "HK": "XHKG", "IC": "XICE", "IR": "XDUB", "IS": "XIST",
-    "JK": "XIDX", "JO": "XJSE", "KL": "XKLS", "KQ": "XKRX", "KS": "XKRX", "L": "XLON", "LS": "XLIS",
-    "MC": "XMAD", "MI": "XMIL", "MX": "XMEX", "NS": "XBOM", "NZ": "XNZE", "OL": "XOSL", "PA": "XPAR",
-    "PR": "XPRA", "SA": "BVMF", "SI": "XSES", "SN": "XSGO", "SR": "XSAU", "SS": "XSHG", "ST": "XSTO",
-    "SW": "XSWX", "SZ": "XSHG", "T": "XTKS", "TO": "XTSE", "TW": "XTAI", "TWO": "XTAI", "V": "XTSE",
-    "VI": "XWBO", "WA": "XWAR",
-}  # fmt: skip
-_INDICES = {
-    "^N225": "XTKS", "^FTSE": "XLON", "^GDAXI": "XETR", "^FCHI": "XPAR", "^HSI": "XHKG", "^STOXX50E": "XETR",
-    "^AXJO": "XASX", "^KS11": "XKRX", "^BSESN": "XBOM", "^NSEI": "XBOM", "^TWII": "XTAI", "^BVSP": "BVMF",
-    "^GSPTSE": "XTSE", "^SSMI": "XSWX", "^AEX": "XAMS", "^IBEX": "XMAD", "000001.SS": "XSHG",
-}  # fmt: skip
+_SUFFIXES, _INDICES = tomllib.loads(SOURCE.with_name("exchanges.toml").read_text(encoding="utf-8")).values()
 # Currency pairs and futures, which Yahoo names so.
 _ENDINGS = {"=X": WEEKDAYS, "=F": "CMES"}
 _CRYPTO = re.compile(r"[A-Z0-9]+-(USD|EUR|GBP|JPY|CAD|AUD|CHF|KRW|INR|BTC|ETH|USDT|USDC)")
@@ -82,10 +70,8 @@ def normalise_symbol(raw: str) -> str:
     # ASCII first: upper() turns letters such as the German sharp s into plain capitals.
     symbol = raw.strip(" ").upper() if isinstance(raw, str) and len(raw) <= 64 and raw.isascii() else ""
     if _SYMBOL.fullmatch(symbol) is None:
-        shown = ascii(raw)
-        shown = shown if len(shown) <= 40 else shown[:40] + "..."
         raise InvalidSymbolError(
-            f"{shown} is not a symbol: give 1 to 15 letters, digits or . = - "
+            f"{ascii(raw)[:40]} is not a symbol: give 1 to 15 letters, digits or . = - "
             "(such as AAPL, BRK-B, ^GSPC, EURUSD=X, 005930.KS)"
         )
     return _SHARE_CLASS.sub(r"\1-\2", symbol) if _SHARE_CLASS.fullmatch(symbol) else symbol
@@ -126,16 +112,14 @@ class SessionCalendar:
         """Return the sessions between the first and the last date of ``index`` that it lacks."""
         if len(index) == 0:
             return _index(self.days[:0])
-        held = np.sort(_days(index))
-        first, last = np.searchsorted(self.days, [held[0], min(held[-1], self.known_to) + 1])
-        inside = self.days[first:last]
-        return _index(inside[~_are_among(inside, held)])
+        held = _days(index)
+        first, last = np.searchsorted(self.days, [held.min(), min(held.max(), self.known_to) + 1])
+        return _lacking(self.days[first:last], held)
 
     def off_calendar(self, index: pd.DatetimeIndex) -> pd.DatetimeIndex:
         """Return the dates of ``index`` on which the exchange held no session, as far as is known."""
         held = _days(index)
-        known = held[(held >= self.days[0]) & (held <= self.known_to)]
-        return _index(np.unique(known[~_are_among(known, self.days)]))
+        return _lacking(held[(held >= self.days[0]) & (held <= self.known_to)], self.days)
 
     def last_closed_session(self, now: datetime) -> pd.Timestamp:
         """Return the latest session closed at ``now``; ``UsageError`` without a zone or beyond its days."""
@@ -247,10 +231,9 @@ def _from_exchange(name: str, end: np.datetime64) -> dict[str, Any]:
     return {"timezone": str(calendar.tz), "days": days, "closes": closes, "known_to": known_to}
 
 
-def _are_among(days: Days, ascending: Days) -> NDArray[np.bool_]:
-    """Whether each day is among ascending ones; numpy's set difference takes longer than all other checks."""
-    place = np.minimum(np.searchsorted(ascending, days), len(ascending) - 1)
-    return np.asarray(ascending[place] == days)
+def _lacking(days: Days, others: Days) -> pd.DatetimeIndex:
+    """Return the days that are not among others; integers are told apart in a tenth of the time."""
+    return _index(np.unique(days[~np.isin(days.astype(np.int64), others.astype(np.int64))]))
 
 
 def _day(moment: pd.Timestamp) -> np.datetime64:
@@ -272,9 +255,8 @@ def _count(words: str) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BarsReport:
-    """What was found in a raw table, in rows: ``raw_rows`` came and ``rows`` are left."""
+    """What was found in a raw table, in rows; ``rows`` are left."""
 
-    raw_rows: int = 0
     rows: int = 0
     nan_tail_dropped: int = _count("row{|s} without prices at the end {was|were} dropped")
     unfinished_dropped: int = _count("row{|s} of sessions that had not closed yet {was|were} dropped")
@@ -340,7 +322,7 @@ def clean_bars(raw: pd.DataFrame) -> tuple[pd.DataFrame, BarsReport]:
     ``DataError`` if columns or dates are missing, nothing usable is left, or a limit is passed.
     """
     table = _as_numbers(raw)
-    counts = {"raw_rows": len(table)}
+    counts = dict[str, int]()
     for mend in (_order, _drop_missing, _drop_impossible):
         table = mend(table, counts)
     if table.empty:

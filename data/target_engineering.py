@@ -28,9 +28,9 @@ from data.feature_engineer import (
     usable_rows,
     warmup_bars,
 )
-from data.indicators import MIN_SIGMA_LOG, FloatArray, bar_moves
+from data.indicators import MIN_SIGMA_LOG, FloatArray, bar_moves, cached
 from data.schema import Bars, calendar_name, normalise_symbol
-from utils.base import AIStocksError, DataError, InsufficientDataError, UnknownSymbolError, UsageError, cached
+from utils.base import AIStocksError, DataError, InsufficientDataError, UnknownSymbolError, UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -101,10 +101,8 @@ def daily_volatility_log(bars: pd.DataFrame) -> "pd.Series[float]":
     prices = [np.array(bars[name], dtype=np.float64) for name in ("Open", "High", "Low", "Close")]
     moves = np.empty((11, len(bars)))
     bar_moves(prices[0], prices[1], prices[2], prices[3], moves)
-    daily = np.sqrt(har_variance(moves))
-    return pd.Series(
-        np.maximum(daily, MIN_SIGMA_LOG), index=bars.index, name="daily_volatility_log", copy=False
-    )
+    daily = np.maximum(np.sqrt(har_variance(moves)), MIN_SIGMA_LOG)
+    return pd.Series(daily, index=bars.index, name="daily_volatility_log", copy=False)
 
 
 def make_target(bars: pd.DataFrame, horizon_bars: int = DEFAULT_HORIZON_BARS) -> pd.DataFrame:
@@ -172,11 +170,7 @@ def refuse_unknown_universe(spec: str, failures: Mapping[str, AIStocksError]) ->
 
 
 def load_panel(
-    symbols: Sequence[str],
-    read: Callable[[str], Bars],
-    jobs: int = 4,
-    *,
-    max_bytes: int = MAX_PANEL_BYTES,
+    symbols: Sequence[str], read: Callable[[str], Bars], jobs: int = 4, *, max_bytes: int = MAX_PANEL_BYTES
 ) -> tuple[dict[str, Bars], dict[str, AIStocksError]]:
     """Return what ``read`` says of every symbol, in the order given, and why others have no bars.
 
@@ -370,7 +364,11 @@ def build_dataset(
         rows = place[start : start + len(bars) - warmups[symbol]]
         usable[rows] = _fill(panel, rows, symbol, features[columns].to_numpy(), make_target(bars, horizon))
         start += len(rows)
-    return panel if usable.all() else _without(panel, usable)
+    if usable.all():
+        return panel
+    dropped = int(np.count_nonzero(~usable))
+    logger.warning("dropped %d of %d rows that were not finite", dropped, len(panel))
+    return replace(panel.take(usable), dropped_rows=dropped)
 
 
 def _fill(
@@ -394,10 +392,3 @@ def _fill(
     for name in ("target_scaled", "target_log", "sigma_log"):
         getattr(panel, name)[rows] = np.asarray(target[name])
     return np.asarray(usable, dtype=np.bool_)
-
-
-def _without(panel: Dataset, usable: npt.NDArray[np.bool_]) -> Dataset:
-    kept = panel.take(usable)
-    dropped = len(panel) - len(kept)
-    logger.warning("dropped %d of %d rows that were not finite", dropped, len(panel))
-    return replace(kept, dropped_rows=dropped)

@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from utils.base import DataError, UsageError, cached
+from data.indicators import cached
+from utils.base import DataError, UsageError
 
 FloatArray = npt.NDArray[np.float64]
 

@@ -24,11 +24,10 @@ import pandas as pd
 from numba import njit
 from scipy.special import stdtrit
 
-from data.indicators import MIN_SIGMA_LOG, bar_moves, decayed_mean
+from data.indicators import MIN_SIGMA_LOG, bar_moves, cached, decayed_mean
 from evaluation.accounting import CostModel
 from evaluation.metrics import overlap_error
 from inference.position_sizing import win_record
-from utils.base import cached
 
 FloatArray = npt.NDArray[np.float64]
 FloatMatrix = npt.NDArray[np.float32]

@@ -15,6 +15,7 @@ from numba import njit
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from scipy.special import expit
 
+from data.indicators import cached
 from inference import artifact
 from inference.artifact import (
     COLUMNS,
@@ -29,7 +30,6 @@ from inference.artifact import (
 )
 from inference.intervals import Calibration, FloatArray, FloatMatrix, IntArray
 from inference.pipeline import Bundle, check_golden, read_record
-from utils.base import cached
 from utils.model_paths import LSTM
 
 KERAS, WEIGHTS, SCALER = "network.keras", "weights.npz", "scaler.json"

@@ -32,9 +32,10 @@ import numpy.typing as npt
 import pandas as pd
 from numba import njit
 
+from data.indicators import cached
 from evaluation import accounting
 from evaluation.accounting import DEFAULT_CAPITAL, Booking, CostModel, Ledger, Rates
-from utils.base import DataError, UsageError, cached
+from utils.base import DataError, UsageError
 
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]

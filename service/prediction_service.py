@@ -18,7 +18,8 @@ from typing import Generic, TypeVar
 import numpy as np
 from pydantic import ValidationError
 
-from data.data_fetcher import BarSource, Held, ReadsThrough, RevisionedSource, fetch_stock_data
+from data.cache_manager import BarCache
+from data.data_fetcher import BarSource, FileSource, Held, fetch_stock_data
 from data.schema import bars_hash, calendar_for, check_enough, normalise_symbol
 from evaluation.metrics import Z_90
 from inference.pipeline import Decisions, decide, path_ahead
@@ -83,11 +84,11 @@ class ReadyAnswer:
 
 
 def hold_bars(
-    symbol: str, *, source: BarSource, cache: ReadsThrough | None, now: datetime, before: Held | None
+    symbol: str, *, source: BarSource, cache: BarCache | None, now: datetime, before: Held | None
 ) -> Held:
     """Fetch bars to be kept in memory; where that fails, those from before, if any, marked stale."""
     try:
-        revision = source.revision(symbol) if isinstance(source, RevisionedSource) else None
+        revision = source.revision(symbol) if isinstance(source, FileSource) else None
         if before is not None and revision is not None and before.revision == revision:
             held = before.at(now)
         else:
@@ -120,7 +121,7 @@ class BarKeeper:
     def __init__(
         self,
         source: BarSource,
-        cache: ReadsThrough | None,
+        cache: BarCache | None,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._source, self._cache, self._clock = source, cache, clock
@@ -254,7 +255,7 @@ class PredictionService:
         *,
         registry: ModelRegistry,
         source: BarSource,
-        cache: ReadsThrough | None,
+        cache: BarCache | None,
         on_served: Callable[[ServedForecast], None] | None = None,
     ) -> None:
         self._on_served = on_served

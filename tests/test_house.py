@@ -19,7 +19,7 @@ MAX_FILES, MAX_MODULE_LINES, MAX_FUNCTION_LINES = 45, 500, 60
 # Declarations of the wire, as long as the contract itself; a test sees to it that they stay declarations.
 WIRE = ROOT / "service" / "schemas.py"
 # Where two modules made one: sources of prices and of headlines; a queue, its jobs and their table.
-LONGER = {"data_fetcher.py": 595, "training_service.py": 590}
+LONGER = {"data_fetcher.py": 580, "training_service.py": 590}
 MODULES_WITH_PARSERS = {
     "run_backtest.py": "run_backtest",
     "app.py": "app",

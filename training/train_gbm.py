@@ -22,8 +22,8 @@ from joblib import Parallel, delayed
 from rich.console import Console
 
 from data.cache_manager import BarCache
-from data.data_fetcher import fetch_stock_data, make_news, make_source, refuse_delisted, with_enough_headlines
-from data.data_validator import findings
+from data.data_fetcher import fetch_stock_data, make_news, make_source
+from data.data_validator import findings, refuse_delisted, with_enough_headlines
 from data.feature_engineer import MAX_WARMUP_BARS, get_feature_columns
 from data.schema import Bars, check_enough, normalise_symbol
 from data.target_engineering import (
@@ -414,7 +414,8 @@ def go_back(symbol: str, args: argparse.Namespace, settings: Settings) -> run_lo
     with training_lock(folder, symbol):
         before = current_version(folder, symbol, args.kind).name
         now = roll_back(folder, symbol, args.kind, args.program.load_folder).name
-    told = f"{symbol}: {now} serves, instead of {before}; undo: {args.kind.serve_again(symbol, before)}"
+    undo = args.kind.manage("rollback", symbol, f" --to {before}")
+    told = f"{symbol}: {now} serves, instead of {before}; undo: {undo}"
     return {"symbol": symbol, "model_version": now, "rolled_back_from": before, "message": told}
 
 

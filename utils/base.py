@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import os
-import pickle
 import re
 import select
 import signal
@@ -25,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BeforeValidator, Field, IPvAnyNetwork, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -34,14 +33,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from sqlalchemy import Engine
 
-T = TypeVar("T")
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-# What numba raises, at every call, where a file of compiled code was emptied, cut off or written over.
-UNREADABLE = (
-    *(pickle.PickleError, EOFError, MemoryError, ArithmeticError),
-    *(AttributeError, ImportError, LookupError, TypeError, ValueError),
-)
 # A line of the log is one line: what callers send cannot forge another, nor drive a terminal.
 CONTROL_CHARACTERS = {code: f"\\u{code:04x}" for code in (*range(32), *range(127, 160), 0x2028, 0x2029)}
 DEFAULT_ORIGINS = ("http://localhost:3000", "http://127.0.0.1:3000")
@@ -146,37 +139,6 @@ class OverloadError(AIStocksError):
 
 class DeadlineError(AIStocksError):
     """An answer of the service took longer than callers are kept waiting."""
-
-
-def cached(compiled: T) -> T:
-    """Let a function of numba keep what it compiles; where nothing can be written it compiles at every start.
-
-    numba's own option ends the import there, and each call where a file of its own is damaged: here that
-    counts as none. It writes beside the source, or where ``NUMBA_CACHE_DIR`` says.
-    """
-    # With NUMBA_DISABLE_JIT=1 it is a plain function.
-    keep = getattr(compiled, "enable_caching", lambda: None)
-    with suppress(RuntimeError):
-        keep()
-    kept: Any = getattr(compiled, "_cache", None)
-    # A name of numba's own: a release that calls it otherwise does as numba does.
-    if hasattr(kept, "load_overload"):
-        kept.load_overload = _or_nothing(kept.load_overload, kept.flush)
-    return compiled
-
-
-def _or_nothing(load: Callable[..., object], forget_all: Callable[[], None]) -> Callable[..., object]:
-    def load_or_forget(*asked: object) -> object:
-        try:
-            return load(*asked)
-        except UNREADABLE as error:
-            logging.getLogger(__name__).warning(
-                "compiled code is made anew, what was kept is damaged: %r", error
-            )
-            forget_all()
-            return None
-
-    return load_or_forget
 
 
 def _split_commas(value: object) -> object:
@@ -381,17 +343,6 @@ def at_least(lowest: int, highest: int = sys.maxsize) -> Callable[[str], int]:
     return read
 
 
-def existing_folder(path: Path, option: str) -> Path:
-    """Return a folder that ``option`` names; `UsageError` where there is none."""
-    if path.is_file():
-        raise UsageError(
-            f"{option}{path}: that is a file; name its folder: {option.rsplit(maxsplit=1)[-1]}{path.parent}"
-        )
-    if not path.is_dir():
-        raise UsageError(f"{option}{path}: there is no such folder")
-    return path
-
-
 def session(text: str) -> datetime:
     """Read a date of the command line; words such as ``now`` are none."""
     try:
@@ -473,10 +424,6 @@ def print_rows(console: "Console", rows: Sequence[Mapping[str, object]]) -> None
     for name in rows[0]:
         table.add_column(name.replace("_", " "), overflow="fold")
     for row in rows:
-        table.add_row(
-            *(
-                f"{c:.4g}" if isinstance(c, float) else escape("" if c is None else str(c))
-                for c in row.values()
-            )
-        )
+        cells = (f"{c:.4g}" if isinstance(c, float) else str("" if c is None else c) for c in row.values())
+        table.add_row(*map(escape, cells))
     console.print(table)

@@ -12,13 +12,14 @@ import shutil
 import stat
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from filelock import FileLock, Timeout
+from tenacity import retry, retry_if_exception_type, stop_after_attempt
 
 from utils.base import (
     InvalidSymbolError,
@@ -39,7 +40,6 @@ KEEP_VERSIONS = 5
 # Verifying a version takes seconds; whoever waits longer waits for something that hangs.
 LOCK_WAIT_S = 300.0
 ASIDE, GONE, UNLINKED = ".aside-", ".gone-", ".unlinked"
-UNLOCKABLE = "cannot lock the models of {}: {}: make room, or mend the permissions of its folder"
 TRAINING_LOCK, TRAINER = ".training.lock", ".training.pid"
 # No symbol begins with a dot. Of what was deleted the latest is kept, for whoever wants it back.
 TRASH, KEEP_TRASHED = ".trash", 20
@@ -66,10 +66,6 @@ class ArtifactKind:
         of_kind = "" if self.name == "gbm" else f" --kind {self.name}"
         return f"`python -m service.model_registry {command} {symbol}{of_kind}{options}`"
 
-    def serve_again(self, symbol: str, version: str = "VERSION") -> str:
-        """Return the command that lets a kept version serve, also a newer one, for messages."""
-        return self.manage("rollback", symbol, f" --to {version}")
-
 
 GBM = ArtifactKind(name="gbm", versions="versions", trainer="training.train_gbm")
 LSTM = ArtifactKind(name="lstm", versions="lstm_versions", trainer="training.train_lstm")
@@ -84,16 +80,14 @@ PARTS: Mapping[Mode, tuple[ArtifactKind, ...]] = {
 MODES = tuple(PARTS)
 # Names of an earlier release, each the best ensemble that there is.
 OLDER_MODES = ("classifier", "weighted", "hybrid", "regressor")
+_MEANT: Mapping[str, Mode] = {mode: mode for mode in PARTS} | dict.fromkeys(OLDER_MODES, "ensemble")
 
 
 def mode_of(name: str) -> Mode:
     """Return the mode that a name stands for; `UsageError` where it stands for none."""
-    if name in OLDER_MODES:
-        return "ensemble"
-    for mode in MODES:
-        if mode == name:
-            return mode
-    raise UsageError(f"unknown mode {name[:40]!r}: write {', '.join(MODES)}")
+    if name not in _MEANT:
+        raise UsageError(f"unknown mode {name[:40]!r}: write {', '.join(MODES)}")
+    return _MEANT[name]
 
 
 class VersionPrunedError(ModelCorruptError):
@@ -110,18 +104,16 @@ class Linked:
 
 def symbol_dir(root: Path, symbol: str) -> Path:
     """Return the folder of one normalised symbol; `InvalidSymbolError` if it would lie outside ``root``."""
-    refusal = f"symbol {symbol[:40]!r} does not name a folder under the model root"
+    refusal = f"symbol {symbol[:40]!r} does not name a folder under the model root, or it is a link"
     try:
         base = root.resolve()
-        if (base / symbol).is_symlink():
-            raise InvalidSymbolError(f"{refusal}: it is a link")
         path = (base / symbol).resolve()
     except PermissionError as error:
         raise _unreadable("the folder of saved models", error) from error
     except (OSError, RuntimeError, ValueError) as error:
         # A loop of links, a name that is too long, a NUL.
         raise InvalidSymbolError(refusal) from error
-    if path.parent != base:
+    if path != base / symbol or path.parent != base:
         raise InvalidSymbolError(refusal)
     return path
 
@@ -163,13 +155,10 @@ def linked_version(models_dir: Path, symbol: str, kind: ArtifactKind = GBM) -> L
 
 def _target(link: Path, versions: Path) -> Path:
     """Return the version that ``link`` names; it need not exist, but not elsewhere: `ModelCorruptError`."""
-    if versions.is_symlink():
-        raise ModelCorruptError(f"the versions of {link.parent.name} lie outside its folder: train again")
     target = link.parent / link.readlink()
-    if target.parent == versions and not target.name.startswith("."):
-        return target
-    target = link.resolve(strict=True)
-    if target.parent != versions or target.name.startswith("."):
+    if target.parent != versions:
+        target = link.resolve(strict=True)
+    if versions.is_symlink() or target.parent != versions or target.name.startswith("."):
         words = f"the {link.name} model of {link.parent.name} lies outside its folder: train again"
         raise ModelCorruptError(words)
     return target
@@ -226,19 +215,18 @@ def what_is_at(link: Path) -> Path | None:
     return found[0] if found else None
 
 
+# Whoever reads slowly beside a busy writer may see its version pruned under its hands; the link names another
+# by then, and is read again.
+reading_again = retry(
+    retry=retry_if_exception_type(VersionPrunedError), stop=stop_after_attempt(READS), reraise=True
+)
+
+
+@reading_again
 def serve(
     models_dir: Path, symbol: str, kind: ArtifactKind, load: Callable[[Path], T]
 ) -> tuple[T, tuple[str, ...]]:
-    """Read the link and load what it names, see `serve_linked`.
-
-    Whoever reads slowly beside a busy writer may see its version pruned under its hands; the link names
-    another by then, and is read again.
-    """
-    for _ in range(READS - 1):
-        try:
-            return serve_linked(linked_version(models_dir, symbol, kind), load)
-        except VersionPrunedError:
-            continue
+    """Read the link and load what it names, see `serve_linked`."""
     return serve_linked(linked_version(models_dir, symbol, kind), load)
 
 
@@ -291,19 +279,28 @@ def storage_errors(symbol: str) -> Iterator[None]:
 
 
 @contextmanager
+def holding(path: Path, wait_s: float, refusal: str) -> Iterator[None]:
+    """Hold a lock, whose folder is made; `LockedError` if others hold it for longer than ``wait_s``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=wait_s)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise LockedError(refusal) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
 def saving(models_dir: Path, symbol: str, kind: ArtifactKind) -> Iterator[None]:
     """Hold the right to change a symbol's versions; tidy up before and after."""
     versions = versions_dir(models_dir, symbol, kind)
-    versions.mkdir(parents=True, exist_ok=True)
-    for folder in (versions.parent, versions.parent.parent):
-        flush(folder)
-    lock = FileLock(versions / ".lock")
-    try:
-        lock.acquire(timeout=LOCK_WAIT_S)
-    except Timeout as error:
-        words = f"another process saves the {kind.name} model of {symbol}: wait or stop it"
-        raise LockedError(words) from error
-    try:
+    refusal = f"another process saves the {kind.name} model of {symbol}: wait or stop it"
+    with holding(versions / ".lock", LOCK_WAIT_S, refusal):
+        for folder in (versions.parent, versions.parent.parent):
+            flush(folder)
         # Nobody but the holder of the lock writes here, so these belong to processes that were killed.
         for left in [*versions.glob(f"{ASIDE}*"), *versions.glob(f"{GONE}*")]:
             shutil.rmtree(left, ignore_errors=True)
@@ -320,8 +317,6 @@ def saving(models_dir: Path, symbol: str, kind: ArtifactKind) -> Iterator[None]:
                 if path.name != serving.name:
                     # Renamed first: none is ever half there.
                     shutil.rmtree(path.rename(path.with_name(f"{GONE}{path.name}")), ignore_errors=True)
-    finally:
-        lock.release()
 
 
 def promote(aside: Path, version: Path, link: Path) -> None:
@@ -341,21 +336,14 @@ def promote(aside: Path, version: Path, link: Path) -> None:
 def training_lock(models_dir: Path, symbol: str) -> Iterator[None]:
     """Hold the symbol's training lock, which dies with the process; else `LockedError` names who holds it."""
     folder = symbol_dir(models_dir, symbol)
-    holder, lock = folder / TRAINER, FileLock(folder / TRAINING_LOCK)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-        holder.write_text(str(os.getpid()))
-    except Timeout as error:
-        who = _read_holder(holder)
-        raise LockedError(f"{symbol} is being trained by process {who}: wait or stop it") from error
-    except OSError as error:
-        raise StorageError(UNLOCKABLE.format(symbol, error.strerror)) from error
-    with lock:
-        try:
-            yield
-        finally:
-            holder.unlink(missing_ok=True)
+    holder = folder / TRAINER
+    refusal = f"{symbol} is being trained by process {_read_holder(holder)}: wait or stop it"
+    with ExitStack() as stack:
+        with storage_errors(symbol):
+            stack.enter_context(holding(folder / TRAINING_LOCK, 0.0, refusal))
+            stack.callback(holder.unlink, missing_ok=True)
+            holder.write_text(str(os.getpid()))
+        yield
 
 
 def training_holder(models_dir: Path, symbol: str) -> str | None:
@@ -364,13 +352,9 @@ def training_holder(models_dir: Path, symbol: str) -> str | None:
     # Trying the lock would get in the way of who is about to take it: not tried unless somebody left a name.
     if what_is_at(folder / TRAINER) is None:
         return None
-    try:
-        with FileLock(folder / TRAINING_LOCK, timeout=0):
-            return None
-    except Timeout:
-        return _read_holder(folder / TRAINER)
-    except OSError as error:
-        raise StorageError(UNLOCKABLE.format(symbol, error.strerror)) from error
+    with storage_errors(symbol), suppress(Timeout), FileLock(folder / TRAINING_LOCK, timeout=0):
+        return None
+    return _read_holder(folder / TRAINER)
 
 
 def _read_holder(path: Path) -> str:
@@ -388,17 +372,23 @@ def flush(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file aside and put it in its place: whoever reads finds the old one or the new one whole."""
-    aside = path.with_name(f".writing-{uuid.uuid4().hex}")
+@contextmanager
+def _replacing(path: Path, name: str) -> Iterator[Path]:
+    """Yield a path aside; what is made there takes the place of ``path``, or is taken away after an error."""
+    aside = path.with_name(f".{name}-{uuid.uuid4().hex}")
     try:
-        with aside.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield aside
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file aside and put it in its place: whoever reads finds the old one or the new one whole."""
+    with _replacing(path, "writing") as aside, aside.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def point(link: Path, version: Path) -> None:
@@ -414,20 +404,12 @@ def point(link: Path, version: Path) -> None:
 
 
 def _swap(link: Path, target: Path) -> None:
-    fresh = link.with_name(f".{link.name}-{uuid.uuid4().hex[:8]}")
-    try:
+    with _replacing(link, link.name) as fresh:
         fresh.symlink_to(target)
-        fresh.replace(link)
-    finally:
-        fresh.unlink(missing_ok=True)
 
 
 def roll_back(
-    models_dir: Path,
-    symbol: str,
-    kind: ArtifactKind,
-    load: Callable[[Path], object],
-    to: str | None = None,
+    models_dir: Path, symbol: str, kind: ArtifactKind, load: Callable[[Path], object], to: str | None = None
 ) -> Path:
     """Let the newest earlier version that loads serve again, or ``to``, which may be a newer one.
 
@@ -435,25 +417,14 @@ def roll_back(
     """
     with storage_errors(symbol), saving(models_dir, symbol, kind):
         linked = linked_version(models_dir, symbol, kind)
-        if to is not None:
-            return _serve_kept(models_dir, symbol, kind, load, to)
-        for version, _ in _that_load(linked, load):
+        named = ((v, load(v)) for v in list_versions(models_dir, symbol, kind) if v.name == to)
+        for version, _ in _that_load(linked, load) if to is None else named:
             point(artifact_link(models_dir, symbol, kind), version)
             return version
-    raise ModelMissingError(f"{symbol} has no version before {linked.folder.name} that loads")
-
-
-def _serve_kept(
-    models_dir: Path, symbol: str, kind: ArtifactKind, load: Callable[[Path], object], name: str
-) -> Path:
-    for version in list_versions(models_dir, symbol, kind):
-        if version.name == name:
-            load(version)
-            point(artifact_link(models_dir, symbol, kind), version)
-            return version
-    raise ModelMissingError(
-        f"no version {name[:40]!a} of {symbol} is kept: {kind.manage('versions', symbol)} lists what there is"
-    )
+    if to is None:
+        raise ModelMissingError(f"{symbol} has no version before {linked.folder.name} that loads")
+    known = f"{kind.manage('versions', symbol)} lists what there is"
+    raise ModelMissingError(f"no version {to[:40]!a} of {symbol} is kept: {known}")
 
 
 def discard(models_dir: Path, symbol: str, kind: ArtifactKind) -> None:
@@ -487,7 +458,7 @@ def restore(models_dir: Path, symbol: str, kind: ArtifactKind) -> None:
     if not entries:
         remedy = f"run {kind.train(symbol)}"
         if what_is_at(link) is not None:
-            remedy = f"another kept version serves by {kind.serve_again(symbol)}"
+            remedy = f"another kept version serves by {kind.manage('rollback', symbol, ' --to VERSION')}"
         raise ModelMissingError(f"no deleted {kind.name} model of {symbol} is kept: {remedy}")
     with storage_errors(symbol), training_lock(models_dir, symbol), saving(models_dir, symbol, kind):
         if os.path.lexists(link):

@@ -542,7 +542,7 @@ def test_info_refresh_clear(capsys, tmp_path, raw):
 def test_the_command_line_ends_with_the_code_of_the_error(capsys, tmp_path):
     where = ("--cache-dir", str(tmp_path / "cache"))
     assert main(["refresh", "TSLA", "--source", "sample", *where]) == 3
-    assert "the source sample has no TSLA" in capsys.readouterr().out
+    assert "the source sample has no TSLA" in capsys.readouterr().err
     assert main(["refresh", "../x", "--source", "sample", *where]) == 2
     assert main(["refresh", "AAPL", "--source", "bloomberg", *where]) == 2
     assert not (tmp_path / "cache" / "bars").exists()
@@ -575,7 +575,7 @@ def test_a_refresh_that_fails_beside_a_cache_is_a_failure(capsys, tmp_path, raw,
     source.error = UpstreamError("down")
     monkeypatch.setattr("data.cache_manager.make_source", lambda *args, **kwargs: source)
     assert main(["refresh", "AAPL", "--cache-dir", str(tmp_path)]) == 3
-    assert "down" in capsys.readouterr().out
+    assert "down" in capsys.readouterr().err
     assert len(BarCache(tmp_path).load("bars", "AAPL", "yahoo").frame) == 500
 
 

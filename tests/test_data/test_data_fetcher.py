@@ -24,10 +24,9 @@ from data.data_fetcher import (
     check_answer,
     fetch_stock_data,
     make_source,
-    refuse_delisted,
-    settled_rows,
+    settled,
 )
-from data.schema import BAR_COLUMNS, RAW_COLUMNS, Bars, BarsReport, Provenance, bars_hash
+from data.schema import BAR_COLUMNS, RAW_COLUMNS, bars_hash
 from utils.base import DataError, UnknownSymbolError, UpstreamError, UsageError
 
 Answer = tuple[int, bytes]
@@ -286,7 +285,7 @@ def test_a_past_moment_reveals_a_prefix(csv_folder):
 
 def test_bars_of_closed_days_go_and_gaps_are_counted(make_bars):
     raw = raw_table(make_bars(300))
-    assert len(settled_rows(raw, raw.index[99])) == 100
+    assert len(settled(raw, raw.index[99])) == 100
     saturday = raw.iloc[[4]].set_axis(raw.index[[4]] + pd.Timedelta(days=1))
     spoiled = pd.concat([raw.drop(raw.index[[50, 60]]), saturday])
     frame, report = check_answer("AAPL", spoiled, "yahoo", datetime.now(UTC))
@@ -520,7 +519,7 @@ def test_yfinance_keeps_its_files_in_our_cache(yahoo, make_bars):
     fake, source = yahoo
     fake.tables["AAPL"] = raw_table(make_bars(300))
     source.fetch("AAPL")
-    assert yfinance.cache._TzDBManager.get_location() == str(source._cache_dir)
+    assert yfinance.cache._TzDBManager.get_location() == str(source.cache_dir / "yfinance")
     assert yfinance.config.debug.hide_exceptions is False
 
 
@@ -584,18 +583,3 @@ def test_yahoos_failure_beside_a_cache_is_stale_bars(yahoo, make_bars, tmp_path,
     assert bars.provenance.stale
     assert bars.provenance.last_session == table.index[289]
     pd.testing.assert_frame_equal(bars.frame, good.frame)
-
-
-def as_bars(frame: pd.DataFrame) -> Bars:
-    seen = Provenance(
-        source="yahoo", fetched_at=datetime(2010, 1, 1, tzinfo=UTC), last_session=frame.index[-1], stale=True
-    )
-    return Bars(symbol="AAPL", frame=frame, provenance=seen, report=BarsReport())
-
-
-def test_what_stopped_trading_is_not_trained(make_bars):
-    bars = as_bars(make_bars(n=100))
-    last = bars.frame.index[-1]
-    refuse_delisted(bars, (last + pd.Timedelta(days=10)).tz_localize("UTC").to_pydatetime())
-    with pytest.raises(DataError, match=r"no bar since .* delisted .* --source csv:DIR"):
-        refuse_delisted(bars, (last + pd.Timedelta(days=30)).tz_localize("UTC").to_pydatetime())

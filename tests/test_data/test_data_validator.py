@@ -11,7 +11,7 @@ import pytest
 from data import data_validator
 from data.cache_manager import BarCache
 from data.data_fetcher import SampleSource, fetch_stock_data
-from data.data_validator import DataValidator, adf_p_value, cached_features, findings
+from data.data_validator import DataValidator, adf_p_value, cached_features, findings, refuse_delisted
 from data.feature_engineer import engineer_features, feature_set_hash
 from data.schema import Bars, BarsReport, Provenance, bars_hash, clean_bars
 from utils.base import DataError
@@ -355,3 +355,11 @@ def test_findings_keep_the_features_and_notice_when_those_of_the_past_change(
     )
     findings(as_bars(bars), 5, cache)
     assert "look-ahead" in caplog.text
+
+
+def test_what_stopped_trading_is_not_trained(make_bars):
+    bars = as_bars(make_bars(n=100))
+    last = bars.frame.index[-1]
+    refuse_delisted(bars, (last + pd.Timedelta(days=10)).tz_localize("UTC").to_pydatetime())
+    with pytest.raises(DataError, match=r"no bar since .* delisted .* --source csv:DIR"):
+        refuse_delisted(bars, (last + pd.Timedelta(days=30)).tz_localize("UTC").to_pydatetime())

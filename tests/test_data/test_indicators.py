@@ -1,7 +1,10 @@
 """Kernels against plain formulas, and at the edges where the plain formulas fail."""
 
+import pickle
+import re
 from collections.abc import Callable
 
+import numba
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,8 +12,10 @@ import talib
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from numba.core.caching import CacheImpl
 
 from data import indicators as ind
+from utils.base import PROJECT_ROOT
 
 finite = st.floats(-1e6, 1e6, allow_nan=False, width=64)
 
@@ -182,3 +187,58 @@ def test_lag_and_log_change_look_back() -> None:
     np.testing.assert_array_equal(ind.lag(values, 2), [np.nan, np.nan, 0, 1, 2, 3])
     np.testing.assert_array_equal(ind.lag(values, 9), np.full(6, np.nan))
     np.testing.assert_array_equal(ind.log_change(values, 1, 3), [np.nan, np.nan, np.nan, 2, 2, 2])
+
+
+# --- compiled code that is kept ----------------------------------------------------------------
+
+
+def double(x: int) -> int:
+    return 2 * x
+
+
+def test_without_a_place_for_compiled_code_it_is_compiled_at_every_start(monkeypatch):
+    monkeypatch.setattr(CacheImpl, "_locator_classes", [])
+    with pytest.raises(RuntimeError, match="no locator available"):
+        numba.njit(cache=True)(double)
+    assert ind.cached(numba.njit(double))(21) == 42
+    assert ind.cached(double) is double, "as numba leaves it where NUMBA_DISABLE_JIT is set"
+
+
+def test_compiled_code_is_kept_where_it_can_be(tmp_path, monkeypatch):
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    assert ind.cached(numba.njit(double))(21) == 42
+    assert list(tmp_path.rglob("*.nbi"))
+
+
+@pytest.mark.parametrize("kind", ["nbi", "nbc"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda whole: b"",
+        lambda whole: whole[:-1],
+        lambda whole: whole[: len(whole) // 2],
+        lambda whole: b"\x00" * len(whole),
+        lambda whole: b"<html>the disk is full</html>",
+        lambda whole: b"Inumber\n",
+        lambda whole: b"cno.such.module\nname\n.",
+        lambda whole: pickle.dumps(numba.__version__) + pickle.dumps(None),
+    ],
+    ids=["empty", "cut by one", "cut in half", "zeros", "text", "no number", "no module", "no pair"],
+)
+def test_fault_27_kept_code_that_cannot_be_read_is_compiled_and_kept_anew(
+    tmp_path, monkeypatch, kind, damage
+):
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    assert ind.cached(numba.njit(double))(21) == 42
+    (file,) = tmp_path.rglob(f"*.{kind}")
+    file.write_bytes(damage(file.read_bytes()))
+    assert ind.cached(numba.njit(double))(21) == 42
+    again = ind.cached(numba.njit(double))
+    assert again(21) == 42
+    assert sum(again.stats.cache_hits.values()) == 1, "what was compiled anew is kept"
+
+
+def test_no_source_ends_where_compiled_code_cannot_be_kept():
+    for path in PROJECT_ROOT.glob("*/*.py"):
+        if path.parent.name not in {"benchmarks", "tests"}:
+            assert not re.search(r"njit\(.*cache=", path.read_text()), path

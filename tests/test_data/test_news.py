@@ -16,19 +16,19 @@ import pandas as pd
 import pytest
 from pydantic import SecretStr
 
-from data import data_fetcher, feature_engineer
+from data import data_fetcher
 from data.data_fetcher import (
-    LEAST_SESSIONS,
-    LEAST_SHARE,
     CsvNews,
     FinnhubNews,
     fetch_stock_data,
     make_news,
     make_source,
-    with_enough_headlines,
+    score,
+    sentiment_features,
     with_headlines,
 )
-from data.feature_engineer import SENTIMENT_COLUMNS, score, sentiment_features
+from data.data_validator import LEAST_SESSIONS, LEAST_SHARE, with_enough_headlines
+from data.feature_engineer import SENTIMENT_COLUMNS
 from data.schema import Bars, BarsReport, Provenance
 from inference.load_gbm_models import load_bundle
 from inference.pipeline import BundleForecaster, decide
@@ -417,7 +417,7 @@ def test_every_error_of_a_source_is_said_and_none_is_raised(make_bars: MakeBars,
 
 
 def test_the_lexicon_is_loaded_once() -> None:
-    assert feature_engineer._analyser() is feature_engineer._analyser()
+    assert data_fetcher._analyser() is data_fetcher._analyser()
 
 
 # --- from the flag to the answer ------------------------------------------------------------------

@@ -458,8 +458,8 @@ def test_a_panel_keeps_the_order_and_equals_single_readings(folder):
 
 
 def test_a_panel_tells_all_its_failures_beside_what_it_has(folder):
-    panel, failures = load_panel(["XXX", "AAA", "YYY"], reading(CsvSource(folder)))
-    assert (list(panel), list(failures)) == (["AAA"], ["XXX", "YYY"])
+    panel, failures = load_panel(["LOST", "AAA", "GONE"], reading(CsvSource(folder)))
+    assert (list(panel), list(failures)) == (["AAA"], ["LOST", "GONE"])
     assert all(isinstance(error, UnknownSymbolError) for error in failures.values())
 
 

@@ -4,14 +4,11 @@ import argparse
 import json
 import logging
 import os
-import pickle
 import re
 import sys
 from pathlib import Path
 
-import numba
 import pytest
-from numba.core.caching import CacheImpl
 
 from utils.base import (
     PROJECT_ROOT,
@@ -21,7 +18,6 @@ from utils.base import (
     UsageError,
     at_least,
     below,
-    cached,
     database_engine,
     read_settings,
 )
@@ -239,55 +235,3 @@ def test_a_missing_driver_is_named_with_what_brings_it(name: str, monkeypatch: p
     with pytest.raises(UsageError, match=r'needs the driver psycopg: pip install "\.\[postgres\]"') as caught:
         database_engine(f"{name}://u:s3cret@h/n", 1.0)
     assert "s3cret" not in str(caught.value)
-
-
-def double(x: int) -> int:
-    return 2 * x
-
-
-def test_without_a_place_for_compiled_code_it_is_compiled_at_every_start(monkeypatch):
-    monkeypatch.setattr(CacheImpl, "_locator_classes", [])
-    with pytest.raises(RuntimeError, match="no locator available"):
-        numba.njit(cache=True)(double)
-    assert cached(numba.njit(double))(21) == 42
-    assert cached(double) is double, "as numba leaves it where NUMBA_DISABLE_JIT is set"
-
-
-def test_compiled_code_is_kept_where_it_can_be(tmp_path, monkeypatch):
-    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
-    assert cached(numba.njit(double))(21) == 42
-    assert list(tmp_path.rglob("*.nbi"))
-
-
-@pytest.mark.parametrize("kind", ["nbi", "nbc"])
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda whole: b"",
-        lambda whole: whole[:-1],
-        lambda whole: whole[: len(whole) // 2],
-        lambda whole: b"\x00" * len(whole),
-        lambda whole: b"<html>the disk is full</html>",
-        lambda whole: b"Inumber\n",
-        lambda whole: b"cno.such.module\nname\n.",
-        lambda whole: pickle.dumps(numba.__version__) + pickle.dumps(None),
-    ],
-    ids=["empty", "cut by one", "cut in half", "zeros", "text", "no number", "no module", "no pair"],
-)
-def test_fault_27_kept_code_that_cannot_be_read_is_compiled_and_kept_anew(
-    tmp_path, monkeypatch, kind, damage
-):
-    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
-    assert cached(numba.njit(double))(21) == 42
-    (file,) = tmp_path.rglob(f"*.{kind}")
-    file.write_bytes(damage(file.read_bytes()))
-    assert cached(numba.njit(double))(21) == 42
-    again = cached(numba.njit(double))
-    assert again(21) == 42
-    assert sum(again.stats.cache_hits.values()) == 1, "what was compiled anew is kept"
-
-
-def test_no_source_ends_where_compiled_code_cannot_be_kept():
-    for path in PROJECT_ROOT.glob("*/*.py"):
-        if path.parent.name not in {"benchmarks", "tests"}:
-            assert not re.search(r"njit\(.*cache=", path.read_text()), path
