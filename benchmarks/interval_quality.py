@@ -45,9 +45,9 @@ from inference.intervals import (
     DECILES,
     DEGREES_OF_FREEDOM,
     Calibrated,
-    VolatilityForecast,
     calibrate_band,
     forecast_volatility,
+    scale_log,
     volatility_features,
 )
 
@@ -75,7 +75,7 @@ class Series:
     bars: pd.DataFrame
     close_log: FloatArray
     year: npt.NDArray[np.int64]
-    volatility: VolatilityForecast
+    volatility: FloatArray
 
     def ahead_log(self, horizon_bars: int) -> FloatArray:
         """Return the log return over the next bars, (n,), NaN where it is not known yet."""
@@ -103,7 +103,7 @@ def drift_by_year(panel: Mapping[str, Series], horizon_bars: int) -> dict[int, f
     """Return the mean outcome in scales over all series, by the first year that may know it."""
     total = dict.fromkeys(range(1900, YEARS[-1] + 2), np.zeros(2))
     for series in panel.values():
-        z = series.ahead_log(horizon_bars) / series.volatility.scale_log(horizon_bars)
+        z = series.ahead_log(horizon_bars) / scale_log(series.volatility, horizon_bars)
         known_in = np.append(series.year[horizon_bars:], np.full(horizon_bars, YEARS[-1] + 1))
         for year in np.unique(known_in):
             values = z[(known_in == year) & np.isfinite(z)]
@@ -196,7 +196,7 @@ def measure_symbol(
 ) -> pd.DataFrame:
     """Return the scored rows of one symbol: year, inside the band or not, probability of a rise, losses."""
     outcome = series.ahead_log(horizon)
-    ours, band = calibrated(series, series.volatility.scale_log(horizon), drift, horizon)
+    ours, band = calibrated(series, scale_log(series.volatility, horizon), drift, horizon)
     rivals = {
         "garch": garch,
         "ewma": calibrated(series, ewma_scale(series, horizon), drift, horizon)[0],
@@ -207,7 +207,7 @@ def measure_symbol(
         scored &= np.isfinite(quantiles).all(axis=1)
     rows = pd.DataFrame({"year": series.year[scored], "rose": outcome[scored] > 0.0})
     rows["inside"] = ((outcome >= ours[:, 0]) & (outcome <= ours[:, -1]))[scored]
-    rows["prob_up"] = band.probability_above[scored]
+    rows["prob_up"] = band.above[0][scored]
     rows["loss_ours"] = pinball(outcome[scored], ours[scored])
     for name, quantiles in rivals.items():
         rows[f"loss_{name}"] = pinball(outcome[scored], quantiles[scored])
@@ -271,7 +271,7 @@ def far_coverage(panel: Mapping[str, Series], symbols: Sequence[str]) -> dict[st
         drift, inside = drift_by_year(panel, horizon), []
         for series in (panel[symbol] for symbol in symbols):
             outcome = series.ahead_log(horizon)
-            ours, _ = calibrated(series, series.volatility.scale_log(horizon), drift, horizon)
+            ours, _ = calibrated(series, scale_log(series.volatility, horizon), drift, horizon)
             scored = np.isin(series.year, YEARS) & np.isfinite(outcome)
             inside.append(((outcome >= ours[:, 0]) & (outcome <= ours[:, -1]))[scored])
         found[f"coverage_h{horizon}"] = float(np.mean(np.concatenate(inside)))
@@ -287,7 +287,7 @@ def speed_ms(series: Series) -> float:
         for horizon in ANCHORS_BARS:
             outcome = series.ahead_log(horizon)
             calibrate_band(
-                np.zeros_like(outcome), volatility.scale_log(horizon), outcome, horizon_bars=horizon
+                np.zeros_like(outcome), scale_log(volatility, horizon), outcome, horizon_bars=horizon
             )
         best = min(best, time.perf_counter() - start)
     return 1_000.0 * best

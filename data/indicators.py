@@ -208,6 +208,20 @@ def rolling_deviations(values: FloatArray, window: int) -> FloatArray:
 
 @cached
 @njit()
+def decayed_mean(values: FloatArray, span_bars: float) -> FloatArray:
+    """Return the exponential mean of the values up to each row, divided by its weights, (n,)."""
+    alpha = 2.0 / (span_bars + 1.0)
+    out = np.empty(values.shape[0])
+    mean, weight = 0.0, 0.0
+    for t in range(values.shape[0]):
+        weight = 1.0 - (1.0 - weight) * (1.0 - alpha)
+        mean += alpha / weight * (values[t] - mean)
+        out[t] = mean
+    return out
+
+
+@cached
+@njit()
 def guarded_ratio(numerator: FloatArray, denominator: FloatArray, least: float, neutral: float) -> FloatArray:
     """Divide where the denominator exceeds ``least``; elsewhere ``neutral``. NaN stays NaN."""
     out = np.empty(numerator.shape[0])

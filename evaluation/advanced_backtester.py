@@ -8,7 +8,7 @@ strategy, all booked by the same `account`, after the same costs and financing. 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,6 @@ from evaluation.metrics import Metrics, drawdowns, forecast_metrics, ledger_metr
 from utils.base import DataError, InsufficientDataError, UsageError
 
 FloatArray = npt.NDArray[np.float64]
-BoolArray = npt.NDArray[np.bool_]
 
 # Of the volatility that sorts days into regimes, and of the view that rolls over the bars.
 REGIME_BARS, ROLLING_BARS = 63, 20
@@ -59,7 +58,6 @@ class BacktestReport:
     benchmarks: Mapping[str, Benchmark]
     notes: tuple[str, ...]
     costs: CostModel
-    initial_capital: float
     out_of_sample_from: pd.Timestamp | None
 
     @property
@@ -94,31 +92,6 @@ class Trade(NamedTuple):
     reason: str
 
 
-TRADE_COLUMNS = Trade._fields
-
-
-class _Window(NamedTuple):
-    """The rows that count, (n,)."""
-
-    dates: pd.DatetimeIndex
-    close: FloatArray
-    target_weight: FloatArray
-    is_out_of_sample: BoolArray
-    expected_return: FloatArray
-
-    @property
-    def asset_return(self) -> FloatArray:
-        """Simple return of each bar over the one before; NaN in the first row."""
-        return np.concatenate([[np.nan], self.close[1:] / self.close[:-1] - 1.0])
-
-    def ahead(self, horizon_bars: int) -> FloatArray:
-        """Return the simple return over the coming bars; NaN where it is not known yet."""
-        if horizon_bars < 1:
-            raise UsageError(f"horizon_bars must be at least 1, got {horizon_bars!r}")
-        came = self.close[horizon_bars:] / self.close[:-horizon_bars] - 1.0
-        return np.concatenate([came, np.full(len(self.close) - len(came), np.nan)])
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdvancedBacktester:
     """Books target weights under one set of costs, the same for the strategy and for every benchmark.
@@ -137,7 +110,7 @@ class AdvancedBacktester:
         target_weight: FloatArray,
         *,
         apply_position_lag: bool = True,
-        is_out_of_sample: BoolArray | None = None,
+        is_out_of_sample: npt.NDArray[np.bool_] | None = None,
         include_in_sample: bool = False,
         expected_return: FloatArray | None = None,
         horizon_bars: int | None = None,
@@ -159,141 +132,138 @@ class AdvancedBacktester:
         Raises
         ------
         DataError, InsufficientDataError
-            When rows make no sense, or none, or only some behind the first, are out of sample; when fewer
-            than 2 rows count.
+            When rows make no sense, are in-sample where they must not be, or fewer than 2 count.
         """
         n, was_told = len(dates), is_out_of_sample is not None
-        known = np.array(np.zeros(n) if is_out_of_sample is None else is_out_of_sample, dtype=np.bool_)
-        expected = _floats(np.full(n, np.nan) if expected_return is None else expected_return)
-        index = pd.DatetimeIndex(dates, name="date")
-        window = _Window(index, _floats(close), _floats(target_weight), known, expected)
-        _check(window)
-        if expected_return is not None and horizon_bars is None:
-            raise UsageError("expected_return was given without horizon_bars: say how far the forecasts look")
+        if expected_return is not None and (horizon_bars or 0) < 1:
+            raise UsageError(f"forecasts need horizon_bars of at least 1, got {horizon_bars!r}")
+        columns = {
+            "close": close,
+            "target_weight": target_weight,
+            "is_out_of_sample": np.zeros(n, np.bool_) if is_out_of_sample is None else is_out_of_sample,
+            "expected_return": np.full(n, np.nan) if expected_return is None else expected_return,
+        }
+        rows = _checked(pd.DatetimeIndex(dates, name="date"), columns)
         if was_told and not include_in_sample:
-            window = _drop_in_sample(window)
-        if len(window.dates) < 2:
-            raise InsufficientDataError(f"a backtest needs 2 rows that count, has {len(window.dates)}")
+            rows = _drop_in_sample(rows)
+        if len(rows) < 2:
+            raise InsufficientDataError(f"a backtest needs 2 rows that count, has {len(rows)}")
+        rows.insert(1, "asset_return", rows["close"].pct_change())
         ledger = account(
-            window.target_weight,
-            window.asset_return,
+            _floats(rows["target_weight"]),
+            _floats(rows["asset_return"]),
             self.costs,
             apply_position_lag=apply_position_lag,
             initial_capital=self.initial_capital,
             no_trade_band=self.no_trade_band,
         )
-        return self._judge(window, ledger, horizon_bars, was_told=was_told)
+        return self._judge(rows, ledger, horizon_bars, was_told=was_told)
 
     def _judge(
-        self, window: _Window, ledger: Ledger, horizon_bars: int | None, *, was_told: bool
+        self, rows: pd.DataFrame, ledger: Ledger, horizon_bars: int | None, *, was_told: bool
     ) -> BacktestReport:
-        trades = pd.DataFrame(list(_trades(window, ledger, self.no_trade_band)), columns=list(TRADE_COLUMNS))
-        market = self._constant(1.0, window)
+        trades = pd.DataFrame(list(_trades(rows, ledger, self.no_trade_band)), columns=list(Trade._fields))
+        market = self._constant(1.0, rows)
         decided = trades["is_decided"].to_numpy(dtype=np.bool_) & trades["exit_date"].notna()
         closed = trades.loc[decided, "pnl"].to_numpy(dtype=np.float64)
         metrics = ledger_metrics(ledger, market.net_return, self.costs.periods_per_year)
         metrics |= trade_metrics(closed, len(trades))
         if horizon_bars is not None:
-            metrics |= forecast_metrics(window.expected_return, window.ahead(horizon_bars))
-        known = window.is_out_of_sample
+            came = rows["close"].shift(-horizon_bars) / rows["close"] - 1.0
+            metrics |= forecast_metrics(_floats(rows["expected_return"]), _floats(came))
         return BacktestReport(
-            daily=_daily(window, ledger),
+            daily=_daily(rows, ledger),
             trades=trades,
             metrics=MappingProxyType(metrics),
-            benchmarks=MappingProxyType(self._benchmarks(window, ledger, market)),
-            notes=_notes(window, ledger, was_told=was_told),
+            benchmarks=MappingProxyType(self._benchmarks(rows, ledger, market)),
+            notes=_notes(rows, ledger, was_told=was_told),
             costs=self.costs,
-            initial_capital=self.initial_capital,
-            out_of_sample_from=window.dates[int(np.argmax(known))] if known.any() else None,
+            out_of_sample_from=next(iter(rows.index[rows["is_out_of_sample"]]), None),
         )
 
-    def _benchmarks(self, window: _Window, ledger: Ledger, market: Ledger) -> dict[str, Benchmark]:
+    def _benchmarks(self, rows: pd.DataFrame, ledger: Ledger, market: Ledger) -> dict[str, Benchmark]:
         exposures = {
             "buy_hold": 1.0,
             "exposure_matched": float(np.clip(ledger.held_weight[1:].mean(), -MAX_WEIGHT, MAX_WEIGHT)),
-            "volatility_matched": self._volatility_matched(window, ledger, market),
+            "volatility_matched": self._volatility_matched(rows, ledger, market),
         }
         found = {}
         for name, exposure in exposures.items():
-            books = market if exposure == 1.0 else self._constant(exposure, window)
+            books = market if exposure == 1.0 else self._constant(exposure, rows)
             figures = MappingProxyType(ledger_metrics(books, market.net_return, self.costs.periods_per_year))
-            held = window._replace(target_weight=np.full(len(window.dates), exposure))
-            found[name] = Benchmark(exposure=exposure, daily=_daily(held, books), metrics=figures)
+            daily = _daily(rows.assign(target_weight=exposure), books)
+            found[name] = Benchmark(exposure=exposure, daily=daily, metrics=figures)
         return found
 
-    def _volatility_matched(self, window: _Window, ledger: Ledger, market: Ledger) -> float:
+    def _volatility_matched(self, rows: pd.DataFrame, ledger: Ledger, market: Ledger) -> float:
         """Return the constant exposure whose net returns vary as the strategy's do; 0 if prices rest."""
-        wanted, reached = ledger.net_return[1:].std(), market.net_return[1:].std()
-        exposure = 1.0
-        if min(wanted, window.asset_return[1:].std()) <= 1e-12:
+        wanted, reached, exposure = ledger.net_return[1:].std(), market.net_return[1:].std(), 1.0
+        if min(wanted, _floats(rows["asset_return"])[1:].std()) <= 1e-12:
             return 0.0
         for _ in range(4):
             # Volatility is all but proportional to exposure; costs bend it a little.
             exposure = min(float(exposure * wanted / reached), MAX_WEIGHT)
-            reached = self._constant(exposure, window).net_return[1:].std()
+            reached = self._constant(exposure, rows).net_return[1:].std()
         return exposure
 
-    def _constant(self, exposure: float, window: _Window) -> Ledger:
+    def _constant(self, exposure: float, rows: pd.DataFrame) -> Ledger:
         return account(
-            np.full(len(window.dates), exposure),
-            window.asset_return,
+            np.full(len(rows), exposure),
+            _floats(rows["asset_return"]),
             self.costs,
             initial_capital=self.initial_capital,
             no_trade_band=_BENCHMARK_BAND if self.costs.minimum_commission > 0.0 else 0.0,
         )
 
 
-def _check(window: _Window) -> None:
-    n, prices = len(window.dates), window.close
-    for name, column in window._asdict().items():
-        if len(column) != n:
-            raise DataError(f"{name} has {len(column)} entries for {n} dates; must be one per date")
-    if not (window.dates.is_monotonic_increasing and window.dates.is_unique):
+def _checked(dates: pd.DatetimeIndex, columns: dict[str, npt.NDArray[Any]]) -> pd.DataFrame:
+    """Return the columns as rows by date."""
+    for name, column in columns.items():
+        if len(column) != len(dates):
+            raise DataError(f"{name} has {len(column)} entries for {len(dates)} dates; must be one per date")
+    if not (dates.is_monotonic_increasing and dates.is_unique):
         raise DataError("dates must ascend strictly; sort them and drop doubles")
+    rows = pd.DataFrame(columns, index=dates)
+    prices = rows["close"]
     bad = ~(np.isfinite(prices) & (prices > 0.0))
     if bad.any():
-        row = int(np.argmax(bad))
-        raise DataError(f"close of {window.dates[row]:%Y-%m-%d} is {prices[row]}; must be finite and above 0")
+        day = bad.idxmax()
+        raise DataError(f"close of {day:%Y-%m-%d} is {prices[day]}; must be finite and above 0")
+    return rows
 
 
-def _floats(column: npt.ArrayLike) -> FloatArray:
-    return np.array(column, dtype=np.float64)
+def _floats(column: "pd.Series[float]") -> FloatArray:
+    return np.asarray(column, dtype=np.float64)
 
 
-def _drop_in_sample(window: _Window) -> _Window:
+def _drop_in_sample(rows: pd.DataFrame) -> pd.DataFrame:
     """Start at the first out-of-sample bar, and refuse in-sample forecasts behind it."""
-    known = window.is_out_of_sample
-    if not known.any():
+    if not rows["is_out_of_sample"].any():
         raise DataError("no row is out of sample; pass include_in_sample=True to see them, stamped IN-SAMPLE")
-    first = int(np.argmax(known))
     # A bar without a forecast cannot have peeked; without any forecasts at hand, the flags alone decide.
-    forecast = np.isfinite(window.expected_return)
-    strange = ~known & (forecast | ~forecast.any())
-    strange[:first] = False
+    forecast = np.isfinite(rows["expected_return"])
+    strange = ~rows["is_out_of_sample"] & (forecast | ~forecast.any())
+    strange = strange[rows["is_out_of_sample"].idxmax() :]
     if strange.any():
         raise DataError(
             f"{int(strange.sum())} in-sample rows lie behind the first out-of-sample bar, the first on "
-            f"{window.dates[int(np.argmax(strange))]:%Y-%m-%d}; drop them or pass include_in_sample=True"
+            f"{strange.idxmax():%Y-%m-%d}; drop them or pass include_in_sample=True"
         )
-    kept = window._replace(is_out_of_sample=~strange)
-    return _Window._make(column[first:] for column in kept)
+    return rows.iloc[-len(strange) :].assign(is_out_of_sample=True)
 
 
-def _daily(window: _Window, ledger: Ledger) -> pd.DataFrame:
-    told = ("close", "asset_return", "target_weight", "is_out_of_sample", "expected_return")
-    columns = {name: getattr(window, name) for name in told}
-    columns |= {name: getattr(ledger, name) for name in _BOOKED}
-    return pd.DataFrame({**columns, "drawdown": drawdowns(ledger.equity)}, index=window.dates)
+def _daily(rows: pd.DataFrame, ledger: Ledger) -> pd.DataFrame:
+    booked = {name: getattr(ledger, name) for name in _BOOKED} | {"drawdown": drawdowns(ledger.equity)}
+    return pd.concat([rows, pd.DataFrame(booked, index=rows.index)], axis=1)
 
 
-def _notes(window: _Window, ledger: Ledger, *, was_told: bool) -> tuple[str, ...]:
+def _notes(rows: pd.DataFrame, ledger: Ledger, *, was_told: bool) -> tuple[str, ...]:
     notes = []
-    strange = int((~window.is_out_of_sample).sum())
-    if strange:
-        told = f"{strange} of {len(window.dates)} rows were seen in training."
+    if strange := int((~rows["is_out_of_sample"]).sum()):
+        told = f"{strange} of {len(rows)} rows were seen in training."
         notes.append(f"{IN_SAMPLE_STAMP}: {told if was_told else 'nothing says that these rows are not.'}")
     if ledger.ruined_at is not None:
-        notes.append(f"The capital was lost on {window.dates[ledger.ruined_at]:%Y-%m-%d}.")
+        notes.append(f"The capital was lost on {rows.index[ledger.ruined_at]:%Y-%m-%d}.")
     return (*notes, "Idle cash earns nothing, in the strategy and in every benchmark.")
 
 
@@ -301,9 +271,8 @@ class _Holding:
     """Shares and what they cost, order by order."""
 
     def __init__(self) -> None:
-        self.shares = self.outlay = 0.0
+        self.shares = self.outlay = self.realised = 0.0
         self.since: np.datetime64 = _NEVER
-        self.realised = 0.0
 
     def trade(self, date: np.datetime64, shares: float, price: float, cost: float) -> tuple[str, str, float]:
         """Trade signed shares that do not cross zero; return action, words and what was realised."""
@@ -321,16 +290,16 @@ class _Holding:
         return ("COVER" if shares > 0.0 else "SELL"), ("reduced" if self.shares else "closed"), pnl
 
 
-def _trades(window: _Window, ledger: Ledger, band: float) -> Iterator[Trade]:
+def _trades(rows: pd.DataFrame, ledger: Ledger, band: float) -> Iterator[Trade]:
     """Yield the orders behind the books; one that crosses zero is split, its costs by shares."""
-    holding, held, dates = _Holding(), ledger.held_weight, window.dates.to_numpy()
-    shares_at_close, meant = ledger.position_value / window.close, 0.0
+    holding, held = _Holding(), ledger.held_weight
+    dates, close = rows.index.to_numpy(), _floats(rows["close"])
+    shares_at_close, meant = ledger.position_value / close, 0.0
     for row in map(int, np.flatnonzero(ledger.traded_value)):
-        date, price, after = dates[row - 1], float(window.close[row - 1]), float(shares_at_close[row])
-        crosses = holding.shares * after < 0.0
+        date, price, after = dates[row - 1], float(close[row - 1]), float(shares_at_close[row])
         moved = abs(held[row] - meant) > max(band, DECIDED) or np.sign(held[row]) != np.sign(meant)
         meant = held[row] if moved else meant
-        parts = [-holding.shares, after] if crosses else [after - holding.shares]
+        parts = [-holding.shares, after] if holding.shares * after < 0.0 else [after - holding.shares]
         fees = np.array([ledger.commission[row], ledger.slippage[row]]) / sum(map(abs, parts))
         for shares in parts:
             commission, slippage = (float(fee) for fee in fees * abs(shares))
@@ -414,9 +383,8 @@ def by_bar(result: BacktestReport) -> pd.DataFrame:
 
 def by_month(result: BacktestReport) -> pd.DataFrame:
     """Return net returns by calendar month (``2026-11``): strategy, buy and hold, and the difference."""
-    net = net_returns(result)[["strategy", "buy_hold"]]
+    net = net_returns(result)[["strategy", "buy_hold"]].add_suffix("_return")
     grown = (1.0 + net).groupby(pd.DatetimeIndex(net.index).strftime("%Y-%m")).prod() - 1.0
-    grown.columns = pd.Index(["strategy_return", "buy_hold_return"])
     return grown.assign(alpha=grown["strategy_return"] - grown["buy_hold_return"])
 
 

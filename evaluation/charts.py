@@ -10,7 +10,7 @@ import io
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -118,10 +118,7 @@ class Section:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """A whole page; a ``stamp`` (IN-SAMPLE) is repeated on every figure, table and chart.
-
-    Of ``headline``, each is a label, a figure, and what the figure stands beside.
-    """
+    """A page, with its ``stamp`` (IN-SAMPLE) on all figures; headlines are label, figure, what is beside."""
 
     kicker: str
     title: str
@@ -166,15 +163,6 @@ def monthly_heatmap(returns: "pd.Series[float]") -> Table:
     return Table(columns=("", *MONTHS, "Year"), rows=rows, style="heat")
 
 
-def bar_chart(values: Mapping[str, float], notes: Mapping[str, str], heads: tuple[str, str, str]) -> Table:
-    """Show shares (fractions >= 0) as bars, longest first, each with a note; heads: of label, share, note."""
-    ranked = sorted(values.items(), key=lambda item: (-item[1], item[0]))
-    top = max((share for _label, share in ranked), default=0.0) or 1.0
-    bars = (replace(cell(share, "pct"), share=round(100 * share / top, 1)) for _label, share in ranked)
-    rows = ((Cell(name), bar, Cell(notes.get(name, ""))) for (name, _), bar in zip(ranked, bars, strict=True))
-    return Table(columns=heads, rows=tuple(rows), style="bars")
-
-
 def equity_chart(dates: pd.DatetimeIndex, equity: Series, in_sample: BoolArray) -> Drawing:
     """Draw growth of one unit on a log scale; label to (role, equity at each close, (n,)), the first on top.
 
@@ -198,20 +186,6 @@ def drawdown_chart(dates: pd.DatetimeIndex, drawdown: Series) -> Drawing:
     """Draw losses from the running peak, fractions <= 0; label to (role, (n,)), the first filled."""
     worst = {f"{name}, worst {cell(v.min(), 'pct').text}": (role, v) for name, (role, v) in drawdown.items()}
     return curve_chart(dates, worst, span="strip", form="pct", filled=True)
-
-
-def position_chart(dates: pd.DatetimeIndex, held_weight: FloatArray) -> Drawing:
-    """Draw the held weight as a fraction of equity, (n,); 1 is fully invested, below 0 is short."""
-    curves, guide = {"held weight": ("strategy", held_weight)}, (1.0, "fully invested")
-    return curve_chart(dates, curves, span="strip", form="pct", guide=guide, filled=True)
-
-
-def coverage_chart(dates: pd.DatetimeIndex, inside: BoolArray, *, nominal: float, window: int) -> Drawing:
-    """Draw the share of the last ``window`` outcomes inside their band (n,) beside the ``nominal`` share."""
-    share = np.asarray(pd.Series(inside.astype(np.float64)).rolling(window).mean(), dtype=np.float64)
-    curves = {f"inside, last {window} outcomes": ("strategy", share)}
-    guide = nominal, f"promised {nominal * 100:.0f} %"
-    return curve_chart(dates, curves, form="pct", guide=guide)
 
 
 def rolling_sharpe_chart(
@@ -299,8 +273,7 @@ def reliability_chart(predicted: FloatArray, observed: FloatArray, *, overlap_ba
     """
     order = np.argsort(predicted, kind="stable")
     parts = np.array_split(order, max(1, min(10, len(order) // 20)))
-    x = np.array([predicted[part].mean() for part in parts])
-    y = np.array([observed[part].mean() for part in parts])
+    x, y = (np.array([values[part].mean() for part in parts]) for values in (predicted, observed))
     worth = np.array([max(len(part) / overlap_bars, 2.0) for part in parts])
     spread = 1.645 * np.array([observed[part].std() for part in parts]) / np.sqrt(worth)
 
@@ -339,8 +312,9 @@ def _lines(ax: "Axes", dates: pd.DatetimeIndex, series: Series, points: int, *, 
         if len(values) != len(dates):
             raise DataError(f"{label} has {len(values)} values for {len(dates)} dates: align them first")
         at = _thin(values, points)
-        width = 1.0 if place or filled else 1.7
-        ax.plot(dates[at], values[at], color=ROLES[role], lw=width, zorder=20 - place)
+        ax.plot(
+            dates[at], values[at], color=ROLES[role], lw=1.0 if place or filled else 1.7, zorder=20 - place
+        )
         if filled and not place:
             ax.fill_between(dates[at], values[at], 0.0, color=ROLES[role], alpha=0.18, lw=0)
 

@@ -17,14 +17,7 @@ import numpy as np
 import pandas as pd
 
 from evaluation import charts
-from evaluation.advanced_backtester import (
-    IN_SAMPLE_STAMP,
-    REGIME_BARS,
-    BacktestReport,
-    by_regime,
-    by_year,
-    net_returns,
-)
+from evaluation.advanced_backtester import IN_SAMPLE_STAMP, REGIME_BARS, BacktestReport, by_regime, by_year
 from evaluation.charts import TIMES, Banner, Block, Cell, Drawing, FloatArray, Report, Section, Table, cell
 from evaluation.forward_simulator import BLOCK_BARS, CONFIDENCE, RESAMPLES, Evidence, summarise
 from evaluation.metrics import Metrics, values
@@ -32,6 +25,8 @@ from utils.base import DataError, StorageError
 from utils.model_paths import write_whole
 
 Facts = Mapping[str, Any]
+Rows = Iterable[Iterable[Cell]]
+Sections = Iterable[Section]
 AnyBlock = TypeVar("AnyBlock", Drawing, Table)
 STRATEGY = "Strategy"
 BENCHMARKS = {"buy_hold": ("Buy and hold", "hold"), "exposure_matched": ("Same exposure", "exposure")}
@@ -56,9 +51,9 @@ class Words:
         title, caption = (text.format_map(known) for text in self.table["figure"][name])
         return replace(block, title=title, caption=caption)
 
-    def grid(self, name: str, columns: Iterable[str], rows: Iterable[Iterable[Cell]]) -> Table:
-        """Show rows of cells."""
-        return self.on(name, Table(columns=tuple(columns), rows=tuple(tuple(row) for row in rows)))
+    def grid(self, name: str, columns: Iterable[str], rows: Rows, style: str = "table") -> Table:
+        """Show rows of cells in a style of `Table`."""
+        return self.on(name, Table(columns=tuple(columns), rows=tuple(map(tuple, rows)), style=style))
 
     def records(self, name: str, records: Iterable[Facts]) -> Table:
         """Show records in the columns (key, heading, form) of the words.
@@ -84,9 +79,7 @@ def render(report: Report) -> str:
     from jinja2 import StrictUndefined, Template  # noqa: PLC0415
 
     source = (TEMPLATES / "report.html.j2").read_text(encoding="utf-8")
-    page: Template = Template(
-        source, autoescape=True, undefined=StrictUndefined, finalize=_shown, trim_blocks=True
-    )
+    page = Template(source, autoescape=True, undefined=StrictUndefined, finalize=_shown, trim_blocks=True)
     return str(page.render(report=report))
 
 
@@ -103,10 +96,10 @@ def write_report(report: Report, path: Path) -> Path:
 
 def provenance_of(metadata: Facts) -> dict[str, str]:
     """Return what a bundle's metadata tell about data, model and libraries: facts by name, for a report."""
-    parts = ((part, metadata.get(part) or {}) for part in ("data", "universe"))
-    flat = {**metadata, **{f"{part}.{name}": fact for part, facts in parts for name, fact in facts.items()}}
     libraries = metadata.get("versions", {}).items()
-    flat["versions"] = ", ".join(f"{name} {version}" for name, version in libraries)
+    flat = {**metadata, "versions": ", ".join(f"{name} {version}" for name, version in libraries)}
+    for part in ("data", "universe"):
+        flat |= {f"{part}.{name}": fact for name, fact in (metadata.get(part) or {}).items()}
     places = words_of("training").table["provenance"].items()
     return {label: str(flat[place]) for label, place in places if flat.get(place) not in (None, "")}
 
@@ -158,22 +151,23 @@ def _money(words: Words, result: BacktestReport) -> tuple[Section, ...]:
     daily, dates, year = result.daily, pd.DatetimeIndex(result.daily.index), result.costs.periods_per_year
     frames = {STRATEGY: ("strategy", daily)}
     frames |= {label: (role, result.benchmarks[name].daily) for name, (label, role) in BENCHMARKS.items()}
-    net = net_returns(result)
+    net, market = daily["net_return"], result.benchmarks["buy_hold"].daily["net_return"]
 
     def curves(name: str, first: int) -> dict[str, tuple[str, FloatArray]]:
         return {label: (role, _floats(frame[name])) for label, (role, frame) in [*frames.items()][:first]}
 
-    seen, held = ~np.asarray(daily["is_out_of_sample"], dtype=np.bool_), _floats(daily["held_weight"])
+    seen = ~np.asarray(daily["is_out_of_sample"], dtype=np.bool_)
     equity = words.on("equity", charts.equity_chart(dates, curves("equity", 4), seen))
     drawdown = words.on("drawdown", charts.drawdown_chart(dates, curves("drawdown", 2)))
-    position = words.on("position", charts.position_chart(dates, held))
+    held, whole = {"held weight": ("strategy", _floats(daily["held_weight"]))}, (1.0, "fully invested")
+    position = charts.curve_chart(dates, held, span="strip", form="pct", guide=whole, filled=True)
     long, pair = len(dates) > ROLLING_BARS + REGIME_BARS, curves("net_return", 2)
     sharpe = charts.rolling_sharpe_chart(dates, pair, window=ROLLING_BARS, periods_per_year=year)
     rough = (words.on("sharpe", sharpe), words.records("regimes", by_regime(result))) if long else ()
-    alike = (words.table["same"],) if np.allclose(net["strategy"], net["buy_hold"], atol=1e-9) else ()
-    months = words.on("months", charts.monthly_heatmap(net["strategy"]))
+    alike = (words.table["same"],) if np.allclose(net, market, atol=1e-9) else ()
+    months = words.on("months", charts.monthly_heatmap(net))
     return (
-        words.section("growth", equity, drawdown, position, bullets=alike),
+        words.section("growth", equity, drawdown, words.on("position", position), bullets=alike),
         words.section("measures", *_measures(words, result)),
         words.section("time", *rough),
         words.section("calendar", months, words.records("years", by_year(result))),
@@ -191,7 +185,7 @@ def _measures(words: Words, result: BacktestReport) -> tuple[Table, Table]:
 
     heads = ("", STRATEGY, *(label for label, _role in BENCHMARKS.values()))
     beside = words.grid("measures", heads, rows("measures", [result.metrics, *rivals]))
-    return beside, replace(words.grid("own", ("", ""), rows("own", [result.metrics])), style="facts")
+    return beside, words.grid("own", ("", ""), rows("own", [result.metrics]), "facts")
 
 
 def _price(words: Words, daily: pd.DataFrame) -> Drawing:
@@ -214,7 +208,9 @@ def _forecasts(words: Words, made: pd.DataFrame, horizon: int, *, in_sample: boo
     fan = charts.forecast_fan_chart(pd.DatetimeIndex(last.index), *band)
     up, rose = _floats(frame["prob_up"]), _floats(frame["came"] > 0)
     reliability = words.on("reliability", charts.reliability_chart(up, rose, overlap_bars=horizon))
-    coverage = charts.coverage_chart(dates, inside, nominal=0.8, window=COVERAGE_OUTCOMES)
+    share = pd.Series(inside.astype(np.float64)).rolling(COVERAGE_OUTCOMES).mean()
+    curves = {f"inside, last {COVERAGE_OUTCOMES} outcomes": ("strategy", _floats(share))}
+    coverage = charts.curve_chart(dates, curves, form="pct", guide=(0.8, "promised 80 %"))
     coverage = words.on("coverage", coverage, {"share": cell(inside.mean(), "pct").text})
     return words.section("forecast", words.on("fan", fan, {"shown": len(last)}), reliability, coverage)
 
@@ -275,7 +271,8 @@ def training_report(
         # One model of many symbols: what is of this one, and what of all of them, must not be mixed up.
         together = f", {len(universe['symbols'])} symbols together"
         fills |= {"alone": f", of {symbol} alone", "together": together}
-    page = _Trained("training", metadata, record, fills, summary or {})
+    page = _Trained("training", metadata, record, fills)
+    page.evidence |= summary or {}
     words = page.words
     ics = (_floats([fold[name] for fold in folds]) for name in ("ic", "ic_low", "ic_high"))
     ic = words.on("ic", charts.fold_chart([fold["test_start"][:7] for fold in folds], *ics))
@@ -284,23 +281,18 @@ def training_report(
     paths = words.records("paths", ({"bars": int(bars), **found} for bars, found in further.items()))
     best = sorted(trials, key=lambda trial: (trial["state"] == "pruned", trial["inner_rmse"] or np.inf))
     best = [{"why": words.table["stopped"], **trial} for trial in best[:SHOWN_TRIALS]]
-    learned = [words.section("epochs", words.records("epochs", epochs), bullets=[_read(words, folds)])]
-    tried_out: dict[str, int] = {}  # nothing is searched for a network
-    if not epochs:
-        tried_out = {"trials": len(trials)}
-        looked = words.section("features", _importance(words, importance, folds))
+    if epochs:
+        learned = [words.section("epochs", words.records("epochs", epochs), bullets=[_read(words, folds)])]
+    else:
         tried = words.section("trials", words.records("trials", best))
         nothing = words.section("no_trials", bullets=words.table["no_trials"])
+        looked = words.section("features", _importance(words, importance, folds))
         learned = [looked, tried if trials else nothing]
-    sections = (
-        words.section("network_folds" if epochs else "folds", ic, words.records("folds", periods)),
-        page.naive(),
-        *((words.section("paths", paths),) if further else ()),
-        page.gates(),
-        *learned,
-        *page.origin(findings),
-    )
-    return _page(words, {"own": {**page.evidence, **tried_out}}, metadata["verdict"], sections)
+    # Nothing is searched for a network.
+    tried_out = {} if epochs else {"trials": len(trials)}
+    first = words.section("network_folds" if epochs else "folds", ic, words.records("folds", periods))
+    beside = [words.section("paths", paths)] if further else []
+    return page.report([first], beside, learned, findings, tried_out)
 
 
 def ensemble_report(
@@ -309,31 +301,24 @@ def ensemble_report(
     """Assemble the report of an ensemble; ``record`` has a ``weight_`` column for each member besides."""
     parts = metadata["parts"]
     fills = {name: cell(parts[f"{name}_correlation"], "num").text for name in ("error", "signal")}
-    page = _Trained("ensemble", metadata, record, {"symbol": symbol, **fills}, {})
+    page = _Trained("ensemble", metadata, record, {"symbol": symbol, **fills})
     words = page.words
     labels = words.table["members"].items()
     curves = {label: (role, _floats(record[f"weight_{name}"])) for name, (label, role) in labels}
     weights = charts.curve_chart(pd.DatetimeIndex(record["date"]), curves, span="full", form="pct")
-    sections = (
-        words.section("parts", words.records("parts", parts["table"]), bullets=parts["notes"]),
-        words.section("weights", words.on("weights", weights)),
-        page.naive(),
-        page.gates(),
-        *page.origin(findings),
-    )
-    return _page(words, {"own": {**page.evidence, **parts["weights"]}}, metadata["verdict"], sections)
+    beside = words.section("parts", words.records("parts", parts["table"]), bullets=parts["notes"])
+    first = beside, words.section("weights", words.on("weights", weights))
+    return page.report(first, (), (), findings, parts["weights"])
 
 
 class _Trained:
     """What the reports of a training and of an ensemble have in common."""
 
-    def __init__(
-        self, kind: str, metadata: Facts, record: pd.DataFrame, fills: Facts, summary: Facts
-    ) -> None:
+    def __init__(self, kind: str, metadata: Facts, record: pd.DataFrame, fills: Facts) -> None:
         self.metadata, self.horizon = metadata, metadata["horizon_bars"]
         known = record.dropna(subset=["realised_log", "predicted_log"])
         self.known = known.sort_values("date").set_index("date")
-        self.evidence = {**metadata["verdict"]["evidence"], **summary}
+        self.evidence = dict(metadata["verdict"]["evidence"])
         rows = f"Out of sample, {_span(self.known.index)}"
         own = f"{rows}, {len(self.known):,} forecasts"
         fills = {"horizon": self.horizon, "alone": "", "together": "", **fills}
@@ -357,30 +342,36 @@ class _Trained:
 
     def gates(self) -> Section:
         words, verdict = self.words, self.metadata["verdict"]
-        known, told = words.table["gate"], verdict["gates"]
-        forms = (known.get(gate["name"], ("any", "")) for gate in told)
-        rows = (
-            {"value_form": form, "note": note, **gate} for (form, note), gate in zip(forms, told, strict=True)
-        )
-        before = self.metadata.get("tries")
-        tries = [words.records("tries", before)] if before else []
-        tables = words.records("gates", rows), _evidence(words, self.evidence), *tries
-        failed = ", ".join(verdict["bypassed_gates"])
-        bypassed = [words.table["bypassed"].format(gates=failed)] if failed else []
-        return words.section("gates", *tables, bullets=(*verdict["reasons"], *bypassed))
+        known = words.table["gate"]
+        rows = ({"note": "", **known.get(gate["name"], {}), **gate} for gate in verdict["gates"])
+        tables, said = [words.records("gates", rows), _evidence(words, self.evidence)], [*verdict["reasons"]]
+        if tries := self.metadata.get("tries"):
+            tables.append(words.records("tries", tries))
+        if failed := ", ".join(verdict["bypassed_gates"]):
+            said.append(words.table["bypassed"].format(gates=failed))
+        return words.section("gates", *tables, bullets=said)
 
-    def origin(self, findings: Sequence[str]) -> tuple[Section, Section]:
+    def report(
+        self, first: Sections, beside: Sections, learned: Sections, findings: Sequence[str], own: Facts
+    ) -> Report:
+        """Put a report's own sections around those that all have, and its own figures beside the evidence."""
         words = self.words
         data = words.section("data", bullets=findings or words.table["no_findings"])
-        return data, words.section("origin", _facts(words, provenance_of(self.metadata)))
+        origin = words.section("origin", _facts(words, provenance_of(self.metadata)))
+        sections = *first, self.naive(), *beside, self.gates(), *learned, data, origin
+        return _page(words, {"own": {**self.evidence, **own}}, self.metadata["verdict"], sections)
 
 
 def _importance(words: Words, importance: Mapping[str, float], folds: Iterable[Facts]) -> Table:
+    """Show the features' shares as bars, longest first, and how many folds selected each."""
     selected = [set(fold["selected_features"]) for fold in folds]
     top = sorted(importance, key=lambda name: (-importance[name], name))[:SHOWN_FEATURES]
-    notes = {name: f"{sum(name in fold for fold in selected)} of {len(selected)}" for name in top}
     shares = {name: importance[name] / (sum(importance.values()) or 1.0) for name in top}
-    return words.on("features", charts.bar_chart(shares, notes, words.table["feature_heads"]))
+    longest = max(shares.values(), default=0.0) or 1.0
+    counts = (f"{sum(name in fold for fold in selected)} of {len(selected)}" for name in top)
+    bars = (replace(cell(share, "pct"), share=round(100 * share / longest, 1)) for share in shares.values())
+    rows = zip(map(Cell, top), bars, map(Cell, counts), strict=True)
+    return words.grid("features", words.table["feature_heads"], rows, "bars")
 
 
 def _read(words: Words, folds: Sequence[Facts]) -> str:
@@ -390,12 +381,7 @@ def _read(words: Words, folds: Sequence[Facts]) -> str:
     return str(words.table["read"]).format(total=len(found), folds=len(folds), most=most)
 
 
-def _page(
-    words: Words,
-    figures: Mapping[str, Mapping[str, float | None]],
-    verdict: Facts,
-    sections: tuple[Section, ...],
-) -> Report:
+def _page(words: Words, figures: Mapping[str, Facts], verdict: Facts, sections: Sections) -> Report:
     (tone, text), stamp = words.table["verdict"][verdict["label"]], str(words.fills.get("stamp", ""))
     warning = (Banner(tone="bad", text=words.table["verdict"]["in_sample"]),) if stamp else ()
     headline = []
@@ -410,7 +396,7 @@ def _page(
         subtitle=str(words.fills["subtitle"]),
         headline=tuple(headline),
         banners=(*warning, Banner(tone=tone, text=text, reasons=tuple(verdict["reasons"]))),
-        sections=sections,
+        sections=tuple(sections),
         limits=tuple(words.table["limits"]),
         stamp=stamp,
     )
@@ -426,8 +412,8 @@ def _evidence(words: Words, evidence: Mapping[str, object]) -> Table:
 
 
 def _facts(words: Words, facts: Mapping[str, str]) -> Table:
-    rows = tuple((Cell(name), Cell(fact)) for name, fact in facts.items())
-    return words.on("origin", Table(columns=("", ""), rows=rows, style="facts"))
+    rows = ((Cell(name), Cell(fact)) for name, fact in facts.items())
+    return words.grid("origin", ("", ""), rows, "facts")
 
 
 def words_of(kind: str, fills: Mapping[str, object] | None = None) -> Words:

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import uuid
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -30,30 +30,12 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
 import pandas as pd
-from pydantic import (
-    AliasPath,
-    BaseModel,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AliasPath, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from data.feature_engineer import feature_set_hash, get_feature_columns
+from utils import model_paths
 from utils.base import ModelCorruptError, ModelExistsError, ModelIncompatibleError
-from utils.model_paths import (
-    ASIDE,
-    ArtifactKind,
-    Linked,
-    artifact_link,
-    flush,
-    promote,
-    saving,
-    serve,
-    serve_linked,
-    storage_errors,
-)
+from utils.model_paths import ArtifactKind, Linked
 
 MANIFEST = "manifest.json"
 VERIFY_WAIT_S = 300.0
@@ -73,7 +55,6 @@ DAMAGE: tuple[type[Exception], ...] = (*_WORDLESS, *_BROKEN, OSError, RuntimeErr
 
 Contents = Mapping[str, bytes]
 Verify = Callable[[Path], None]
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Manifest(BaseModel):
@@ -88,12 +69,13 @@ class Manifest(BaseModel):
 
     SCHEMA: ClassVar[int] = 0
     FILES: ClassVar[tuple[str, ...]] = ()
+    NAMES: ClassVar[tuple[str, ...]] = ()
 
     schema_version: int
     kind: str
     symbol: str
     model_version: str
-    files: dict[str, Sha256]
+    files: dict[str, str]
     libraries: dict[str, str] = Field(default_factory=dict)
     data_hash: str = ""
     golden_inputs: list[list[float]] = Field(default_factory=list)
@@ -102,7 +84,7 @@ class Manifest(BaseModel):
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the models that it is made of."""
-        return ()
+        return self.NAMES
 
     def needed(self) -> set[str]:
         """Return the files without which it is not whole."""
@@ -173,14 +155,13 @@ class Saved:
     """What a saved model of any kind has.
 
     It forecasts, and is judged, ``horizon_bars`` ahead; its ``record`` is what it said out of sample, a row a
-    session. ``path`` is None before it is saved; ``warnings`` tell what was amiss and did not prevent it.
+    session; ``warnings`` tell what was amiss when it was loaded and did not prevent it.
     """
 
     symbol: str
     horizon_bars: int
     record: pd.DataFrame
     metadata: Mapping[str, Any]
-    path: Path | None = None
     warnings: tuple[str, ...] = ()
 
     @property
@@ -213,7 +194,9 @@ class Format(Generic[ManifestT, SavedT]):
         To ``contents``, the files of its own by name, record and metadata are added; ``promised`` are the
         fields of the manifest beside those that tell whose it is, and what its files are.
         """
-        contents = {**contents, METADATA: as_json(bundle.metadata), RECORD: record_bytes(bundle.record)}
+        # With checksums, or a flipped byte loads as a number.
+        bundle.record.to_parquet(record := io.BytesIO(), write_page_checksum=True)
+        contents = {**contents, METADATA: as_json(bundle.metadata), RECORD: record.getvalue()}
         identity = {
             "schema_version": self.manifest.SCHEMA,
             "kind": self.kind.name,
@@ -235,18 +218,18 @@ class Format(Generic[ManifestT, SavedT]):
 
         `ModelMissingError` if the symbol was never trained, another `ModelError` if no version can be used.
         """
-        bundle, warnings = serve(models_dir, symbol, self.kind, self.load_folder)
+        bundle, warnings = model_paths.serve(models_dir, symbol, self.kind, self.load_folder)
         return replace(bundle, warnings=warnings)
 
     def load_linked(self, linked: Linked) -> SavedT:
         """Load what a link names, see `load`; the link is not read again."""
-        bundle, warnings = serve_linked(linked, self.load_folder)
+        bundle, warnings = model_paths.serve_linked(linked, self.load_folder)
         return replace(bundle, warnings=warnings)
 
     def load_folder(self, folder: Path) -> SavedT:
         """Check one version's files against its manifest, which vouches for all of them, then load them."""
         version = read_version(folder, self.kind, self.manifest)
-        return replace(self.build(version, checked_metadata(version)), path=folder)
+        return self.build(version, checked_metadata(version))
 
     def describe(self, linked: Linked) -> Description:
         """Describe the version that `load_linked` would load: its files are checked, none is unpickled."""
@@ -255,7 +238,7 @@ class Format(Generic[ManifestT, SavedT]):
             version = read_version(folder, self.kind, self.manifest)
             return Description(metadata=checked_metadata(version), models=version.manifest.names)
 
-        description, warnings = serve_linked(linked, tell)
+        description, warnings = model_paths.serve_linked(linked, tell)
         return replace(description, warnings=warnings)
 
 
@@ -308,14 +291,13 @@ def read_manifest(folder: Path, manifest_type: type[ManifestT]) -> ManifestT:
         raise corrupt(folder, "its manifest is not the one that was saved")
     with unusable(folder, "its manifest"):
         schema = dict(json.loads(body)).get("schema_version")
-    if isinstance(schema, int) and schema != manifest_type.SCHEMA:
-        raise ModelIncompatibleError(
-            f"bundle {folder.name} has schema {schema}, this program reads {manifest_type.SCHEMA}: "
-            "train again with --overwrite"
-        )
-    if not seal:
-        raise corrupt(folder, "its manifest has no seal")
-    with unusable(folder, "its manifest"):
+        if isinstance(schema, int) and schema != manifest_type.SCHEMA:
+            raise ModelIncompatibleError(
+                f"bundle {folder.name} has schema {schema}, this program reads {manifest_type.SCHEMA}: "
+                "train again with --overwrite"
+            )
+        if not seal:
+            raise corrupt(folder, "its manifest has no seal")
         return manifest_type.model_validate_json(body)
 
 
@@ -356,11 +338,7 @@ def checked_metadata(version: Version[Any]) -> dict[str, Any]:
     if COLUMNS in version.contents:
         known, expected_hash = expected_features()
         columns = document(version, COLUMNS, ColumnNames).columns
-        if missing := [name for name in columns if name not in known]:
-            raise ModelIncompatibleError(
-                f"the model of {promised.symbol} needs features that are not computed any more, "
-                f"{', '.join(missing)}: train again with --overwrite"
-            )
+        refuse_missing(promised.symbol, columns, known)
         if promised.feature_set_hash != expected_hash:
             raise ModelIncompatibleError(
                 f"the features of {promised.symbol} are computed differently since bundle {folder.name} was "
@@ -370,10 +348,13 @@ def checked_metadata(version: Version[Any]) -> dict[str, Any]:
         return dict(json.loads(version.contents[METADATA]))
 
 
-def record_bytes(record: pd.DataFrame) -> bytes:
-    """Return a record as the content of its file; with checksums, or a flipped byte loads as a number."""
-    record.to_parquet(buffer := io.BytesIO(), write_page_checksum=True)
-    return buffer.getvalue()
+def refuse_missing(symbol: str, columns: Iterable[str], known: Collection[str]) -> None:
+    """Refuse a model of features that are not ``known`` any more; they are never filled."""
+    if missing := [name for name in columns if name not in known]:
+        raise ModelIncompatibleError(
+            f"the model of {symbol} needs features that are not computed any more, "
+            f"{', '.join(missing)}: train again with --overwrite"
+        )
 
 
 def new_version_id(created_at: datetime) -> str:
@@ -403,16 +384,16 @@ def publish(
     `StorageError` if the disk is full or not writable: what served before still serves. `LockedError` if
     another process saves the same symbol and does not come to an end.
     """
-    link = artifact_link(models_dir, manifest.symbol, kind)
+    link = model_paths.artifact_link(models_dir, manifest.symbol, kind)
     final = link.parent / kind.versions / manifest.model_version
-    aside = final.with_name(f"{ASIDE}{final.name}")
-    with storage_errors(manifest.symbol), saving(models_dir, manifest.symbol, kind):
+    aside = final.with_name(f"{model_paths.ASIDE}{final.name}")
+    with model_paths.storage_errors(manifest.symbol), model_paths.saving(models_dir, manifest.symbol, kind):
         if final.exists():
             raise ModelExistsError(f"version {final.name} of {manifest.symbol} is saved already")
         try:
             _write(aside, {**contents, MANIFEST: sealed(manifest)})
             verify(aside)
-            promote(aside, final, link)
+            model_paths.promote(aside, final, link)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             if not (link.is_symlink() and link.readlink().name == final.name):
@@ -428,7 +409,7 @@ def _write(folder: Path, contents: Contents) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-    flush(folder)
+    model_paths.flush(folder)
 
 
 def verify_in_fresh_process(folder: Path, module: str) -> None:

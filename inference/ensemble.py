@@ -6,7 +6,7 @@ Where there are others, or none, the boosters forecast alone, and a note says so
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -32,8 +32,6 @@ MEMBERS = (GBM.name, LSTM.name)
 ENSEMBLE_FILE, META_BOOSTER = "ensemble.json", "meta_model.ubj"
 LIBRARIES = ("xgboost", "numpy", "pandas", "ta-lib")
 RECORD_COLUMNS = ("date", "raw_scaled", "predicted_log", "realised_log", "sigma_log")
-# What a member's opinion counts before anything is known of it.
-PRIOR = (("gbm", 0.7), ("lstm", 0.3))
 # Rows between the end of a label and its first use, so that "before" never rests on one close.
 EMBARGO_BARS = 1
 # Fewer known rows than this tell nothing of skill, and nothing of a signal's spread, which is that of about
@@ -66,12 +64,10 @@ class SignalRows:
         """
         wanted = usable & self.is_out_of_sample
         learned = wanted & np.isfinite(self.outcome)
-        n, begin = len(wanted), 0
-        for start in range(int(np.argmax(wanted)) if wanted.any() else n, n, every):
-            yield np.flatnonzero(learned & (self.known_from <= start)), slice(begin, start + every)
-            begin = start + every
-        if begin == 0:
-            yield np.empty(0, dtype=np.intp), slice(0, n)
+        first = int(np.argmax(wanted))
+        for start in range(first, len(wanted), every):
+            now = slice(start if start > first else 0, start + every)
+            yield np.flatnonzero(learned & (self.known_from <= start)), now
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +84,8 @@ class SimpleEnsemble:
     rows. Weights and calibration are renewed every `refresh_rows` sessions.
     """
 
-    prior: Mapping[str, float] = field(default_factory=lambda: dict(PRIOR))
+    # What a member's opinion counts before anything is known of it.
+    prior: Mapping[str, float] = field(default_factory=lambda: {"gbm": 0.7, "lstm": 0.3})
     typical_ic: float = 0.03
     ic_std: float = 0.015
     refresh_rows: int = 63
@@ -183,17 +180,24 @@ def meta_features(bars: pd.DataFrame, signals: Mapping[str, FloatArray]) -> pd.D
     close_log = np.log(bars["Close"])
     distance = close_log - close_log.rolling(TREND_BARS, min_periods=LEAST_REGIME_BARS).mean()
     trend = (distance / (sigma_log * np.sqrt(TREND_BARS))).clip(-MAX_TREND, MAX_TREND).fillna(0.0)
-    in_storm = np.asarray(storm, dtype=np.float64)
     common = np.where(np.sign(gbm) == np.sign(lstm), np.minimum(np.abs(gbm), np.abs(lstm)), 0.0)
-    found = {"gbm": gbm, "lstm": lstm, "agreed": np.sign(gbm) * common, "storm": in_storm}
-    found["trend"] = np.asarray(trend, dtype=np.float64)
+    found = {"gbm": gbm, "lstm": lstm, "agreed": np.sign(gbm) * common, "storm": storm, "trend": trend}
     for name, signal in ((GBM.name, gbm), (LSTM.name, lstm)):
-        found[f"{name}_calm"], found[f"{name}_storm"] = signal * (1.0 - in_storm), signal * in_storm
+        found |= {f"{name}_calm": signal * (1.0 - storm), f"{name}_storm": signal * storm}
     return pd.DataFrame(found, index=bars.index)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MetaModel:
+class Linear:
+    """What a meta-learner is but for its trees, which lie in a file of their own: see `MetaModel`."""
+
+    centre: tuple[FiniteFloat, ...]
+    scale: tuple[Annotated[FiniteFloat, Field(gt=0)], ...]
+    coefficients: tuple[Annotated[FiniteFloat, Field(ge=0)], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetaModel(Linear):
     """A fitted meta-learner: from `meta_features` to one signal in units of the h-day volatility.
 
     It sees `META_COLUMNS` of its method, standardised by ``centre`` and ``scale`` of the rows that it was
@@ -201,9 +205,6 @@ class MetaModel:
     """
 
     method: Method
-    centre: tuple[float, ...]
-    scale: tuple[float, ...]
-    coefficients: tuple[float, ...] = ()
     booster: xgboost.Booster | None = None
 
     def predict(self, features: pd.DataFrame) -> FloatArray:
@@ -308,19 +309,7 @@ class EnsembleManifest(artifact.Manifest):
 
     SCHEMA: ClassVar[int] = 1
     FILES: ClassVar[tuple[str, ...]] = (ENSEMBLE_FILE, METADATA, RECORD)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of its members."""
-        return MEMBERS
-
-
-class Linear(BaseModel):
-    """What ``ensemble.json`` tells of a meta-learner; trees lie in a file of their own."""
-
-    centre: tuple[FiniteFloat, ...]
-    scale: tuple[Annotated[FiniteFloat, Field(gt=0)], ...]
-    coefficients: tuple[Annotated[FiniteFloat, Field(ge=0)], ...] = ()
+    NAMES: ClassVar[tuple[str, ...]] = MEMBERS
 
 
 class EnsembleDocument(BaseModel):
@@ -394,8 +383,7 @@ def save_ensemble(bundle: EnsembleBundle, models_dir: Path) -> Path:
         promised["golden_outputs"] = _golden_outputs(meta, golden).tolist()
         if meta.booster is not None:
             contents[META_BOOSTER] = bytes(meta.booster.save_raw("ubj"))
-    linear = meta and Linear(centre=meta.centre, scale=meta.scale, coefficients=meta.coefficients)
-    told = EnsembleDocument(method=bundle.method, members=bundle.members, weights=bundle.weights, meta=linear)
+    told = EnsembleDocument(method=bundle.method, members=bundle.members, weights=bundle.weights, meta=meta)
     contents[ENSEMBLE_FILE] = told.model_dump_json(indent=1).encode()
     return FORMAT.save(bundle, models_dir, contents, promised)
 
@@ -412,7 +400,7 @@ def _build(version: Version[EnsembleManifest], metadata: Mapping[str, Any]) -> E
         if told.method == "xgb-meta":
             with artifact.unusable(version.folder, META_BOOSTER):
                 booster = xgboost.Booster(model_file=bytearray(version.contents[META_BOOSTER]))
-        meta = MetaModel(method=told.method, booster=booster, **told.meta.model_dump())
+        meta = MetaModel(method=told.method, booster=booster, **asdict(told.meta))
         check_golden(version, lambda rows: _golden_outputs(meta, rows), version.manifest.golden_outputs)
         stacked = Stacked(said=record.set_index("date")["stacked_scaled"], meta=meta)
     return EnsembleBundle(

@@ -17,7 +17,6 @@ conformal inference under distribution shift. Angelopoulos, Candes, Tibshirani (
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +24,7 @@ import pandas as pd
 from numba import njit
 from scipy.special import stdtrit
 
-from data.indicators import MIN_SIGMA_LOG, bar_moves, cached
+from data.indicators import MIN_SIGMA_LOG, bar_moves, cached, decayed_mean
 from evaluation.accounting import CostModel
 from evaluation.metrics import overlap_error
 from inference.position_sizing import win_record
@@ -33,6 +32,7 @@ from inference.position_sizing import win_record
 FloatArray = npt.NDArray[np.float64]
 FloatMatrix = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.intp]
+Floats = FloatArray | float
 
 # Fewer independent rows than this say nothing about a slope; a signal is at most doubled.
 MIN_INDEPENDENT, MAX_SLOPE = 30, 2.0
@@ -104,8 +104,7 @@ def calibrate(
 
 DEGREES_OF_FREEDOM = 5.0
 ANCHORS_BARS = (1, 5, 20, 126)
-FEATURES = ("level", "volume", "week", "month", "overnight", "long_run", "falls")
-# One row an anchor, one column a feature.
+# One row an anchor; of level, volume, week, month, overnight, long run, falls.
 WEIGHTS = (
     (-0.4304, 0.3140, 0.1552, 0.4764, -0.1172, 0.0701, 0.5914),
     (-0.5951, 0.1846, -0.0002, 0.3482, -0.1395, 0.1852, 0.6701),
@@ -117,20 +116,6 @@ LEAST_SHARE = 0.05
 MAX_RATIO_LOG, MAX_FALL, MAX_VOLUME_LOG = 1.4, 5.0, 2.0
 
 
-@cached
-@njit()
-def decayed_mean(values: FloatArray, span_bars: float) -> FloatArray:
-    """Return the exponential mean of the values up to each row, divided by its weights, (n,)."""
-    alpha = 2.0 / (span_bars + 1.0)
-    out = np.empty(values.shape[0])
-    mean, weight = 0.0, 0.0
-    for t in range(values.shape[0]):
-        weight = 1.0 - (1.0 - weight) * (1.0 - alpha)
-        mean += alpha / weight * (values[t] - mean)
-        out[t] = mean
-    return out
-
-
 def volatility_features(bars: pd.DataFrame) -> tuple[FloatArray, FloatArray]:
     """Measure the volatility of each bar's past; row t is known at the close of t.
 
@@ -140,21 +125,20 @@ def volatility_features(bars: pd.DataFrame) -> tuple[FloatArray, FloatArray]:
         Log of the month's daily variance (overnight squared plus Garman-Klass), carried half-way to that of
         close-to-close returns by the ratio that the year had, (n,).
     features
-        `FEATURES`, (n, 7), free of the scale of returns: 1; log volume over its month's mean; mean log
+        (n, 7), as in `WEIGHTS`, free of the scale of returns: 1; log volume over its month's mean; mean log
         variance of a week and of a month over the log of the month's mean variance; log overnight over log
         session variance of the month; log variance of five years over the month's; the month's mean return in
         volatilities, downwards positive.
     """
-    prices = [np.array(bars[name], dtype=np.float64) for name in ("Open", "High", "Low", "Close")]
+    open_, high, low, close = np.array(bars[["Open", "High", "Low", "Close"]], dtype=np.float64).T.copy()
     moves = np.empty((11, len(bars)))
-    bar_moves(prices[0], prices[1], prices[2], prices[3], moves)
+    bar_moves(open_, high, low, close, moves)
     ret, overnight, session = moves[7], moves[8] * moves[8], moves[10]
-    least = MIN_SIGMA_LOG**2
-    ranged = overnight + session
+    least, ranged = MIN_SIGMA_LOG**2, overnight + session
     month = np.maximum(decayed_mean(ranged, 22.0), least)
-    log_month = np.log(month)
+    log_month, floor = np.log(month), 0.01 * month
     bar_log = np.log(np.maximum(ranged, LEAST_SHARE * month))
-    closes = _log_ratio(decayed_mean(ret * ret, 252.0), decayed_mean(ranged, 252.0), least)
+    closes = np.log((decayed_mean(ret * ret, 252.0) + least) / (decayed_mean(ranged, 252.0) + least))
     volume_log = np.log(np.maximum(np.array(bars["Volume"], dtype=np.float64), 1.0))
     falls = np.clip(-ret / np.sqrt(month), -MAX_FALL, MAX_FALL)
     features = np.column_stack(
@@ -163,7 +147,7 @@ def volatility_features(bars: pd.DataFrame) -> tuple[FloatArray, FloatArray]:
             np.clip(volume_log - decayed_mean(volume_log, 22.0), -MAX_VOLUME_LOG, MAX_VOLUME_LOG),
             decayed_mean(bar_log, 5.0) - log_month,
             decayed_mean(bar_log, 22.0) - log_month,
-            _log_ratio(decayed_mean(overnight, 22.0), decayed_mean(session, 22.0), 0.01 * month),
+            np.log((decayed_mean(overnight, 22.0) + floor) / (decayed_mean(session, 22.0) + floor)),
             np.log(np.maximum(decayed_mean(ranged, 1260.0), least)) - log_month,
             decayed_mean(falls, 22.0),
         ]
@@ -171,51 +155,34 @@ def volatility_features(bars: pd.DataFrame) -> tuple[FloatArray, FloatArray]:
     return log_month + 0.5 * np.clip(closes, -MAX_RATIO_LOG, MAX_RATIO_LOG), features
 
 
-def _log_ratio(above: FloatArray, below: FloatArray, least: FloatArray | float) -> FloatArray:
-    """Return the log of a ratio of variances, which both have a floor, (n,)."""
-    return np.asarray(np.log((above + least) / (below + least)), dtype=np.float64)
+def forecast_volatility(bars: pd.DataFrame) -> FloatArray:
+    """Forecast the log of the variance a bar over the next `ANCHORS_BARS` bars, (4, n), see `scale_log`.
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VolatilityForecast:
-    """Scales of the log return over the bars to come, for every horizon.
-
-    ``daily_variance_log`` is the log of the variance a bar over the next `ANCHORS_BARS` bars, (4, n); row t
-    is known at the close of t.
-    """
-
-    daily_variance_log: FloatArray
-
-    def scale_log(self, horizon_bars: int) -> FloatArray:
-        """Return the scale of the log return over ``horizon_bars`` bars, (n,), above 0.
-
-        It is that of a t distribution with `DEGREES_OF_FREEDOM`, .77 of its standard deviation.
-        """
-        place = np.interp(np.log(horizon_bars), np.log(ANCHORS_BARS), np.arange(len(ANCHORS_BARS)))
-        low = min(int(place), len(ANCHORS_BARS) - 2)
-        part = place - low
-        daily = (1.0 - part) * self.daily_variance_log[low] + part * self.daily_variance_log[low + 1]
-        return np.asarray(np.exp(0.5 * daily) * np.sqrt(horizon_bars), dtype=np.float64)
-
-
-def forecast_volatility(bars: pd.DataFrame) -> VolatilityForecast:
-    """Forecast the scale of log returns from each bar on, finite on every row; row t depends on bars up to t.
-
-    The bars are never NaN; the first month of a history is a guess.
+    Row t is known at the close of t, and never NaN; the first month of a history is a guess.
     """
     base, features = volatility_features(bars)
     # Summed feature by feature: a matrix product may add in another order on a prefix.
-    daily = np.repeat(base[np.newaxis, :], len(ANCHORS_BARS), axis=0)
-    for column in range(len(FEATURES)):
-        daily += np.array([row[column] for row in WEIGHTS])[:, np.newaxis] * features[:, column]
-    return VolatilityForecast(daily_variance_log=daily)
+    daily_variance_log = np.tile(base, (len(ANCHORS_BARS), 1))
+    for weights, feature in zip(np.array(WEIGHTS).T, features.T, strict=True):
+        daily_variance_log += np.outer(weights, feature)
+    return daily_variance_log
+
+
+def scale_log(daily_variance_log: FloatArray, horizon_bars: int) -> FloatArray:
+    """Return the scale of the log return over ``horizon_bars`` bars, (n,), above 0.
+
+    It is that of a t distribution with `DEGREES_OF_FREEDOM`, .77 of its standard deviation.
+    """
+    place = np.interp(np.log(horizon_bars), np.log(ANCHORS_BARS), np.arange(len(ANCHORS_BARS)))
+    low = min(int(place), len(ANCHORS_BARS) - 2)
+    part = place - low
+    daily = (1.0 - part) * daily_variance_log[low] + part * daily_variance_log[low + 1]
+    return np.asarray(np.exp(0.5 * daily) * np.sqrt(horizon_bars), dtype=np.float64)
 
 
 DECILES = np.arange(1, 10) / 10.0
 WINDOW_ROWS = 2_500
-PRIOR_RESIDUALS = 50.0
-LEAST_INDEPENDENT = 10.0
-BAND_MISSES = 0.2
+PRIOR_RESIDUALS, LEAST_INDEPENDENT, BAND_MISSES = 50.0, 10.0, 0.2
 # Change of the log width by a miss at h = 1; by the square root of h less at h bars.
 WIDTH_PACE, MAX_WIDTH_LOG = 0.01, 0.7
 
@@ -232,21 +199,6 @@ class Calibrated:
     deciles_z: FloatArray
     above: FloatArray
 
-    @property
-    def probability_above(self) -> FloatArray:
-        """Probability that the outcome exceeds the first threshold, (n,)."""
-        return np.asarray(self.above[0])
-
-    @property
-    def lower_z(self) -> FloatArray:
-        """Lower edge of the 80 % band, (n,), in scales."""
-        return self.deciles_z[:, 0]
-
-    @property
-    def upper_z(self) -> FloatArray:
-        """Upper edge of the 80 % band, (n,), in scales."""
-        return self.deciles_z[:, -1]
-
 
 def calibrate_band(
     mean_log: FloatArray,
@@ -258,14 +210,9 @@ def calibrate_band(
 ) -> Calibrated:
     """Follow the distribution of standardised forecast errors as they were resolved.
 
-    Parameters
-    ----------
-    mean_log, scale_log
-        Forecast made at t of the h-day log return, and its scale, (n,); NaN where there is none.
-    realised_log
-        Log return from t to t + h, (n,); NaN in the last h rows. Row t is used from row t + h on.
-    thresholds_log
-        Log returns whose exceedance has a probability asked for; 0 for a rise.
+    Mean and scale are the forecast made at t of the h-day log return, (n,), NaN where there is none. The
+    return realised from t to t + h, NaN in the last h rows, is used from row t + h on. ``thresholds_log`` are
+    log returns whose exceedance has a probability asked for; 0 for a rise.
     """
     wanted = (np.array(thresholds_log)[:, np.newaxis] - mean_log) / scale_log
     deciles, level, trust, share = _follow(
@@ -358,11 +305,7 @@ def _follow(
 
 
 def centre_log(
-    step_bars: FloatArray | float,
-    expected_log: FloatArray | float,
-    baseline_log: FloatArray | float,
-    *,
-    horizon_bars: int,
+    step_bars: Floats, expected_log: Floats, baseline_log: Floats, *, horizon_bars: int
 ) -> FloatArray:
     """Return the centre of the log return over ``step_bars`` bars, given that over h bars.
 
@@ -429,19 +372,18 @@ def with_bands(frame: pd.DataFrame, bars: pd.DataFrame, horizon_bars: int) -> pd
     The frame is indexed like ``bars`` and holds ``expected_log``, ``baseline_log``, ``sigma_log``, NaN
     without a forecast. What is added at t comes from forecasts that were resolved by t.
     """
-    volatility, close_log = forecast_volatility(bars), np.log(np.asarray(bars["Close"], dtype=np.float64))
+    daily_variance_log, close_log = forecast_volatility(bars), np.log(bars["Close"])
     expected, baseline = frame["expected_log"].to_numpy(), frame["baseline_log"].to_numpy()
     sigma_log, round_trip = frame["sigma_log"].to_numpy(), 2.0 * CostModel().one_way_rate
     thresholds = (0.0, float(np.log1p(round_trip)), float(np.log1p(-round_trip)))
     added: dict[str, FloatArray] = {}
     for ahead in sorted({*ANCHORS_BARS, horizon_bars}):
-        realised = np.full(len(frame), np.nan)
-        realised[:-ahead] = close_log[ahead:] - close_log[:-ahead]
+        realised = np.asarray(close_log.shift(-ahead) - close_log, dtype=np.float64)
         centre = centre_log(ahead, expected, baseline, horizon_bars=horizon_bars)
-        scale = volatility.scale_log(ahead)
+        scale = scale_log(daily_variance_log, ahead)
         asked = thresholds if ahead == horizon_bars else ()
         band = calibrate_band(centre, scale, realised, horizon_bars=ahead, thresholds_log=asked)
-        lower_log, upper_log = band.lower_z * scale, band.upper_z * scale
+        lower_log, upper_log = band.deciles_z[:, 0] * scale, band.deciles_z[:, -1] * scale
         if ahead != horizon_bars:
             added[f"lower_log_{ahead}"], added[f"upper_log_{ahead}"] = lower_log, upper_log
             continue
@@ -452,12 +394,6 @@ def with_bands(frame: pd.DataFrame, bars: pd.DataFrame, horizon_bars: int) -> pd
         added["p_win"], added["payoff_ratio"] = win_record(expected, realised, horizon_bars=ahead)
     # The mean of a log-normal variable lies above its median; sizing wants the mean.
     added["expected_return"] = np.expm1(expected + sigma_log**2 / 2)
-    added["baseline_return"] = np.expm1(baseline + sigma_log**2 / 2)
-    added["sigma"] = sigma_log
+    added["baseline_return"], added["sigma"] = np.expm1(baseline + sigma_log**2 / 2), sigma_log
     # At once: a frame that grows column by column takes longer than all that is computed here.
-    return pd.DataFrame({**columns_of(frame), **added}, index=frame.index)
-
-
-def columns_of(frame: pd.DataFrame) -> dict[str, npt.NDArray[Any]]:
-    """Return a frame's columns by name."""
-    return {str(name): column.to_numpy() for name, column in frame.items()}
+    return pd.concat([frame, pd.DataFrame(added, index=frame.index)], axis=1)

@@ -22,19 +22,11 @@ from pydantic import BaseModel, Field, RootModel, model_validator
 from sklearn.preprocessing import RobustScaler
 
 from inference import artifact
-from inference.artifact import (
-    COLUMNS,
-    GOLDEN_ROWS,
-    HYPERPARAMETERS,
-    METADATA,
-    RECORD,
-    RECORD_COLUMNS,
-    Version,
-)
+from inference.artifact import COLUMNS, HYPERPARAMETERS, METADATA, RECORD, RECORD_COLUMNS, Version
 from inference.intervals import Calibration, FloatArray, FloatMatrix, IntArray
 from inference.pipeline import Bundle, check_golden, read_record
 from utils.base import ModelIncompatibleError
-from utils.model_paths import GBM, ArtifactKind
+from utils.model_paths import GBM
 
 SCHEMA_VERSION = 2
 BOOSTER_LIBRARY = {"xgb": "xgboost", "lgb": "lightgbm", "cat": "catboost"}
@@ -81,6 +73,10 @@ class BoosterEnsemble:
         """Weigh the boosters' raw predictions into one signal, shape (n,)."""
         parts = [self.weights[name] * values for name, values in per_model.items()]
         return np.asarray(np.sum(parts, axis=0), dtype=np.float64)
+
+    def raw_scaled(self, features: FloatMatrix) -> FloatArray:
+        """Return the boosters' one signal before calibration, in units of the h-day volatility, (n,)."""
+        return self.combine(self.per_model(features))
 
     def contributions(self, features: FloatMatrix) -> FloatArray:
         """Return the boosters' own SHAP values, weighed, shape (n, len(selected)), in volatility units."""
@@ -236,8 +232,6 @@ class GBMBundle(Bundle):
     absolute SHAP value; hyperparameters are tuned parameters and rounds by booster.
     """
 
-    KIND: ClassVar[ArtifactKind] = GBM
-
     ensemble: BoosterEnsemble
     path_models: tuple[PathModel, ...] = ()
 
@@ -274,24 +268,21 @@ class GBMBundle(Bundle):
     def further(self, features: FloatMatrix, rows: IntArray) -> Mapping[int, tuple[Calibration, FloatArray]]:
         """Return calibration and signal of each path model, see `Bundle.further`."""
         return {
-            path.horizon_bars: (
-                path.ensemble.calibration,
-                path.ensemble.combine(path.ensemble.per_model(features[rows])),
-            )
+            path.horizon_bars: (path.ensemble.calibration, path.ensemble.raw_scaled(features[rows]))
             for path in self.path_models
         }
 
 
 def save_bundle(bundle: GBMBundle, models_dir: Path, *, golden_inputs: FloatMatrix) -> Path:
     """Save a bundle, see `artifact.Format.save`; what it says to the golden inputs, (k, p), is stored too."""
-    rows = golden_inputs[:GOLDEN_ROWS]
+    rows = golden_inputs[: artifact.GOLDEN_ROWS]
     promised = {
         "models": tuple(bundle.ensemble.models),
         "libraries": versions_of(bundle.ensemble.models),
         "golden_inputs": rows.astype(np.float64).tolist(),
-        "golden_outputs": golden_outputs(bundle.ensemble, rows).tolist(),
+        "golden_outputs": bundle.ensemble.raw_scaled(rows).tolist(),
         "path_golden_outputs": {
-            path.horizon_bars: golden_outputs(path.ensemble, rows).tolist() for path in bundle.path_models
+            path.horizon_bars: path.ensemble.raw_scaled(rows).tolist() for path in bundle.path_models
         },
     }
     return FORMAT.save(bundle, models_dir, _contents(bundle), promised)
@@ -319,11 +310,6 @@ def _contents(bundle: GBMBundle) -> dict[str, bytes]:
 
 def _fitted_document(ensemble: BoosterEnsemble, boosters: Mapping[str, object]) -> dict[str, object]:
     return {"boosters": boosters, "weights": ensemble.weights, "calibration": asdict(ensemble.calibration)}
-
-
-def golden_outputs(ensemble: BoosterEnsemble, inputs: FloatMatrix) -> FloatArray:
-    """Return raw forecasts of the golden rows, in units of volatility, (k,)."""
-    return ensemble.combine(ensemble.per_model(inputs))
 
 
 def _build(version: Version[GBMManifest], metadata: Mapping[str, Any]) -> GBMBundle:
@@ -378,9 +364,7 @@ def _ensemble(
         calibration=fitted.calibration,
     )
     expected = manifest.golden_outputs if bars is None else manifest.path_golden_outputs[bars]
-    check_golden(
-        version, lambda rows: golden_outputs(ensemble, rows.astype(np.float32)), expected, LightGBMError
-    )
+    check_golden(version, lambda rows: ensemble.raw_scaled(rows.astype(np.float32)), expected, LightGBMError)
     return ensemble
 
 

@@ -32,7 +32,7 @@ from inference.artifact import (
 )
 from inference.intervals import Calibration, FloatArray, FloatMatrix, IntArray
 from inference.pipeline import Bundle, check_golden, read_record
-from utils.model_paths import LSTM, ArtifactKind
+from utils.model_paths import LSTM
 
 KERAS, WEIGHTS, SCALER = "network.keras", "weights.npz", "scaler.json"
 FILES = (RECORD, COLUMNS, HYPERPARAMETERS, METADATA, KERAS, WEIGHTS, SCALER)
@@ -200,8 +200,6 @@ def latest_output(sequence: FloatMatrix, weights: Weights) -> FloatMatrix:
 class LSTMBundle(Bundle):
     """A network with the out-of-sample record that vouches for it; ``keras`` is it as Keras saves it."""
 
-    KIND: ClassVar[ArtifactKind] = LSTM
-
     network: Network
     keras: bytes
 
@@ -236,11 +234,7 @@ class LSTMManifest(artifact.Manifest):
 
     SCHEMA: ClassVar[int] = 1
     FILES: ClassVar[tuple[str, ...]] = FILES
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The network is one model."""
-        return (MODEL,)
+    NAMES: ClassVar[tuple[str, ...]] = (MODEL,)
 
 
 class ScalerDocument(BaseModel):

@@ -8,53 +8,31 @@ import io
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
-from data.feature_engineer import (
-    MAX_WARMUP_BARS,
-    SENTIMENT_COLUMNS,
-    engineer_features,
-    has_sentiment,
-    usable_rows,
-)
+from data.feature_engineer import MAX_WARMUP_BARS, SENTIMENT_COLUMNS, engineer_features, usable_rows
 from data.target_engineering import make_target, rescale_sigma
 from evaluation.accounting import DEFAULT_CAPITAL, CostModel
 from evaluation.advanced_backtester import AdvancedBacktester, BacktestReport
-from inference import artifact
+from inference import artifact, intervals
 from inference.artifact import GOLDEN_TOLERANCE, RECORD, Saved, Version, corrupt, unusable
-from inference.intervals import (
-    ANCHORS_BARS,
-    Calibration,
-    FloatArray,
-    FloatMatrix,
-    ForecastPath,
-    IntArray,
-    columns_of,
-    forecast_path,
-    with_bands,
-)
-from inference.position_sizing import Sizer, SizingInputs
+from inference.intervals import Calibration, FloatArray, FloatMatrix, ForecastPath, IntArray
+from inference.position_sizing import RuleSizer, SizingInputs
 from utils.base import DataError, ModelIncompatibleError
-from utils.model_paths import ArtifactKind
 
 FORECAST_COLUMNS = (
     *("expected_return", "baseline_return", "sigma", "lower", "upper", "prob_up", "prob_gain", "prob_loss"),
     *("p_win", "payoff_ratio", "skill_lower", "is_out_of_sample", "is_of_other_prices"),
     *("expected_log", "baseline_log", "sigma_log", "lower_z", "upper_z"),
 )
+# Before a number of bars, the name of the column with the forecast log return over so many.
 FURTHER = "expected_log_h"
 # An outcome that lies further from the recorded one, in volatilities, was made by other prices; two series
 # agree by chance in one row of some twenty, so a disagreement is remembered for a while.
 OTHER_PRICES_SIGMA, OTHER_PRICES_MEMORY_BARS = 0.05, 20
-
-
-def further_column(bars: int) -> str:
-    """Return the name of the column with the forecast log return over a further number of bars."""
-    return f"{FURTHER}{bars}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,8 +43,6 @@ class Bundle(Saved, ABC):
     ``importance`` is what each feature contributes to the final fit, normalised, empty where nobody measured
     it; ``hyperparameters`` tell how that came about, as plain data.
     """
-
-    KIND: ClassVar[ArtifactKind]
 
     importance: Mapping[str, float]
     hyperparameters: Mapping[str, object]
@@ -155,7 +131,6 @@ class Forecaster(Protocol):
     @property
     def horizon_bars(self) -> int:
         """Number of bars that a forecast looks ahead."""
-        ...
 
     def forecast(self, bars: pd.DataFrame) -> pd.DataFrame:
         """Return a frame indexed like ``bars`` with `FORECAST_COLUMNS`; NaN where there is no forecast.
@@ -164,10 +139,9 @@ class Forecaster(Protocol):
         and downwards. ``lower_z`` and ``upper_z`` are the distances of the band's edges from
         ``expected_log``, in ``sigma_log``. A forecaster that knows the edges over other numbers of bars adds
         them, in log returns from the centre, as columns ``lower_log_<bars>`` and ``upper_log_<bars>``, see
-        `path_ahead`. One that forecasts further numbers of bars adds these log returns as `further_column`,
-        NaN where there is none.
+        `path_ahead`. One that forecasts further numbers of bars adds these log returns, see `FURTHER`, NaN
+        where there is none.
         """
-        ...
 
 
 class Member(Forecaster, Protocol):
@@ -179,7 +153,6 @@ class Member(Forecaster, Protocol):
         Columns: ``raw_scaled`` (the uncalibrated signal, in units of the h-day volatility), and those of
         `FORECAST_COLUMNS` that `with_bands` does not add.
         """
-        ...
 
 
 @runtime_checkable
@@ -191,7 +164,6 @@ class Explains(Protocol):
 
         They are those of the model that forecasts now: it saw sessions up to its last one trained on.
         """
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,49 +205,20 @@ class Decisions:
 
 
 def decide(
-    symbol: str, bars: pd.DataFrame, forecaster: Forecaster, sizer: Sizer, *, costs: CostModel | None = None
+    symbol: str, bars: pd.DataFrame, forecaster: Forecaster, sizer: RuleSizer, costs: CostModel | None = None
 ) -> Decisions:
-    """Forecast every bar and fold the sizer over the forecasts.
+    """Forecast every bar and fold the sizer over the forecasts; row t is known at the close of t.
 
-    Parameters
-    ----------
-    sizer
-        A state machine whose step sees the forecasts and returns up to bar t.
-    costs
-        What the sizer's own equity pays, so that its drawdown breaker follows the equity that is booked.
-
-    Returns
-    -------
-    Decisions
-        One row per bar. Row t is known at the close of t.
+    The sizer's own equity pays ``costs``, so that its drawdown breaker follows the equity that is booked.
     """
-    forecast = forecaster.forecast(bars)
-    close = np.asarray(bars["Close"], dtype=np.float64)
-    asset_return = np.full(len(close), np.nan)
-    asset_return[1:] = close[1:] / close[:-1] - 1.0
-
-    def column(name: str) -> FloatArray:
-        return np.asarray(forecast[name], dtype=np.float64)
-
-    weights = sizer.fold(
-        SizingInputs(
-            expected_return=column("expected_return"),
-            baseline_return=column("baseline_return"),
-            sigma=column("sigma"),
-            p_win=column("p_win"),
-            payoff_ratio=column("payoff_ratio"),
-            skill_lower=column("skill_lower"),
-            asset_return_simple=np.nan_to_num(asset_return),
-            horizon_bars=forecaster.horizon_bars,
-        ),
-        costs or CostModel(),
-    )
-    columns = {"close": close, "asset_return": asset_return, **columns_of(forecast), "target_weight": weights}
-    frame = pd.DataFrame(columns, index=forecast.index)
+    close, h = bars["Close"].rename("close"), forecaster.horizon_bars
+    moves = close.pct_change().rename("asset_return")
+    frame = pd.concat([close, moves, forecaster.forecast(bars)], axis=1)
+    weights = sizer.fold(SizingInputs.of(frame, h), costs or CostModel())
     return Decisions(
         symbol=symbol,
-        frame=frame,
-        horizon_bars=forecaster.horizon_bars,
+        frame=frame.assign(target_weight=weights),
+        horizon_bars=h,
         sizing_id=f"{sizer.name}:{sizer.config_id}",
     )
 
@@ -287,25 +230,20 @@ def path_ahead(decisions: Decisions, dates: pd.DatetimeIndex) -> ForecastPath:
     """
     last = decisions.frame.iloc[-1]
     edges = {
-        bars: (float(last[f"lower_log_{bars}"]), float(last[f"upper_log_{bars}"]))
-        for bars in ANCHORS_BARS
-        if f"lower_log_{bars}" in last.index
+        bars: (last[f"lower_log_{bars}"], last[f"upper_log_{bars}"])
+        for bars in intervals.ANCHORS_BARS
+        if f"lower_log_{bars}" in last
     }
-    further = {
-        int(name.removeprefix(FURTHER)): float(last[name])
-        for name in map(str, last.index)
-        if name.startswith(FURTHER) and np.isfinite(last[name])
-    }
-    sigma_log = float(last["sigma_log"])
-    edges[decisions.horizon_bars] = (float(last["lower_z"]) * sigma_log, float(last["upper_z"]) * sigma_log)
-    return forecast_path(
+    edges[decisions.horizon_bars] = (last["lower_z"] * last["sigma_log"], last["upper_z"] * last["sigma_log"])
+    further = last.filter(like=FURTHER).dropna()
+    return intervals.forecast_path(
         dates=dates,
         last_close=float(last["close"]),
         expected_log=float(last["expected_log"]),
         baseline_log=float(last["baseline_log"]),
         edges_log=edges,
         horizon_bars=decisions.horizon_bars,
-        further_log=further,
+        further_log={int(str(name).removeprefix(FURTHER)): value for name, value in further.items()},
     )
 
 
@@ -323,18 +261,17 @@ def backtest_decisions(
     """
     frame = decisions.frame
     if not include_in_sample and bool(frame["is_of_other_prices"].any()):
-        last = int(np.flatnonzero(frame["is_of_other_prices"])[-1])
-        frame = frame.iloc[last + 1 :]
+        frame = frame.iloc[np.flatnonzero(frame["is_of_other_prices"])[-1] + 1 :]
         if not bool(frame["is_out_of_sample"].any()):
             raise DataError(f"no out-of-sample forecast fits these prices: {decisions.findings[0]}")
     return AdvancedBacktester(costs=costs, initial_capital=initial_capital).backtest_with_positions(
         pd.DatetimeIndex(frame.index),
-        np.asarray(frame["close"], dtype=np.float64),
-        np.asarray(frame["target_weight"], dtype=np.float64),
-        is_out_of_sample=np.asarray(frame["is_out_of_sample"], dtype=np.bool_),
+        frame["close"].to_numpy(),
+        frame["target_weight"].to_numpy(),
+        is_out_of_sample=frame["is_out_of_sample"].to_numpy(),
         include_in_sample=include_in_sample,
         # The forecast that is drawn, not its mean: half a variance above it, that is up nearly always.
-        expected_return=np.expm1(np.asarray(frame["expected_log"], dtype=np.float64)),
+        expected_return=np.expm1(frame["expected_log"].to_numpy()),
         horizon_bars=decisions.horizon_bars,
     )
 
@@ -365,16 +302,42 @@ class BundleForecaster:
         Signals are uncalibrated, in units of the h-day volatility; returns are simple h-day returns, columns
         ``*_log`` log returns over h bars. What is said at t comes from forecasts that were resolved by t.
         """
-        return with_bands(self.centre(bars), bars, self.horizon_bars)
+        return intervals.with_bands(self.centre(bars), bars, self.horizon_bars)
 
     def centre(self, bars: pd.DataFrame) -> pd.DataFrame:
-        """Return centre, scale and skill of every bar's forecast, and its raw signal."""
+        """Return centre, scale, skill and raw signal per bar: the record's rows, then the final model's."""
+        bundle, index = self.bundle, pd.DatetimeIndex(bars.index)
         target = make_target(bars, self.horizon_bars)
-        realised_log = np.asarray(target["target_log"], dtype=np.float64)
-        record = self.bundle.record.set_index("date").reindex(pd.DatetimeIndex(bars.index))
-        frame = self._centre(bars, record, np.asarray(target["sigma_log"], dtype=np.float64))
-        frame["is_of_other_prices"] = self._is_of_other_prices(record, realised_log)
-        frame["is_out_of_sample"] &= ~frame["is_of_other_prices"]
+        record, newest = bundle.record.set_index("date").reindex(index), bundle.record["date"].max()
+        replayed, after = record["predicted_log"].notna().to_numpy(), np.asarray(index > newest)
+        other_prices = replayed & self._restated(record, target["target_log"]).to_numpy()
+        skill, expected = record["skill_lower"].fillna(0.0), record["predicted_log"]
+        if not self._is_trusted:
+            # What had not come when the verdict was reached is forecast by it, as all that follows is.
+            had_come = record["realised_log"].notna()
+            skill, expected = 0.0 * skill, expected.where(had_come, record["baseline_log"])
+        columns = {
+            "expected_log": expected,
+            "baseline_log": record["baseline_log"],
+            "sigma_log": record["sigma_log"].fillna(target["sigma_log"]),
+            "skill_lower": skill,
+            **{name: record[name] for name in ("raw_scaled", *(f"model_{name}" for name in bundle.models))},
+            "is_out_of_sample": (replayed | after) & ~other_prices,
+            **{f"{FURTHER}{further}": np.nan for further in bundle.path_horizons},
+            "is_of_other_prices": other_prices,
+        }
+        frame = pd.DataFrame(columns, index=index)
+        wanted = after | (~replayed & self.include_in_sample)
+        # The record's last bar has no outcome over any horizon: no path model was trained on it.
+        ahead = np.asarray(index >= newest) & bool(bundle.path_horizons)
+        if (wanted | ahead).any():
+            features = self._features(bars)
+            usable = usable_rows(features, bundle.columns) & np.isfinite(frame["sigma_log"].to_numpy())
+            if reads := [i for i, name in enumerate(bundle.columns) if name in SENTIMENT_COLUMNS]:
+                frame["knows_news"] = np.asarray(np.isfinite(features[:, reads]).any(axis=1), dtype=np.bool_)
+            for fill, where in ((self._fill_from_model, wanted), (self._fill_further, ahead)):
+                if (where & usable).any():
+                    fill(frame, features, np.flatnonzero(where & usable))
         return frame
 
     def contributions(self, bars: pd.DataFrame, sessions: pd.DatetimeIndex) -> pd.DataFrame:
@@ -385,71 +348,26 @@ class BundleForecaster:
         features = self._features(bars.iloc[first : int(rows.max()) + 1])[rows - first]
         return self.bundle.contributions(features).set_axis(sessions)
 
-    def _is_of_other_prices(self, record: pd.DataFrame, realised_log: FloatArray) -> npt.NDArray[np.bool_]:
-        """Tell which replayed forecasts were made from other prices, as far as each bar can know, (n,).
+    def _restated(self, record: pd.DataFrame, realised_log: "pd.Series[float]") -> "pd.Series[bool]":
+        """Tell where the record was lately made from other prices, as far as each bar can know.
 
         A forecast of the record is one of these bars only where the outcomes that the record holds are those
         of these bars. The outcome of bar t - h is known at t, so the mask at t depends on nothing later.
         """
-        apart = np.abs(np.asarray(record["realised_log"], dtype=np.float64) - realised_log)
-        differs = apart > OTHER_PRICES_SIGMA * np.asarray(record["sigma_log"], dtype=np.float64)
-        known = np.zeros(len(differs))
-        known[self.horizon_bars :] = differs[: max(len(differs) - self.horizon_bars, 0)]
-        recent = pd.Series(known).rolling(OTHER_PRICES_MEMORY_BARS, min_periods=1).max().to_numpy() > 0
-        return np.asarray(recent & np.asarray(record["predicted_log"].notna()), dtype=np.bool_)
-
-    def _centre(self, bars: pd.DataFrame, record: pd.DataFrame, sigma_log: FloatArray) -> pd.DataFrame:
-        """Return centre, scale and skill per bar: the record's rows, then the final model's."""
-        bundle, index = self.bundle, pd.DatetimeIndex(bars.index)
-        after = np.asarray(index > bundle.record["date"].max())
-        replayed = np.asarray(record["predicted_log"].notna())
-        wanted = after | (~replayed if self.include_in_sample else False)
-        signals = ["raw_scaled", *(f"model_{name}" for name in bundle.models)]
-        skill, expected = record["skill_lower"].fillna(0.0), record["predicted_log"]
-        if not self._is_trusted:
-            # What had not come when the verdict was reached is forecast by it, as all that follows is.
-            had_come = record["realised_log"].notna()
-            skill, expected = 0.0 * skill, expected.where(had_come, record["baseline_log"])
-        columns = {
-            "expected_log": expected,
-            "baseline_log": record["baseline_log"],
-            "sigma_log": record["sigma_log"].fillna(pd.Series(sigma_log, index=index)),
-            "skill_lower": skill,
-            **{name: record[name] for name in signals},
-            "is_out_of_sample": replayed | after,
-            **{further_column(ahead): np.full(len(index), np.nan) for ahead in bundle.path_horizons},
-        }
-        frame = pd.DataFrame({name: np.asarray(each) for name, each in columns.items()}, index=index)
-        # The record's last bar has no outcome over any horizon: no path model was trained on it.
-        ahead = np.asarray(index >= bundle.record["date"].max()) & bool(bundle.path_horizons)
-        if (wanted | ahead).any():
-            features = self._features(bars)
-            usable = usable_rows(features, bundle.columns) & np.isfinite(frame["sigma_log"].to_numpy())
-            if reads := [i for i, name in enumerate(bundle.columns) if name in SENTIMENT_COLUMNS]:
-                known = np.isfinite(features[:, reads])
-                frame["knows_news"] = np.asarray(known.any(axis=1), dtype=np.bool_)
-            self._fill_from_model(frame, features, np.flatnonzero(wanted & usable))
-            self._fill_further(frame, features, np.flatnonzero(ahead & usable))
-        return frame
+        differs = (record["realised_log"] - realised_log).abs() > OTHER_PRICES_SIGMA * record["sigma_log"]
+        known = differs.shift(self.horizon_bars, fill_value=False).astype(float)
+        return known.rolling(OTHER_PRICES_MEMORY_BARS, min_periods=1).max() > 0
 
     def _features(self, bars: pd.DataFrame) -> FloatMatrix:
         """Return the columns that the model knows, by name, (n, p); NaN in the warm-up."""
         columns, known = self.bundle.columns, engineer_features(bars)
-        if not has_sentiment(known):
-            known = known.assign(**dict.fromkeys(SENTIMENT_COLUMNS, np.nan))
-        missing = [name for name in columns if name not in known.columns]
-        if missing:
-            raise ModelIncompatibleError(
-                f"the model of {self.bundle.symbol} needs features that are not computed any more, "
-                f"{', '.join(missing)}: train again with --overwrite"
-            )
+        # Without headlines there are no columns of sentiment: the model does without.
+        artifact.refuse_missing(self.bundle.symbol, columns, {*known.columns, *SENTIMENT_COLUMNS})
         # By name: a booster takes columns in another order without a word, and forecasts wrong.
-        return known[list(columns)].to_numpy(dtype=np.float32)
+        return known.reindex(columns=list(columns)).to_numpy(dtype=np.float32)
 
     def _fill_from_model(self, frame: pd.DataFrame, features: FloatMatrix, rows: IntArray) -> None:
         """Forecast the given rows with the final model."""
-        if not len(rows):
-            return
         per_model, raw_scaled = self.bundle.signal(features, rows)
         sigma = frame["sigma_log"].to_numpy()[rows]
         calibration, where = self._trusted(self.bundle.calibration), frame.index[rows]
@@ -462,13 +380,11 @@ class BundleForecaster:
 
     def _fill_further(self, frame: pd.DataFrame, features: FloatMatrix, rows: IntArray) -> None:
         """Forecast the given rows over the further horizons."""
-        if not len(rows):
-            return
         sigma = frame["sigma_log"].to_numpy()[rows]
         for bars, (calibration, raw_scaled) in self.bundle.further(features, rows).items():
             sigma_log = rescale_sigma(sigma, from_bars=self.horizon_bars, to_bars=bars)
             scaled = self._trusted(calibration).apply(raw_scaled)
-            frame.loc[frame.index[rows], further_column(bars)] = scaled * sigma_log
+            frame.loc[frame.index[rows], f"{FURTHER}{bars}"] = scaled * sigma_log
 
     @property
     def _is_trusted(self) -> bool:

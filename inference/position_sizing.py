@@ -1,10 +1,8 @@
-"""From forecasts to target weights: one state machine, four presets.
+"""From forecasts to target weights: one state machine, two rules for the exposure, four presets.
 
 A sizer folds one step over the bars. The step at t books bar t with the accountant's own `book_bar`, lets the
 breaker look at the equity that results, turns the forecast of t into an exposure, and keeps it inside the
 no-trade band and the limits. It sees rows up to t only: a backtest and a live decision are the same fold.
-
-Two rules turn a forecast into an exposure:
 
 odds (`half-kelly`, `long-biased`)
     Kelly's share of capital at risk is ``(p b - q) / b``, of which `kelly_fraction` is used. A losing trade
@@ -27,8 +25,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -45,8 +42,6 @@ BoolArray = npt.NDArray[np.bool_]
 Number = TypeVar("Number")
 # Imagined forecasts behind the win rate before any is resolved: half of them right, wins as large as losses.
 PRIOR_FORECASTS = 50.0
-
-
 # Of Kelly's fraction in what else one could have chosen, for the probability of overfitting.
 BOLDNESS = (0.5, 1.0, 2.0)
 
@@ -70,6 +65,13 @@ class SizingInputs:
     skill_lower: FloatArray
     asset_return_simple: FloatArray
     horizon_bars: int
+
+    @classmethod
+    def of(cls, frame: pd.DataFrame, horizon_bars: int) -> Self:
+        """Take the inputs from the columns of a forecast that bear their names, and ``asset_return``."""
+        known = {name: np.asarray(frame[name], dtype=np.float64) for name in _Row._fields[:-1]}
+        moves = np.nan_to_num(np.asarray(frame["asset_return"], dtype=np.float64))
+        return cls(**known, asset_return_simple=moves, horizon_bars=horizon_bars)
 
 
 class SizingRules(NamedTuple):
@@ -107,41 +109,35 @@ class SizingRules(NamedTuple):
 
 # `calibrated` deviates from passive by the model's part only, so its breaker watches the equity over passive:
 # it stops a model that loses, not a market that falls. Its constants: see docs/sizing.md.
-PRESETS: Mapping[str, SizingRules] = MappingProxyType(
-    {
-        "half-kelly": SizingRules(
-            uses_odds=True,
-            max_short=0.3,
-            holds_without_forecast=True,
-            breaker_drawdown=0.15,
-            breaker_cap=0.25,
-        ),
-        "long-biased": SizingRules(
-            uses_odds=True,
-            neutral=1.3,
-            bullish=1.3,
-            bearish=0.1,
-            max_long=1.8,
-            max_short=0.1,
-            without_forecast=1.0,
-            holds_without_forecast=True,
-            breaker_drawdown=0.25,
-            breaker_cap=0.6,
-        ),
-        "calibrated": SizingRules(
-            uses_odds=False,
-            neutral=1.0,
-            kelly_fraction=3.0,
-            cost_hurdle=1.5,
-            no_trade_band_scale=1.0,
-            without_forecast=1.0,
-            breaker_drawdown=0.1,
-            breaker_cap=0.1,
-            breaker_reference=1.0,
-        ),
-        "passive": SizingRules(uses_odds=False, neutral=1.0, kelly_fraction=0.0, without_forecast=1.0),
-    }
-)
+PRESETS: Mapping[str, SizingRules] = {
+    "half-kelly": SizingRules(
+        uses_odds=True, max_short=0.3, holds_without_forecast=True, breaker_drawdown=0.15
+    ),
+    "long-biased": SizingRules(
+        uses_odds=True,
+        neutral=1.3,
+        bullish=1.3,
+        bearish=0.1,
+        max_long=1.8,
+        max_short=0.1,
+        without_forecast=1.0,
+        holds_without_forecast=True,
+        breaker_drawdown=0.25,
+        breaker_cap=0.6,
+    ),
+    "calibrated": SizingRules(
+        uses_odds=False,
+        neutral=1.0,
+        kelly_fraction=3.0,
+        cost_hurdle=1.5,
+        no_trade_band_scale=1.0,
+        without_forecast=1.0,
+        breaker_drawdown=0.1,
+        breaker_cap=0.1,
+        breaker_reference=1.0,
+    ),
+    "passive": SizingRules(uses_odds=False, neutral=1.0, kelly_fraction=0.0, without_forecast=1.0),
+}
 DEFAULT_SIZING = "calibrated"
 
 
@@ -226,15 +222,13 @@ def _step(state: _State, booked: Booking, row: _Row[float], rules: SizingRules, 
     if capped < 0.0:
         peak = max(peak, watched)
         if watched < peak * (1.0 - rules.breaker_drawdown):
-            capped = 0.0
-            trough = watched
+            capped, trough = 0.0, watched
     else:
         trough = min(trough, watched)
         capped += 1.0
         recovered = watched >= trough * (1.0 + rules.breaker_drawdown / 2.0 * rules.breaker_cap)
         if recovered or capped >= rules.breaker_patience_bars:
-            capped = -1.0
-            peak = watched
+            capped, peak = -1.0, watched
     wanted = _exposure(row, rules, scales)
     known = not np.isnan(wanted)
     if not known:
@@ -260,9 +254,8 @@ def _fold(
     out: tuple[FloatArray, BoolArray],
 ) -> int:
     """Book and decide over all rows into ``books`` and ``out``; return the first unusable row, n for none."""
-    capital = books[0, 0]
+    capital, n = books[0, 0], books.shape[0]
     target, capped = out
-    n = target.shape[0]
     state = _State(capital, 0.0, 0.0, False, capital, 1.0, 1.0, -1.0)  # noqa: FBT003
     for t in range(n):
         row = _Row(
@@ -295,24 +288,9 @@ class SizingTrace:
     capped: BoolArray
 
 
-class Sizer(Protocol):
-    """Anything that turns forecasts into target weights, one bar after the other."""
-
-    @property
-    def name(self) -> str:
-        """Name for people."""
-
-    @property
-    def config_id(self) -> str:
-        """Hash of all that the weights depend on besides inputs and costs."""
-
-    def fold(self, inputs: SizingInputs, costs: CostModel) -> FloatArray:
-        """Return target_weight (n,); entry t depends on rows up to t only."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuleSizer:
-    """The `Sizer` that follows `SizingRules`; its capital matters only with a minimum commission."""
+    """Turns forecasts into target weights; its capital matters only with a minimum commission."""
 
     name: str
     rules: SizingRules
@@ -332,7 +310,7 @@ class RuleSizer:
         return hashlib.sha256(json.dumps([self.name, numbers], sort_keys=True).encode()).hexdigest()[:12]
 
     def fold(self, inputs: SizingInputs, costs: CostModel) -> FloatArray:
-        """Return target_weight (n,); see `trace`."""
+        """Return target_weight (n,); entry t depends on rows up to t only, see `trace`."""
         return self.trace(inputs, costs).target_weight
 
     def trace(self, inputs: SizingInputs, costs: CostModel) -> SizingTrace:
@@ -367,14 +345,14 @@ def make_sizer(
 
 def _columns(inputs: SizingInputs) -> _Row[FloatArray]:
     """Return the inputs as the kernel takes them, copied only where it must be."""
-    n = len(inputs.expected_return)
-    columns = [np.require(getattr(inputs, name), np.float64, ["C", "W"]) for name in _Row._fields]
-    for name, column in zip(_Row._fields, columns, strict=True):
-        if column.shape != (n,):
-            raise DataError(f"{name} has shape {column.shape}; every input must be ({n},)")
+    given = (getattr(inputs, name) for name in _Row._fields)
+    columns: _Row[FloatArray] = _Row._make(np.require(column, np.float64, ["C", "W"]) for column in given)
+    for name, column in columns._asdict().items():
+        if column.shape != columns[0].shape:
+            raise DataError(f"{name} has shape {column.shape}; every input must be {columns[0].shape}")
     if inputs.horizon_bars < 1:
         raise UsageError(f"horizon_bars must be at least 1, got {inputs.horizon_bars!r}")
-    return _Row._make(columns)
+    return columns
 
 
 def alternatives() -> list[RuleSizer]:
@@ -395,11 +373,9 @@ def alternative_returns(
     initial_capital: float = DEFAULT_CAPITAL,
 ) -> FloatArray:
     """Return what `alternatives` earn per bar, net, on the last bars of what was decided, (n_bars, k)."""
-    known = {name: np.asarray(decided[name], dtype=np.float64) for name in _Row._fields[:-1]}
-    moves = np.nan_to_num(np.asarray(decided["asset_return"], dtype=np.float64))
-    inputs = SizingInputs(**known, asset_return_simple=moves, horizon_bars=horizon_bars)
+    inputs = SizingInputs.of(decided, horizon_bars)
     weights = (sizer.fold(inputs, costs)[-n_bars:] for sizer in alternatives())
-    own = moves[-n_bars:]
+    own = inputs.asset_return_simple[-n_bars:]
     books = (accounting.account(each, own, costs, initial_capital=initial_capital) for each in weights)
     return np.column_stack([book.net_return for book in books])
 
@@ -413,10 +389,8 @@ def win_record(
     a win and the ratio of the mean win to the mean loss as known at t, (n,), starting from `PRIOR_FORECASTS`
     even forecasts.
     """
-    outcome = np.sign(mean_log) * realised_log
-    known = np.full(len(outcome), np.nan)
-    known[horizon_bars:] = outcome[: max(len(outcome) - horizon_bars, 0)]
-    known = np.nan_to_num(known)
+    known = np.zeros(len(mean_log))
+    known[horizon_bars:] = np.nan_to_num(np.sign(mean_log) * realised_log)[:-horizon_bars]
     wins, losses = np.cumsum(known > 0), np.cumsum(known < 0)
     size = np.cumsum(np.abs(known)) / np.maximum(wins + losses, 1)
     prior = PRIOR_FORECASTS / 2

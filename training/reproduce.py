@@ -30,7 +30,7 @@ from data.cache_manager import BarCache
 from data.data_fetcher import BarSource, NewsSource, fetch_stock_data, make_news, make_source
 from data.feature_engineer import feature_set_hash, get_feature_columns
 from inference.artifact import library_versions, read_manifest
-from inference.load_gbm_models import GBMBundle, GBMManifest, golden_outputs, load_folder
+from inference.load_gbm_models import GBMBundle, GBMManifest, load_folder
 from training.recipe import TrainerConfig
 from training.run_log import progress_line, together
 from training.train_gbm import DeviceChoice, GBMTrainer, choose_device
@@ -137,7 +137,7 @@ def compare(
         outputs = manifest.path_golden_outputs[path.horizon_bars]
         models[f"path model of {path.horizon_bars} bars"] = outputs, path.ensemble
     for name, (outputs, ensemble) in models.items():
-        made = golden_outputs(ensemble, golden)
+        made = ensemble.raw_scaled(golden)
         findings.append(_within(f"{name}, golden rows", np.asarray(outputs), made))
     return findings
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from evaluation.accounting import CostModel, account
-from evaluation.advanced_backtester import TRADE_COLUMNS, AdvancedBacktester, BacktestReport
+from evaluation.advanced_backtester import AdvancedBacktester, BacktestReport, Trade
 from evaluation.metrics import values
 from utils.base import DataError, InsufficientDataError, UsageError
 
@@ -68,7 +68,7 @@ def test_trade_log_tells_the_story() -> None:
     target = np.array([1.0, 1.0, 0.0, -0.5, 1.0, 0.0, 0.0])
     free = CostModel(commission_bps=0.0, slippage_bps=0.0, financing_annual=0.0, borrow_annual=0.0)
     trades = run(target, close, free).trades
-    assert tuple(trades.columns) == TRADE_COLUMNS
+    assert tuple(trades.columns) == Trade._fields
     assert trades["action"].tolist() == ["BUY", "SELL", "SHORT", "COVER", "BUY", "SELL"]
     assert [when.day for when in trades["date"]] == [4, 6, 7, 8, 8, 11]
     assert trades["exit_date"].notna().tolist() == [False, True, False, True, False, True]
@@ -227,7 +227,7 @@ def test_prices_that_rest_give_no_crash() -> None:
     idle = run(np.zeros(N), np.full(N, 10.0))
     assert idle.metrics["sharpe_ratio"].value is None
     assert len(idle.trades) == 0
-    assert tuple(idle.trades.columns) == TRADE_COLUMNS
+    assert tuple(idle.trades.columns) == Trade._fields
 
 
 def test_a_strategy_that_rests_gives_no_crash() -> None:

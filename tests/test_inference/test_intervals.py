@@ -39,7 +39,7 @@ def changed_by_the_future(follow, n: int = 400, horizon_bars: int = 5, rows=(3, 
         known[max(t + 1 - horizon_bars, 0) :] = np.nan
         cut = follow(mean[: t + 1], scale[: t + 1], known, horizon_bars=horizon_bars)
         same = np.array_equal(cut.deciles_z[t], full.deciles_z[t])
-        if not same or cut.probability_above[t] != full.probability_above[t]:
+        if not same or cut.above[0][t] != full.above[0][t]:
             changed.add(t)
     return changed
 
@@ -48,7 +48,7 @@ def test_four_in_five_outcomes_fall_into_the_band():
     mean, scale, realised = outcomes()
     found = calibrate_band(mean, scale, realised, horizon_bars=5)
     scored = np.isfinite(realised) & (np.arange(len(mean)) > 250)
-    inside = (realised > found.lower_z * scale) & (realised < found.upper_z * scale)
+    inside = (realised > found.deciles_z[:, 0] * scale) & (realised < found.deciles_z[:, -1] * scale)
     assert np.mean(inside[scored]) == pytest.approx(0.8, abs=0.03)
 
 
@@ -56,7 +56,7 @@ def test_four_in_five_outcomes_fall_into_the_band():
 def test_a_scale_that_is_wrong_throughout_is_made_good(wrong: float):
     mean, scale, realised = outcomes(4_000, 1)
     found = calibrate_band(mean, scale * wrong, realised, horizon_bars=1)
-    inside = np.abs(realised) < found.upper_z * scale * wrong
+    inside = np.abs(realised) < found.deciles_z[:, -1] * scale * wrong
     assert np.mean(inside[1_000:-1]) == pytest.approx(0.8, abs=0.03)
 
 
@@ -64,7 +64,7 @@ def test_coverage_comes_back_after_volatility_doubles_for_good():
     mean, scale, realised = outcomes(6_000, 1)
     realised[3_000:] *= 2.0
     found = calibrate_band(mean, scale, realised, horizon_bars=1)
-    inside = (realised > found.lower_z * scale) & (realised < found.upper_z * scale)
+    inside = (realised > found.deciles_z[:, 0] * scale) & (realised < found.deciles_z[:, -1] * scale)
     assert np.mean(inside[3_000:3_100]) < 0.68
     assert np.mean(inside[3_400:4_400]) == pytest.approx(0.8, abs=0.04)
 
@@ -94,7 +94,7 @@ def test_without_residuals_the_shape_is_that_of_the_prior():
     mean, scale, realised = outcomes(5)
     found = calibrate_band(mean + 0.01, scale, realised, horizon_bars=5)
     np.testing.assert_allclose(found.deciles_z, np.tile(PRIOR, (5, 1)))
-    np.testing.assert_allclose(found.probability_above, student.cdf(0.01 / scale[0], DEGREES_OF_FREEDOM))
+    np.testing.assert_allclose(found.above[0], student.cdf(0.01 / scale[0], DEGREES_OF_FREEDOM))
 
 
 def test_the_deciles_are_those_of_the_last_window_blended_with_the_prior():
@@ -117,9 +117,9 @@ def test_the_deciles_are_those_of_the_last_window_blended_with_the_prior():
 def test_probabilities_follow_the_residuals():
     mean, scale, realised = outcomes(2_000, seed=2)
     found = calibrate_band(mean, scale, realised + 0.01, horizon_bars=5)
-    assert 0.5 < found.probability_above[-1] < 0.8
+    assert 0.5 < found.above[0][-1] < 0.8
     far = calibrate_band(mean, scale, realised, horizon_bars=5, thresholds_log=(0.5,))
-    assert 0.0 < far.probability_above[-1] < 0.01
+    assert 0.0 < far.above[0][-1] < 0.01
 
 
 def test_the_probability_agrees_with_the_deciles():
@@ -127,7 +127,7 @@ def test_the_probability_agrees_with_the_deciles():
     band = calibrate_band(mean, scale, realised, horizon_bars=1)
     for k in (0, 2, 6, 8):
         at = band.deciles_z[-1, k] * scale[-1]
-        above = calibrate_band(mean, scale, realised, horizon_bars=1, thresholds_log=(at,)).probability_above
+        above = calibrate_band(mean, scale, realised, horizon_bars=1, thresholds_log=(at,)).above[0]
         assert above[-1] == pytest.approx(1 - DECILES[k], abs=0.01)
 
 
@@ -143,7 +143,7 @@ def test_rows_without_a_forecast_teach_nothing_and_break_nothing():
     mean[:50] = mean[300:320] = np.nan
     found = calibrate_band(mean, scale, realised, horizon_bars=5)
     assert np.isfinite(found.deciles_z).all()
-    assert np.array_equal(np.isnan(found.probability_above), np.isnan(mean))
+    assert np.array_equal(np.isnan(found.above[0]), np.isnan(mean))
     np.testing.assert_allclose(found.deciles_z[:55], np.tile(PRIOR, (55, 1)))
     assert np.array_equal(found.deciles_z[306], found.deciles_z[320])
 
@@ -159,7 +159,7 @@ def test_deciles_are_finite_and_ascend_whatever_happens(moves, horizon_bars: int
     found = calibrate_band(np.zeros(n), np.full(n, 0.01), realised, horizon_bars=horizon_bars)
     assert np.isfinite(found.deciles_z).all()
     assert (np.diff(found.deciles_z, axis=1) >= 0).all()
-    assert ((found.probability_above >= 0) & (found.probability_above <= 1)).all()
+    assert ((found.above[0] >= 0) & (found.above[0] <= 1)).all()
 
 
 DATES = pd.DatetimeIndex(pd.bdate_range("2024-01-01", periods=252))

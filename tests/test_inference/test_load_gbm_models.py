@@ -133,8 +133,8 @@ def read_metadata(root: Path) -> Mapping[str, object]:
 def test_what_is_loaded_forecasts_what_was_saved(models: Path):
     loaded = load_bundle(models, "AAPL")
     assert loaded.metadata["seed"] == 2
-    expected = store.golden_outputs(make_bundle(seed=2).ensemble, GOLDEN)
-    np.testing.assert_allclose(store.golden_outputs(loaded.ensemble, GOLDEN), expected, rtol=1e-6)
+    expected = make_bundle(seed=2).ensemble.raw_scaled(GOLDEN)
+    np.testing.assert_allclose(loaded.ensemble.raw_scaled(GOLDEN), expected, rtol=1e-6)
     assert loaded.ensemble.selected_features == COLUMNS[:3]
     assert loaded.record["date"].iloc[0] == pd.Timestamp("2020-01-01")
     assert list_symbols(models) == ["AAPL"]
@@ -233,8 +233,8 @@ def test_models_of_further_horizons_are_loaded_as_they_were_saved(path_version: 
         assert path.hyperparameters == made.hyperparameters
         assert path.ensemble.selected == made.ensemble.selected
         assert path.ensemble.calibration == made.ensemble.calibration
-        expected = store.golden_outputs(made.ensemble, GOLDEN)
-        np.testing.assert_allclose(store.golden_outputs(path.ensemble, GOLDEN), expected, rtol=1e-6)
+        expected = made.ensemble.raw_scaled(GOLDEN)
+        np.testing.assert_allclose(path.ensemble.raw_scaled(GOLDEN), expected, rtol=1e-6)
     files = {path.name for path in path_version.iterdir()} - {"manifest.json"}
     assert files == {*FILES, *PATH_FILES}
     assert set(json.loads((path_version / "manifest.json").read_bytes())["files"]) == files
@@ -471,8 +471,8 @@ def test_a_bundle_holds_the_boosters_that_it_names(
     assert sorted(path.name for path in folder.glob("*_model.joblib")) == sorted(
         f"{n}_model.joblib" for n in names
     )
-    expected = store.golden_outputs(bundle.ensemble, GOLDEN)
-    np.testing.assert_allclose(store.golden_outputs(loaded.ensemble, GOLDEN), expected, rtol=1e-6)
+    expected = bundle.ensemble.raw_scaled(GOLDEN)
+    np.testing.assert_allclose(loaded.ensemble.raw_scaled(GOLDEN), expected, rtol=1e-6)
     assert store.describe_linked(linked_version(tmp_path, "AAPL")).models == names
 
 
@@ -608,8 +608,8 @@ def test_a_link_that_leaves_the_symbol_is_refused(models: Path, tmp_path: Path):
 def test_other_library_versions_that_forecast_differently_are_named(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    real = store.golden_outputs
-    monkeypatch.setattr(store, "golden_outputs", lambda *args: real(*args) + 0.5)
+    real = store.BoosterEnsemble.raw_scaled
+    monkeypatch.setattr(store.BoosterEnsemble, "raw_scaled", lambda *args: real(*args) + 0.5)
     monkeypatch.setattr(
         artifact,
         "library_versions",
@@ -650,7 +650,7 @@ def test_a_full_disk_leaves_the_old_bundle(models: Path, monkeypatch: pytest.Mon
 
 
 def test_a_bundle_that_does_not_load_elsewhere_does_not_serve(models: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(store, "golden_outputs", lambda ensemble, inputs: np.full(len(inputs), 99.0))
+    monkeypatch.setattr(store.BoosterEnsemble, "raw_scaled", lambda _, inputs: np.full(len(inputs), 99.0))
     with pytest.raises(ModelCorruptError, match="fresh process"):
         save_bundle(make_bundle(seed=3), models, golden_inputs=GOLDEN)
     monkeypatch.undo()

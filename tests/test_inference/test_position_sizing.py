@@ -13,7 +13,6 @@ from inference.position_sizing import (
     DEFAULT_SIZING,
     PRESETS,
     RuleSizer,
-    Sizer,
     SizingInputs,
     SizingRules,
     make_sizer,
@@ -324,11 +323,6 @@ def test_config_id_follows_content() -> None:
     assert make_sizer("calibrated").config_id == make_sizer("calibrated").config_id
     assert make_sizer("calibrated", max_long=2).config_id == make_sizer("calibrated", max_long=2.0).config_id
     assert make_sizer("calibrated", max_long=2.0).config_id != make_sizer("calibrated").config_id
-
-
-def test_rule_sizer_is_a_sizer() -> None:
-    sizer: Sizer = make_sizer("half-kelly")
-    assert sizer.name == "half-kelly"
 
 
 def test_unknown_preset_names_the_known_ones() -> None:

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from data.data_fetcher import make_source
-from inference.load_gbm_models import load_folder
+from inference.load_gbm_models import BoosterEnsemble, load_folder
 from training import reproduce
 from training.recipe import RecipeConfig, TrainerConfig
 from training.reproduce import DIFFERS, build_parser, config_of, main, train_again
@@ -115,8 +115,8 @@ def test_models_of_further_horizons_are_compared_too(bundle, again, capsys, monk
     monkeypatch.setattr(reproduce, "train_again", lambda *_: again)
     code, found = run(capsys, bundle)
     assert (code, found[PATH]["is_same"]) == (0, True)
-    real = reproduce.golden_outputs
-    monkeypatch.setattr(reproduce, "golden_outputs", lambda *given: real(*given) + 1e-6)
+    real = BoosterEnsemble.raw_scaled
+    monkeypatch.setattr(BoosterEnsemble, "raw_scaled", lambda *given: real(*given) + 1e-6)
     code, found = run(capsys, bundle)
     assert (code, found[PATH]["is_same"]) == (DIFFERS, False)
 
