@@ -416,8 +416,7 @@ def _build(version: Version[EnsembleManifest], metadata: Mapping[str, Any]) -> E
 
 
 FORMAT = artifact.Format(kind=ENSEMBLE, manifest=EnsembleManifest, module="inference.ensemble", build=_build)
-load_ensemble, load_linked, load_folder = FORMAT.load, FORMAT.load_linked, FORMAT.load_folder
-describe_linked = FORMAT.describe
+load_ensemble, load_folder = FORMAT.load, FORMAT.load_folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

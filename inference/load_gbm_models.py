@@ -386,5 +386,4 @@ def _booster(version: Version[GBMManifest], name: str, pickled: str) -> Booster:
 
 
 FORMAT = artifact.Format(kind=GBM, manifest=GBMManifest, module="inference.load_gbm_models", build=_build)
-load_bundle, load_linked, load_folder = FORMAT.load, FORMAT.load_linked, FORMAT.load_folder
-describe_linked = FORMAT.describe
+load_bundle, load_folder = FORMAT.load, FORMAT.load_folder

@@ -347,5 +347,4 @@ def _network(version: Version[LSTMManifest], fitted: FittedDocument) -> Network:
 
 
 FORMAT = artifact.Format(kind=LSTM, manifest=LSTMManifest, module="inference.load_lstm_model", build=_build)
-load_bundle, load_linked, load_folder = FORMAT.load, FORMAT.load_linked, FORMAT.load_folder
-describe_linked = FORMAT.describe
+load_bundle, load_folder = FORMAT.load, FORMAT.load_folder

@@ -127,7 +127,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def read_metadata(root: Path) -> Mapping[str, object]:
-    return store.describe_linked(linked_version(root, "AAPL")).metadata
+    return store.FORMAT.describe(linked_version(root, "AAPL")).metadata
 
 
 def test_what_is_loaded_forecasts_what_was_saved(models: Path):
@@ -473,7 +473,7 @@ def test_a_bundle_holds_the_boosters_that_it_names(
     )
     expected = bundle.ensemble.raw_scaled(GOLDEN)
     np.testing.assert_allclose(loaded.ensemble.raw_scaled(GOLDEN), expected, rtol=1e-6)
-    assert store.describe_linked(linked_version(tmp_path, "AAPL")).models == names
+    assert store.FORMAT.describe(linked_version(tmp_path, "AAPL")).models == names
 
 
 class FakeCat:

@@ -254,9 +254,9 @@ def test_network_and_boosters_of_a_symbol_keep_out_of_each_others_way(models: Pa
 
 
 def test_the_description_tells_what_would_serve(models: Path):
-    linked = store.describe_linked(artifact_linked(models))
+    linked = store.FORMAT.describe(artifact_linked(models))
     assert (linked.models, linked.metadata["seed"]) == (("lstm",), 2)
-    assert store.load_linked(artifact_linked(models)).metadata["seed"] == 2
+    assert store.FORMAT.load_linked(artifact_linked(models)).metadata["seed"] == 2
 
 
 def artifact_linked(models: Path):

@@ -21,7 +21,7 @@ import inference.load_gbm_models
 from data.feature_engineer import feature_set_hash, get_feature_columns
 from inference.artifact import Format, publish, sha256_of
 from inference.ensemble import EnsembleBundle, EnsembleForecaster, SimpleEnsemble
-from inference.load_gbm_models import SCHEMA_VERSION, GBMBundle, GBMManifest, load_linked
+from inference.load_gbm_models import SCHEMA_VERSION, GBMBundle, GBMManifest
 from service.api import Services, create_api
 from service.model_registry import (
     FORMATS,
@@ -593,7 +593,7 @@ def test_fault_22_a_model_deleted_while_it_is_read_is_missing_and_not_corrupt(
 
     def deleted_meanwhile(linked: Linked) -> GBMBundle:
         registry.delete("AAPL-gbm")
-        return load_linked(linked)
+        return FORMATS[0].load_linked(linked)
 
     registry = registry_of(tmp_path, deleted_meanwhile)
     with pytest.raises(ModelMissingError):
