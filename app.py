@@ -317,7 +317,7 @@ class BoundedHttp(HttpToolsProtocol):
     for a request or for an answer to be read, is closed: who opens many keeps nobody else out.
     """
 
-    _refused, _fed, waits_since = False, 0, 0.0
+    _refused, _in_head, _fed, waits_since = False, True, 0, 0.0
     _head_timer: asyncio.TimerHandle
     _write_timer: asyncio.TimerHandle | None = None
 
@@ -377,9 +377,22 @@ class BoundedHttp(HttpToolsProtocol):
             if self._fed > MAX_HEAD_BYTES:
                 self.send_400_response("")
 
+    def on_message_begin(self) -> None:
+        """Give the headers of a request their time from its first byte on; of one that waits, later."""
+        super().on_message_begin()
+        self._in_head = True
+        if self.is_idle:
+            self._head_timer.cancel()
+            self._await_head()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Read a header; what follows a body in pieces is none, though it looks the same."""
+        if self._in_head:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         """Hand the request on."""
-        self._fed, self.waits_since = 0, time.monotonic()
+        self._in_head, self._fed, self.waits_since = False, 0, time.monotonic()
         self._head_timer.cancel()
         super().on_headers_complete()
 

@@ -277,7 +277,7 @@ class BarCache:
         refusal = "another request for the symbol takes too long: try again later"
         with ExitStack() as stack:
             with self._writing():
-                stack.enter_context(holding(path, LOCK_TIMEOUT_S, refusal))
+                stack.enter_context(holding(path, LOCK_TIMEOUT_S, lambda: refusal))
             yield
 
     def recover(self, kind: Kind, symbol: str, source_name: str) -> CachedTable | None:

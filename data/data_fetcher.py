@@ -136,7 +136,8 @@ class FinnhubNews:
         """Return what was kept and what is new; what was kept alone, with a warning, where asking fails."""
         path = self.cache_dir / "news" / f"{symbol}.csv"
         try:
-            with holding(path.with_suffix(".lock"), 60.0, f"headlines of {symbol} are being read: try later"):
+            refusal = f"headlines of {symbol} are being read: try later"
+            with holding(path.with_suffix(".lock"), 60.0, lambda: refusal):
                 return self._refreshed(symbol, path)
         except OSError as error:
             raise StorageError(f"headlines of {symbol} cannot be kept: {error.strerror or error}") from error

@@ -352,9 +352,7 @@ class Guard:
             return Refusal(429, detail, {"Retry-After": str(math.ceil(wait_s))})
         if self._keys and changes_something(scope) and (refusal := self._key_refusal(scope)):
             return refusal
-        most, announced = rules.most_bytes(path), header(scope, b"content-length")
-        is_number = announced.isdigit() and len(announced) < 20
-        return _too_large(most) if is_number and int(announced) > most else None
+        return _too_large(rules.most_bytes(path)) if _announces_too_much(scope, rules) else None
 
     def _key_refusal(self, scope: Scope) -> Refusal | None:
         given = header(scope, b"x-api-key") or header(scope, b"authorization").partition(b"Bearer ")[2]
@@ -371,6 +369,11 @@ def _body_until(scope: Scope, rules: EdgeRules) -> float:
     # The same for whoever asks: by then the whole body is here, in however many parts it comes.
     until = asyncio.get_running_loop().time() + rules.body_s
     return float(scope.setdefault("state", {}).setdefault("body_until", until))
+
+
+def _announces_too_much(scope: Scope, rules: EdgeRules) -> bool:
+    announced = header(scope, b"content-length")
+    return announced.isdigit() and len(announced) < 20 and int(announced) > rules.most_bytes(scope["path"])
 
 
 def _too_large(most: int) -> Refusal:
@@ -394,7 +397,8 @@ class Shortcut:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
         is_ours = scope["type"] == "http" and scope["path"] == PREDICT and scope["method"] == "POST"
-        if not is_ours or header(scope, b"content-type") != b"application/json":
+        is_ours = is_ours and header(scope, b"content-type") == b"application/json"
+        if not is_ours or _announces_too_much(scope, self.rules):
             await self.app(scope, receive, send)
             return
         unread: list[Message] = []

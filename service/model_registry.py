@@ -22,6 +22,7 @@ import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,7 +144,7 @@ class ModelRegistry:
         places = list[Place | None]()
         for part in PARTS[mode]:
             try:
-                found[part.name] = self._part(symbol, self._formats[part.name])
+                found[part.name] = reading_again(partial(self._part, symbol, self._formats[part.name]))
                 places.append(found[part.name].place)
             except ModelError as error:
                 if not places:
@@ -249,7 +250,6 @@ class ModelRegistry:
         for other in self._formats:
             self._served.pop(_id(symbol, other), None)
 
-    @reading_again
     def _part(self, symbol: str, form: AnyFormat) -> LoadedModel:
         key = _id(symbol, form.kind.name)
         try:

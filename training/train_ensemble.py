@@ -57,7 +57,7 @@ from training.trainer import OnEvent, as_told, facts_of, figures_of, headline_me
 from utils.base import AIStocksError, InsufficientDataError, ModelMissingError, Settings, read_settings
 from utils.model_paths import ENSEMBLE, GBM, LSTM, artifact_link, training_lock
 from validation.gates import in_words, judge, ranks_better_p_value, refuse_without_edge
-from validation.wfe_metrics import Run
+from validation.wfe_metrics import Run, n_verdicts_of, share_of_limits
 
 # A year of rows that both members forecast, below which joining them teaches nothing.
 LEAST_COMMON_ROWS = 252
@@ -191,7 +191,9 @@ class EnsembleTrainer:
         n_trials = 1 if self.method == "simple" else 2
         return run_of(bars, content, ENSEMBLE, f"{self.method}, seed {self.config.seed}", n_trials)
 
-    def train(self, bars: Bars, *, earlier: Sequence[Run] = ()) -> EnsembleBundle:
+    def train(
+        self, bars: Bars, *, earlier: Sequence[Run] = (), limits_share: float | None = None
+    ) -> EnsembleBundle:
         """Join, compare and judge; nothing is saved. `InsufficientDataError`: less than a year in common.
 
         ``bars`` are those that the members were trained on, and later ones; ``earlier`` the looks before.
@@ -210,8 +212,13 @@ class EnsembleTrainer:
                 frame = self._join(bundle).centre(bars.frame)
         record = record_of(frame, bars, plain.horizon_bars, bundle.stacked)
         lived = self._decide(self._join(bundle), bars)
-        n_own = self.run(bars).n_trials
-        weigh = partial(judge, horizon_bars=bundle.horizon_bars, earlier=earlier, n_own=n_own)
+        n_own, share = self.run(bars).n_trials, limits_share
+        weigh = partial(
+            judge,
+            horizon_bars=bundle.horizon_bars,
+            n_verdicts=n_own + n_verdicts_of(earlier),
+            limits_share=share_of_limits(bars.symbol, earlier, n_own) if share is None else share,
+        )
         verdict, _ = judge_lived(record, lived, self.costs, weigh)
         metadata = {
             **plain.metadata,
@@ -361,7 +368,8 @@ def join_symbol(symbol: str, args: argparse.Namespace, settings: Settings) -> ru
         run_log.logged_run(settings.logs_dir, symbol, trainer.asked, ENSEMBLE.name) as log,
     ):
         run = trainer.run(bars)
-        bundle = trainer.train(bars, earlier=look(settings, [run]))
+        earlier, shares = look(settings, [run])
+        bundle = trainer.train(bars, earlier=earlier, limits_share=shares[symbol])
         metadata, verdict, saved = bundle.metadata, bundle.metadata["verdict"], None
         record_verdict(settings, run, verdict)
         log.end(metadata, as_logged(metadata["parts"]))

@@ -41,13 +41,24 @@ from training.recipe import FittedGBM, GBMRecipe, RecipeConfig, TrainerConfig
 from training.trainer import MINIMUM_TEST_BARS, OnEvent, Trained, Trainer, Walked
 from utils import base as errors
 from utils.base import Settings, at_least, configure_logging, read_settings, session
-from utils.model_paths import GBM, TRIALS, artifact_link, current_version, roll_back, training_lock
+from utils.model_paths import (
+    GBM,
+    TRIALS,
+    artifact_link,
+    current_version,
+    holding,
+    roll_back,
+    storage_errors,
+    training_lock,
+)
 from validation.gates import refuse_without_edge
-from validation.wfe_metrics import Run, earlier_runs, record_run
+from validation.wfe_metrics import Run, earlier_runs, record_run, share_of_limits, verdicts_of
 
 logger = logging.getLogger(__name__)
 
 TUNE_TRIALS = 50
+# Reading and writing the log of verdicts takes milliseconds.
+LOG_WAIT_S = 60.0
 MAX_HORIZONS = 4
 # Rows x features from which `auto` asks for a GPU. Below it a fit takes a second or less on one core, which
 # is what starting CUDA and copying the rows cost before the first tree; not measured on a GPU yet.
@@ -266,16 +277,24 @@ def fetch(symbol: str, args: argparse.Namespace, settings: Settings) -> Bars:
     return with_enough_headlines(bars, MAX_WARMUP_BARS) if wants_news else bars
 
 
-def look(settings: Settings, runs: Sequence[Run]) -> tuple[Run, ...]:
-    """Record a look at prices, as each symbol sees it, before it shows anything; return those before."""
+def look(settings: Settings, runs: Sequence[Run]) -> tuple[tuple[Run, ...], dict[str, float]]:
+    """Record a look at prices, as each symbol sees it, before it shows anything.
+
+    Return those before, and the share of the limits that they leave to a verdict on each symbol; a repetition
+    has the share that it had. One at a time: an edge hands on to one look, and not to two that begin at once.
+    """
     log = settings.models_dir / TRIALS
-    earlier = earlier_runs(log, *runs)
-    record_run(log, *runs)
-    return earlier
+    refusal = f"another training keeps {log.name} for too long: try again"
+    lock = log.with_name(f".{log.name}.lock")
+    with storage_errors(runs[0].symbol, "log the verdict"), holding(lock, LOG_WAIT_S, lambda: refusal):
+        earlier, repeated = earlier_runs(log, *runs), verdicts_of(log, *runs)
+        record_run(log, *runs)
+    shares = {run.symbol: share_of_limits(run.symbol, earlier, run.n_trials) for run in runs}
+    return earlier, shares | {symbol: run.limits_share for symbol, run in repeated.items()}
 
 
 def record_verdict(settings: Settings, run: Run, verdict: Mapping[str, Any]) -> None:
-    """Record what a look has shown, a `Verdict.as_dict`: an edge hands its limits on to the next look."""
+    """Record what a look has shown, a `Verdict.as_dict`: an edge hands its limits on."""
     share = verdict["evidence"]["limits_share"]
     record_run(settings.models_dir / TRIALS, replace(run, label=verdict["label"], limits_share=share))
 
@@ -362,14 +381,14 @@ def train_group(
         tell = run_log.together(*(log.on_event for log in logs.values()), on_event)
         trainer = program.trainer(config, args, n_rows, tell)
         runs = {run.symbol: run for run in trainer.runs(panel)}
-        earlier = look(settings, [*runs.values()])
+        earlier, shares = look(settings, [*runs.values()])
         walked = trainer.walk(panel, universe=Path(args.universe or "").name)
         cache = None if args.no_cache else BarCache(settings.cache_dir)
         for symbol, log in logs.items():
             bars = group[symbol]
             try:
                 problems = findings(bars, config.horizon_bars, cache)
-                trained = trainer.conclude(walked, bars, earlier=earlier, problems=problems)
+                trained = trainer.conclude(walked, bars, earlier, problems, shares[symbol])
                 record_verdict(settings, runs[symbol], trained.verdict.as_dict())
                 outcomes[symbol] = deliver(trained, log, args, settings, on_event)
             except errors.AIStocksError as error:

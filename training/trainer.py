@@ -34,7 +34,7 @@ from validation.walk_forward import (
     WalkForwardValidator,
     fold_table,
 )
-from validation.wfe_metrics import Run
+from validation.wfe_metrics import Run, n_verdicts_of, share_of_limits
 
 MINIMUM_TEST_BARS = 252
 NOT_JUDGED_YET = {"label": "no-edge", "reasons": [], "evidence": {}}
@@ -255,9 +255,17 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
         return decide(bars.symbol, bars.frame, forecaster, make_sizer(), costs=self.config.costs)
 
     def conclude(
-        self, walked: Walked[FittedT], bars: Bars, earlier: Sequence[Run] = (), problems: Sequence[str] = ()
+        self,
+        walked: Walked[FittedT],
+        bars: Bars,
+        earlier: Sequence[Run] = (),
+        problems: Sequence[str] = (),
+        limits_share: float | None = None,
     ) -> Trained[BundleT]:
-        """Judge one symbol on its own rows, a year at least; ``earlier`` looks at its prices count."""
+        """Judge one symbol on its own rows, a year at least; ``earlier`` looks at its prices count.
+
+        ``limits_share`` is by default what those leave to it, see `wfe_metrics.share_of_limits`.
+        """
         self._stage("verdict", 0.95)
         record, dataset = walked.result.record, walked.dataset
         n_known = int(of_symbol(record, bars.symbol)["realised_log"].notna().sum())
@@ -267,8 +275,13 @@ class Trainer(ABC, Generic[FittedT, BundleT]):
                 f"{MINIMUM_TEST_BARS} (a year) are needed: choose a symbol with later or more prices"
             )
         bundle = self._bundle(bars, walked)
-        summary = walked.result.summary
-        weigh = partial(judge, horizon_bars=bundle.horizon_bars, summary=summary, earlier=earlier)
+        weigh = partial(
+            judge,
+            horizon_bars=bundle.horizon_bars,
+            summary=walked.result.summary,
+            n_verdicts=1 + n_verdicts_of(earlier),
+            limits_share=share_of_limits(bars.symbol, earlier) if limits_share is None else limits_share,
+        )
         lived = self._decide(bars, bundle, as_lived=True)
         verdict, backtest = judge_lived(bundle.record, lived, self.config.costs, weigh)
         if walked.returns is not None and bars.symbol not in self.config.recipe.leave_out:
@@ -389,7 +402,8 @@ def window(bars: Bars) -> dict[str, str]:
 def as_told(earlier: Sequence[Run]) -> list[dict[str, Any]]:
     """Return the earlier runs whose looks count in a verdict, as plain data."""
     names = ("at", "kind", "symbol", "settings", "n_trials", "label")
-    return [{name: getattr(run, name) or "not recorded" for name in names} for run in earlier]
+    each = {run.fingerprint: run for run in sorted(earlier, key=lambda run: bool(run.label))}
+    return [{name: getattr(run, name) or "not recorded" for name in names} for run in each.values()]
 
 
 def facts_of(bars: Bars, kind: ArtifactKind, horizon_bars: int, prices_hash: str) -> dict[str, Any]:

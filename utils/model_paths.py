@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from filelock import FileLock, Timeout
-from tenacity import retry, retry_if_exception_type, stop_after_attempt
 
 from utils.base import (
     InvalidSymbolError,
@@ -111,7 +110,7 @@ def symbol_dir(root: Path, symbol: str) -> Path:
     except PermissionError as error:
         raise _unreadable("the folder of saved models", error) from error
     except (OSError, RuntimeError, ValueError) as error:
-        # A loop of links, a name that is too long, a NUL.
+        # A loop of links, a NUL.
         raise InvalidSymbolError(refusal) from error
     if path != base / symbol or path.parent != base:
         raise InvalidSymbolError(refusal)
@@ -156,7 +155,7 @@ def linked_version(models_dir: Path, symbol: str, kind: ArtifactKind = GBM) -> L
 def _target(link: Path, versions: Path) -> Path:
     """Return the version that ``link`` names; it need not exist, but not elsewhere: `ModelCorruptError`."""
     target = link.parent / link.readlink()
-    if target.parent != versions:
+    if target.parent != versions and not versions.is_symlink():
         target = link.resolve(strict=True)
     if versions.is_symlink() or target.parent != versions or target.name.startswith("."):
         words = f"the {link.name} model of {link.parent.name} lies outside its folder: train again"
@@ -215,19 +214,19 @@ def what_is_at(link: Path) -> Path | None:
     return found[0] if found else None
 
 
-# Whoever reads slowly beside a busy writer may see its version pruned under its hands; the link names another
-# by then, and is read again.
-reading_again = retry(
-    retry=retry_if_exception_type(VersionPrunedError), stop=stop_after_attempt(READS), reraise=True
-)
+def reading_again(read: Callable[[], T]) -> T:
+    """Read a link and what it names, and again where a busy writer pruned the version under our hands."""
+    for _ in range(READS - 1):
+        with suppress(VersionPrunedError):
+            return read()
+    return read()
 
 
-@reading_again
 def serve(
     models_dir: Path, symbol: str, kind: ArtifactKind, load: Callable[[Path], T]
 ) -> tuple[T, tuple[str, ...]]:
     """Read the link and load what it names, see `serve_linked`."""
-    return serve_linked(linked_version(models_dir, symbol, kind), load)
+    return reading_again(lambda: serve_linked(linked_version(models_dir, symbol, kind), load))
 
 
 def serve_linked(linked: Linked, load: Callable[[Path], T]) -> tuple[T, tuple[str, ...]]:
@@ -267,26 +266,26 @@ def _that_load(linked: Linked, load: Callable[[Path], T]) -> Iterator[tuple[Path
 
 
 @contextmanager
-def storage_errors(symbol: str) -> Iterator[None]:
+def storage_errors(symbol: str, cannot: str = "write the model") -> Iterator[None]:
     """Turn what a disk refuses into a `StorageError`."""
     try:
         yield
     except OSError as error:
         full = error.errno in {errno.ENOSPC, errno.EDQUOT}
         reason = "the disk is full" if full else error.strerror or type(error).__name__
-        words = f"cannot write the model of {symbol}: {reason}; what served before still serves: "
+        words = f"cannot {cannot} of {symbol}: {reason}; what served before still serves: "
         raise StorageError(words + "make room or mend the permissions, and try again") from error
 
 
 @contextmanager
-def holding(path: Path, wait_s: float, refusal: str) -> Iterator[None]:
+def holding(path: Path, wait_s: float, refusal: Callable[[], str]) -> Iterator[None]:
     """Hold a lock, whose folder is made; `LockedError` if others hold it for longer than ``wait_s``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path, timeout=wait_s)
     try:
         lock.acquire()
     except Timeout as error:
-        raise LockedError(refusal) from error
+        raise LockedError(refusal()) from error
     try:
         yield
     finally:
@@ -298,7 +297,7 @@ def saving(models_dir: Path, symbol: str, kind: ArtifactKind) -> Iterator[None]:
     """Hold the right to change a symbol's versions; tidy up before and after."""
     versions = versions_dir(models_dir, symbol, kind)
     refusal = f"another process saves the {kind.name} model of {symbol}: wait or stop it"
-    with holding(versions / ".lock", LOCK_WAIT_S, refusal):
+    with holding(versions / ".lock", LOCK_WAIT_S, lambda: refusal):
         for folder in (versions.parent, versions.parent.parent):
             flush(folder)
         # Nobody but the holder of the lock writes here, so these belong to processes that were killed.
@@ -337,12 +336,15 @@ def training_lock(models_dir: Path, symbol: str) -> Iterator[None]:
     """Hold the symbol's training lock, which dies with the process; else `LockedError` names who holds it."""
     folder = symbol_dir(models_dir, symbol)
     holder = folder / TRAINER
-    refusal = f"{symbol} is being trained by process {_read_holder(holder)}: wait or stop it"
+
+    def refusal() -> str:
+        return f"{symbol} is being trained by process {_read_holder(holder)}: wait or stop it"
+
     with ExitStack() as stack:
-        with storage_errors(symbol):
+        with storage_errors(symbol, "lock the models"):
             stack.enter_context(holding(folder / TRAINING_LOCK, 0.0, refusal))
-            stack.callback(holder.unlink, missing_ok=True)
             holder.write_text(str(os.getpid()))
+            stack.callback(holder.unlink, missing_ok=True)
         yield
 
 
@@ -352,14 +354,15 @@ def training_holder(models_dir: Path, symbol: str) -> str | None:
     # Trying the lock would get in the way of who is about to take it: not tried unless somebody left a name.
     if what_is_at(folder / TRAINER) is None:
         return None
-    with storage_errors(symbol), suppress(Timeout), FileLock(folder / TRAINING_LOCK, timeout=0):
+    lock = FileLock(folder / TRAINING_LOCK, timeout=0)
+    with storage_errors(symbol, "lock the models"), suppress(Timeout), lock:
         return None
     return _read_holder(folder / TRAINER)
 
 
 def _read_holder(path: Path) -> str:
     with suppress(OSError):
-        return path.read_text()[:20] or "unknown"
+        return path.read_text(errors="replace")[:20] or "unknown"
     return "unknown"
 
 

@@ -31,7 +31,7 @@ The classic gates are computed and shown beside, and never change the label: a c
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -49,7 +49,6 @@ from validation.wfe_metrics import (
     MIN_SIGNAL_STD,
     FloatArray,
     ResolvedRows,
-    Run,
     block_bootstrap_p_value,
     calibration_slope,
     deflated_sharpe,
@@ -59,7 +58,6 @@ from validation.wfe_metrics import (
     minimum_track_record_length,
     probability_of_backtest_overfitting,
     rank_among_past,
-    share_of_limits,
     share_up,
     sharpe_moments,
     skill,
@@ -134,8 +132,8 @@ def judge(
     strategy_return: FloatArray,
     benchmark_return: FloatArray,
     summary: WalkForwardSummary | None = None,
-    earlier: Sequence[Run] = (),
-    n_own: int = 1,
+    n_verdicts: int = 1,
+    limits_share: float = 1.0,
     tried_returns: FloatArray | None = None,
     n_resamples: int = 2_000,
 ) -> Verdict:
@@ -149,16 +147,16 @@ def judge(
     strategy_return, benchmark_return
         Simple returns per bar, after costs, of the decided positions and of the benchmark with the same
         average exposure, on the same out-of-sample bars, (m,).
-    earlier, n_own
-        Looks at these prices before, see `wfe_metrics.earlier_runs`; verdicts that this run brings.
+    n_verdicts, limits_share
+        Verdicts on these prices, this one counted, and what share of a first one's limits they leave to it:
+        `wfe_metrics.n_verdicts_of`, `wfe_metrics.share_of_limits`.
     tried_returns
         Returns per bar of alternatives that were looked at, (m, k), for the probability of overfitting.
     n_resamples
         Of the bootstraps.
     """
     strategy, benchmark = _checked(strategy_return, benchmark_return)
-    rows, share = ResolvedRows(record), share_of_limits(earlier, n_own)
-    n_verdicts = n_own + sum(run.n_trials for run in earlier)
+    rows = ResolvedRows(record)
     evidence: dict[str, EvidenceValue] = {
         "n_rows": len(rows.outcome),
         "n_sessions": rows.n_sessions,
@@ -167,11 +165,11 @@ def judge(
         **_return_evidence(strategy, benchmark, horizon_bars, n_verdicts, n_resamples),
         "pbo": None if tried_returns is None else probability_of_backtest_overfitting(tried_returns),
         "walk_forward_efficiency": summary.efficiency if summary else None,
-        "limits_share": share,
+        "limits_share": limits_share,
     }
     evidence["leak_alarm"] = leak_alarm(evidence)
     alarm, missing = _alarm_reasons(evidence), _missing_reasons(rows, horizon_bars)
-    failed, held = _edge_reasons(evidence, (MAX_P_IC * share, MAX_P_RETURN * share))
+    failed, held = _edge_reasons(evidence, (MAX_P_IC * limits_share, MAX_P_RETURN * limits_share))
     label: Label = "insufficient" if missing else "no-edge" if failed else "edge"
     return Verdict(
         label=label,

@@ -419,39 +419,54 @@ def record_run(path: Path, *runs: Run) -> None:
 
 
 def earlier_runs(path: Path, *runs: Run) -> tuple[Run, ...]:
-    """Return the other runs, each once as it was told last, on any of the symbols and an overlapping window.
+    """Return the other runs on any of the symbols and an overlapping window, once for each symbol they saw.
 
     ``runs`` are one run as each symbol of its panel sees it: a look at a panel is a look at all of them.
+    A run that has its verdict on a symbol is not moved or changed by repetitions; until then it is told last.
     Lines that are no run are passed over: a torn line must not stop a training. Further fields of a line, as
     a later release may add them, are ignored.
     """
     now = {run.symbol: run for run in runs}
-    others: dict[str, Run] = {}
+    others: dict[tuple[str, str], Run] = {}
     for past in _read_runs(path):
-        run = now.get(past.symbol)
+        run, key = now.get(past.symbol), (past.fingerprint, past.symbol)
         overlaps = run and past.first_session <= run.last_session and past.last_session >= run.first_session
-        if run and overlaps and past.fingerprint != run.fingerprint:
-            # A run that is told again comes last: only the verdict just before this one hands on.
-            others.pop(past.fingerprint, None)
-            others[past.fingerprint] = past
+        is_judged = key in others and others[key].label
+        if run and overlaps and past.fingerprint != run.fingerprint and not is_judged:
+            others.pop(key, None)
+            others[key] = past
     return tuple(others.values())
 
 
-def share_of_limits(earlier: Sequence[Run] = (), n_own: int = 1) -> float:
-    """Return the share of a first verdict's limits that a verdict after ``earlier`` ones has.
+def verdicts_of(path: Path, *runs: Run) -> dict[str, Run]:
+    """Return by symbol the first verdict that each of the runs has had, where it is a repetition."""
+    told = (past for past in _read_runs(path) if past.label)
+    before = {(past.fingerprint, past.symbol): past for past in reversed([*told])}
+    keys = {run.symbol: (run.fingerprint, run.symbol) for run in runs}
+    return {symbol: before[key] for symbol, key in keys.items() if key in before}
+
+
+def n_verdicts_of(earlier: Sequence[Run]) -> int:
+    """Return how many verdicts the runs could choose from, each run counted once, for whatever symbols."""
+    return sum({run.fingerprint: run.n_trials for run in earlier}.values())
+
+
+def share_of_limits(symbol: str, earlier: Sequence[Run] = (), n_own: int = 1) -> float:
+    """Return the share of a first verdict's limits that a verdict on a symbol has after ``earlier`` runs.
 
     One over the square of the number of verdicts, of which the run itself brings ``n_own``. Divided by the
     number alone, the limits of all verdicts together would add up without bound, and whoever stops at the
     first edge would find one; the squares add up to 1.64 limits. A verdict that found an edge did not use up
-    its share: it is handed on to the next. Up to the first edge nothing is handed on, so that the chance of a
-    first false one is what it was. Tian, Ramdas (2021), Online control of the familywise error rate,
-    Statistical Methods in Medical Research 30 (4), "online fallback"; never more than one limit here.
+    its share: it hands it on to the next one on the same symbol, and to no other. The chance of any false
+    edge of a symbol stays below 1.64 limits, in whatever order and however its verdicts depend on each other:
+    Tian, Ramdas (2021), Online control of the familywise error rate, Statistical Methods in Medical Research
+    30 (4), "online fallback". Never more than one limit here.
     """
     if n_own < 1:
         raise UsageError(f"this verdict is one at least, got {n_own}")
-    handed_on = earlier[-1].limits_share if earlier and earlier[-1].label == "edge" else 0.0
-    n_verdicts = n_own + sum(run.n_trials for run in earlier)
-    return min(1.0, 1.0 / n_verdicts**2 + handed_on / n_own)
+    own = [run for run in earlier if run.symbol == symbol]
+    handed_on = own[-1].limits_share if own and own[-1].label == "edge" else 0.0
+    return min(1.0, 1.0 / (n_own + n_verdicts_of(earlier)) ** 2 + handed_on / n_own)
 
 
 def verdicts_on(metadata: Mapping[str, Any], log: Path | None) -> int:
@@ -466,7 +481,7 @@ def verdicts_on(metadata: Mapping[str, Any], log: Path | None) -> int:
     # A run without fingerprint is like no other: the model's own is counted where the log has it.
     runs = [Run(symbol=s, first_session=first, last_session=day, fingerprint="") for s, day in last.items()]
     # A model that came from elsewhere brings more verdicts than this log has.
-    return max(judged_with, sum(run.n_trials for run in earlier_runs(log, *runs)))
+    return max(judged_with, n_verdicts_of(earlier_runs(log, *runs)))
 
 
 def _read_runs(path: Path) -> Iterator[Run]:

@@ -130,15 +130,14 @@ def test_numbers_that_make_no_sense_are_usage_errors(capsys, flag: str, value: s
     assert "at least 1" in capsys.readouterr().err
 
 
-def test_every_other_try_on_the_same_prices_counts(places, capsys):
-    for tries, seed in ((1, "7"), (2, "8"), (2, "7")):
+def test_every_other_try_on_the_same_prices_counts_and_a_repetition_keeps_its_limits(places, capsys):
+    for tries, seed, limit in ((1, "7", "0.05"), (2, "8", "0.0125"), (2, "7", "0.05")):
         assert main(["NOISE", *DRY, "--seed", seed, "--json"]) == 0
         found = json.loads(capsys.readouterr().out)[0]
         assert found["evidence"]["n_trials"] == tries
         assert [one["settings"] for one in found["tries"]] == (
             [] if tries == 1 else [f"{'recipe.seed 8, ' if seed == '7' else ''}recipe.search.n_trials 0"]
         )
-        limit = "0.0125" if tries == 2 else "0.05"
         assert any(f"(at most {limit})" in reason for reason in found["reasons"])
 
 

@@ -20,7 +20,7 @@ from validation.gates import (
     refuse_without_edge,
 )
 from validation.walk_forward import FoldMeasures, summarise_folds
-from validation.wfe_metrics import Run, block_bootstrap_p_value
+from validation.wfe_metrics import block_bootstrap_p_value
 
 HORIZON = 5
 QUICK = 400
@@ -369,7 +369,8 @@ def test_the_evidence_is_plain_and_complete():
         horizon_bars=HORIZON,
         strategy_return=strategy,
         benchmark_return=benchmark,
-        earlier=(Run(symbol="TEST", first_session="", last_session="", fingerprint="a", n_trials=9),),
+        n_verdicts=10,
+        limits_share=0.01,
         tried_returns=tried,
         n_resamples=QUICK,
     )
@@ -380,6 +381,7 @@ def test_the_evidence_is_plain_and_complete():
         assert isinstance(evidence[name], float), name
     assert evidence["n_trials"] == 10
     assert evidence["limits_share"] == pytest.approx(0.01)
+    assert any("(at most 0.0005)" in reason for reason in verdict.reasons)
     assert {gate["name"] for gate in plain["gates"]} == set(gates_of(verdict))
     assert judged(history, signal).evidence["deflated_sharpe"] > evidence["deflated_sharpe"], (
         "more verdicts, less"

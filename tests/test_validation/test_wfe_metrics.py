@@ -25,11 +25,13 @@ from validation.wfe_metrics import (
     earlier_runs,
     expected_maximum_sharpe,
     minimum_track_record_length,
+    n_verdicts_of,
     probabilistic_sharpe,
     probability_of_backtest_overfitting,
     record_run,
     share_of_limits,
     sharpe_moments,
+    verdicts_of,
     walk_forward_efficiency,
 )
 
@@ -355,7 +357,7 @@ def test_impossible_pbo_is_refused():
 
 
 def count_verdicts(path: Path, run: Run) -> int:
-    return run.n_trials + sum(past.n_trials for past in earlier_runs(path, run))
+    return run.n_trials + n_verdicts_of(earlier_runs(path, run))
 
 
 RUN = Run(symbol="AAPL", first_session="2000-01-03", last_session="2013-01-02", fingerprint="a")
@@ -379,7 +381,7 @@ def looks(p_values: list[float]) -> list[tuple[bool, float]]:
     """Judge one p-value after the other by a limit of .05: was it an edge, and by which share of it."""
     found: list[Run] = []
     for number, p_value in enumerate(p_values):
-        share = share_of_limits(found)
+        share = share_of_limits("AAPL", found)
         label = "edge" if p_value <= 0.05 * share else "no-edge"
         found.append(replace(RUN, fingerprint=str(number), label=label, limits_share=share))
     return [(run.label == "edge", run.limits_share) for run in found]
@@ -411,22 +413,71 @@ def test_trying_seeds_is_no_way_to_an_edge():
     assert shares[9] == pytest.approx(0.01)
     assert sum(shares) < 1.65
     with pytest.raises(UsageError, match="got 0"):
-        share_of_limits(n_own=0)
+        share_of_limits("AAPL", n_own=0)
+
+
+def share_after(path: Path, run: Run) -> float:
+    """Judge a run by what the log leaves to it, as the commands do."""
+    if run.symbol in (repeated := verdicts_of(path, run)):
+        return repeated[run.symbol].limits_share
+    return share_of_limits(run.symbol, earlier_runs(path, run), run.n_trials)
+
+
+def tell(path: Path, run: Run, label: str) -> float:
+    """Record a look, judge it, and record its verdict."""
+    share = share_after(path, run)
+    record_run(path, run)
+    record_run(path, replace(run, label=label, limits_share=share))
+    return share
 
 
 def test_only_the_verdict_just_before_hands_on_and_only_once(tmp_path):
-    path, edge = tmp_path / "trials.jsonl", {"label": "edge", "limits_share": 1.0}
-    now = replace(RUN, fingerprint="now")
+    path, now = tmp_path / "trials.jsonl", replace(RUN, fingerprint="now")
     record_run(path, RUN)
-    assert share_of_limits(earlier_runs(path, now)) == 0.25, "a run that was killed has shown nothing"
-    record_run(path, replace(RUN, **edge))
-    assert share_of_limits(earlier_runs(path, now)) == 1.0
-    assert share_of_limits(earlier_runs(path, now), 2) == pytest.approx(1 / 9 + 1 / 2), "two share it"
-    record_run(path, replace(RUN, fingerprint="b", label="no-edge", limits_share=1.0))
-    assert share_of_limits(earlier_runs(path, now)) == pytest.approx(1 / 9), "what was used is gone"
-    # The first once more, after what was handed on to the second is gone: it comes last, by its new share.
-    record_run(path, replace(RUN, label="edge", limits_share=0.25))
-    assert share_of_limits(earlier_runs(path, now)) == pytest.approx(1 / 9 + 1 / 4)
+    assert share_after(path, now) == 0.25, "a run that was killed has shown nothing"
+    assert tell(path, RUN, "edge") == 1.0
+    assert share_after(path, now) == 1.0
+    assert share_after(path, replace(now, n_trials=2)) == pytest.approx(1 / 9 + 1 / 2), "two share it"
+    assert tell(path, replace(RUN, fingerprint="b"), "no-edge") == 1.0
+    assert share_after(path, now) == pytest.approx(1 / 9), "what was used is gone"
+
+
+def test_a_repetition_has_the_share_that_it_had_and_hands_nothing_on_again(tmp_path):
+    """Planted: two real edges that are trained again in turn, as a nightly job would, before each look."""
+    path = tmp_path / "trials.jsonl"
+    first, second = replace(RUN, fingerprint="1"), replace(RUN, fingerprint="2")
+    assert (tell(path, first, "edge"), tell(path, second, "edge")) == (1.0, 1.0)
+    spent = []
+    for number in range(3, 13):
+        for again in (first, second, first):
+            assert tell(path, again, "edge") == 1.0
+        spent.append(tell(path, replace(RUN, fingerprint=str(number)), "no-edge"))
+    assert spent == pytest.approx([1.0, *(number**-2 for number in range(4, 13))])
+
+
+def test_a_killed_run_that_is_repeated_takes_what_was_handed_on_once(tmp_path):
+    path, killed = tmp_path / "trials.jsonl", replace(RUN, fingerprint="killed")
+    tell(path, RUN, "edge")
+    record_run(path, killed)
+    assert tell(path, replace(RUN, fingerprint="b"), "edge") == pytest.approx(1 / 9), (
+        "held for the killed one"
+    )
+    assert tell(path, killed, "no-edge") == pytest.approx(1 / 9 + 1 / 9)
+    assert share_after(path, replace(RUN, fingerprint="now")) == pytest.approx(1 / 16)
+
+
+def test_an_edge_on_one_symbol_is_none_on_another(tmp_path):
+    """Planted: helpers with an edge, each looked at beside B in a panel; B must earn its own."""
+    path, spent = tmp_path / "trials.jsonl", []
+    for number in range(8):
+        helper = replace(RUN, symbol=f"HELP{number}", fingerprint=f"alone {number}")
+        assert tell(path, helper, "edge") == 1.0
+        panel = [replace(helper, fingerprint=str(number)), replace(RUN, symbol="B", fingerprint=str(number))]
+        earlier = earlier_runs(path, *panel)
+        spent.append(share_of_limits("B", earlier))
+        record_run(path, *panel)
+        record_run(path, replace(panel[1], label="no-edge", limits_share=spent[-1]))
+    assert spent == pytest.approx([(2 + number) ** -2 for number in range(8)])
 
 
 def test_a_torn_line_does_not_stop_the_count(tmp_path):
