@@ -136,8 +136,7 @@ class FinnhubNews:
         """Return what was kept and what is new; what was kept alone, with a warning, where asking fails."""
         path = self.cache_dir / "news" / f"{symbol}.csv"
         try:
-            refusal = f"headlines of {symbol} are being read: try later"
-            with holding(path.with_suffix(".lock"), 60.0, lambda: refusal):
+            with holding(path.with_suffix(".lock"), 60.0, lambda: f"{symbol} is being read: try later"):
                 return self._refreshed(symbol, path)
         except OSError as error:
             raise StorageError(f"headlines of {symbol} cannot be kept: {error.strerror or error}") from error
@@ -184,8 +183,9 @@ class FinnhubNews:
             # The message of a header that cannot be sent holds the key.
             raise UpstreamError(f"Finnhub cannot be asked ({type(error).__name__}): try later") from None
         if answer.status_code != requests.codes.ok:
-            said = f"{answer.status_code}: {answer.reason}"
-            raise UpstreamError(f"Finnhub has no news of {symbol} for us ({said})")
+            why = {401: "the key is wrong", 403: "the key may not", 429: "too many requests"}
+            said = why.get(answer.status_code, "no answer")
+            raise UpstreamError(f"Finnhub has no news of {symbol} for us ({answer.status_code}: {said})")
         try:
             return _ITEMS.validate_json(answer.content)
         except ValidationError as error:

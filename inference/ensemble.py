@@ -64,7 +64,7 @@ class SignalRows:
         """
         wanted = usable & self.is_out_of_sample
         learned = wanted & np.isfinite(self.outcome)
-        first = int(np.argmax(wanted))
+        first = int(np.argmax(wanted)) if len(wanted) else 0
         for start in range(first, len(wanted), every):
             now = slice(start if start > first else 0, start + every)
             yield np.flatnonzero(learned & (self.known_from <= start)), now

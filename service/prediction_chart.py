@@ -53,6 +53,7 @@ REQUIRED_METRICS = {n: str(f.alias) for n, f in BacktestMetrics.model_fields.ite
 LIMITS = ("max_long", "max_short")
 ECHOED = ("horizon", "trade_share_floor", "data_period", "smoothing", "confidence_floors", *LIMITS)
 TOLD = ("symbol", "created_at", "model_version", "trained_through", "out_of_sample_from")
+LEAK = "leak alarm: the model did too well to be true, so do not believe it until a person has looked"
 UNSURE = {
     "no-edge": "this model has shown no edge out of sample",
     "insufficient": "there are too few forecasts out of sample to tell an edge from luck",
@@ -311,6 +312,7 @@ def notes_of(
     by_id = request.model_id == meta.id and mode_of(fusion.mode) not in {usual.mode, meta.fusion_mode_default}
     left_out = " or ".join(name for name, kept in fusion.regime_filters if not kept)
     notes = {
+        LEAK: meta.verdict == "edge" and not meta.quality_gate_passed,
         f"not sure: {reason}, so {passive}": reason,
         f"the model was trained {age} sessions ago; none older than {judged} was judged: train again": aged,
         f"signals at the last close, in volatilities: {', '.join(told)}": told,
@@ -343,7 +345,9 @@ def model_meta(metadata: Mapping[str, Any], *, ensemble_size: int, warnings: Seq
         metrics, undefined = wire_metrics(metadata.get("metrics") or {})
         notes = [f"undefined, sent as 0: {', '.join(undefined)}"] if undefined else []
         notes += warnings
-        label, variant = metadata["verdict"]["label"], metadata["model_id"].rpartition("-")[2]
+        verdict, variant = metadata["verdict"], metadata["model_id"].rpartition("-")[2]
+        label, alarm = verdict["label"], verdict.get("evidence", {}).get("leak_alarm") is True
+        notes += [LEAK] * alarm
         recipe = metadata.get("recipe", {}).get("recipe", {})
         return ModelMeta(
             **{name: metadata[name] for name in TOLD},
@@ -355,10 +359,10 @@ def model_meta(metadata: Mapping[str, Any], *, ensemble_size: int, warnings: Seq
             notes="; ".join(notes) or None,
             model_variant=variant,
             data_interval="1d",
-            quality_gate_passed=label == "edge",
-            # Nothing between an edge and none is known.
-            quality_score=float(label == "edge"),
-            quality_reasons=list(metadata["verdict"]["reasons"]),
+            # As `--strict` has it. Nothing between an edge and none is known.
+            quality_gate_passed=label == "edge" and not alarm,
+            quality_score=float(label == "edge" and not alarm),
+            quality_reasons=list(verdict["reasons"]),
             target_horizon_days=metadata["horizon_bars"],
             data_source=metadata["source"],
             verdict=label,

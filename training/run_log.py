@@ -134,8 +134,10 @@ class RunLog(logging.Handler):
             self._write()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Take down a warning of a library."""
-        self._sections["WARNINGS"].append(f"{record.name}: {record.getMessage()}")
+        """Take down a warning of a library, once."""
+        text = f"{record.name}: {record.getMessage()}"
+        if text not in self._sections["WARNINGS"]:
+            self._sections["WARNINGS"].append(text)
 
     def conclude(self, trained: Trained[Any]) -> None:
         """Take down what came out of a walk-forward."""

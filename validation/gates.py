@@ -8,7 +8,7 @@ A model gets ``edge`` only if all of these hold on out-of-sample rows:
   forecast that is nearer to what came because it is higher throughout knows nothing.
 
 Both limits are divided by the square of the number of verdicts on the same prices, so that trying seeds is no
-way to an edge; a verdict that found one hands its share on to the next (`wfe_metrics.share_of_limits`).
+way to an edge; one that found an edge hands its share on, see `wfe_metrics.share_of_limits`.
 
 The chance that a model without skill gets ``edge`` is at most 5 %. The first test alone is made for that rate
 and the other two lower it. Overlapping labels, slow signals and drift are where such tests usually break.

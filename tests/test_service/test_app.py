@@ -385,6 +385,8 @@ def bounded(tmp_path: Path) -> Iterator[tuple[str, int]]:
         if scope["path"] == "/slow":
             await asyncio.sleep(1.0)
         body = b"%d" % size if scope["path"] != "/large" else b"a" * (64 << 20)
+        if scope["path"] == "/headers":
+            body = b" ".join(name for name, _ in scope["headers"])
         await send(
             {
                 "type": "http.response.start",
@@ -446,6 +448,27 @@ def test_endless_trailers_end(bounded: tuple[str, int]) -> None:
     with socket.create_connection(bounded, timeout=10) as connection:
         connection.sendall(chunked + b"X: " + b"a" * (2 << 20))
         assert problem_of(read_all(connection))[0] == 431
+
+
+def test_what_follows_a_body_is_no_header(bounded: tuple[str, int]) -> None:
+    head = b"POST /headers HTTP/1.1\r\nHost: a\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with socket.create_connection(bounded, timeout=10) as connection:
+        connection.sendall(head + b"1\r\na\r\n0\r\nX-Request-ID: late\r\n\r\n")
+        assert read_all(connection).endswith(b"\r\n\r\nhost connection transfer-encoding")
+
+
+def test_headers_have_their_time_from_their_first_byte_on(
+    bounded: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "HEAD_S", 1.5)
+    with socket.create_connection(bounded, timeout=10) as connection:
+        connection.sendall(REQUEST + b"\r\n")
+        assert connection.recv(65_536).startswith(b"HTTP/1.1 200")
+        time.sleep(1.0)
+        connection.sendall(REQUEST[:8])
+        time.sleep(1.0)
+        connection.sendall(REQUEST[8:] + b"\r\n")
+        assert connection.recv(65_536).startswith(b"HTTP/1.1 200")
 
 
 def test_what_is_no_http_is_a_problem(bounded: tuple[str, int]) -> None:

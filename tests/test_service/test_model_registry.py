@@ -340,6 +340,10 @@ def test_without_any_metrics_all_eight_are_named() -> None:
 def test_the_verdict_becomes_the_gate() -> None:
     edge = model_meta(metadata_of(verdict={"label": "edge", "reasons": [], "evidence": {}}), ensemble_size=2)
     none = model_meta(metadata_of(), ensemble_size=2)
+    alarm = {"label": "edge", "reasons": [], "evidence": {"leak_alarm": True}}
+    leak = model_meta(metadata_of(verdict=alarm), ensemble_size=2)
+    assert (leak.verdict, leak.quality_gate_passed, leak.quality_score) == ("edge", False, 0.0)
+    assert "leak alarm" in leak.notes
     assert (edge.quality_gate_passed, edge.quality_score) == (True, 1.0)
     assert (none.quality_gate_passed, none.quality_score) == (False, 0.0)
     assert none.quality_reasons == ["the IC may be luck"]

@@ -41,7 +41,10 @@ def predict(page: TestClient, symbol: str = "SIGNAL", **changes: object) -> dict
 def test_the_models_that_were_trained_are_listed_with_their_verdict(page: TestClient):
     models = {model["symbol"]: model for model in page.get("/api/models").json()}
     assert set(models) == {"SIGNAL", "NOISE"}
-    assert models["SIGNAL"]["qualityGatePassed"] is True
+    assert models["SIGNAL"]["verdict"] == "edge"
+    # It was planted so strong that the alarm goes: what nobody may believe has passed nothing.
+    assert models["SIGNAL"]["qualityGatePassed"] is False
+    assert "leak alarm" in models["SIGNAL"]["notes"]
     assert models["NOISE"]["qualityGatePassed"] is False
 
 

@@ -188,7 +188,7 @@ def test_the_report_shows_what_a_sceptic_asks_for(tmp_path, trained):
     assert trained.bundle.metadata["device_reason"] in page
     assert "Verdicts that were sought on these prices before" in page
     assert "recipe.seed 8" in page
-    names, unknown = ("at", "kind", "settings", "label"), "not recorded"
+    names, unknown = ("at", "kind", "settings", "label", "limits_share"), "not recorded"
     bare = dict.fromkeys(names, unknown) | {"symbol": "TEST", "n_trials": 2}
     assert trained.bundle.metadata["tries"][0] == bare
     assert trained.verdict.evidence["n_trials"] == 4

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from training.train_gbm import DeviceChoice, build_parser, config_from, main, tr
 from training.trainer import Trained
 from utils.base import DeviceError, LockedError, Settings, StorageError
 from utils.model_paths import list_versions
+from validation.wfe_metrics import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["--n-trials", "0"]
@@ -164,6 +166,31 @@ def test_a_second_training_is_refused_and_the_lock_dies_with_its_process(tmp_pat
         except LockedError:
             time.sleep(0.1)
     pytest.fail("the lock outlived its process")
+
+
+def test_what_is_left_of_another_training_is_no_bug(tmp_path: Path):
+    left = tmp_path / "AAPL" / ".training.pid"
+    left.parent.mkdir()
+    left.write_bytes(b"\xff\xfe")
+    with training_lock(tmp_path, "AAPL"):
+        assert left.read_text() == str(os.getpid())
+    left.mkdir()
+    with pytest.raises(StorageError, match="cannot lock the models of AAPL"), training_lock(tmp_path, "AAPL"):
+        pass
+
+
+def test_looks_that_begin_at_once_do_not_both_take_what_was_handed_on(tmp_path: Path):
+    settings = Settings(models_dir=tmp_path)
+    window = {"symbol": "AAPL", "first_session": "2000-01-03", "last_session": "2013-01-02"}
+    runs = [Run(**window, fingerprint=str(number)) for number in range(9)]
+    train_gbm.look(settings, runs[:1])
+    train_gbm.record_verdict(settings, runs[0], {"label": "edge", "evidence": {"limits_share": 1.0}})
+    with ThreadPoolExecutor(8) as pool:
+        shares = [
+            shares["AAPL"] for _, shares in pool.map(lambda run: train_gbm.look(settings, [run]), runs[1:])
+        ]
+    assert sorted(shares, reverse=True) == pytest.approx([1.0, *(n**-2 for n in range(3, 10))])
+    assert train_gbm.look(settings, runs[:1])[1] == {"AAPL": 1.0}, "a repetition keeps its limits"
 
 
 def test_an_error_inside_a_training_releases_the_lock(tmp_path: Path):
