@@ -13,6 +13,10 @@ An edge must survive its costs, so what is found depends on them. An IC of .20 p
 one of .05 in features that change every day promises less than a round trip costs: the pooled case is judged
 at 1 bp a side, and `costly` shows that at 8 bps the same forecasts, whose skill is as plain, are no edge.
 
+The pooled verdict is that of the one model over all series. A symbol whose own rows deny it, with an IC of
+zero or less, gets no edge all the same, and of one weak signal chance makes many such: how often the symbol
+that was named kept the edge stands beside it.
+
 An IC above .10 raises the leak alarm beside the label: no real price gives that much away, but here it was
 planted. What counts is the label.
 
@@ -173,8 +177,9 @@ def verdict_of(case: str, seed: int, n_trials: int, horizon_bars: int) -> dict[s
     verdict = trainer.conclude(trainer.walk(panel), panel["S00"]).verdict
     # Of the pooled evidence, which decides, not the one symbol's.
     pooled = {name: verdict.evidence[f"universe_{name}"] for name in KEPT if name != "leak_alarm"}
-    found = {"leak_alarm": verdict.evidence["leak_alarm"], **pooled}
-    return {"seed": seed, **told({"label": verdict.label, "evidence": found})}
+    found = told({"label": "", "evidence": {"leak_alarm": verdict.evidence["leak_alarm"], **pooled}})
+    label = "edge" if found["is_edge_at_first"] else "no-edge"
+    return {"seed": seed, **found, "label": label, "label_of_symbol": verdict.label}
 
 
 def verdicts_of(
@@ -265,7 +270,10 @@ def judged(case: str, runs: Sequence[Mapping[str, Any]]) -> Bar:
     known = [run["ic"] for run in runs if run["ic"] is not None]
     collapsed = sum(run["label"] == "collapsed" for run in runs)
     ic = float(np.mean(known)) if known else 0.0
-    return sense(share, limit) | {"ic": ic, "collapsed": collapsed, "share_at_first": first}
+    found = sense(share, limit) | {"ic": ic, "collapsed": collapsed, "share_at_first": first}
+    if case in POOLED:
+        found["share_of_symbol"] = float(np.mean([run["label_of_symbol"] == "edge" for run in runs]))
+    return found
 
 
 def models(text: str) -> list[str]:
@@ -301,7 +309,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_bar(f"{case}, share called an edge", bar)
         collapsed = f", {bar['collapsed']} networks collapsed" if bar["collapsed"] else ""
         first = f", {bar['share_at_first']:.0%} as a first look" if case.endswith((LSTM, ENSEMBLE)) else ""
-        print(f"    mean IC {bar['ic']:.4f}, {bar['run_s']:.1f} s each{first}{collapsed}")
+        named = f", {bar['share_of_symbol']:.0%} for the named symbol" if case in POOLED else ""
+        print(f"    mean IC {bar['ic']:.4f}, {bar['run_s']:.1f} s each{first}{named}{collapsed}")
     return finish(found, found["bars"].values(), as_json=args.json)
 
 
