@@ -96,7 +96,9 @@ def train_again(
     with progress_line(console, bundle.symbol, together()) as on_event:
         trainer = GBMTrainer(config, on_event, device=device_as_then(config))
         walked = trainer.walk(panel)
-        return trainer.conclude(walked, panel[bundle.symbol]), walked.hashes
+        # By the limits that the looks before had left to it then.
+        share = metadata["verdict"]["evidence"].get("limits_share")
+        return trainer.conclude(walked, panel[bundle.symbol], limits_share=share), walked.hashes
 
 
 def device_as_then(config: TrainerConfig) -> DeviceChoice:

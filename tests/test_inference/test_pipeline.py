@@ -43,11 +43,11 @@ def bundle(bars) -> GBMBundle:
     result = WalkForwardValidator(config).run(data, recipe)
     fitted = recipe.fit(data.take(np.flatnonzero(data.labelled)), fold=0, earlier=result.record)
     # A known slope, so that forecasts after the record differ from the drift.
-    calibration = replace(fitted.ensemble.calibration, slope=0.5, skill_lower=0.5)
+    calibration = replace(fitted.model.calibration, slope=0.5, skill_lower=0.5)
     return GBMBundle(
         symbol="AAPL",
         horizon_bars=HORIZON,
-        ensemble=replace(fitted.ensemble, calibration=calibration),
+        ensemble=replace(fitted.model, calibration=calibration),
         record=result.record,
         metadata={"model_version": new_version_id(datetime.now(UTC)), "verdict": {"label": "edge"}},
         importance={},

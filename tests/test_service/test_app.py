@@ -267,7 +267,10 @@ def test_fault_28_sigterm_under_load_loses_no_request(start: Start) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_before_the_start_is_done_says_so(start: Start, number: int, code: int) -> None:
+    # Tests that were started in the background ignore Ctrl-C, and their children would with them.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     server, port = start()
+    signal.signal(signal.SIGINT, before)
     until = time.monotonic() + 30
     # The socket listens before the models' libraries are loaded.
     while time.monotonic() < until:
