@@ -402,7 +402,11 @@ def window(bars: Bars) -> dict[str, str]:
 def as_told(earlier: Sequence[Run]) -> list[dict[str, Any]]:
     """Return the earlier runs whose looks count in a verdict, as plain data."""
     names = ("at", "kind", "symbol", "settings", "n_trials", "label", "limits_share")
-    each = {run.fingerprint: run for run in sorted(earlier, key=lambda run: bool(run.label))}
+    each: dict[str, Run] = {}
+    for run in earlier:
+        # What it found, where it was asked for one of these symbols.
+        if run.label or run.fingerprint not in each:
+            each[run.fingerprint] = run
     return [{name: getattr(run, name) or "not recorded" for name in names} for run in each.values()]
 
 
