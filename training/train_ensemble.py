@@ -369,7 +369,7 @@ def join_symbol(symbol: str, args: argparse.Namespace, settings: Settings) -> ru
     ):
         run = trainer.run(bars)
         earlier, shares = look(settings, [run])
-        bundle = trainer.train(bars, earlier=earlier, limits_share=shares[symbol])
+        bundle = trainer.train(bars, earlier=earlier, limits_share=shares.get(symbol))
         metadata, verdict, saved = bundle.metadata, bundle.metadata["verdict"], None
         record_verdict(settings, run, verdict)
         log.end(metadata, as_logged(metadata["parts"]))

@@ -52,7 +52,7 @@ from utils.model_paths import (
     training_lock,
 )
 from validation.gates import refuse_without_edge
-from validation.wfe_metrics import Run, earlier_runs, record_run, share_of_limits, verdicts_of
+from validation.wfe_metrics import Run, earlier_runs, record_run, verdicts_of
 
 logger = logging.getLogger(__name__)
 
@@ -280,8 +280,8 @@ def fetch(symbol: str, args: argparse.Namespace, settings: Settings) -> Bars:
 def look(settings: Settings, runs: Sequence[Run]) -> tuple[tuple[Run, ...], dict[str, float]]:
     """Record a look at prices, as each symbol sees it, before it shows anything.
 
-    Return those before, and the share of the limits that they leave to a verdict on each symbol; a repetition
-    has the share that it had. One at a time: an edge hands on to one look, and not to two that begin at once.
+    Return those before, and by symbol the share of the limits that this run had, where it is a repetition.
+    One at a time: an edge hands on to one look, and not to two that begin at once.
     """
     log = settings.models_dir / TRIALS
     refusal = f"another training keeps {log.name} for too long: try again"
@@ -289,8 +289,7 @@ def look(settings: Settings, runs: Sequence[Run]) -> tuple[tuple[Run, ...], dict
     with storage_errors(runs[0].symbol, "log the verdict"), holding(lock, LOG_WAIT_S, lambda: refusal):
         earlier, repeated = earlier_runs(log, *runs), verdicts_of(log, *runs)
         record_run(log, *runs)
-    shares = {run.symbol: share_of_limits(run.symbol, earlier, run.n_trials) for run in runs}
-    return earlier, shares | {symbol: run.limits_share for symbol, run in repeated.items()}
+    return earlier, {symbol: run.limits_share for symbol, run in repeated.items()}
 
 
 def record_verdict(settings: Settings, run: Run, verdict: Mapping[str, Any]) -> None:
@@ -388,7 +387,7 @@ def train_group(
             bars = group[symbol]
             try:
                 problems = findings(bars, config.horizon_bars, cache)
-                trained = trainer.conclude(walked, bars, earlier, problems, shares[symbol])
+                trained = trainer.conclude(walked, bars, earlier, problems, shares.get(symbol))
                 record_verdict(settings, runs[symbol], trained.verdict.as_dict())
                 outcomes[symbol] = deliver(trained, log, args, settings, on_event)
             except errors.AIStocksError as error:

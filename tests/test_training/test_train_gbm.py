@@ -22,7 +22,7 @@ from training.train_gbm import DeviceChoice, build_parser, config_from, main, tr
 from training.trainer import Trained
 from utils.base import DeviceError, LockedError, Settings, StorageError
 from utils.model_paths import list_versions
-from validation.wfe_metrics import Run
+from validation.wfe_metrics import Run, share_of_limits
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["--n-trials", "0"]
@@ -186,9 +186,8 @@ def test_looks_that_begin_at_once_do_not_both_take_what_was_handed_on(tmp_path: 
     train_gbm.look(settings, runs[:1])
     train_gbm.record_verdict(settings, runs[0], {"label": "edge", "evidence": {"limits_share": 1.0}})
     with ThreadPoolExecutor(8) as pool:
-        shares = [
-            shares["AAPL"] for _, shares in pool.map(lambda run: train_gbm.look(settings, [run]), runs[1:])
-        ]
+        looks = [*pool.map(lambda run: train_gbm.look(settings, [run]), runs[1:])]
+    shares = [share_of_limits("AAPL", earlier) for earlier, _ in looks]
     assert sorted(shares, reverse=True) == pytest.approx([1.0, *(n**-2 for n in range(3, 10))])
     assert train_gbm.look(settings, runs[:1])[1] == {"AAPL": 1.0}, "a repetition keeps its limits"
 
