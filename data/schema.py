@@ -13,7 +13,7 @@ import importlib.util
 import io
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from datetime import UTC, date, datetime
@@ -441,9 +441,9 @@ def written_dates(column: "pd.Series[str]", name: str) -> "pd.Series[pd.Timestam
     return dates
 
 
-def check_enough(frame: pd.DataFrame, needed_bars: int, purpose: str) -> None:
-    """Raise ``InsufficientDataError`` when ``frame`` has fewer rows than ``purpose`` needs."""
-    if (have := len(frame)) < needed_bars:
+def check_enough(bars: Sized, needed_bars: int, purpose: str) -> None:
+    """Raise ``InsufficientDataError`` when there are fewer rows of bars than ``purpose`` needs."""
+    if (have := len(bars)) < needed_bars:
         raise InsufficientDataError(
             f"{purpose} needs {needed_bars} bars and there are {have}: "
             "choose a symbol with a longer history, or an earlier start"

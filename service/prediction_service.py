@@ -275,8 +275,8 @@ class PredictionService:
 
     def quote(self, symbol: str) -> wire.RealtimeQuote:
         """Return the last closed session in the shape of a quote; raises as `history`."""
-        check_enough(self.bars.get(normalise_symbol(symbol)).bars.frame, 2, "a quote")
         told = self.history(symbol, 2)
+        check_enough(told.data, 2, "a quote")
         before, last = told.data
         return wire.RealtimeQuote(
             **told.model_dump(exclude={"data"}),
